@@ -1,0 +1,109 @@
+//! What the core tells people about: the source of the progress bar, the log, the metrics and the summary.
+
+use potstill_proto::{cursor::Generation, message::Source, wire};
+
+/// Something that happened, with its reason where there was a choice.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Observation {
+    /// The run cannot train now.
+    Waiting {
+        /// Workers attached.
+        have: u32,
+        /// Workers needed.
+        need: u32,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A worker attached.
+    Attached {
+        /// For people: id, host, process, device.
+        worker: String,
+    },
+    /// A worker is gone.
+    Lost {
+        /// For people: id, host, process, device, rank.
+        worker: String,
+        /// How that was noticed.
+        reason: String,
+    },
+    /// A new membership was formed.
+    GenerationOpened {
+        /// Its number.
+        generation: Generation,
+        /// How many ranks it has.
+        world_size: u32,
+        /// Where its state comes from.
+        source: Source,
+        /// Why it was formed.
+        reason: String,
+    },
+    /// Every rank has reported this iteration.
+    Iteration(IterationTotals),
+    /// The teacher or the student was scored.
+    Evaluated(wire::EvaluationReport),
+    /// A checkpoint exists.
+    Committed {
+        /// After so many iterations.
+        iteration: u64,
+        /// Bytes of its shards.
+        bytes: u64,
+    },
+    /// A checkpoint could not be made; training goes on.
+    CheckpointFailed {
+        /// After so many iterations.
+        iteration: u64,
+        /// Rank, key and cause.
+        reason: String,
+    },
+    /// The run is over.
+    Ended(Outcome),
+}
+
+/// One iteration, added up over the ranks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct IterationTotals {
+    /// Index of the iteration, from 0.
+    pub iteration: u64,
+    /// Ranks that computed it.
+    pub world_size: u32,
+    /// Samples in each phase: the global batch.
+    pub samples: u32,
+    /// Mean over samples of the fake-score loss.
+    pub fake_score_loss: f64,
+    /// Mean over samples of the generator loss.
+    pub generator_loss: f64,
+    /// Mean over samples of |f_φ − f_ψ|².
+    pub score_difference: f64,
+    /// L2 norm of the fake score's gradient.
+    pub fake_score_grad_norm: f64,
+    /// L2 norm of the generator's gradient.
+    pub generator_grad_norm: f64,
+    /// Samples dropped because something in them was not finite.
+    pub non_finite_samples: u32,
+    /// Gradient elements that were not finite and became 0.
+    pub non_finite_gradients: u64,
+    /// Where the slowest rank's time went.
+    pub seconds: wire::StepSeconds,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All iterations are done and the last checkpoint is committed.
+    Succeeded {
+        /// Iterations completed.
+        iteration: u64,
+    },
+    /// It was asked to stop, and has saved.
+    Stopped {
+        /// Iterations completed.
+        iteration: u64,
+        /// Who asked.
+        reason: String,
+    },
+    /// It cannot go on.
+    Failed {
+        /// Why, and what to do about it.
+        reason: String,
+    },
+}

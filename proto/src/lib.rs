@@ -1,0 +1,25 @@
+//! The contract between Potstill's coordinator and its workers.
+//!
+//! - [`wire`]: what travels over gRPC, generated from `potstill/v1/attach.proto`.
+//! - [`message`]: the same as types that cannot be half-filled, and the conversions between the two.
+//! - [`cursor`], [`shard`]: where a run stands, and which rank computes what.
+//! - [`spec`]: the run specification (`run.toml`), read through [`layers`].
+
+pub mod cursor;
+pub mod layers;
+pub mod message;
+pub mod shard;
+pub mod spec;
+
+/// Messages and service stubs generated from `potstill/v1/attach.proto`.
+pub mod wire {
+    #![allow(missing_docs, clippy::all)]
+    tonic::include_proto!("potstill.v1");
+}
+
+/// Version of the stream's language. A worker that speaks another one is refused at its hello.
+pub const PROTOCOL: u32 = 1;
+
+/// The largest gRPC message either side accepts, in bytes. The biggest honest one is a `Welcome` with a run
+/// specification of a few kilobytes; tensors never travel this way.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

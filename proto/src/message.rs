@@ -1,0 +1,531 @@
+//! The stream's messages as types that cannot be half-filled, and their wire form.
+//!
+//! Reports that the coordinator only records ([`wire::StepReport`], [`wire::EvaluationReport`]) keep their wire type:
+//! every field of theirs is plain data.
+
+use std::fmt;
+
+use crate::{
+    cursor::{Cursor, Generation, Phase},
+    shard::MicroBatches,
+    wire,
+};
+
+/// A message that does not say what its kind must say. The sender is speaking another language: its stream is closed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("malformed {message}: {problem}")]
+pub struct Malformed {
+    /// Which message.
+    pub message: &'static str,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+fn malformed<T>(message: &'static str, problem: impl Into<String>) -> Result<T, Malformed> {
+    Err(Malformed { message, problem: problem.into() })
+}
+
+/// A worker process, unique for ever: a restarted rank is a new worker.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub String);
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The first message of a stream: who attaches and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Language version; see [`crate::PROTOCOL`].
+    pub protocol: u32,
+    /// Who.
+    pub worker: WorkerId,
+    /// The run it was started for.
+    pub run_id: String,
+    /// Its machine, for people.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// `cpu` or `cuda:<index>`.
+    pub device: String,
+    /// `host:port` of its own TCPStore server.
+    pub store_address: String,
+    /// The state it holds; `None` for a fresh process.
+    pub held: Option<HeldState>,
+}
+
+/// A training state that a worker has in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldState {
+    /// How far it is.
+    pub cursor: Cursor,
+    /// SHA-256 over its tensors, hexadecimal.
+    pub digest: String,
+}
+
+/// What a worker says after its hello.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FromWorker {
+    /// It lives, and this far it is.
+    Heartbeat {
+        /// Its generation.
+        generation: Generation,
+        /// How far its state is.
+        cursor: Cursor,
+        /// Grows with every unit of work.
+        progress: u64,
+        /// What it is doing, for people.
+        activity: String,
+    },
+    /// One finished iteration of one rank.
+    StepReport(wire::StepReport),
+    /// Scores of the teacher or of the student, from rank 0.
+    Evaluation(wire::EvaluationReport),
+    /// Its share of a checkpoint is durable.
+    ShardReceipt(wire::ShardReceipt),
+    /// Its share of a checkpoint could not be written.
+    ShardFailed(wire::ShardFailed),
+    /// It left the group after a failed collective and waits.
+    CollectiveFailed {
+        /// The generation whose collective failed.
+        generation: Generation,
+        /// The state it kept.
+        cursor: Cursor,
+        /// Operation, rank and cause.
+        error: String,
+    },
+    /// It has nothing left to compute.
+    Finished {
+        /// Its generation.
+        generation: Generation,
+        /// How far its state is.
+        cursor: Cursor,
+    },
+    /// It cannot go on, and no other worker could.
+    Failed {
+        /// Its generation; 0 before any assignment.
+        generation: Generation,
+        /// What, where, and what to do about it.
+        error: String,
+    },
+}
+
+/// Where the state of a generation comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// From the teacher: iteration 0.
+    Fresh,
+    /// From the checkpoint whose manifest has this key below the run's folder.
+    Checkpoint {
+        /// Object key of the manifest.
+        manifest_key: String,
+    },
+    /// From the rank that is furthest: it broadcasts, the others take.
+    Peer {
+        /// That rank.
+        rank: u32,
+    },
+}
+
+/// A worker's place in a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    /// Which generation.
+    pub generation: Generation,
+    /// Its rank in it.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub world_size: u32,
+    /// TCPStore of rank 0's worker.
+    pub store_address: String,
+    /// What it computes of every iteration.
+    pub micro_batches: MicroBatches,
+    /// Where the state comes from.
+    pub source: Source,
+    /// Whether this generation scores the teacher before it trains.
+    pub score_teacher: bool,
+}
+
+/// What the coordinator asks of a whole generation, agreed on over the control lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Save a checkpoint at the next boundary and go on.
+    Checkpoint,
+    /// Save a checkpoint at the next boundary and finish.
+    CheckpointAndStop,
+}
+
+/// What the coordinator says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToWorker {
+    /// Answers the hello.
+    Welcome {
+        /// The run.
+        run_id: String,
+        /// The frozen specification, TOML.
+        specification: String,
+        /// Root of the object storage.
+        storage_url: String,
+        /// How often to send heartbeats.
+        heartbeat_millis: u64,
+        /// Bound for one collective.
+        collective_timeout_millis: u64,
+    },
+    /// A place in a generation.
+    Assignment(Assignment),
+    /// Leave this generation's collectives, keep the state, wait.
+    Abandon {
+        /// Which generation.
+        generation: Generation,
+        /// Why, for people.
+        reason: String,
+    },
+    /// This iteration's checkpoint exists.
+    Committed {
+        /// Its iteration.
+        iteration: u64,
+    },
+    /// Raise a flag on the control lane.
+    Request {
+        /// The generation it is addressed to.
+        generation: Generation,
+        /// What is asked.
+        what: Request,
+    },
+    /// The run is over for this worker.
+    Stop {
+        /// Whether the run reached its end or saved when it was asked to stop.
+        success: bool,
+        /// Why.
+        reason: String,
+    },
+    /// The hello was not accepted.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+// ------------------------------------------------------------------------------------------------ cursor
+
+impl From<Cursor> for wire::Cursor {
+    fn from(cursor: Cursor) -> Self {
+        let phase = match cursor.phase {
+            Phase::FakeScore => wire::Phase::FakeScore,
+            Phase::Generator => wire::Phase::Generator,
+        };
+        Self { iteration: cursor.iteration, phase: phase.into() }
+    }
+}
+
+fn cursor(message: &'static str, cursor: Option<wire::Cursor>) -> Result<Cursor, Malformed> {
+    let Some(cursor) = cursor else { return malformed(message, "no cursor") };
+    let phase = match wire::Phase::try_from(cursor.phase) {
+        Ok(wire::Phase::FakeScore) => Phase::FakeScore,
+        Ok(wire::Phase::Generator) => Phase::Generator,
+        Err(_) => return malformed(message, format!("unknown phase {}", cursor.phase)),
+    };
+    Ok(Cursor { iteration: cursor.iteration, phase })
+}
+
+// ------------------------------------------------------------------------------------------------ worker → coordinator
+
+impl From<Hello> for wire::WorkerMessage {
+    fn from(hello: Hello) -> Self {
+        let held = hello.held.map(|h| wire::HeldState { cursor: Some(h.cursor.into()), digest: h.digest });
+        wire::WorkerMessage {
+            kind: Some(wire::worker_message::Kind::Hello(wire::Hello {
+                protocol: hello.protocol,
+                worker_id: hello.worker.0,
+                run_id: hello.run_id,
+                host: hello.host,
+                pid: hello.pid,
+                device: hello.device,
+                store_address: hello.store_address,
+                held,
+            })),
+        }
+    }
+}
+
+impl TryFrom<wire::WorkerMessage> for Hello {
+    type Error = Malformed;
+
+    fn try_from(message: wire::WorkerMessage) -> Result<Self, Malformed> {
+        let Some(wire::worker_message::Kind::Hello(hello)) = message.kind else {
+            return malformed("stream", "its first message is not a Hello");
+        };
+        if hello.worker_id.is_empty() || hello.worker_id.len() > 128 {
+            return malformed("Hello", "worker_id must have 1 to 128 characters");
+        }
+        if hello.store_address.rsplit_once(':').is_none_or(|(_, p)| p.parse::<u16>().is_err()) {
+            let problem = format!("store_address {:?} is not host:port", hello.store_address);
+            return malformed("Hello", problem);
+        }
+        let held = match hello.held {
+            None => None,
+            Some(h) => Some(HeldState { cursor: cursor("Hello", h.cursor)?, digest: h.digest }),
+        };
+        Ok(Self {
+            protocol: hello.protocol,
+            worker: WorkerId(hello.worker_id),
+            run_id: hello.run_id,
+            host: hello.host,
+            pid: hello.pid,
+            device: hello.device,
+            store_address: hello.store_address,
+            held,
+        })
+    }
+}
+
+impl From<FromWorker> for wire::WorkerMessage {
+    fn from(message: FromWorker) -> Self {
+        use wire::worker_message::Kind;
+        let kind = match message {
+            FromWorker::Heartbeat { generation, cursor, progress, activity } => {
+                Kind::Heartbeat(wire::Heartbeat {
+                    generation: generation.0,
+                    cursor: Some(cursor.into()),
+                    progress,
+                    activity,
+                })
+            }
+            FromWorker::StepReport(report) => Kind::StepReport(report),
+            FromWorker::Evaluation(report) => Kind::Evaluation(report),
+            FromWorker::ShardReceipt(receipt) => Kind::ShardReceipt(receipt),
+            FromWorker::ShardFailed(failure) => Kind::ShardFailed(failure),
+            FromWorker::CollectiveFailed { generation, cursor, error } => {
+                Kind::CollectiveFailed(wire::CollectiveFailed {
+                    generation: generation.0,
+                    cursor: Some(cursor.into()),
+                    error,
+                })
+            }
+            FromWorker::Finished { generation, cursor } => {
+                Kind::Finished(wire::Finished { generation: generation.0, cursor: Some(cursor.into()) })
+            }
+            FromWorker::Failed { generation, error } => {
+                Kind::Failed(wire::Failed { generation: generation.0, error })
+            }
+        };
+        Self { kind: Some(kind) }
+    }
+}
+
+impl TryFrom<wire::WorkerMessage> for FromWorker {
+    type Error = Malformed;
+
+    fn try_from(message: wire::WorkerMessage) -> Result<Self, Malformed> {
+        use wire::worker_message::Kind;
+        let Some(kind) = message.kind else {
+            return malformed("WorkerMessage", "it is empty, or of a kind this version does not know");
+        };
+        Ok(match kind {
+            Kind::Hello(_) => return malformed("Hello", "a stream has only one"),
+            Kind::Heartbeat(m) => FromWorker::Heartbeat {
+                generation: Generation(m.generation),
+                cursor: cursor("Heartbeat", m.cursor)?,
+                progress: m.progress,
+                activity: m.activity,
+            },
+            Kind::StepReport(report) => FromWorker::StepReport(report),
+            Kind::Evaluation(report) => {
+                if report.scores.is_none() {
+                    return malformed("EvaluationReport", "no scores");
+                }
+                if wire::Subject::try_from(report.subject).is_err() {
+                    let problem = format!("unknown subject {}", report.subject);
+                    return malformed("EvaluationReport", problem);
+                }
+                FromWorker::Evaluation(report)
+            }
+            Kind::ShardReceipt(receipt) => FromWorker::ShardReceipt(receipt),
+            Kind::ShardFailed(failure) => FromWorker::ShardFailed(failure),
+            Kind::CollectiveFailed(m) => FromWorker::CollectiveFailed {
+                generation: Generation(m.generation),
+                cursor: cursor("CollectiveFailed", m.cursor)?,
+                error: m.error,
+            },
+            Kind::Finished(m) => FromWorker::Finished {
+                generation: Generation(m.generation),
+                cursor: cursor("Finished", m.cursor)?,
+            },
+            Kind::Failed(m) => FromWorker::Failed { generation: Generation(m.generation), error: m.error },
+        })
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ coordinator → worker
+
+impl From<ToWorker> for wire::CoordinatorMessage {
+    fn from(message: ToWorker) -> Self {
+        use wire::coordinator_message::Kind;
+        let kind = match message {
+            ToWorker::Welcome {
+                run_id,
+                specification,
+                storage_url,
+                heartbeat_millis,
+                collective_timeout_millis,
+            } => Kind::Welcome(wire::Welcome {
+                run_id,
+                specification,
+                storage_url,
+                heartbeat_millis,
+                collective_timeout_millis,
+            }),
+            ToWorker::Assignment(a) => Kind::Assignment(wire::Assignment {
+                generation: a.generation.0,
+                rank: a.rank,
+                world_size: a.world_size,
+                store_address: a.store_address,
+                first_micro_batch: a.micro_batches.first,
+                micro_batches: a.micro_batches.count,
+                score_teacher: a.score_teacher,
+                source: Some(match a.source {
+                    Source::Fresh => wire::assignment::Source::Fresh(wire::Fresh {}),
+                    Source::Checkpoint { manifest_key } => {
+                        wire::assignment::Source::Checkpoint(wire::FromCheckpoint { manifest_key })
+                    }
+                    Source::Peer { rank } => wire::assignment::Source::Peer(wire::FromPeer { rank }),
+                }),
+            }),
+            ToWorker::Abandon { generation, reason } => {
+                Kind::Abandon(wire::Abandon { generation: generation.0, reason })
+            }
+            ToWorker::Committed { iteration } => Kind::Committed(wire::Committed { iteration }),
+            ToWorker::Request { generation, what } => Kind::Request(wire::Request {
+                generation: generation.0,
+                what: match what {
+                    Request::Checkpoint => wire::request::What::Checkpoint,
+                    Request::CheckpointAndStop => wire::request::What::CheckpointAndStop,
+                }
+                .into(),
+            }),
+            ToWorker::Stop { success, reason } => Kind::Stop(wire::Stop { success, reason }),
+            ToWorker::Refused { reason } => Kind::Refused(wire::Refused { reason }),
+        };
+        Self { kind: Some(kind) }
+    }
+}
+
+impl TryFrom<wire::CoordinatorMessage> for ToWorker {
+    type Error = Malformed;
+
+    fn try_from(message: wire::CoordinatorMessage) -> Result<Self, Malformed> {
+        use wire::coordinator_message::Kind;
+        let Some(kind) = message.kind else {
+            let problem = "it is empty, or of a kind this version does not know";
+            return malformed("CoordinatorMessage", problem);
+        };
+        Ok(match kind {
+            Kind::Welcome(m) => ToWorker::Welcome {
+                run_id: m.run_id,
+                specification: m.specification,
+                storage_url: m.storage_url,
+                heartbeat_millis: m.heartbeat_millis,
+                collective_timeout_millis: m.collective_timeout_millis,
+            },
+            Kind::Assignment(m) => {
+                if m.rank >= m.world_size {
+                    let problem = format!("rank {} of {}", m.rank, m.world_size);
+                    return malformed("Assignment", problem);
+                }
+                let source = match m.source {
+                    None => return malformed("Assignment", "no source of state"),
+                    Some(wire::assignment::Source::Fresh(_)) => Source::Fresh,
+                    Some(wire::assignment::Source::Checkpoint(c)) => {
+                        Source::Checkpoint { manifest_key: c.manifest_key }
+                    }
+                    Some(wire::assignment::Source::Peer(p)) => Source::Peer { rank: p.rank },
+                };
+                ToWorker::Assignment(Assignment {
+                    generation: Generation(m.generation),
+                    rank: m.rank,
+                    world_size: m.world_size,
+                    store_address: m.store_address,
+                    micro_batches: MicroBatches { first: m.first_micro_batch, count: m.micro_batches },
+                    source,
+                    score_teacher: m.score_teacher,
+                })
+            }
+            Kind::Abandon(m) => ToWorker::Abandon { generation: Generation(m.generation), reason: m.reason },
+            Kind::Committed(m) => ToWorker::Committed { iteration: m.iteration },
+            Kind::Request(m) => ToWorker::Request {
+                generation: Generation(m.generation),
+                what: match wire::request::What::try_from(m.what) {
+                    Ok(wire::request::What::Checkpoint) => Request::Checkpoint,
+                    Ok(wire::request::What::CheckpointAndStop) => Request::CheckpointAndStop,
+                    Err(_) => return malformed("Request", format!("unknown request {}", m.what)),
+                },
+            },
+            Kind::Stop(m) => ToWorker::Stop { success: m.success, reason: m.reason },
+            Kind::Refused(m) => ToWorker::Refused { reason: m.reason },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let cursor = Cursor { iteration: 7, phase: Phase::Generator };
+        let generation = Generation(3);
+        let hello = Hello {
+            protocol: 1,
+            worker: WorkerId("w".into()),
+            run_id: "r".into(),
+            host: "h".into(),
+            pid: 5,
+            device: "cpu".into(),
+            store_address: "127.0.0.1:80".into(),
+            held: Some(HeldState { cursor, digest: "d".into() }),
+        };
+        assert_eq!(Hello::try_from(wire::WorkerMessage::from(hello.clone())), Ok(hello));
+        for message in [
+            FromWorker::Heartbeat { generation, cursor, progress: 9, activity: "a".into() },
+            FromWorker::StepReport(wire::StepReport { iteration: 4, ..Default::default() }),
+            FromWorker::CollectiveFailed { generation, cursor, error: "e".into() },
+            FromWorker::Finished { generation, cursor },
+            FromWorker::Failed { generation, error: "e".into() },
+        ] {
+            assert_eq!(FromWorker::try_from(wire::WorkerMessage::from(message.clone())), Ok(message));
+        }
+        for source in
+            [Source::Fresh, Source::Checkpoint { manifest_key: "k".into() }, Source::Peer { rank: 1 }]
+        {
+            let message = ToWorker::Assignment(Assignment {
+                generation,
+                rank: 1,
+                world_size: 2,
+                store_address: "a:1".into(),
+                micro_batches: MicroBatches { first: 2, count: 3 },
+                source,
+                score_teacher: true,
+            });
+            assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
+        }
+        for what in [Request::Checkpoint, Request::CheckpointAndStop] {
+            let message = ToWorker::Request { generation, what };
+            assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
+        }
+    }
+
+    #[test]
+    fn half_filled_messages_are_refused_by_name() {
+        use wire::worker_message::Kind;
+        let of = |kind| wire::WorkerMessage { kind };
+        assert!(FromWorker::try_from(of(None)).is_err());
+        let heartbeat = of(Some(Kind::Heartbeat(wire::Heartbeat::default())));
+        let error = FromWorker::try_from(heartbeat.clone()).unwrap_err();
+        assert_eq!(error.to_string(), "malformed Heartbeat: no cursor");
+        assert!(Hello::try_from(heartbeat).is_err());
+        let hello = of(Some(Kind::Hello(wire::Hello { worker_id: "w".into(), ..Default::default() })));
+        assert!(Hello::try_from(hello).unwrap_err().to_string().contains("host:port"));
+    }
+}

@@ -1,0 +1,524 @@
+//! The run specification: everything that decides what a run computes and how it is run.
+//!
+//! Read through [`crate::layers`], validated as a whole, frozen as `run.toml` in the run's folder. On resume the frozen
+//! one is compared with the one given: [`RunSpec::differences`].
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{layers, layers::LayerError};
+
+/// A run, whole. Every section has defaults; only the teacher must be named.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunSpec {
+    /// The pretrained network.
+    pub teacher: TeacherSpec,
+    /// The few-step generator.
+    pub generator: GeneratorSpec,
+    /// What SiD computes.
+    pub distillation: DistillationSpec,
+    /// Adam and the averages.
+    pub optimiser: OptimiserSpec,
+    /// When to save, and how much to keep.
+    pub checkpoint: CheckpointSpec,
+    /// When and on what to score.
+    pub evaluation: EvaluationSpec,
+    /// How many workers, and how patient to be with them.
+    pub cluster: ClusterSpec,
+}
+
+/// The pretrained score network f_φ.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TeacherSpec {
+    /// Safetensors file with the network's configuration in its metadata; a relative path is relative to the file that
+    /// names it.
+    pub weights: PathBuf,
+    /// SHA-256 of that file. Filled in when the run is frozen; given by hand, it is checked.
+    pub sha256: Option<String>,
+}
+
+/// The generator G_θ (ALGORITHM §2).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GeneratorSpec {
+    /// K, the number of steps. So far 1.
+    pub steps: u32,
+    /// Noise level at which the generator starts, EDM family: G(z) = f_θ(σ_init·z, σ_init). 2.5 in SiD.
+    pub sigma_init: f64,
+}
+
+impl Default for GeneratorSpec {
+    fn default() -> Self {
+        Self { steps: 1, sigma_init: 2.5 }
+    }
+}
+
+/// One iteration of SiD (ALGORITHM §3, §7).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistillationSpec {
+    /// Decides every random number of the run.
+    pub seed: u64,
+    /// Iterations of fake-score phase and generator phase.
+    pub iterations: u64,
+    /// Samples per phase over all ranks.
+    pub global_batch: u32,
+    /// Samples per forward pass. Divides `global_batch`; part of the trajectory, unlike the number of workers.
+    pub micro_batch: u32,
+    /// α of the generator loss: 1.2 for EDM in SiD (AFHQ 1.0), 1.0 elsewhere.
+    pub alpha: f64,
+    /// Noise law of the fake-score phase: ln σ ~ N(mean, std²).
+    pub fake_score_noise: LogNormalSpec,
+    /// Noise law of the generator phase: Karras spacing with u ~ U[0, u_max).
+    pub generator_noise: KarrasSpec,
+    /// Whether the networks' dropout layers are active while the fake score and the generator train.
+    pub dropout: bool,
+    /// Stop with an error after this many iterations in a row with non-finite gradients or losses.
+    pub non_finite_limit: u32,
+}
+
+impl Default for DistillationSpec {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            iterations: 1000,
+            global_batch: 128,
+            micro_batch: 64,
+            alpha: 1.2,
+            fake_score_noise: LogNormalSpec::default(),
+            generator_noise: KarrasSpec::default(),
+            dropout: true,
+            non_finite_limit: 10,
+        }
+    }
+}
+
+/// ln σ ~ N(mean, std²), EDM's training law (EDM table 1: −1.2, 1.2).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogNormalSpec {
+    /// Mean of ln σ.
+    pub mean: f64,
+    /// Standard deviation of ln σ.
+    pub std: f64,
+}
+
+impl Default for LogNormalSpec {
+    fn default() -> Self {
+        Self { mean: -1.2, std: 1.2 }
+    }
+}
+
+/// σ = (σ_max^{1/ρ} + (1−u)(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ, u ~ U[0, u_max) (SiD for EDM teachers).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KarrasSpec {
+    /// Smallest noise level, reached at u = 0.
+    pub sigma_min: f64,
+    /// Largest noise level, the limit at u = 1.
+    pub sigma_max: f64,
+    /// Spacing exponent.
+    pub rho: f64,
+    /// Upper end of u.
+    pub u_max: f64,
+}
+
+impl Default for KarrasSpec {
+    fn default() -> Self {
+        Self { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 }
+    }
+}
+
+/// Adam for both networks, and the generator's average (ALGORITHM §6).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimiserSpec {
+    /// Learning rate of the generator.
+    pub generator_learning_rate: f64,
+    /// Learning rate of the fake score network.
+    pub fake_score_learning_rate: f64,
+    /// β₁, β₂.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Half-life of G_ema in images; bounded by 5 % of the images seen.
+    pub ema_half_life_images: f64,
+}
+
+impl Default for OptimiserSpec {
+    fn default() -> Self {
+        Self {
+            generator_learning_rate: 1e-5,
+            fake_score_learning_rate: 1e-5,
+            betas: [0.0, 0.999],
+            epsilon: 1e-8,
+            ema_half_life_images: 500_000.0,
+        }
+    }
+}
+
+/// Checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointSpec {
+    /// Save after every so many iterations; the last iteration always saves.
+    pub every: u64,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every: 500 }
+    }
+}
+
+/// Scores while training and at the end (ALGORITHM §8).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationSpec {
+    /// Score the student after every so many iterations, and at the end; 0: only at the end.
+    pub every: u64,
+    /// Samples to score on.
+    pub samples: u32,
+    /// Decides the evaluation's noise and conditions.
+    pub seed: u64,
+    /// TorchScript extractor: images in [−1, 1] → (features [N, D], logits [N, classes]). Without one nothing is scored.
+    pub features: Option<PathBuf>,
+    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, [N]) and the pixel range
+    /// in its metadata.
+    pub reference: Option<PathBuf>,
+    /// Steps of the teacher's Heun sampler; 18 steps are 35 evaluations.
+    pub teacher_steps: u32,
+    /// k of the k-nearest-neighbour manifolds behind precision and recall.
+    pub neighbours: u32,
+}
+
+impl Default for EvaluationSpec {
+    fn default() -> Self {
+        Self {
+            every: 0,
+            samples: 2000,
+            seed: 1_000_000_007,
+            features: None,
+            reference: None,
+            teacher_steps: 18,
+            neighbours: 3,
+        }
+    }
+}
+
+/// Workers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterSpec {
+    /// Fewer than this and the run waits.
+    pub min_workers: u32,
+    /// More than this stand by.
+    pub max_workers: u32,
+    /// The one patience setting, in seconds: a worker that is silent for so long is dead. Everything else derives from
+    /// it; see [`Timeouts`].
+    pub failure_timeout_seconds: f64,
+    /// How long the run waits for `min_workers` before it gives up.
+    pub wait_timeout_seconds: f64,
+}
+
+impl Default for ClusterSpec {
+    fn default() -> Self {
+        Self { min_workers: 1, max_workers: 1, failure_timeout_seconds: 10.0, wait_timeout_seconds: 300.0 }
+    }
+}
+
+/// Every timeout of a run, derived from `failure_timeout_seconds` so that they cannot contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Between two heartbeats.
+    pub heartbeat_millis: u64,
+    /// Silent for so long: unknown.
+    pub unknown_millis: u64,
+    /// Silent for so long: dead.
+    pub dead_millis: u64,
+    /// Bound for one collective: longer than it takes to declare a silent peer dead, so that the coordinator speaks first.
+    pub collective_millis: u64,
+    /// How long to wait for workers.
+    pub wait_millis: u64,
+}
+
+impl ClusterSpec {
+    /// The derived timeouts.
+    #[must_use]
+    pub fn timeouts(&self) -> Timeouts {
+        let millis = |seconds: f64| (seconds * 1000.0) as u64;
+        let failure = self.failure_timeout_seconds;
+        Timeouts {
+            heartbeat_millis: millis(failure / 10.0).max(20),
+            unknown_millis: millis(failure / 3.0),
+            dead_millis: millis(failure),
+            collective_millis: millis(failure * 6.0),
+            wait_millis: millis(self.wait_timeout_seconds),
+        }
+    }
+}
+
+impl RunSpec {
+    /// Reads the layers, resolves relative paths against the file's folder, and validates.
+    ///
+    /// # Errors
+    /// See [`LayerError`].
+    pub fn load(file: &Path, sets: &[String]) -> Result<Self, LayerError> {
+        let mut spec: Self = layers::load(file, sets)?;
+        let folder = file.parent().unwrap_or(Path::new(""));
+        let folder = std::path::absolute(folder)
+            .map_err(|source| LayerError::Unreadable { path: file.to_owned(), source })?;
+        for path in [
+            Some(&mut spec.teacher.weights).filter(|p| !p.as_os_str().is_empty()),
+            spec.evaluation.features.as_mut(),
+            spec.evaluation.reference.as_mut(),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            *path = folder.join(&path);
+        }
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// Reads a frozen specification.
+    ///
+    /// # Errors
+    /// See [`LayerError`].
+    pub fn from_toml(text: &str) -> Result<Self, LayerError> {
+        let spec: Self = layers::from_str(text, "run.toml")?;
+        spec.validate()?;
+        Ok(spec)
+    }
+
+    /// The frozen form.
+    ///
+    /// # Errors
+    /// A value that TOML cannot hold, such as a path that is not UTF-8.
+    pub fn to_toml(&self) -> Result<String, LayerError> {
+        toml::to_string_pretty(self)
+            .map_err(|e| LayerError::Invalid { origin: "run.toml".into(), problem: e.to_string() })
+    }
+
+    /// Number of micro-batches in one iteration.
+    #[must_use]
+    pub fn micro_batches(&self) -> u32 {
+        self.distillation.global_batch / self.distillation.micro_batch
+    }
+
+    /// Checks every value and their agreement.
+    ///
+    /// # Errors
+    /// [`LayerError::OutOfRange`] with one line for each problem.
+    pub fn validate(&self) -> Result<(), LayerError> {
+        let mut problems = Vec::new();
+        let mut require = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+
+        require(
+            !self.teacher.weights.as_os_str().is_empty(),
+            "teacher.weights is missing: name the teacher's safetensors file".into(),
+        );
+        let g = &self.generator;
+        require(g.steps == 1, format!("generator.steps is {}; only 1 is supported", g.steps));
+        require(positive(g.sigma_init), format!("generator.sigma_init is {}; it must be > 0", g.sigma_init));
+
+        let d = &self.distillation;
+        require(d.iterations > 0, "distillation.iterations is 0; it must be at least 1".into());
+        require(d.micro_batch > 0, "distillation.micro_batch is 0; it must be at least 1".into());
+        require(
+            d.global_batch > 0 && d.micro_batch > 0 && d.global_batch.is_multiple_of(d.micro_batch),
+            format!(
+                "distillation.global_batch ({}) is not a multiple of distillation.micro_batch ({})",
+                d.global_batch, d.micro_batch
+            ),
+        );
+        require(
+            d.alpha.is_finite() && (0.0..=2.0).contains(&d.alpha),
+            format!("distillation.alpha is {}; it must lie in [0, 2]", d.alpha),
+        );
+        require(
+            d.fake_score_noise.mean.is_finite() && positive(d.fake_score_noise.std),
+            "distillation.fake_score_noise needs a finite mean and a std > 0".into(),
+        );
+        let n = &d.generator_noise;
+        require(
+            positive(n.sigma_min) && n.sigma_max.is_finite() && n.sigma_min < n.sigma_max,
+            format!(
+                "distillation.generator_noise needs 0 < sigma_min < sigma_max; they are {} and {}",
+                n.sigma_min, n.sigma_max
+            ),
+        );
+        require(positive(n.rho), format!("distillation.generator_noise.rho is {}; it must be > 0", n.rho));
+        require(
+            n.u_max > 0.0 && n.u_max <= 1.0,
+            format!("distillation.generator_noise.u_max is {}; it must lie in (0, 1]", n.u_max),
+        );
+        require(d.non_finite_limit > 0, "distillation.non_finite_limit is 0; it must be at least 1".into());
+
+        let o = &self.optimiser;
+        for (name, rate) in [
+            ("generator_learning_rate", o.generator_learning_rate),
+            ("fake_score_learning_rate", o.fake_score_learning_rate),
+            ("epsilon", o.epsilon),
+            ("ema_half_life_images", o.ema_half_life_images),
+        ] {
+            require(positive(rate), format!("optimiser.{name} is {rate}; it must be > 0"));
+        }
+        require(
+            o.betas.iter().all(|b| (0.0..1.0).contains(b)),
+            format!("optimiser.betas are {:?}; each must lie in [0, 1)", o.betas),
+        );
+
+        require(self.checkpoint.every > 0, "checkpoint.every is 0; it must be at least 1".into());
+
+        let e = &self.evaluation;
+        require(
+            e.features.is_some() == e.reference.is_some(),
+            "evaluation.features and evaluation.reference go together: give both or neither".into(),
+        );
+        require(e.teacher_steps >= 2, "evaluation.teacher_steps must be at least 2".into());
+        require(e.neighbours >= 1, "evaluation.neighbours must be at least 1".into());
+        require(
+            e.samples > e.neighbours,
+            format!("evaluation.samples is {}; it must exceed evaluation.neighbours", e.samples),
+        );
+
+        let c = &self.cluster;
+        require(
+            c.min_workers >= 1 && c.min_workers <= c.max_workers,
+            format!(
+                "cluster needs 1 ≤ min_workers ≤ max_workers; they are {} and {}",
+                c.min_workers, c.max_workers
+            ),
+        );
+        if d.micro_batch > 0 {
+            require(
+                c.max_workers <= self.micro_batches(),
+                format!(
+                    "{} workers but only {} micro-batches per iteration (global_batch / micro_batch): lower \
+                     distillation.micro_batch or use fewer workers",
+                    c.max_workers,
+                    self.micro_batches()
+                ),
+            );
+        }
+        require(
+            c.failure_timeout_seconds.is_finite() && (0.1..=3600.0).contains(&c.failure_timeout_seconds),
+            format!(
+                "cluster.failure_timeout_seconds is {}; it must lie in [0.1, 3600]",
+                c.failure_timeout_seconds
+            ),
+        );
+        require(
+            c.wait_timeout_seconds.is_finite() && c.wait_timeout_seconds >= c.failure_timeout_seconds,
+            format!(
+                "cluster.wait_timeout_seconds is {}; it must be at least failure_timeout_seconds ({})",
+                c.wait_timeout_seconds, c.failure_timeout_seconds
+            ),
+        );
+        if problems.is_empty() { Ok(()) } else { Err(LayerError::OutOfRange { problems }) }
+    }
+
+    /// The keys that decide the trajectory and in which `other` differs, with both values. A run may be resumed with more
+    /// iterations, other evaluations, checkpoints or workers, but not with these changed.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let trajectory = |spec: &Self| {
+            let mut spec = spec.clone();
+            spec.distillation.iterations = 0;
+            spec.distillation.non_finite_limit = 0;
+            // The file may have moved; its content may not have changed.
+            spec.teacher.weights = PathBuf::new();
+            serde_json::json!({
+                "teacher": spec.teacher,
+                "generator": spec.generator,
+                "distillation": spec.distillation,
+                "optimiser": spec.optimiser,
+            })
+        };
+        let mut found = Vec::new();
+        compare(&trajectory(self), &trajectory(other), "", &mut found);
+        found
+    }
+}
+
+fn compare(a: &serde_json::Value, b: &serde_json::Value, path: &str, found: &mut Vec<String>) {
+    match (a, b) {
+        (serde_json::Value::Object(a), serde_json::Value::Object(b)) => {
+            for (key, value) in a {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                compare(value, b.get(key).unwrap_or(&serde_json::Value::Null), &path, found);
+            }
+        }
+        _ if a != b => found.push(format!("{path}: {a} there, {b} here")),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> RunSpec {
+        let mut spec = RunSpec::default();
+        spec.teacher.weights = "teacher.safetensors".into();
+        spec
+    }
+
+    #[test]
+    fn the_frozen_form_reads_back_the_same() {
+        let mut spec = valid();
+        spec.teacher.sha256 = Some("ab".into());
+        spec.distillation.seed = 42;
+        assert_eq!(RunSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
+    }
+
+    #[test]
+    fn every_problem_is_listed_with_its_key() {
+        let mut spec = valid();
+        spec.distillation.global_batch = 100;
+        spec.distillation.micro_batch = 64;
+        spec.optimiser.generator_learning_rate = -1.0;
+        spec.cluster.min_workers = 3;
+        let error = spec.validate().unwrap_err().to_string();
+        for key in ["global_batch (100)", "generator_learning_rate is -1", "min_workers"] {
+            assert!(error.contains(key), "{error}");
+        }
+        assert!(RunSpec::default().validate().unwrap_err().to_string().contains("teacher.weights"));
+    }
+
+    #[test]
+    fn only_what_decides_the_trajectory_counts_as_a_difference() {
+        let here = valid();
+        let mut there = here.clone();
+        there.distillation.iterations += 1;
+        there.cluster.max_workers = 2;
+        there.teacher.weights = "elsewhere".into();
+        assert!(here.differences(&there).is_empty());
+        there.distillation.seed = 9;
+        there.teacher.sha256 = Some("other".into());
+        let found = there.differences(&here);
+        assert_eq!(
+            found,
+            ["distillation.seed: 9 there, 0 here", "teacher.sha256: \"other\" there, null here"]
+        );
+    }
+
+    #[test]
+    fn relative_paths_are_relative_to_their_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("run.toml");
+        std::fs::write(&file, "[teacher]\nweights = 'a/t.safetensors'").unwrap();
+        let spec = RunSpec::load(&file, &[]).unwrap();
+        assert_eq!(spec.teacher.weights, folder.path().join("a/t.safetensors"));
+    }
+}
