@@ -1,1 +1,22 @@
-//! (crate root)
+//! Score identity Distillation itself: what is computed in an iteration, and how good its result is.
+//!
+//! This crate sees networks only as [`Denoiser`](potstill_models::Denoiser)s and knows nothing of a cluster: a caller
+//! asks for the loss of one micro-batch, back-propagates and reduces as it likes, and hands the gradient to [`adam`].
+//!
+//! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
+//! - [`noise`]: the laws of the noise level σ.
+//! - [`loss`]: the two losses, as plain functions of tensors.
+//! - [`phase`]: one micro-batch of either phase, networks and losses put together.
+//! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
+//! - [`adam`], [`ema`], [`gradient`]: the optimiser step.
+//! - [`score`]: FID, precision, recall, agreement.
+
+pub mod adam;
+pub mod ema;
+pub mod gradient;
+pub mod loss;
+pub mod noise;
+pub mod phase;
+pub mod random;
+pub mod score;
+pub mod state;

@@ -1,1 +1,25 @@
-//! (crate root)
+//! Denoisers: one contract for every network, the networks of EDM, their sampler, and weights in safetensors.
+//!
+//! - [`Denoiser`]: what distillation, sampling and evaluation see of a network.
+//! - [`Parameters`]: a network's weights, views into one flat fp32 vector.
+//! - [`EdmNetwork`]: EDM preconditioning around a DDPM++, NCSN++ or ADM U-Net, compatible with the public checkpoints.
+//! - [`sampler`]: EDM's deterministic Heun sampler.
+//! - [`weights`]: reading and writing safetensors.
+//!
+//! Like tch itself, functions of tensors panic on mismatched shapes or devices: those are errors in a program, not in
+//! its input. What comes from outside (configurations, files) is checked and gives errors as values.
+
+mod builder;
+mod denoiser;
+pub mod edm;
+mod parameters;
+pub mod sampler;
+pub mod weights;
+
+pub use denoiser::{Condition, Denoiser, Mode};
+pub use edm::{
+    EdmNetwork,
+    config::{ConfigError, EdmConfig},
+};
+pub use parameters::{Entry, Parameters};
+pub use weights::{LoadError, SaveError};

@@ -1,0 +1,16 @@
+// The door to the NCCL library, which is compiled apart and opened on demand: linking libtorch_cuda.so into
+// every process would cost each start 0.13 s and 235 MB.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "guard.h"
+
+extern "C" {
+
+// The type of `potstill_nccl_backend`, the one symbol that the library exports. True when it failed.
+typedef bool potstill_nccl_backend_fn(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, int64_t timeout_ms,
+                                      int device, c10::intrusive_ptr<c10d::Backend>* out, potstill_error* error);
+
+}

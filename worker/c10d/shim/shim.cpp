@@ -1,0 +1,366 @@
+// A C face over the part of c10d that Potstill uses. Every function that can fail returns true when it did,
+// with the reason in `error`. Objects travel as owning pointers; tensors as the `at::Tensor*` that tch also
+// uses.
+#include "guard.h"
+#include "nccl_library.h"
+
+#include <c10/util/Logging.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <string_view>
+#include <thread>
+
+using potstill::failed;
+using std::chrono::milliseconds;
+
+namespace {
+
+// c10d's own Gloo group ignores abort(): a peer that is stopped, not dead, holds a collective until its
+// timeout. Failing the connections, as gloo itself does after a timeout, ends every operation on them at
+// once.
+class AbortableGloo final : public c10d::ProcessGroupGloo {
+ public:
+  using ProcessGroupGloo::ProcessGroupGloo;
+  using Clock = std::chrono::steady_clock;
+
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
+                                           const c10d::AllreduceOptions& options) override {
+    last_all_reduce_ = Clock::now();
+    return ProcessGroupGloo::allreduce(tensors, options);
+  }
+
+  // When the newest all-reduce was issued: in a backward, when the last gradient was there.
+  Clock::time_point last_all_reduce() const { return last_all_reduce_; }
+
+  void abort() override {
+    for (const auto& context : contexts_) {
+      for (int peer = 0; peer < getSize(); ++peer) {
+        auto pair = reinterpret_cast<gloo::transport::tcp::Pair*>(context->getPair(peer).get());
+        if (pair != nullptr) {
+          pair->signalExceptionExternal("the group was aborted");
+        }
+      }
+    }
+  }
+
+ private:
+  std::atomic<Clock::time_point> last_all_reduce_{Clock::time_point{}};
+};
+
+// Finds the library `name` in the folder that libtorch itself was loaded from.
+std::string beside_libtorch(const char* name) {
+  Dl_info info{};
+  auto symbol = reinterpret_cast<const void*>(&c10d::compute_bucket_assignment_by_size);
+  TORCH_CHECK(dladdr(symbol, &info) != 0, "cannot tell where libtorch was loaded from");
+  std::string path(info.dli_fname);
+  return path.substr(0, path.rfind('/') + 1) + name;
+}
+
+void* open_library(const std::string& path, int flags) {
+  void* library = dlopen(path.c_str(), flags);
+  if (library == nullptr) {
+    const char* reason = dlerror();
+    TORCH_CHECK(false, "unavailable: ", reason == nullptr ? path.c_str() : reason);
+  }
+  return library;
+}
+
+void load_cuda() {
+  // Never closed: libtorch registers kernels and devices from it for the life of the process.
+  open_library(beside_libtorch("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL);
+}
+
+struct File {
+  const int descriptor;
+  ~File() { close(descriptor); }
+};
+
+potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
+  TORCH_CHECK(length > 0, "unavailable: this program was built without NCCL");
+  load_cuda();
+  // The library travels inside the executable, so that there is no second file to install. An anonymous file
+  // gives the loader the path that it wants.
+  File file{memfd_create("potstill-nccl", MFD_CLOEXEC)};
+  for (size_t written = 0; written < length;) {
+    ssize_t n = write(file.descriptor, image + written, length - written);
+    TORCH_CHECK(n > 0, "unavailable: cannot unpack the NCCL library into memory");
+    written += static_cast<size_t>(n);
+  }
+  void* library = open_library("/proc/self/fd/" + std::to_string(file.descriptor), RTLD_NOW | RTLD_LOCAL);
+  auto symbol = reinterpret_cast<potstill_nccl_backend_fn*>(dlsym(library, "potstill_nccl_backend"));
+  TORCH_CHECK(symbol != nullptr, "unavailable: the NCCL library lacks its entry point");
+  return symbol;
+}
+
+std::vector<at::Tensor> copy_handles(at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> handles;
+  handles.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    handles.push_back(*tensors[i]);
+  }
+  return handles;
+}
+
+}  // namespace
+
+extern "C" {
+
+struct potstill_store {
+  c10::intrusive_ptr<c10d::Store> store;
+};
+
+struct potstill_group {
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  // The same backend that `group` dispatches to: called directly, it needs no dispatcher and has an abort.
+  c10::intrusive_ptr<c10d::Backend> backend;
+};
+
+struct potstill_work {
+  c10::intrusive_ptr<c10d::Work> work;
+  // Held until the operation is over, whatever the backend itself holds.
+  std::vector<at::Tensor> tensors;
+  bool on_device;
+};
+
+struct potstill_reducer {
+  std::vector<at::Tensor> params;
+  c10::intrusive_ptr<c10d::Backend> backend;
+  c10d::Reducer reducer;
+};
+
+bool potstill_load_cuda(potstill_error* error) {
+  return failed(error, [] { load_cuda(); });
+}
+
+bool potstill_store_open(const char* host, uint16_t port, bool serve, int64_t timeout_ms, potstill_store** out,
+                         uint16_t* bound_port, potstill_error* error) {
+  return failed(error, [&] {
+    // Everything begins with a store. Without this, libtorch would not heed TORCH_CPP_LOG_LEVEL.
+    c10::initLogging();
+    c10d::TCPStoreOptions options;
+    options.port = port;
+    options.isServer = serve;
+    options.waitWorkers = false;
+    options.timeout = milliseconds(timeout_ms);
+    auto store = c10::make_intrusive<c10d::TCPStore>(host, options);
+    *bound_port = store->getPort();
+    *out = new potstill_store{std::move(store)};
+  });
+}
+
+bool potstill_store_prefix(const potstill_store* store, const char* prefix, potstill_store** out, potstill_error* error) {
+  return failed(error, [&] {
+    // A connection of its own: a group that still waits for its peers holds its connection's lock, and must
+    // not hold up the next generation.
+    auto connection = store->store->clone();
+    connection->setTimeout(store->store->getTimeout());
+    *out = new potstill_store{c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(connection))};
+  });
+}
+
+void potstill_store_free(potstill_store* store) {
+  potstill_error ignored;
+  failed(&ignored, [&] { delete store; });
+}
+
+bool potstill_group_gloo(const potstill_store* store, int rank, int world, int64_t timeout_ms, const char* host,
+                         potstill_group** out, potstill_error* error) {
+  return failed(error, [&] {
+    // gloo reads this variable too. Another transport would not have the connections that AbortableGloo
+    // fails.
+    const char* transport = std::getenv("GLOO_DEVICE_TRANSPORT");
+    TORCH_CHECK(transport == nullptr || std::string_view(transport).substr(0, 3) == "TCP",
+                "GLOO_DEVICE_TRANSPORT must be TCP or TCP_TLS");
+    auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
+    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(host));
+    auto backend = c10::make_intrusive<AbortableGloo>(store->store, rank, world, options);
+    auto group = c10::make_intrusive<c10d::ProcessGroup>(store->store, rank, world);
+    group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    group->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+    *out = new potstill_group{std::move(group), std::move(backend)};
+  });
+}
+
+bool potstill_group_nccl(const uint8_t* image, size_t length, const potstill_store* store, int rank, int world,
+                         int64_t timeout_ms, int device, potstill_group** out, potstill_error* error) {
+  return failed(error, [&] {
+    static potstill_nccl_backend_fn* const make = open_nccl(image, length);
+    c10::intrusive_ptr<c10d::Backend> backend;
+    if (potstill_error inner; make(store->store, rank, world, timeout_ms, device, &backend, &inner)) {
+      TORCH_CHECK(false, inner.text);
+    }
+    auto group = c10::make_intrusive<c10d::ProcessGroup>(store->store, rank, world);
+    group->setDefaultBackend(c10d::ProcessGroup::BackendType::NCCL);
+    group->setBackend(at::kCUDA, c10d::ProcessGroup::BackendType::NCCL, backend);
+    *out = new potstill_group{std::move(group), std::move(backend)};
+  });
+}
+
+bool potstill_group_abort(const potstill_group* group, potstill_error* error) {
+  return failed(error, [&] { group->backend->abort(); });
+}
+
+// An orderly end waits for what is in flight.
+void potstill_group_free(potstill_group* group, bool orderly) {
+  potstill_error ignored;
+  failed(&ignored, [&] { orderly ? group->backend->shutdown() : group->backend->abort(); });
+  failed(&ignored, [&] { delete group; });
+}
+
+bool potstill_all_reduce(const potstill_group* group, at::Tensor* tensor, uint8_t op, potstill_work** out,
+                         potstill_error* error) {
+  return failed(error, [&] {
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::AllreduceOptions options;
+    options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(op);
+    auto work = group->backend->allreduce(tensors, options);
+    *out = new potstill_work{std::move(work), std::move(tensors), tensor->is_cuda()};
+  });
+}
+
+bool potstill_broadcast(const potstill_group* group, at::Tensor* tensor, int root, potstill_work** out,
+                        potstill_error* error) {
+  return failed(error, [&] {
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    auto work = group->backend->broadcast(tensors, options);
+    *out = new potstill_work{std::move(work), std::move(tensors), tensor->is_cuda()};
+  });
+}
+
+bool potstill_all_gather(const potstill_group* group, at::Tensor* tensor, at::Tensor* const* outputs, size_t count,
+                         potstill_work** out, potstill_error* error) {
+  return failed(error, [&] {
+    std::vector<at::Tensor> inputs{*tensor};
+    std::vector<std::vector<at::Tensor>> gathered{copy_handles(outputs, count)};
+    auto work = group->backend->allgather(gathered, inputs);
+    auto tensors = std::move(gathered[0]);
+    tensors.push_back(*tensor);
+    *out = new potstill_work{std::move(work), std::move(tensors), tensor->is_cuda()};
+  });
+}
+
+bool potstill_barrier(const potstill_group* group, potstill_work** out, potstill_error* error) {
+  return failed(error, [&] {
+    auto work = group->backend->barrier();
+    *out = new potstill_work{std::move(work), {}, group->backend->getBoundDeviceId().has_value()};
+  });
+}
+
+bool potstill_work_is_completed(const potstill_work* work, bool* completed, potstill_error* error) {
+  return failed(error, [&] { *completed = work->work->isCompleted(); });
+}
+
+// Without a timeout (0): until the operation is over, or on a device, until the current stream is ordered
+// after it.
+bool potstill_work_wait(const potstill_work* work, int64_t timeout_ms, bool* completed, potstill_error* error) {
+  return failed(error, [&] {
+    *completed = true;
+    if (timeout_ms == 0) {
+      work->work->wait();
+    } else if (work->on_device) {
+      // NCCL's own wait(timeout) marks the operation as failed when the time is up, so that a second wait
+      // could not succeed. Hence this loop.
+      auto deadline = std::chrono::steady_clock::now() + milliseconds(timeout_ms);
+      while (!work->work->isCompleted()) {
+        if (std::chrono::steady_clock::now() >= deadline) {
+          *completed = false;
+          return;
+        }
+        std::this_thread::sleep_for(milliseconds(1));
+      }
+      work->work->wait();
+    } else {
+      try {
+        work->work->wait(milliseconds(timeout_ms));
+      } catch (...) {
+        // Either the time is up or the operation failed; a completed one says by itself which.
+        *completed = work->work->isCompleted();
+        if (*completed) {
+          work->work->wait();
+        }
+      }
+    }
+  });
+}
+
+void potstill_work_free(potstill_work* work) {
+  potstill_error ignored;
+  failed(&ignored, [&] { delete work; });
+}
+
+bool potstill_reducer_new(const potstill_group* group, at::Tensor* const* params, size_t count, int64_t first_bucket_bytes,
+                          int64_t bucket_bytes, bool gradient_as_bucket_view, potstill_reducer** out,
+                          potstill_error* error) {
+  return failed(error, [&] {
+    auto handles = copy_handles(params, count);
+    c10d::verify_params_across_processes(group->group, handles, std::nullopt);
+    // Backward makes the last parameters' gradients first, so this order lets the first bucket leave early.
+    std::vector<at::Tensor> reversed(handles.rbegin(), handles.rend());
+    std::vector<size_t> limits{static_cast<size_t>(first_bucket_bytes), static_cast<size_t>(bucket_bytes)};
+    auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(reversed, limits));
+    std::unique_ptr<potstill_reducer> made(new potstill_reducer{
+        std::move(handles), group->backend,
+        c10d::Reducer(std::move(reversed), std::move(buckets), group->group, std::vector<bool>(count, false), bucket_bytes,
+                      /*find_unused_parameters=*/false, gradient_as_bucket_view, /*param_names=*/{}, first_bucket_bytes,
+                      /*skip_all_reduce_unused_params=*/false, /*use_python_reducer=*/false,
+                      /*bucket_bytes_cap_list=*/{})});
+    // After its first iteration c10d would lay out the buckets anew, in the order in which gradients arrived.
+    // The layout decides the order of the sums, so a run resumed from a checkpoint would differ in the last
+    // bits. Settling the layout now, once, keeps every iteration alike.
+    made->reducer.push_rebuilt_params_for_all_indices();
+    made->reducer.rebuild_buckets();
+    *out = made.release();
+  });
+}
+
+bool potstill_reducer_backward(potstill_reducer* reducer, const at::Tensor* loss, int64_t* exposed_ns,
+                               potstill_error* error) {
+  return failed(error, [&] {
+    reducer->reducer.prepare_for_backward({});
+    torch::autograd::backward({*loss}, {});
+    *exposed_ns = 0;
+    if (auto gloo = dynamic_cast<AbortableGloo*>(reducer->backend.get())) {
+      auto waited = AbortableGloo::Clock::now() - gloo->last_all_reduce();
+      *exposed_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count();
+    }
+    // A parameter without a gradient leaves its bucket waiting. Better to say so now than in the next
+    // iteration.
+    if (potstill_error ignored; failed(&ignored, [&] { reducer->reducer.check_finalized(); })) {
+      std::string missing;
+      for (size_t i = 0; i < reducer->params.size(); ++i) {
+        missing += reducer->params[i].grad().defined() ? "" : " " + std::to_string(i);
+      }
+      TORCH_CHECK(false, "not every parameter got a gradient in this backward; without any:", missing);
+    }
+  });
+}
+
+void potstill_reducer_free(potstill_reducer* reducer) {
+  potstill_error ignored;
+  failed(&ignored, [&] { delete reducer; });
+}
+
+bool potstill_clear_gradients(at::Tensor* const* params, size_t count, potstill_error* error) {
+  return failed(error, [&] {
+    for (size_t i = 0; i < count; ++i) {
+      params[i]->mutable_grad().reset();
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,157 @@
+//! One error type, which says what was done, by whom, and what kind of failure it was.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::time::Duration;
+
+use crate::ffi::ErrorText;
+
+/// What kind of failure it was, so that a caller can decide what to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The time was up: a peer is slow, stopped, unreachable, or never came.
+    Timeout,
+    /// A connection was refused, reset or closed: a peer, or a store's server, is gone.
+    PeerLost,
+    /// This process aborted the group.
+    Aborted,
+    /// The backend or its device is not there: no CUDA, no NCCL, no GPU.
+    Unavailable,
+    /// The arguments cannot work; nothing was sent.
+    InvalidInput,
+    /// Anything else; the text says what.
+    Other,
+}
+
+/// The place of a process in its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Member {
+    /// From 0 to `world` − 1.
+    pub rank: usize,
+    /// The number of processes in the group.
+    pub world: usize,
+}
+
+/// A failed operation.
+///
+/// It reads, for example, `all_reduce #12 on rank 1 of 3: peer lost: Connection closed by peer
+/// [10.0.0.7]:41382`. The number is the position of the operation in its group, which counts equally on all
+/// ranks.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{operation}{}: {kind}: {cause}", member.map(|m| format!(" on {m}")).unwrap_or_default())]
+pub struct Error {
+    /// What kind of failure it was.
+    pub kind: ErrorKind,
+    /// What was being done.
+    pub operation: String,
+    /// Who did it; `None` outside a group.
+    pub member: Option<Member>,
+    /// The cause, mostly in libtorch's words.
+    pub cause: String,
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ErrorKind::Timeout => "timeout",
+            ErrorKind::PeerLost => "peer lost",
+            ErrorKind::Aborted => "aborted",
+            ErrorKind::Unavailable => "unavailable",
+            ErrorKind::InvalidInput => "invalid input",
+            ErrorKind::Other => "failed",
+        })
+    }
+}
+
+impl fmt::Display for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {}", self.rank, self.world)
+    }
+}
+
+impl Error {
+    /// From libtorch's text. c10d throws a plain `std::exception` for most of what goes wrong in Gloo, so its
+    /// text is the only thing that tells a timeout from a lost peer.
+    pub(crate) fn from_text(operation: impl Into<String>, member: Option<Member>, cause: String) -> Error {
+        Error { kind: classify(&cause), operation: operation.into(), member, cause }
+    }
+
+    pub(crate) fn invalid(
+        operation: impl Into<String>,
+        member: Option<Member>,
+        cause: impl Into<String>,
+    ) -> Error {
+        Error { kind: ErrorKind::InvalidInput, operation: operation.into(), member, cause: cause.into() }
+    }
+}
+
+fn classify(cause: &str) -> ErrorKind {
+    const KINDS: [(ErrorKind, &[&str]); 3] = [
+        (ErrorKind::Unavailable, &["unavailable", "no gpus found", "no cuda gpus", "no nvidia driver"]),
+        (ErrorKind::Timeout, &["timed out", "timeout"]),
+        (
+            ErrorKind::PeerLost,
+            &[
+                "connection reset",
+                "connection closed",
+                "connection was likely closed",
+                "connection refused",
+                "broken pipe",
+                "socket closed",
+                "remote process exited",
+                "ncclremoteerror",
+            ],
+        ),
+    ];
+    let cause = cause.to_lowercase();
+    let found = KINDS.iter().find(|(_, words)| words.iter().any(|word| cause.contains(word)));
+    found.map_or(ErrorKind::Other, |(kind, _)| *kind)
+}
+
+/// Runs one function of the shim, and turns what it says into a result.
+pub(crate) fn call(function: impl FnOnce(*mut ErrorText) -> bool) -> Result<(), String> {
+    let mut error = ErrorText { text: [0; 2048] };
+    if !function(&mut error) {
+        return Ok(());
+    }
+    // SAFETY: `text` began as zeros, and the shim writes to it only through `snprintf` with its true size, so
+    // it always ends with a zero byte.
+    let text = unsafe { CStr::from_ptr(error.text.as_ptr()) };
+    Err(text.to_string_lossy().trim_end().to_owned())
+}
+
+/// For the shim, where 0 means "no limit" and a larger number than this would overflow the clock's.
+pub(crate) fn milliseconds(timeout: Duration) -> i64 {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    timeout.clamp(Duration::from_millis(1), YEAR).as_millis() as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_tells_the_kind() {
+        for (text, kind) in [
+            ("[unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation", ErrorKind::Timeout),
+            ("wait timeout after 300ms, keys: /g1/0/rank_0", ErrorKind::Timeout),
+            ("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242", ErrorKind::PeerLost),
+            ("writev [127.0.0.1]:4242: Broken pipe", ErrorKind::PeerLost),
+            ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", ErrorKind::Unavailable),
+            ("Invalid scalar type", ErrorKind::Other),
+        ] {
+            assert_eq!(classify(text), kind, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_error_says_what_who_and_why() {
+        let member = Some(Member { rank: 1, world: 3 });
+        let error = Error::from_text("all_reduce #12", member, "read: Connection reset by peer".to_owned());
+        assert_eq!(
+            error.to_string(),
+            "all_reduce #12 on rank 1 of 3: peer lost: read: Connection reset by peer"
+        );
+    }
+}

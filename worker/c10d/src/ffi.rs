@@ -1,0 +1,132 @@
+//! The C face of `shim/shim.cpp`, one declaration for each function there. Functions that return `bool`
+//! return true when they failed and then left the reason in `error`; only otherwise were the out-parameters
+//! written.
+
+use std::ffi::{c_char, c_int};
+use std::marker::{PhantomData, PhantomPinned};
+
+use torch_sys::C_tensor;
+
+/// An object that only C++ looks into. Neither `Send` nor `Sync`; the safe owners say what they are, and why.
+#[repr(C)]
+pub struct Opaque<Tag> {
+    bytes: [u8; 0],
+    marker: PhantomData<(*mut u8, PhantomPinned, Tag)>,
+}
+
+pub struct StoreTag;
+pub struct GroupTag;
+pub struct WorkTag;
+pub struct ReducerTag;
+pub type Store = Opaque<StoreTag>;
+pub type Group = Opaque<GroupTag>;
+pub type Work = Opaque<WorkTag>;
+pub type Reducer = Opaque<ReducerTag>;
+
+/// `potstill_error`: a text that ends with a zero byte.
+#[repr(C)]
+pub struct ErrorText {
+    pub text: [c_char; 2048],
+}
+
+unsafe extern "C" {
+    pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
+
+    pub fn potstill_store_open(
+        host: *const c_char,
+        port: u16,
+        serve: bool,
+        timeout_ms: i64,
+        out: *mut *mut Store,
+        bound_port: *mut u16,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_store_prefix(
+        store: *const Store,
+        prefix: *const c_char,
+        out: *mut *mut Store,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_store_free(store: *mut Store);
+
+    pub fn potstill_group_gloo(
+        store: *const Store,
+        rank: c_int,
+        world: c_int,
+        timeout_ms: i64,
+        host: *const c_char,
+        out: *mut *mut Group,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_group_nccl(
+        image: *const u8,
+        length: usize,
+        store: *const Store,
+        rank: c_int,
+        world: c_int,
+        timeout_ms: i64,
+        device: c_int,
+        out: *mut *mut Group,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_group_abort(group: *const Group, error: *mut ErrorText) -> bool;
+    pub fn potstill_group_free(group: *mut Group, orderly: bool);
+
+    pub fn potstill_all_reduce(
+        group: *const Group,
+        tensor: *const C_tensor,
+        op: u8,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_broadcast(
+        group: *const Group,
+        tensor: *const C_tensor,
+        root: c_int,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_all_gather(
+        group: *const Group,
+        tensor: *const C_tensor,
+        outputs: *const *const C_tensor,
+        count: usize,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_barrier(group: *const Group, out: *mut *mut Work, error: *mut ErrorText) -> bool;
+
+    pub fn potstill_work_is_completed(work: *const Work, completed: *mut bool, error: *mut ErrorText)
+    -> bool;
+    pub fn potstill_work_wait(
+        work: *const Work,
+        timeout_ms: i64,
+        completed: *mut bool,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_work_free(work: *mut Work);
+
+    pub fn potstill_reducer_new(
+        group: *const Group,
+        params: *const *const C_tensor,
+        count: usize,
+        first_bucket_bytes: i64,
+        bucket_bytes: i64,
+        gradient_as_bucket_view: bool,
+        out: *mut *mut Reducer,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_reducer_backward(
+        reducer: *mut Reducer,
+        loss: *const C_tensor,
+        exposed_ns: *mut i64,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_reducer_free(reducer: *mut Reducer);
+
+    pub fn potstill_clear_gradients(
+        params: *const *const C_tensor,
+        count: usize,
+        error: *mut ErrorText,
+    ) -> bool;
+}

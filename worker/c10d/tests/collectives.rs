@@ -1,0 +1,107 @@
+//! What the collectives compute.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{LONG, Seat, run, seat};
+use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, TcpStore};
+use tch::{Device, Kind, Tensor};
+
+/// Not a test by itself: what a child process runs.
+#[test]
+fn rank() {
+    match seat() {
+        None => {}
+        Some((scenario, seat)) => match scenario.as_str() {
+            "results" => results(&seat),
+            "wrong_tensors" => wrong_tensors(&seat),
+            "nccl" => nccl(&seat),
+            other => panic!("no scenario {other}"),
+        },
+    }
+}
+
+#[test]
+fn collectives_give_their_results() {
+    run("results", 2);
+    run("results", 3);
+}
+
+fn results(seat: &Seat) {
+    let group = seat.join("g1", LONG);
+    let (rank, world) = (seat.rank as i64, seat.world as i64);
+    for (op, expected) in
+        [(ReduceOp::Sum, world * (world - 1) / 2), (ReduceOp::Min, 0), (ReduceOp::Max, world - 1)]
+    {
+        for kind in [Kind::Float, Kind::Double, Kind::Int64] {
+            let tensor = Tensor::full([3, 5], rank, (kind, Device::Cpu));
+            group.all_reduce(&tensor, op).expect("issued").wait(None).expect("all_reduce");
+            assert_eq!(tensor, Tensor::full([3, 5], expected, (kind, Device::Cpu)), "{op:?} of {kind:?}");
+        }
+    }
+
+    let tensor = Tensor::full([4], rank, (Kind::Float, Device::Cpu));
+    group.broadcast(&tensor, seat.world - 1).expect("issued").wait(None).expect("broadcast");
+    assert_eq!(tensor, Tensor::full([4], world - 1, (Kind::Float, Device::Cpu)));
+
+    let (work, all) = group.all_gather(&Tensor::from_slice(&[rank, rank * rank])).expect("issued");
+    work.wait(Some(LONG)).expect("all_gather");
+    assert!(work.is_completed().expect("no failure"));
+    let expected: Vec<_> = (0..world).map(|rank| Tensor::from_slice(&[rank, rank * rank])).collect();
+    assert_eq!(all, expected);
+
+    let work = group.barrier().expect("issued");
+    work.wait(None).expect("barrier");
+    // 9 all-reduces, a broadcast and an all-gather came before.
+    assert_eq!(work.operation(), "barrier #12");
+}
+
+#[test]
+fn wrong_tensors_are_refused() {
+    run("wrong_tensors", 1);
+}
+
+fn wrong_tensors(seat: &Seat) {
+    let group = seat.join("g1", LONG);
+    let matrix = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu));
+    let sparse = matrix.to_sparse_sparse_dim(2);
+    for (tensor, cause) in [(Tensor::new(), "undefined"), (matrix.tr(), "not contiguous"), (sparse, "sparse")]
+    {
+        let error = group.all_reduce(&tensor, ReduceOp::Sum).expect_err("refused");
+        assert_eq!(error.kind, ErrorKind::InvalidInput);
+        assert!(error.to_string().starts_with("all_reduce on rank 0 of 1: invalid input"), "{error}");
+        assert!(error.cause.contains(cause), "{error}");
+    }
+    assert_eq!(kind(group.broadcast(&matrix, 1)), ErrorKind::InvalidInput);
+    assert_eq!(kind(seat.try_join("g2", 2, 2, LONG)), ErrorKind::InvalidInput);
+    assert_eq!(kind(TcpStore::connect("a\0b", 1, LONG)), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn nccl_without_a_gpu_is_an_error_value() {
+    run("nccl", 1);
+}
+
+fn nccl(seat: &Seat) {
+    // Errors where libtorch has no CUDA, and then so does the group below.
+    let _ = potstill_c10d::load_cuda();
+    if tch::Cuda::is_available() {
+        return;
+    }
+    let store = seat.store.prefix("g1").expect("a prefix");
+    let error = ProcessGroup::new(&Backend::Nccl { device: 0 }, &store, 0, 1, LONG).expect_err("refused");
+    assert_eq!(error.kind, ErrorKind::Unavailable, "{error}");
+}
+
+#[test]
+fn a_store_that_is_not_there_is_an_error_value() {
+    // Of a server that is gone again.
+    let port = TcpStore::serve("127.0.0.1", 0, LONG).expect("a store").port();
+    let error = TcpStore::connect("127.0.0.1", port, Duration::from_millis(300)).expect_err("refused");
+    assert!(matches!(error.kind, ErrorKind::Timeout | ErrorKind::PeerLost), "{error}");
+}
+
+fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorKind {
+    result.expect_err("refused").kind
+}

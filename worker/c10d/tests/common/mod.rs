@@ -1,0 +1,143 @@
+//! Clusters of real processes: a test runs its own binary again, once per rank, with the scenario's name in
+//! the environment.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::env;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use potstill_c10d::{Backend, Error, ProcessGroup, TcpStore};
+
+/// Long enough for a slow machine; no scenario waits for it.
+pub const LONG: Duration = Duration::from_secs(60);
+const SCENARIO: &str = "POTSTILL_TEST_SCENARIO";
+/// What the ranks say to the test begins so, to stand out from what libtest prints.
+const MARK: &str = "rank says ";
+
+/// A child process; it dies with this value.
+pub struct Rank {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The store's server, and the ranks that meet there.
+pub struct Cluster {
+    pub ranks: Vec<Rank>,
+    _store: TcpStore,
+}
+
+/// Starts `world` processes, each of which runs `scenario`.
+pub fn launch(scenario: &str, world: usize) -> Cluster {
+    let store = TcpStore::serve("127.0.0.1", 0, LONG).expect("a store");
+    let ranks = (0..world)
+        .map(|rank| {
+            let mut child = Command::new(env::current_exe().expect("this binary"))
+                .args(["--exact", "rank", "--nocapture", "--test-threads=1"])
+                .env(SCENARIO, format!("{scenario} {rank} {world} {}", store.port()))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("a child process");
+            let stdin = child.stdin.take();
+            let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+            Rank { child, stdin, stdout }
+        })
+        .collect();
+    Cluster { ranks, _store: store }
+}
+
+/// Starts `world` processes that run `scenario`, and expects all of them to succeed.
+pub fn run(scenario: &str, world: usize) {
+    for rank in launch(scenario, world).ranks {
+        rank.finish();
+    }
+}
+
+impl Rank {
+    /// The next thing that the rank [says](say).
+    pub fn hear(&mut self) -> String {
+        let mut line = String::new();
+        while self.stdout.read_line(&mut line).expect("a line") > 0 {
+            // libtest leaves its own line open before a test's first words.
+            if let Some((_, said)) = line.split_once(MARK) {
+                return said.trim_end().to_owned();
+            }
+            line.clear();
+        }
+        panic!("a rank ended before it said anything more");
+    }
+
+    pub fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("a signal");
+    }
+
+    /// Lets a rank go on that [waits](wait_for_test), and expects it to succeed.
+    pub fn finish(mut self) {
+        self.stdin = None;
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).expect("text");
+        let status = self.child.wait().expect("a status");
+        assert!(status.success(), "a rank failed ({status}):\n{rest}");
+    }
+}
+
+/// One process's view of its cluster.
+pub struct Seat {
+    pub rank: usize,
+    pub world: usize,
+    pub store: TcpStore,
+}
+
+/// In a child process: its scenario and its place. `None` in the test itself.
+pub fn seat() -> Option<(String, Seat)> {
+    let line = env::var(SCENARIO).ok()?;
+    let words: Vec<_> = line.split(' ').collect();
+    let number = |index: usize| words[index].parse::<usize>().expect("a number");
+    tch::set_num_threads(1);
+    let port = u16::try_from(number(3)).expect("a port");
+    let store = TcpStore::connect("127.0.0.1", port, LONG).expect("the store");
+    Some((words[0].to_owned(), Seat { rank: number(1), world: number(2), store }))
+}
+
+impl Seat {
+    pub fn join(&self, prefix: &str, timeout: Duration) -> ProcessGroup {
+        self.try_join(prefix, self.rank, self.world, timeout).expect("a group")
+    }
+
+    pub fn try_join(
+        &self,
+        prefix: &str,
+        rank: usize,
+        world: usize,
+        timeout: Duration,
+    ) -> Result<ProcessGroup, Error> {
+        let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
+        ProcessGroup::new(&backend, &self.store.prefix(prefix)?, rank, world, timeout)
+    }
+}
+
+/// Says something to the test, which [hears](Rank::hear) it.
+pub fn say(what: &str) {
+    println!("{MARK}{what}");
+    std::io::stdout().flush().expect("a pipe");
+}
+
+/// Blocks until the test lets this rank [finish](Rank::finish).
+pub fn wait_for_test() {
+    let _ = std::io::stdin().read(&mut [0]);
+}

@@ -1,0 +1,215 @@
+//! Two passes over one description of a network.
+//!
+//! A network's constructor asks a [`Scope`] for each of its tensors. In the first pass a [`Declaration`] notes names, shapes
+//! and initial laws, and hands out placeholders; in the second a [`Binding`] hands out the network's real tensors. So the
+//! layout of the flat vector and the network that uses it cannot drift apart.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
+use tch::{Device, Kind, Tensor};
+
+use crate::parameters::{Entry, Parameters};
+
+/// The law of a tensor's initial elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Init {
+    /// All equal.
+    Constant(f32),
+    /// U[−bound, bound).
+    Uniform { bound: f64 },
+    /// N(0, std²).
+    Normal { std: f64 },
+}
+
+impl Init {
+    fn draw(self, rng: &mut ChaCha8Rng, count: usize) -> Vec<f32> {
+        match self {
+            Self::Constant(value) => vec![value; count],
+            Self::Uniform { bound } => {
+                (0..count).map(|_| ((rng.random::<f64>() * 2.0 - 1.0) * bound) as f32).collect()
+            }
+            Self::Normal { std } => {
+                (0..count).map(|_| (rng.sample::<f64, _>(StandardNormal) * std) as f32).collect()
+            }
+        }
+    }
+}
+
+/// Where a buffer's values come from.
+#[derive(Clone, Debug)]
+pub(crate) enum BufferSource {
+    /// The configuration fixes them; a file that says otherwise contradicts itself.
+    Fixed(Vec<f32>),
+    /// Drawn once, then saved and loaded with the weights.
+    Drawn(Init),
+}
+
+/// A tensor that is saved but not trained.
+#[derive(Clone, Debug)]
+pub(crate) struct BufferDeclaration {
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub source: BufferSource,
+}
+
+/// Hands a network its tensors.
+pub(crate) trait Registry {
+    fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor;
+    fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor;
+    fn problem(&mut self, problem: String);
+    fn device(&self) -> Device;
+}
+
+/// A place in the tree of modules.
+pub(crate) struct Scope<'a> {
+    registry: &'a mut dyn Registry,
+    path: String,
+}
+
+impl<'a> Scope<'a> {
+    pub fn root(registry: &'a mut dyn Registry) -> Self {
+        Self { registry, path: String::new() }
+    }
+
+    pub fn child(&mut self, name: impl AsRef<str>) -> Scope<'_> {
+        let path = self.join(name.as_ref());
+        Scope { registry: self.registry, path }
+    }
+
+    fn join(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    pub fn parameter(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
+        self.registry.parameter(self.join(name), shape, init)
+    }
+
+    pub fn buffer(&mut self, name: &str, shape: &[i64], source: BufferSource) -> Tensor {
+        let declaration = BufferDeclaration { name: self.join(name), shape: shape.to_vec(), source };
+        self.registry.buffer(declaration)
+    }
+
+    /// Notes that the configuration asks for a module that cannot be.
+    pub fn problem(&mut self, problem: impl AsRef<str>) {
+        self.registry.problem(format!("{}: {}", self.path, problem.as_ref()));
+    }
+
+    pub fn device(&self) -> Device {
+        self.registry.device()
+    }
+}
+
+/// The first pass.
+#[derive(Default)]
+pub(crate) struct Declaration {
+    entries: Vec<Entry>,
+    inits: Vec<Init>,
+    buffers: Vec<BufferDeclaration>,
+    problems: Vec<String>,
+    numel: i64,
+}
+
+impl Declaration {
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    pub fn buffers(&self) -> &[BufferDeclaration] {
+        &self.buffers
+    }
+
+    /// Parameters around given values. `flat` must have as many elements as were declared.
+    pub fn parameters(self, flat: Tensor, buffers: BTreeMap<String, Tensor>) -> Parameters {
+        Parameters::new(Arc::from(self.entries), flat, buffers, true)
+    }
+
+    /// Parameters drawn on the host from ChaCha8, so that a seed means the same on every platform.
+    pub fn draw(self, seed: u64, device: Device) -> Parameters {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut values = Vec::with_capacity(self.numel as usize);
+        for (entry, init) in self.entries.iter().zip(&self.inits) {
+            values.extend(init.draw(&mut rng, entry.numel() as usize));
+        }
+        let flat = Tensor::from_slice(&values).to_device(device);
+        let mut buffers = BTreeMap::new();
+        for declaration in &self.buffers {
+            let count = declaration.shape.iter().product::<i64>() as usize;
+            let values = match &declaration.source {
+                BufferSource::Fixed(values) => values.clone(),
+                BufferSource::Drawn(init) => init.draw(&mut rng, count),
+            };
+            let tensor = Tensor::from_slice(&values).view(declaration.shape.as_slice()).to_device(device);
+            buffers.insert(declaration.name.clone(), tensor);
+        }
+        self.parameters(flat, buffers)
+    }
+}
+
+impl Registry for Declaration {
+    fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor {
+        let entry = Entry { name, shape: shape.to_vec(), offset: self.numel };
+        self.numel += entry.numel();
+        self.entries.push(entry);
+        self.inits.push(init);
+        placeholder(shape)
+    }
+
+    fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor {
+        let placeholder = placeholder(&declaration.shape);
+        self.buffers.push(declaration);
+        placeholder
+    }
+
+    fn problem(&mut self, problem: String) {
+        self.problems.push(problem);
+    }
+
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+}
+
+/// Has the shape but no memory of that size.
+fn placeholder(shape: &[i64]) -> Tensor {
+    Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
+}
+
+/// The second pass.
+pub(crate) struct Binding<'a> {
+    parameters: &'a Parameters,
+    next: usize,
+}
+
+impl<'a> Binding<'a> {
+    pub fn new(parameters: &'a Parameters) -> Self {
+        Self { parameters, next: 0 }
+    }
+}
+
+impl Registry for Binding<'_> {
+    fn parameter(&mut self, name: String, _shape: &[i64], _init: Init) -> Tensor {
+        let index = self.next;
+        self.next += 1;
+        debug_assert_eq!(self.parameters.entries()[index].name, name, "both passes run the same code");
+        self.parameters.leaves()[index].shallow_clone()
+    }
+
+    fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor {
+        self.parameters.buffers()[&declaration.name].shallow_clone()
+    }
+
+    fn problem(&mut self, problem: String) {
+        debug_assert!(false, "declared without problems, yet {problem}");
+    }
+
+    fn device(&self) -> Device {
+        self.parameters.flat().device()
+    }
+}

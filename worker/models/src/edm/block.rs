@@ -1,0 +1,191 @@
+//! The residual block of all three architectures.
+
+use tch::Tensor;
+
+use super::layers::{Conv2d, Direction, GroupNorm, InitLaw, Linear, Resample};
+use crate::{builder::Scope, denoiser::Mode};
+
+/// How the embedding enters a block.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Injection {
+    /// Added before the second normalisation: DDPM++ and NCSN++.
+    Shift,
+    /// Scales and shifts what the second normalisation gives: ADM.
+    ScaleShift,
+}
+
+/// Number of attention heads.
+#[derive(Clone, Copy)]
+pub(crate) enum Heads {
+    /// One: DDPM++ and NCSN++.
+    One,
+    /// As many as have at least so many channels each: ADM. In a narrower block that is none at all, and it goes without
+    /// attention.
+    OfChannels(i64),
+}
+
+/// What the blocks of one network have in common.
+pub(crate) struct BlockStyle<'a> {
+    pub embedding_channels: i64,
+    pub dropout: f64,
+    pub injection: Injection,
+    pub heads: Heads,
+    /// Factor on the sum of a residual branch and its skip.
+    pub skip_scale: f64,
+    pub eps: f64,
+    pub resample_filter: &'a [f64],
+    /// Whether the skip of a resampling block has a 1×1 convolution even when the number of channels stays.
+    pub resample_projection: bool,
+    pub init: InitLaw,
+    pub init_zero: InitLaw,
+    pub init_attention: InitLaw,
+}
+
+/// What distinguishes a block.
+#[derive(Clone, Copy)]
+pub(crate) struct BlockShape {
+    pub inputs: i64,
+    pub outputs: i64,
+    pub resample: Option<Direction>,
+    pub attention: bool,
+}
+
+/// Normalise, activate, convolve, twice; the embedding in between, a skip around, and self-attention after.
+pub(crate) struct UNetBlock {
+    norm0: GroupNorm,
+    resample0: Option<Resample>,
+    conv0: Conv2d,
+    affine: Linear,
+    injection: Injection,
+    norm1: GroupNorm,
+    dropout: f64,
+    conv1: Conv2d,
+    skip: Skip,
+    skip_scale: f64,
+    attention: Option<Attention>,
+}
+
+struct Skip {
+    projection: Option<Conv2d>,
+    resample: Option<Resample>,
+}
+
+struct Attention {
+    norm: GroupNorm,
+    qkv: Conv2d,
+    projection: Conv2d,
+    heads: i64,
+}
+
+impl UNetBlock {
+    pub fn new(mut scope: Scope, style: &BlockStyle, shape: BlockShape) -> Self {
+        let BlockShape { inputs, outputs, resample, attention } = shape;
+        let resampler = |scope: &mut Scope, channels| {
+            resample.map(|direction| Resample::new(scope, channels, style.resample_filter, direction))
+        };
+        let norm0 = GroupNorm::new(scope.child("norm0"), inputs, style.eps);
+        let mut conv0_scope = scope.child("conv0");
+        let conv0 = Conv2d::new(&mut conv0_scope, inputs, outputs, 3, style.init);
+        let resample0 = resampler(&mut conv0_scope, inputs);
+        let modulation = if style.injection == Injection::ScaleShift { outputs * 2 } else { outputs };
+        let affine = Linear::new(scope.child("affine"), style.embedding_channels, modulation, true, style.init);
+        let norm1 = GroupNorm::new(scope.child("norm1"), outputs, style.eps);
+        let conv1 = Conv2d::new(&mut scope.child("conv1"), outputs, outputs, 3, style.init_zero);
+
+        let mut skip_scope = scope.child("skip");
+        let projected = inputs != outputs || (resample.is_some() && style.resample_projection);
+        let skip = Skip {
+            projection: projected.then(|| Conv2d::new(&mut skip_scope, inputs, outputs, 1, style.init)),
+            resample: resampler(&mut skip_scope, inputs),
+        };
+
+        let heads = match style.heads {
+            Heads::One => 1,
+            Heads::OfChannels(channels) => outputs / channels,
+        };
+        let attention = (attention && heads > 0).then(|| {
+            if outputs % heads != 0 {
+                scope.problem(format!("{outputs} channels do not split into {heads} attention heads"));
+            }
+            Attention {
+                norm: GroupNorm::new(scope.child("norm2"), outputs, style.eps),
+                qkv: Conv2d::new(&mut scope.child("qkv"), outputs, outputs * 3, 1, style.init_attention),
+                projection: Conv2d::new(&mut scope.child("proj"), outputs, outputs, 1, style.init_zero),
+                heads,
+            }
+        });
+        Self {
+            norm0,
+            resample0,
+            conv0,
+            affine,
+            injection: style.injection,
+            norm1,
+            dropout: style.dropout,
+            conv1,
+            skip,
+            skip_scale: style.skip_scale,
+            attention,
+        }
+    }
+
+    /// `x` [N, C, H, W] and the embedding [N or 1, E].
+    pub fn forward(&self, x: &Tensor, embedding: &Tensor, mode: Mode) -> Tensor {
+        let mut h = self.norm0.forward(x).silu();
+        if let Some(resample) = &self.resample0 {
+            h = resample.forward(&h);
+        }
+        h = self.conv0.forward(&h);
+        let modulation = self.affine.forward(embedding).unsqueeze(2).unsqueeze(3);
+        h = match self.injection {
+            Injection::Shift => self.norm1.forward(&h.g_add_(&modulation)),
+            Injection::ScaleShift => {
+                let [scale, shift] = halves(&modulation);
+                shift.addcmul(&self.norm1.forward(&h), &(scale + 1.0))
+            }
+        }
+        .silu();
+        if mode == Mode::Train && self.dropout > 0.0 {
+            h = h.dropout(self.dropout, true);
+        }
+        h = self.conv1.forward(&h);
+        h = self.scaled(h.g_add_(&self.skip.forward(x)));
+        match &self.attention {
+            Some(attention) => self.scaled(attention.forward(&h).g_add_(&h)),
+            None => h,
+        }
+    }
+
+    fn scaled(&self, mut x: Tensor) -> Tensor {
+        if self.skip_scale == 1.0 { x } else { x.g_mul_scalar_(self.skip_scale) }
+    }
+}
+
+fn halves(x: &Tensor) -> [Tensor; 2] {
+    let half = x.size()[1] / 2;
+    [x.narrow(1, 0, half), x.narrow(1, half, half)]
+}
+
+impl Skip {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        match (&self.projection, &self.resample) {
+            (None, None) => x.shallow_clone(),
+            (Some(projection), None) => projection.forward(x),
+            (None, Some(resample)) => resample.forward(x),
+            (Some(projection), Some(resample)) => projection.forward(&resample.forward(x)),
+        }
+    }
+}
+
+impl Attention {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let size = x.size();
+        let (samples, channels) = (size[0] * self.heads, size[1] / self.heads);
+        // Queries, keys and values alternate along the channels of a head.
+        let qkv = self.qkv.forward(&self.norm.forward(x)).view([samples, channels, 3, -1]);
+        let [q, k, v] = [qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)];
+        let scores = q.transpose(1, 2).bmm(&k) * (channels as f64).sqrt().recip();
+        let attended = v.bmm(&scores.softmax(-1, None).transpose(1, 2));
+        self.projection.forward(&attended.view(size.as_slice()))
+    }
+}

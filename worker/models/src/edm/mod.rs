@@ -1,0 +1,177 @@
+//! The networks of EDM (2206.00364): preconditioning around a DDPM++, NCSN++ or ADM U-Net.
+//!
+//! Parameters and buffers have the names of the public checkpoints, and their order.
+
+mod block;
+pub mod config;
+mod dhariwal_unet;
+mod layers;
+mod preconditioning;
+mod song_unet;
+mod unet;
+
+use std::{collections::BTreeMap, path::Path};
+
+use tch::{Device, Kind, Tensor};
+
+use self::{
+    config::{ConfigError, EdmConfig},
+    preconditioning::Coefficients,
+    unet::{Inputs, UNet},
+};
+use crate::{
+    builder::{Binding, Scope},
+    denoiser::{Condition, Denoiser, Mode},
+    parameters::Parameters,
+    weights::{self, Archive, LoadError},
+};
+
+/// An EDM network: `D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4)` with a U-Net `F` (2206.00364, eq. 7). Time is σ.
+pub struct EdmNetwork {
+    config: EdmConfig,
+    parameters: Parameters,
+    unet: UNet,
+}
+
+impl EdmNetwork {
+    /// A new network with the official laws of initial weights, drawn from `seed`. The same seed gives the same weights on
+    /// every platform; the official code draws others from the same laws.
+    ///
+    /// # Errors
+    /// When the configuration describes no network.
+    pub fn initialise(config: EdmConfig, seed: u64, device: Device) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let parameters = config.declare()?.draw(seed, device);
+        Ok(Self::bind(config, parameters))
+    }
+
+    /// Reads a file that [`to_safetensors`](Denoiser::to_safetensors) made.
+    ///
+    /// # Errors
+    /// [`LoadError`], with the path.
+    pub fn load(path: &Path, device: Device) -> Result<Self, LoadError> {
+        let bytes = weights::read(path)?;
+        Self::from_bytes(&bytes, device).map_err(|e| e.in_file(path))
+    }
+
+    /// [`load`](Self::load) from a file's bytes.
+    ///
+    /// # Errors
+    /// [`LoadError`]: damaged, without configuration, or with tensors that do not fit it, each of them named.
+    pub fn from_bytes(bytes: &[u8], device: Device) -> Result<Self, LoadError> {
+        let archive = Archive::from_bytes(bytes)?;
+        let config = archive.metadata.get(weights::CONFIG_KEY).ok_or(LoadError::NoConfig)?;
+        let config = serde_json::from_str(config).map_err(LoadError::ConfigSyntax)?;
+        Self::from_tensors(config, &archive.tensors, device)
+    }
+
+    /// A network with given parameters and buffers, which are copied. They must be exactly those of the configuration, in
+    /// fp32 or something that fp32 holds.
+    ///
+    /// # Errors
+    /// [`LoadError::Config`] and [`LoadError::Tensors`].
+    pub fn from_tensors(
+        config: EdmConfig,
+        tensors: &BTreeMap<String, Tensor>,
+        device: Device,
+    ) -> Result<Self, LoadError> {
+        let parameters = weights::assemble(config.declare()?, tensors, device)?;
+        Ok(Self::bind(config, parameters))
+    }
+
+    /// The network around parameters that were declared by this configuration.
+    fn bind(config: EdmConfig, parameters: Parameters) -> Self {
+        let mut binding = Binding::new(&parameters);
+        let unet = UNet::new(&mut Scope::root(&mut binding).child("model"), &config);
+        Self { config, parameters, unet }
+    }
+
+    fn rebind(&self, flat: Tensor, trainable: bool) -> Self {
+        let buffers = self.parameters.buffers().iter().map(|(name, b)| (name.clone(), b.shallow_clone()));
+        let entries = self.parameters.shared_entries();
+        Self::bind(self.config.clone(), Parameters::new(entries, flat, buffers.collect(), trainable))
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &EdmConfig {
+        &self.config
+    }
+
+    /// [`denoise`](Denoiser::denoise) with augmentation labels [N, `augment_dim`] (2206.00364, appendix F.2). Without them
+    /// a sample counts as not augmented, which is what all-zero labels say.
+    ///
+    /// # Panics
+    /// As `denoise`, and when a network without augmentation labels gets some.
+    pub fn denoise_augmented(
+        &self,
+        x_t: &Tensor,
+        time: &Tensor,
+        condition: &Condition,
+        augment_labels: Option<&Tensor>,
+        mode: Mode,
+    ) -> Tensor {
+        let x = x_t.to_kind(Kind::Float);
+        let sigma = time.to_kind(Kind::Float).reshape([-1]);
+        let labels = match condition {
+            Condition::None => None,
+            Condition::Class(labels) => Some(labels),
+        };
+        let coefficients = Coefficients::new(&sigma, self.config.sigma_data);
+        let inputs = Inputs {
+            noise: &coefficients.noise,
+            labels: self.side_input("class", labels, self.config.label_dim),
+            augment: self.side_input("augmentation", augment_labels, self.config.augment_dim),
+            mode,
+        };
+        let output = self.unet.forward(&coefficients.network_input(&x), &inputs);
+        coefficients.denoised(&x, &output)
+    }
+
+    /// Given or all-zero labels of a network that takes some. Zeros, and not nothing, so that the layer which maps them
+    /// takes part and gets a gradient.
+    fn side_input(&self, what: &str, given: Option<&Tensor>, width: i64) -> Option<Tensor> {
+        match given {
+            Some(labels) if width > 0 => Some(labels.to_kind(Kind::Float)),
+            Some(_) => panic!("{what} labels given to a network that takes none"),
+            None => {
+                let device = self.parameters.flat().device();
+                (width > 0).then(|| Tensor::zeros([1, width], (Kind::Float, device)))
+            }
+        }
+    }
+}
+
+impl Denoiser for EdmNetwork {
+    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        self.denoise_augmented(x_t, time, condition, None, mode)
+    }
+
+    fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    fn sample_shape(&self) -> [i64; 3] {
+        [self.config.img_channels, self.config.img_resolution, self.config.img_resolution]
+    }
+
+    fn classes(&self) -> i64 {
+        self.config.label_dim
+    }
+
+    fn time_range(&self) -> [f64; 2] {
+        [self.config.sigma_min, self.config.sigma_max]
+    }
+
+    fn duplicate(&self) -> Box<dyn Denoiser> {
+        Box::new(self.rebind(self.parameters.flat().copy(), true))
+    }
+
+    fn frozen(&self) -> Box<dyn Denoiser> {
+        Box::new(self.rebind(self.parameters.flat().shallow_clone(), false))
+    }
+
+    fn config_json(&self) -> String {
+        serde_json::to_string(&self.config).unwrap_or_else(|e| unreachable!("plain numbers and names: {e}"))
+    }
+}

@@ -1,0 +1,230 @@
+//! Networks in safetensors files: named tensors, and the configuration as JSON under the metadata key `config`.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
+
+use safetensors::{
+    SafeTensors,
+    tensor::{Dtype, SafeTensorError, TensorView},
+};
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    builder::{BufferSource, Declaration},
+    edm::config::ConfigError,
+    parameters::Parameters,
+};
+
+/// Metadata key of the architecture's configuration.
+pub const CONFIG_KEY: &str = "config";
+
+/// Why weights could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The file is not there or cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// Any of the others, and in which file.
+    #[error("{}: {source}", path.display())]
+    InFile {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<LoadError>,
+    },
+    /// Not safetensors, cut off, or damaged.
+    #[error("not a valid safetensors file, or damaged: {0}")]
+    Malformed(#[from] SafeTensorError),
+    /// The metadata has no configuration.
+    #[error("the metadata has no `{CONFIG_KEY}`, the architecture as JSON")]
+    NoConfig,
+    /// The configuration is not JSON of the expected form.
+    #[error("the `{CONFIG_KEY}` in the metadata: {0}")]
+    ConfigSyntax(#[source] serde_json::Error),
+    /// The configuration is well-formed but describes no network.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tensors are not those of the configured network.
+    #[error("the tensors do not fit the configuration:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
+    Tensors {
+        /// One line for each tensor that is missing, surplus, or of another shape, kind or value.
+        problems: Vec<String>,
+    },
+}
+
+impl LoadError {
+    pub(crate) fn in_file(self, path: &Path) -> Self {
+        Self::InFile { path: path.to_owned(), source: Box::new(self) }
+    }
+}
+
+/// Why a network could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The caller's metadata would hide the configuration.
+    #[error("the metadata key `{CONFIG_KEY}` is taken by the architecture")]
+    ReservedKey,
+    /// The format cannot hold it.
+    #[error("cannot write safetensors: {0}")]
+    Format(#[from] SafeTensorError),
+}
+
+/// What a safetensors file holds.
+pub struct Archive {
+    /// Free-form metadata.
+    pub metadata: BTreeMap<String, String>,
+    /// Tensors by name, of the kinds they were stored in, on the host.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Archive {
+    /// Parses a file's bytes.
+    ///
+    /// # Errors
+    /// [`LoadError::Malformed`]; [`LoadError::Tensors`] naming tensors of kinds that libtorch does not have.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, LoadError> {
+        let (_, header) = SafeTensors::read_metadata(bytes)?;
+        let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+        let (mut tensors, mut problems) = (BTreeMap::new(), Vec::new());
+        for (name, view) in SafeTensors::deserialize(bytes)?.iter() {
+            match kind(view.dtype()) {
+                Some(kind) => {
+                    let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+                    tensors.insert(name.to_owned(), Tensor::from_data_size(view.data(), &shape, kind));
+                }
+                None => problems.push(format!("{name} is of kind {:?}, which libtorch does not have", view.dtype())),
+            }
+        }
+        if problems.is_empty() { Ok(Self { metadata, tensors }) } else { Err(LoadError::Tensors { problems }) }
+    }
+
+    /// Reads and parses a file.
+    ///
+    /// # Errors
+    /// Those of [`from_bytes`](Self::from_bytes) with the path, and [`LoadError::Unreadable`].
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        let bytes = read(path)?;
+        Self::from_bytes(&bytes).map_err(|e| e.in_file(path))
+    }
+
+    /// The tensors whose names begin with `prefix`, under the rest of their names.
+    #[must_use]
+    pub fn with_prefix(&self, prefix: &str) -> BTreeMap<String, Tensor> {
+        self.tensors
+            .iter()
+            .filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor.shallow_clone())))
+            .collect()
+    }
+}
+
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+    std::fs::read(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
+}
+
+fn kind(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F64 => Kind::Double,
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::I16 => Kind::Int16,
+        Dtype::I8 => Kind::Int8,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        _ => return None,
+    })
+}
+
+/// Checks `tensors` against a declared network, all of them, and makes its parameters.
+pub(crate) fn assemble(
+    declaration: Declaration,
+    tensors: &BTreeMap<String, Tensor>,
+    device: Device,
+) -> Result<Parameters, LoadError> {
+    let mut problems = Vec::new();
+    let mut expected = BTreeMap::new();
+    expected.extend(declaration.entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())));
+    expected.extend(declaration.buffers().iter().map(|b| (b.name.as_str(), b.shape.as_slice())));
+    for (name, shape) in &expected {
+        match tensors.get(*name) {
+            None => problems.push(format!("{name} {shape:?} is missing")),
+            Some(tensor) if tensor.size() != *shape => {
+                problems.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()));
+            }
+            // Kinds that fp32 holds exactly.
+            Some(tensor) if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) => {
+                problems.push(format!("{name} is of kind {:?}, expected Float, Half or BFloat16", tensor.kind()));
+            }
+            Some(_) => {}
+        }
+    }
+    let surplus = tensors.iter().filter(|(name, _)| !expected.contains_key(name.as_str()));
+    problems.extend(surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.size())));
+    if problems.is_empty() {
+        for buffer in declaration.buffers() {
+            let BufferSource::Fixed(values) = &buffer.source else { continue };
+            let stored = &tensors[&buffer.name];
+            let wanted = Tensor::from_slice(values).view(buffer.shape.as_slice()).to_device(stored.device());
+            if !stored.to_kind(Kind::Float).allclose(&wanted, 1e-5, 1e-6, false) {
+                problems.push(format!("{} differs from what the configuration says", buffer.name));
+            }
+        }
+    }
+    if !problems.is_empty() {
+        return Err(LoadError::Tensors { problems });
+    }
+    let fp32 = |name: &str| tensors[name].detach().to_device(device).to_kind(Kind::Float);
+    let values: Vec<Tensor> = declaration.entries().iter().map(|e| fp32(&e.name).reshape([-1])).collect();
+    // Buffers are copied, so that the network never shares memory with the map.
+    let buffers = declaration.buffers().iter().map(|b| (b.name.clone(), fp32(&b.name).copy())).collect();
+    Ok(declaration.parameters(Tensor::cat(&values, 0), buffers))
+}
+
+/// Parameters and buffers, with `config` and `metadata` in the header.
+pub(crate) fn to_safetensors(
+    parameters: &Parameters,
+    config: &str,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, SaveError> {
+    if metadata.contains_key(CONFIG_KEY) {
+        return Err(SaveError::ReservedKey);
+    }
+    let names = parameters.entries().iter().map(|entry| &entry.name);
+    let leaves = names.zip(parameters.leaves());
+    let tensors: Vec<(&String, Vec<usize>, Vec<u8>)> = leaves
+        .chain(parameters.buffers())
+        .map(|(name, tensor)| {
+            let shape = tensor.size().iter().map(|d| *d as usize).collect();
+            let host = tensor.detach().to_device(Device::Cpu).contiguous();
+            let mut bytes = vec![0; host.numel() * 4];
+            host.copy_data_u8(&mut bytes, host.numel());
+            (name, shape, bytes)
+        })
+        .collect();
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, SafeTensorError>>()?;
+    let mut header: BTreeMap<String, String> = metadata.clone();
+    header.insert(CONFIG_KEY.to_owned(), config.to_owned());
+    let unordered: HashMap<String, String> = header.clone().into_iter().collect();
+    // The writer takes metadata in a hash map and writes it in the map's order, which changes from run to run. Its length
+    // does not, so the same in sorted order fits in its place.
+    let found = serde_json::to_string(&unordered).map_err(SafeTensorError::from)?;
+    let sorted = serde_json::to_string(&header).map_err(SafeTensorError::from)?;
+    let mut bytes = safetensors::serialize(views, Some(unordered))?;
+    let start = bytes.windows(found.len()).position(|window| window == found.as_bytes());
+    if let Some(start) = start {
+        bytes[start..start + sorted.len()].copy_from_slice(sorted.as_bytes());
+    }
+    Ok(bytes)
+}
