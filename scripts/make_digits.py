@@ -26,6 +26,7 @@ METADATA = {
     "origin": "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits (test set), "
     "UCI Machine Learning Repository, https://doi.org/10.24432/C50P49",
     "licence": "CC BY 4.0",
+    "pixel_max": str(LEVELS),
 }
 
 

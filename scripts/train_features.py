@@ -107,7 +107,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> DigitFeatures:
-    """Train for a fixed number of epochs (the held-out images choose nothing); the result is in eval mode."""
+    """Train for a fixed number of epochs, never stopped by a held-out score; the result is in eval mode."""
     model = DigitFeatures()
     steps = epochs * (len(images) // BATCH)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)

@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     cursor::{Cursor, Generation, Phase},
     shard::MicroBatches,
@@ -113,7 +115,8 @@ pub enum FromWorker {
 }
 
 /// Where the state of a generation comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
 pub enum Source {
     /// From the teacher: iteration 0.
     Fresh,

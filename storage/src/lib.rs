@@ -1,1 +1,24 @@
-//! (crate root)
+//! What lies on object storage, used by the coordinator and by its workers.
+//!
+//! ```text
+//! <root>/runs/<run>/run.toml                                                   the frozen specification
+//! <root>/runs/<run>/journal/<20 digits>.json                                   create-only records
+//! <root>/runs/<run>/checkpoints/<12 digits>/<unique>/rank-003-of-008.safetensors
+//! <root>/runs/<run>/checkpoints/<12 digits>/manifest.json                      create-only: the commit
+//! ```
+//!
+//! Commits use one conditional write only, "create if absent", which every store has. [`Root::probe`] refuses a store that
+//! ignores it.
+
+pub mod checkpoint;
+mod error;
+pub mod journal;
+pub mod layout;
+mod root;
+mod run;
+mod run_id;
+
+pub use error::Error;
+pub use root::Root;
+pub use run::Run;
+pub use run_id::{BadRunId, RunId};

@@ -1,2 +1,49 @@
-//! (binary)
-fn main() {}
+//! `potstill-worker`: the half of Potstill that links libtorch.
+
+mod agent;
+mod checkpoint;
+mod control_lane;
+mod dataset;
+mod evaluation;
+mod lifeline;
+mod logging;
+mod pictures;
+mod rank;
+mod session;
+mod teacher;
+mod training;
+mod transfer;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Potstill's worker: trains, scores and saves on behalf of a coordinator.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One per node: keeps the ranks of this machine alive until the run is over.
+    Agent(agent::Arguments),
+    /// One per device: attaches to the coordinator and trains.
+    Rank(rank::Arguments),
+    /// Trains a small EDM teacher on an image file.
+    TrainTeacher(teacher::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Agent(arguments) => agent::main(arguments),
+        Command::Rank(arguments) => rank::main(arguments),
+        Command::TrainTeacher(arguments) => teacher::main(arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,2 +1,122 @@
-//! Pure.
+//! The coordinator's state machine.
+//!
+//! [`Core::step`] takes the time and an event and says what to do about it, as data. It reads no clock, draws no random
+//! number and touches no network or storage: a recorded sequence of events gives the same actions again, and a simulated
+//! world can drive thousands of workers through it.
+//!
+//! One job for each module: who is attached and alive ([`membership`]); who gets which place in a generation and where
+//! its state comes from ([`assignment`]); what every iteration computed, exactly once ([`steps`]); which checkpoints exist
+//! ([`ledger`]); and the life of the run that ties them together ([`Core`]).
+
+pub mod assignment;
+mod core;
+pub mod ledger;
+pub mod membership;
 pub mod observation;
+pub mod record;
+pub mod steps;
+
+use potstill_proto::message::{FromWorker, Hello, ToWorker};
+
+pub use crate::core::{Core, Setup};
+use crate::{
+    ledger::Checkpoint,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+
+/// A moment on the coordinator's monotonic clock, in milliseconds since an arbitrary start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tick(pub u64);
+
+impl Tick {
+    /// The moment `millis` later.
+    #[must_use]
+    pub fn after(self, millis: u64) -> Self {
+        Self(self.0.saturating_add(millis))
+    }
+}
+
+/// One `Attach` stream. A number never repeats within a coordinator's life, so that what a dead stream still says cannot
+/// be taken for the word of its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StreamId(pub u64);
+
+/// What happens to the coordinator.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The first event: the journal is open and workers may come.
+    Started,
+    /// A worker said hello on a new stream.
+    Attached {
+        /// The stream.
+        stream: StreamId,
+        /// What it said.
+        hello: Hello,
+    },
+    /// A worker said something after its hello.
+    Received {
+        /// On which stream.
+        stream: StreamId,
+        /// What it said.
+        message: FromWorker,
+    },
+    /// A stream is gone.
+    Closed {
+        /// Which one.
+        stream: StreamId,
+        /// How that was noticed.
+        reason: String,
+    },
+    /// A deadline may have passed.
+    Timer,
+    /// Storage answered [`Action::Commit`].
+    CommitAnswered {
+        /// The checkpoint's iteration.
+        iteration: u64,
+        /// The manifest's key below the run's folder, or why there is no manifest.
+        result: Result<String, String>,
+    },
+    /// Somebody asked the run to save and stop.
+    StopRequested {
+        /// Who, and why.
+        reason: String,
+    },
+    /// Whoever keeps the workers alive has given up.
+    WorkersUnavailable {
+        /// Why.
+        reason: String,
+    },
+    /// The journal cannot be continued: another coordinator owns it, or storage is lost.
+    JournalLost {
+        /// Which, and why.
+        reason: String,
+    },
+}
+
+/// What the coordinator must do, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send a message to a worker.
+    Send {
+        /// Its stream.
+        stream: StreamId,
+        /// The message.
+        message: ToWorker,
+    },
+    /// End a stream after what was sent on it.
+    Close {
+        /// Which one.
+        stream: StreamId,
+    },
+    /// Append to the journal. No later action may be executed before the record is durable.
+    Persist(Record),
+    /// Write a checkpoint's manifest; the answer comes as [`Event::CommitAnswered`].
+    Commit(Checkpoint),
+    /// Tell people.
+    Observe(Observation),
+    /// Log a decision that is no transition, such as a message that was ignored, with its reason.
+    Log(String),
+    /// The run is over; nothing follows.
+    End(Outcome),
+}

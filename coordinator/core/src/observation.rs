@@ -1,6 +1,7 @@
 //! What the core tells people about: the source of the progress bar, the log, the metrics and the summary.
 
 use potstill_proto::{cursor::Generation, message::Source, wire};
+use serde::{Deserialize, Serialize};
 
 /// Something that happened, with its reason where there was a choice.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,7 +38,8 @@ pub enum Observation {
         /// Why it was formed.
         reason: String,
     },
-    /// Every rank has reported this iteration.
+    /// An iteration is finished: every rank has reported it, or the members that lived on had completed it. An index comes
+    /// again only where a run had to go back to an older checkpoint because nobody held its newest state any more.
     Iteration(IterationTotals),
     /// The teacher or the student was scored.
     Evaluated(wire::EvaluationReport),
@@ -87,7 +89,8 @@ pub struct IterationTotals {
 }
 
 /// How a run ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "how", rename_all = "kebab-case")]
 pub enum Outcome {
     /// All iterations are done and the last checkpoint is committed.
     Succeeded {

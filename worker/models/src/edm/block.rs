@@ -96,7 +96,8 @@ impl UNetBlock {
         let projected = inputs != outputs || (resample.is_some() && style.resample_projection);
         let skip = Skip {
             projection: projected.then(|| Conv2d::new(&mut skip_scope, inputs, outputs, 1, style.init)),
-            resample: resampler(&mut skip_scope, inputs),
+            // Upsampling comes after the projection.
+            resample: resampler(&mut skip_scope, if resample == Some(Direction::Up) { outputs } else { inputs }),
         };
 
         let heads = match style.heads {
@@ -135,21 +136,28 @@ impl UNetBlock {
         if let Some(resample) = &self.resample0 {
             h = resample.forward(&h);
         }
-        h = self.conv0.forward(&h);
-        let modulation = self.affine.forward(embedding).unsqueeze(2).unsqueeze(3);
+        let modulate = |modulation: Tensor| modulation.unsqueeze(2).unsqueeze(3);
         h = match self.injection {
-            Injection::Shift => self.norm1.forward(&h.g_add_(&modulation)),
+            Injection::Shift => {
+                // The convolution's bias travels with the shift, which is cheaper to add and to sum gradients for.
+                let shift = modulate(self.affine.forward_plus(embedding, self.conv0.bias()));
+                self.norm1.forward(&self.conv0.with_bias(&h, None).g_add_(&shift))
+            }
             Injection::ScaleShift => {
-                let [scale, shift] = halves(&modulation);
-                shift.addcmul(&self.norm1.forward(&h), &(scale + 1.0))
+                let [scale, shift] = halves(&modulate(self.affine.forward(embedding)));
+                shift.addcmul(&self.norm1.forward(&self.conv0.forward(&h)), &(scale + 1.0))
             }
         }
         .silu();
         if mode == Mode::Train && self.dropout > 0.0 {
             h = h.dropout(self.dropout, true);
         }
-        h = self.conv1.forward(&h);
-        h = self.scaled(h.g_add_(&self.skip.forward(x)));
+        h = match self.skip.bias() {
+            // Both biases are added to the same sum, so their gradients are one.
+            Some(bias) => self.conv1.with_bias(&h, Some(&(self.conv1.bias() + bias))),
+            None => self.conv1.forward(&h),
+        };
+        h = self.scaled(h.g_add_(&self.skip.forward_without_bias(x)));
         match &self.attention {
             Some(attention) => self.scaled(attention.forward(&h).g_add_(&h)),
             None => h,
@@ -167,12 +175,20 @@ fn halves(x: &Tensor) -> [Tensor; 2] {
 }
 
 impl Skip {
-    fn forward(&self, x: &Tensor) -> Tensor {
-        match (&self.projection, &self.resample) {
-            (None, None) => x.shallow_clone(),
-            (Some(projection), None) => projection.forward(x),
-            (None, Some(resample)) => resample.forward(x),
-            (Some(projection), Some(resample)) => projection.forward(&resample.forward(x)),
+    fn bias(&self) -> Option<&Tensor> {
+        self.projection.as_ref().map(Conv2d::bias)
+    }
+
+    fn forward_without_bias(&self, x: &Tensor) -> Tensor {
+        let project = |x: &Tensor| match &self.projection {
+            Some(projection) => projection.with_bias(x, None),
+            None => x.shallow_clone(),
+        };
+        match &self.resample {
+            None => project(x),
+            // Both are linear and act on different dimensions, so they commute: project the smaller image.
+            Some(resample) if resample.direction() == Direction::Up => resample.forward(&project(x)),
+            Some(resample) => project(&resample.forward(x)),
         }
     }
 }

@@ -1,0 +1,169 @@
+//! Who gets which place in a generation, and where its state comes from.
+
+use std::cmp::Reverse;
+
+use potstill_proto::{
+    cursor::{Cursor, Generation},
+    message::{Assignment, Source},
+    shard::MicroBatches,
+};
+
+use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members};
+
+/// Where a generation starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// The state it starts from.
+    pub cursor: Cursor,
+    /// False when a peer's state may have moved on since it last spoke: then `cursor` is a lower bound.
+    pub exact: bool,
+}
+
+/// A generation before it is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Its members by rank.
+    pub ranks: Vec<StreamId>,
+    /// Where its state comes from.
+    pub source: Source,
+    /// Where it starts.
+    pub start: Start,
+}
+
+/// Chooses at most `max_workers` of the members. Whoever had a rank keeps the order of ranks; then come those that hold
+/// the most, then all others by id. The state is that of the member that is furthest, so that no finished step is lost,
+/// unless the newest checkpoint is beyond it.
+#[must_use]
+pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>) -> Plan {
+    let mut candidates: Vec<_> = members
+        .iter()
+        .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
+        .collect();
+    candidates.sort();
+    candidates.truncate(max_workers as usize);
+
+    let saved = newest.map_or(Cursor::default(), |c| Cursor::boundary(c.iteration));
+    // The lowest of the ranks that are furthest.
+    let furthest = (0u32..).zip(&candidates).filter_map(|(rank, c)| Some((c.1.0?, Reverse(rank)))).max();
+    let (source, start) = match (furthest, newest) {
+        (Some((cursor, Reverse(rank))), _) if cursor >= saved => {
+            (Source::Peer { rank }, Start { cursor, exact: false })
+        }
+        (_, Some(checkpoint)) => {
+            let manifest_key = checkpoint.manifest_key.clone();
+            (Source::Checkpoint { manifest_key }, Start { cursor: saved, exact: true })
+        }
+        (_, None) => (Source::Fresh, Start { cursor: saved, exact: true }),
+    };
+    Plan { ranks: candidates.into_iter().map(|c| c.3).collect(), source, start }
+}
+
+impl Plan {
+    /// How many ranks there are.
+    #[must_use]
+    pub fn world_size(&self) -> u32 {
+        u32::try_from(self.ranks.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Each rank's assignment, in the order of ranks.
+    pub fn assignments(
+        &self,
+        members: &Members,
+        generation: Generation,
+        micro_batches: u32,
+        score_teacher: bool,
+    ) -> impl Iterator<Item = (StreamId, Assignment)> {
+        let world_size = self.world_size();
+        let first = self.ranks.first().and_then(|stream| members.get(*stream));
+        let store_address = first.map(|m| m.hello.store_address.clone()).unwrap_or_default();
+        (0u32..).zip(&self.ranks).map(move |(rank, stream)| {
+            let assignment = Assignment {
+                generation,
+                rank,
+                world_size,
+                store_address: store_address.clone(),
+                micro_batches: MicroBatches::share(micro_batches, rank, world_size),
+                source: self.source.clone(),
+                score_teacher,
+            };
+            (*stream, assignment)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_proto::{cursor::Phase, spec::ClusterSpec};
+
+    use super::*;
+    use crate::{Tick, core::fixtures::hello, membership::Place};
+
+    /// Members given as (id, rank in an earlier generation, held iteration).
+    fn members(of: &[(&str, Option<u32>, Option<u64>)]) -> Members {
+        let mut members = Members::new(ClusterSpec::default().timeouts());
+        for (n, (id, rank, held)) in (0..).zip(of) {
+            members.attach(Tick(0), StreamId(n), hello(id));
+            let member = members.get_mut(StreamId(n)).unwrap();
+            member.place = rank.map(|rank| Place { generation: Generation(1), rank });
+            member.hold(Cursor::boundary(held.unwrap_or(0)));
+        }
+        members
+    }
+
+    fn names(members: &Members, plan: &Plan) -> Vec<String> {
+        plan.ranks.iter().map(|s| members.get(*s).unwrap().id().to_string()).collect()
+    }
+
+    fn checkpoint(iteration: u64) -> CommittedCheckpoint {
+        CommittedCheckpoint { iteration, manifest_key: format!("m{iteration}") }
+    }
+
+    #[test]
+    fn earlier_ranks_come_first_then_the_furthest_then_ids() {
+        let members = members(&[
+            ("d", None, None),
+            ("c", None, None),
+            ("b", None, Some(4)),
+            ("z", Some(1), Some(4)),
+            ("y", Some(3), Some(4)),
+        ]);
+        assert_eq!(names(&members, &plan(&members, 5, None)), ["z", "y", "b", "c", "d"]);
+        assert_eq!(names(&members, &plan(&members, 3, None)), ["z", "y", "b"]);
+    }
+
+    #[test]
+    fn the_state_comes_from_the_furthest_the_newest_checkpoint_or_the_teacher() {
+        let source = |members: &Members, newest: Option<u64>| {
+            let newest = newest.map(checkpoint);
+            let plan = plan(members, 8, newest.as_ref());
+            (plan.source, plan.start.cursor.iteration, plan.start.exact)
+        };
+        let none = members(&[("a", None, None), ("b", None, None)]);
+        assert_eq!(source(&none, None), (Source::Fresh, 0, true));
+        assert_eq!(source(&none, Some(5)), (Source::Checkpoint { manifest_key: "m5".into() }, 5, true));
+        let some = members(&[("a", Some(0), Some(6)), ("b", Some(1), Some(7)), ("c", Some(2), Some(7))]);
+        assert_eq!(source(&some, Some(5)), (Source::Peer { rank: 1 }, 7, false));
+        assert_eq!(source(&some, Some(7)), (Source::Peer { rank: 1 }, 7, false));
+        assert_eq!(source(&some, Some(8)), (Source::Checkpoint { manifest_key: "m8".into() }, 8, true));
+    }
+
+    #[test]
+    fn a_phase_counts_as_further() {
+        let mut members = members(&[("a", Some(0), Some(6)), ("b", Some(1), None)]);
+        members.get_mut(StreamId(1)).unwrap().hold(Cursor { iteration: 6, phase: Phase::Generator });
+        assert_eq!(plan(&members, 2, None).source, Source::Peer { rank: 1 });
+    }
+
+    #[test]
+    fn assignments_share_the_micro_batches_and_the_first_ranks_store() {
+        let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
+        let plan = plan(&members, 2, None);
+        let assigned: Vec<_> = plan.assignments(&members, Generation(4), 5, true).collect();
+        let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
+        assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
+        for (_, a) in &assigned {
+            assert_eq!(a.store_address, hello("a").store_address);
+            assert_eq!((a.generation, a.world_size, a.score_teacher), (Generation(4), 2, true));
+        }
+    }
+}

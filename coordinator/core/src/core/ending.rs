@@ -1,0 +1,156 @@
+//! Checkpoints are committed; the run ends.
+
+use std::collections::BTreeSet;
+
+use potstill_proto::message::{Request, ToWorker};
+
+use super::{Actions, Core, Stage, Training, log, send};
+use crate::{
+    Action,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+
+impl Core {
+    pub(super) fn commit_answered(
+        &mut self,
+        iteration: u64,
+        result: Result<String, String>,
+        actions: &mut Actions,
+    ) {
+        if matches!(self.stage, Stage::Ended(_)) {
+            return;
+        }
+        match result {
+            Ok(manifest_key) => {
+                let Some(checkpoint) = self.ledger.committed(iteration, manifest_key.clone()) else { return };
+                actions.push(Action::Persist(Record::Committed { iteration, manifest_key }));
+                let bytes = checkpoint.bytes();
+                actions.push(Action::Observe(Observation::Committed { iteration, bytes }));
+                for (stream, _) in self.members.iter() {
+                    send(actions, stream, ToWorker::Committed { iteration });
+                }
+                self.conclude(actions);
+            }
+            Err(reason) => {
+                let reason = format!("the manifest could not be written: {reason}");
+                match self.ledger.commit_failed(iteration, reason.clone()) {
+                    Some(again) => actions.push(Action::Commit(again)),
+                    None => self.checkpoint_failed(iteration, reason, actions),
+                }
+            }
+        }
+    }
+
+    pub(super) fn checkpoint_failed(&mut self, iteration: u64, reason: String, actions: &mut Actions) {
+        actions.push(Action::Observe(Observation::CheckpointFailed { iteration, reason: reason.clone() }));
+        if iteration >= self.iterations {
+            self.fail(format!("the last checkpoint, of iteration {iteration}, failed: {reason}"), actions);
+        } else {
+            self.conclude(actions);
+        }
+    }
+
+    pub(super) fn stop_requested(&mut self, reason: String, actions: &mut Actions) {
+        if self.stop.is_some() || matches!(self.stage, Stage::Ended(_)) {
+            return log(
+                actions,
+                format!("ignored: a request to stop ({reason}); the run is stopping already"),
+            );
+        }
+        log(actions, format!("the run was asked to save and stop: {reason}"));
+        self.stop = Some(reason.clone());
+        match &self.stage {
+            Stage::Training(training) => self.request_stop(training, actions),
+            Stage::Gathering(_) => self.stop_without_generation(reason, actions),
+            Stage::Settling(_) | Stage::Ended(_) => {}
+        }
+    }
+
+    pub(super) fn request_stop(&self, training: &Training, actions: &mut Actions) {
+        for stream in &training.ranks {
+            let generation = self.generation;
+            send(actions, *stream, ToWorker::Request { generation, what: Request::CheckpointAndStop });
+        }
+    }
+
+    pub(super) fn stop_without_generation(&mut self, reason: String, actions: &mut Actions) {
+        let (iteration, newest) = match self.ledger.newest() {
+            Some(newest) => {
+                (newest.iteration, format!("the newest checkpoint is of iteration {}", newest.iteration))
+            }
+            None => (0, "there is no checkpoint".into()),
+        };
+        let reason = format!("{reason}; nothing was training, and {newest}");
+        self.end(Outcome::Stopped { iteration, reason }, actions);
+    }
+
+    /// Ends the run if every rank has finished and its checkpoint is decided.
+    pub(super) fn conclude(&mut self, actions: &mut Actions) {
+        let Stage::Training(training) = &self.stage else { return };
+        if !training.all_finished() {
+            return;
+        }
+        let cursors: BTreeSet<_> = training.finished.values().copied().collect();
+        let iteration = match cursors.first() {
+            Some(cursor) if cursors.len() == 1 => cursor.iteration,
+            _ => {
+                let stand: Vec<_> =
+                    training.finished.iter().map(|(r, c)| format!("rank {r} at {c}")).collect();
+                return self.fail(format!("the ranks finished apart: {}", stand.join(", ")), actions);
+            }
+        };
+        if self.ledger.has(iteration) || iteration == 0 {
+            self.end(
+                if iteration >= self.iterations {
+                    Outcome::Succeeded { iteration }
+                } else {
+                    let reason = self.stop.clone().unwrap_or_else(|| "its workers ended early".into());
+                    Outcome::Stopped { iteration, reason }
+                },
+                actions,
+            );
+        } else if let Some(failure) = self.ledger.failure(iteration) {
+            self.fail(format!("the last checkpoint, of iteration {iteration}, failed: {failure}"), actions);
+        }
+    }
+
+    pub(super) fn fail(&mut self, reason: String, actions: &mut Actions) {
+        self.end(Outcome::Failed { reason }, actions);
+    }
+
+    fn end(&mut self, outcome: Outcome, actions: &mut Actions) {
+        if matches!(self.stage, Stage::Ended(_)) {
+            return;
+        }
+        actions.push(Action::Persist(Record::Ended { outcome: outcome.clone() }));
+        for (stream, _) in self.members.iter() {
+            send(actions, stream, stop_message(&outcome));
+        }
+        self.announce_end(outcome, actions);
+    }
+
+    /// The journal belongs to another coordinator now, or nobody can write it: nothing is persisted, and the workers are
+    /// left to whoever comes next rather than stopped.
+    pub(super) fn journal_lost(&mut self, reason: String, actions: &mut Actions) {
+        actions.extend(self.members.iter().map(|(stream, _)| Action::Close { stream }));
+        self.announce_end(Outcome::Failed { reason }, actions);
+    }
+
+    fn announce_end(&mut self, outcome: Outcome, actions: &mut Actions) {
+        actions.push(Action::Observe(Observation::Ended(outcome.clone())));
+        actions.push(Action::End(outcome.clone()));
+        self.stage = Stage::Ended(outcome);
+    }
+}
+
+/// What a worker is told when the run is over.
+pub(super) fn stop_message(outcome: &Outcome) -> ToWorker {
+    match outcome {
+        Outcome::Succeeded { iteration } => {
+            ToWorker::Stop { success: true, reason: format!("the run is complete: {iteration} iterations") }
+        }
+        Outcome::Stopped { reason, .. } => ToWorker::Stop { success: true, reason: reason.clone() },
+        Outcome::Failed { reason } => ToWorker::Stop { success: false, reason: reason.clone() },
+    }
+}

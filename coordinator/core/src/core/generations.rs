@@ -1,0 +1,204 @@
+//! Generations: one is abandoned, its survivors say where they stand, the next is opened.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use potstill_proto::{
+    cursor::Cursor,
+    message::{Source, ToWorker},
+};
+
+use super::{Actions, BARREN_GENERATIONS, Core, Gathering, Settling, Stage, Training, log, seconds, send};
+use crate::{
+    Action, StreamId, Tick, assignment, membership::Place, observation::Observation, record::Record,
+};
+
+impl Core {
+    /// Ends the live generation. `spoken` is the survivor that has said where it stands, if its word is why.
+    pub(super) fn abandon(&mut self, reason: String, spoken: Option<StreamId>, actions: &mut Actions) {
+        let Stage::Training(training) = &self.stage else { return };
+        let survivors = || training.ranks.iter().copied().filter(|s| self.members.get(*s).is_some());
+        let awaiting: BTreeSet<_> = survivors().filter(|s| Some(*s) != spoken).collect();
+        let holds = |stream: &StreamId| {
+            let held = self.members.get(*stream).and_then(|m| m.held);
+            held.unwrap_or_default() >= self.start.cursor
+        };
+        let keepers = survivors().filter(holds).collect();
+        for stream in &awaiting {
+            let generation = self.generation;
+            send(actions, *stream, ToWorker::Abandon { generation, reason: reason.clone() });
+        }
+        log(actions, format!("{} is abandoned: {reason}", self.generation));
+        let explained = spoken.is_none();
+        self.stage = Stage::Settling(Settling { awaiting, keepers, explained, since: self.now, reason });
+    }
+
+    /// How long survivors have to say where they stand. What is known of them may be a heartbeat old, so they get a moment;
+    /// and as long as a silent worker gets when without their word a state would be lost, or when nothing explains the
+    /// failure yet.
+    pub(super) fn settled_by(&self, settling: &Settling) -> Tick {
+        let safe = !settling.keepers.is_empty() || self.start.cursor == Cursor::default();
+        let patience = if settling.explained && safe {
+            self.timeouts.heartbeat_millis / 4
+        } else {
+            self.timeouts.dead_millis
+        };
+        settling.since.after(patience)
+    }
+
+    /// Makes the decisions that time or numbers call for. Costs nothing when none does.
+    pub(super) fn advance(&mut self, actions: &mut Actions) {
+        if matches!(self.stage, Stage::Ended(_)) {
+            return;
+        }
+        while let Some((stream, silence)) = self.members.expired(self.now) {
+            let silent = format!("no heartbeat for {:.1} s", seconds(silence.millis));
+            if silence.dead {
+                self.lost(stream, &silent, actions);
+                actions.push(Action::Close { stream });
+            } else if let Some(member) = self.members.get(stream) {
+                log(actions, format!("worker {} may be in trouble: {silent}", member.describe()));
+            }
+        }
+        match &self.stage {
+            Stage::Settling(settling) => {
+                if settling.awaiting.is_empty() || self.settled_by(settling) <= self.now {
+                    let (reason, explained) = (settling.reason.clone(), settling.explained);
+                    self.settled(reason, explained, actions);
+                }
+            }
+            Stage::Gathering(gathering) => match gathering.enough_since {
+                Some(since) => {
+                    let patient = gathering.patient && self.members.count() < self.max_workers;
+                    if !patient || since.after(self.timeouts.dead_millis) <= self.now {
+                        let reason = gathering.reason.clone();
+                        self.open(reason, actions);
+                    }
+                }
+                None if gathering.short_since.after(self.timeouts.wait_millis) <= self.now => {
+                    let reason = format!(
+                        "{} of the {} workers it needs were attached for {:.1} s ({}): start more workers, lower \
+                         cluster.min_workers or raise cluster.wait_timeout_seconds",
+                        self.members.count(),
+                        self.min_workers,
+                        seconds(self.now.0 - gathering.short_since.0),
+                        gathering.reason
+                    );
+                    self.fail(reason, actions);
+                }
+                None => {}
+            },
+            Stage::Training(_) | Stage::Ended(_) => {}
+        }
+    }
+
+    /// The survivors have spoken, or had their time.
+    fn settled(&mut self, reason: String, explained: bool, actions: &mut Actions) {
+        let barren = !explained && self.steps.finished() <= self.start.cursor.iteration;
+        self.barren = if barren { self.barren + 1 } else { 0 };
+        if self.barren >= BARREN_GENERATIONS {
+            let reason = format!(
+                "{} generations in a row failed before they finished an iteration, although no worker died. Can the \
+                 workers reach each other? The last one: {reason}",
+                self.barren
+            );
+            self.fail(reason, actions);
+        } else if self.members.count() >= self.min_workers {
+            self.open(reason, actions);
+        } else {
+            self.gather(reason, actions);
+        }
+    }
+
+    /// Waits for workers.
+    pub(super) fn gather(&mut self, reason: String, actions: &mut Actions) {
+        if let Some(stop) = self.stop.clone() {
+            return self.stop_without_generation(stop, actions);
+        }
+        let short_since = self.now;
+        self.stage = Stage::Gathering(Gathering { short_since, enough_since: None, patient: false, reason });
+        self.recount(actions);
+    }
+
+    /// Somebody came or went while the run waits.
+    pub(super) fn recount(&mut self, actions: &mut Actions) {
+        let (have, need, now) = (self.members.count(), self.min_workers, self.now);
+        let Stage::Gathering(gathering) = &mut self.stage else { return };
+        if have < need {
+            if gathering.enough_since.take().is_some() {
+                gathering.short_since = now;
+            }
+        } else {
+            gathering.enough_since.get_or_insert(now);
+        }
+        if have < need || (gathering.patient && have < self.max_workers) {
+            let Stage::Gathering(gathering) = &self.stage else { return };
+            let reason = self.waiting_reason(gathering);
+            actions.push(Action::Observe(Observation::Waiting { have, need, reason }));
+        }
+    }
+
+    pub(super) fn waiting_reason(&self, gathering: &Gathering) -> String {
+        let (have, timeouts) = (self.members.count(), &self.timeouts);
+        let reason = &gathering.reason;
+        if gathering.enough_since.is_some() {
+            let (most, patience) = (self.max_workers, seconds(timeouts.dead_millis));
+            format!(
+                "{reason}: {have} of at most {most} workers; it starts when all are here or {patience:.1} s have passed"
+            )
+        } else {
+            let (need, patience) = (self.min_workers, seconds(timeouts.wait_millis));
+            format!("{reason}: {have} of {need} workers; it gives up after {patience:.1} s")
+        }
+    }
+
+    /// Opens the next generation with everybody who is attached.
+    fn open(&mut self, reason: String, actions: &mut Actions) {
+        let plan = assignment::plan(&self.members, self.max_workers, self.ledger.newest());
+        let world_size = plan.world_size();
+        self.generation = self.generation.next();
+        self.start = plan.start;
+        let generation = self.generation;
+
+        let mut names = Vec::with_capacity(plan.ranks.len());
+        for (rank, stream) in (0u32..).zip(&plan.ranks) {
+            let Some(member) = self.members.get_mut(*stream) else { continue };
+            names.push(member.id().to_string());
+            member.place = Some(Place { generation, rank });
+            // All others are about to be overwritten: their state counts again when they say so.
+            member.loaded = plan.source == Source::Peer { rank };
+            member.held = member.held.filter(|_| member.loaded);
+        }
+        actions.push(Action::Persist(Record::GenerationOpened {
+            generation,
+            members: names,
+            source: plan.source.clone(),
+            reason: reason.clone(),
+        }));
+        if plan.start.cursor.iteration < self.steps.finished() {
+            let (from, to) = (plan.start.cursor.iteration, self.steps.finished());
+            log(
+                actions,
+                format!("nobody holds what iterations {from} to {to} gave: they are computed again"),
+            );
+        }
+        let closed = self.steps.open(world_size, plan.start);
+        actions.extend(closed.into_iter().map(|totals| Action::Observe(Observation::Iteration(totals))));
+        self.ledger.open(generation, world_size);
+        actions.push(Action::Observe(Observation::GenerationOpened {
+            generation,
+            world_size,
+            source: plan.source.clone(),
+            reason,
+        }));
+        for (stream, assignment) in
+            plan.assignments(&self.members, generation, self.micro_batches, self.score_teacher)
+        {
+            send(actions, stream, ToWorker::Assignment(assignment));
+        }
+        let training = Training { ranks: plan.ranks, finished: BTreeMap::new() };
+        if self.stop.is_some() {
+            self.request_stop(&training, actions);
+        }
+        self.stage = Stage::Training(training);
+    }
+}

@@ -1,0 +1,219 @@
+//! What workers say after their hello. Whoever does not speak for the newest generation is heard as a sign of life only.
+//!
+//! A generation that was abandoned is still the newest until the next is opened: what its survivors completed counts.
+
+use potstill_proto::{
+    cursor::{Cursor, Generation},
+    message::FromWorker,
+    wire,
+};
+
+use super::{Actions, Core, Stage, log};
+use crate::{
+    Action, StreamId,
+    observation::Observation,
+    record::{Evaluation, Record},
+    steps::Reported,
+};
+
+impl Core {
+    pub(super) fn received(&mut self, stream: StreamId, message: FromWorker, actions: &mut Actions) {
+        if self.members.heard(self.now, stream).is_none() || matches!(self.stage, Stage::Ended(_)) {
+            return;
+        }
+        match message {
+            FromWorker::Heartbeat { generation, cursor, progress, activity } => {
+                self.heartbeat(stream, generation, cursor, progress, activity);
+            }
+            FromWorker::StepReport(report) => {
+                let generation = Generation(report.generation);
+                if let Some(rank) = self.spoken_rank(stream, generation, "a step report", actions) {
+                    self.step_report(stream, rank, report, actions);
+                }
+            }
+            FromWorker::Evaluation(report) => {
+                let generation = Generation(report.generation);
+                match self.spoken_rank(stream, generation, "an evaluation", actions) {
+                    Some(0) => self.evaluated(report, actions),
+                    Some(rank) => {
+                        log(actions, format!("ignored: an evaluation by rank {rank}, which is not 0"))
+                    }
+                    None => {}
+                }
+            }
+            FromWorker::ShardReceipt(receipt) => {
+                let generation = Generation(receipt.generation);
+                if let Some(rank) = self.spoken_rank(stream, generation, "a shard's receipt", actions) {
+                    match self.ledger.receipt(rank, receipt) {
+                        Ok(complete) => actions.extend(complete.map(Action::Commit)),
+                        Err(reason) => log(actions, format!("ignored: {reason}")),
+                    }
+                }
+            }
+            FromWorker::ShardFailed(failure) => {
+                let generation = Generation(failure.generation);
+                if self.spoken_rank(stream, generation, "a shard's failure", actions).is_some() {
+                    self.shard_failed(failure, actions);
+                }
+            }
+            FromWorker::CollectiveFailed { generation, cursor, error } => {
+                self.collective_failed(stream, generation, cursor, &error, actions);
+            }
+            FromWorker::Finished { generation, cursor } => {
+                if let Some(rank) = self.spoken_rank(stream, generation, "an end", actions) {
+                    self.reached(stream, cursor);
+                    if let Stage::Training(training) = &mut self.stage {
+                        training.finished.insert(rank, cursor);
+                    }
+                    self.conclude(actions);
+                }
+            }
+            FromWorker::Failed { generation, error } => {
+                self.worker_failed(stream, generation, &error, actions)
+            }
+        }
+    }
+
+    /// The sender's rank, if it speaks for the newest generation; otherwise its word is ignored.
+    fn spoken_rank(
+        &self,
+        stream: StreamId,
+        generation: Generation,
+        what: &str,
+        actions: &mut Actions,
+    ) -> Option<u32> {
+        let rank = self.rank(stream).filter(|_| generation == self.generation);
+        if rank.is_none() {
+            let worker = self.members.get(stream).map(|m| m.id().to_string()).unwrap_or_default();
+            log(actions, format!("ignored: {what} of {generation}, which is over, from worker {worker}"));
+        }
+        rank
+    }
+
+    fn heartbeat(
+        &mut self,
+        stream: StreamId,
+        generation: Generation,
+        cursor: Cursor,
+        progress: u64,
+        activity: String,
+    ) {
+        let current = self.rank(stream).is_some() && generation == self.generation;
+        if let Some(member) = self.members.get_mut(stream) {
+            member.progress = progress;
+            member.activity = activity;
+            member.cursor = cursor;
+        }
+        if current && self.members.get(stream).is_some_and(|member| member.loaded) {
+            self.reached(stream, cursor);
+        }
+    }
+
+    /// A member of the newest generation is known to hold this state whole.
+    fn reached(&mut self, stream: StreamId, cursor: Cursor) {
+        if let Some(member) = self.members.get_mut(stream) {
+            member.loaded = true;
+            // Messages of two threads may overtake each other: the further one is right.
+            if Some(cursor) > member.held {
+                member.hold(cursor);
+            }
+        }
+        self.keeps(stream, cursor);
+    }
+
+    /// Notes whether a survivor of an abandoned generation still holds what that had reached.
+    fn keeps(&mut self, stream: StreamId, cursor: Cursor) {
+        if let Stage::Settling(settling) = &mut self.stage {
+            if cursor >= self.start.cursor {
+                settling.keepers.insert(stream);
+            } else {
+                settling.keepers.remove(&stream);
+            }
+        }
+    }
+
+    fn step_report(&mut self, stream: StreamId, rank: u32, report: wire::StepReport, actions: &mut Actions) {
+        let iteration = report.iteration;
+        match self.steps.report(rank, report) {
+            Ok(reported) => {
+                self.reached(stream, Cursor::boundary(iteration + 1));
+                match reported {
+                    Reported::Incomplete => {}
+                    Reported::Finished(totals) => {
+                        actions.push(Action::Observe(Observation::Iteration(totals)));
+                    }
+                    Reported::Repeated => {
+                        log(actions, format!("ignored: rank {rank} reported iteration {iteration} already"));
+                    }
+                }
+            }
+            Err(violation) => self.fail(violation.to_string(), actions),
+        }
+    }
+
+    fn shard_failed(&mut self, failure: wire::ShardFailed, actions: &mut Actions) {
+        let wire::ShardFailed { iteration, rank, key, error, .. } = failure;
+        let reason = format!("rank {rank} could not write {key}: {error}");
+        if self.ledger.has(iteration) || self.ledger.is_committing(iteration) {
+            return log(
+                actions,
+                format!("ignored: {reason}; iteration {iteration} has all its shards already"),
+            );
+        }
+        self.ledger.shard_failed(iteration, reason.clone());
+        self.checkpoint_failed(iteration, reason, actions);
+    }
+
+    fn evaluated(&mut self, report: wire::EvaluationReport, actions: &mut Actions) {
+        let evaluation = Evaluation::from(&report);
+        self.score_teacher &= !evaluation.of_teacher;
+        actions.push(Action::Persist(Record::Evaluated(evaluation)));
+        actions.push(Action::Observe(Observation::Evaluated(report)));
+    }
+
+    fn collective_failed(
+        &mut self,
+        stream: StreamId,
+        generation: Generation,
+        cursor: Cursor,
+        error: &str,
+        actions: &mut Actions,
+    ) {
+        let rank = self.rank(stream).filter(|_| generation == self.generation);
+        let Some(rank) = rank else {
+            return log(actions, format!("ignored: a failed collective of {generation}, which is over"));
+        };
+        let Some(member) = self.members.get_mut(stream) else { return };
+        // Its explicit word replaces what was known of it, also where it holds less.
+        member.hold(cursor);
+        let worker = member.describe();
+        match &mut self.stage {
+            Stage::Training(_) => {
+                let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");
+                self.abandon(reason, Some(stream), actions);
+            }
+            Stage::Settling(settling) => {
+                settling.awaiting.remove(&stream);
+                self.keeps(stream, cursor);
+            }
+            Stage::Gathering(_) | Stage::Ended(_) => {}
+        }
+    }
+
+    fn worker_failed(
+        &mut self,
+        stream: StreamId,
+        generation: Generation,
+        error: &str,
+        actions: &mut Actions,
+    ) {
+        let Some(member) = self.members.get(stream) else { return };
+        let own = member.place.map(|place| place.generation).unwrap_or_default();
+        if generation == Generation::default() || generation == own {
+            let reason = format!("worker {} failed: {error}", member.describe());
+            self.fail(reason, actions);
+        } else {
+            log(actions, format!("ignored: a failure in {generation}, which is over: {error}"));
+        }
+    }
+}

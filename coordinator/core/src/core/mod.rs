@@ -1,0 +1,240 @@
+//! The life of a run: gathering workers, training in generations, ending.
+
+mod attach;
+mod ending;
+mod generations;
+mod hear;
+mod status;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use potstill_proto::{
+    cursor::{Cursor, Generation},
+    message::ToWorker,
+    spec::{RunSpec, Timeouts},
+};
+
+use crate::{
+    Action, Event, StreamId, Tick,
+    assignment::Start,
+    ledger::{CommittedCheckpoint, Ledger},
+    membership::Members,
+    observation::Outcome,
+    record::Record,
+    steps::Steps,
+};
+
+/// So many generations in a row may fail without finishing an iteration before the run gives up.
+const BARREN_GENERATIONS: u32 = 8;
+
+/// What a coordinator knows of its run when it starts.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The run's name.
+    pub run_id: String,
+    /// What the run does, validated.
+    pub spec: RunSpec,
+    /// The same as TOML, for the workers.
+    pub specification: String,
+    /// Root of the object storage, for the workers.
+    pub storage_url: String,
+    /// The journal so far.
+    pub history: Vec<Record>,
+    /// The newest checkpoint in storage.
+    pub newest: Option<CommittedCheckpoint>,
+}
+
+/// The coordinator's state machine; see the crate's documentation.
+#[derive(Debug)]
+pub struct Core {
+    run_id: String,
+    specification: String,
+    storage_url: String,
+    iterations: u64,
+    micro_batches: u32,
+    min_workers: u32,
+    max_workers: u32,
+    timeouts: Timeouts,
+    /// Whether this run has a journal from an earlier coordinator.
+    resumed: bool,
+    /// Whether the teacher has still to be scored.
+    score_teacher: bool,
+
+    now: Tick,
+    members: Members,
+    /// The newest generation, whether or not it lives.
+    generation: Generation,
+    /// Where it started.
+    start: Start,
+    /// Generations in a row that ended in a failed collective before they finished an iteration.
+    barren: u32,
+    stage: Stage,
+    steps: Steps,
+    ledger: Ledger,
+    /// Who asked the run to stop.
+    stop: Option<String>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// No generation lives: workers are too few, or more may come.
+    Gathering(Gathering),
+    /// A generation was abandoned; its survivors say where they stand.
+    Settling(Settling),
+    /// A generation lives.
+    Training(Training),
+    /// The run is over.
+    Ended(Outcome),
+}
+
+#[derive(Debug)]
+struct Gathering {
+    /// Since when workers are too few.
+    short_since: Tick,
+    /// Since when there are enough to start with.
+    enough_since: Option<Tick>,
+    /// Whether to wait a while for more than `min_workers`: only before the first generation.
+    patient: bool,
+    /// Why there is no generation.
+    reason: String,
+}
+
+#[derive(Debug)]
+struct Settling {
+    /// Survivors that have not yet said where they stand.
+    awaiting: BTreeSet<StreamId>,
+    /// Survivors known to hold what the generation had reached, or more.
+    keepers: BTreeSet<StreamId>,
+    /// Whether it is known why the generation ended. A failed collective alone explains nothing.
+    explained: bool,
+    since: Tick,
+    reason: String,
+}
+
+#[derive(Debug)]
+struct Training {
+    /// Members by rank.
+    ranks: Vec<StreamId>,
+    /// Ranks that have nothing left to compute, and where they stand.
+    finished: BTreeMap<u32, Cursor>,
+}
+
+impl Training {
+    fn all_finished(&self) -> bool {
+        self.finished.len() == self.ranks.len()
+    }
+}
+
+type Actions = Vec<Action>;
+
+fn send(actions: &mut Actions, stream: StreamId, message: ToWorker) {
+    actions.push(Action::Send { stream, message });
+}
+
+fn log(actions: &mut Actions, what: String) {
+    actions.push(Action::Log(what));
+}
+
+fn seconds(millis: u64) -> f64 {
+    millis as f64 / 1000.0
+}
+
+impl Core {
+    /// The state machine of a run that nobody is attached to. Feed it [`Event::Started`] first.
+    #[must_use]
+    pub fn new(setup: Setup) -> Self {
+        let Setup { run_id, spec, specification, storage_url, history, newest } = setup;
+        let timeouts = spec.cluster.timeouts();
+        let generation = history.iter().filter_map(|record| match record {
+            Record::GenerationOpened { generation, .. } => Some(*generation),
+            _ => None,
+        });
+        let teacher_scored = history.iter().any(|r| matches!(r, Record::Evaluated(e) if e.of_teacher));
+        let saved = newest.as_ref().map_or(0, |checkpoint| checkpoint.iteration);
+        let start = Start { cursor: Cursor::boundary(saved), exact: true };
+        Self {
+            run_id,
+            specification,
+            storage_url,
+            iterations: spec.distillation.iterations,
+            micro_batches: spec.micro_batches(),
+            min_workers: spec.cluster.min_workers,
+            max_workers: spec.cluster.max_workers,
+            timeouts,
+            resumed: !history.is_empty(),
+            score_teacher: !teacher_scored && spec.evaluation.features.is_some(),
+            now: Tick::default(),
+            members: Members::new(timeouts),
+            generation: generation.max().unwrap_or_default(),
+            start,
+            barren: 0,
+            stage: Stage::Gathering(Gathering {
+                short_since: Tick::default(),
+                enough_since: None,
+                patient: true,
+                reason: "the run starts".into(),
+            }),
+            steps: Steps::new(spec.micro_batches(), spec.distillation.micro_batch, start),
+            ledger: Ledger::new(newest),
+            stop: None,
+        }
+    }
+
+    /// Takes an event in and appends what is to be done about it. `now` must not run backwards.
+    pub fn step(&mut self, now: Tick, event: Event, actions: &mut Actions) {
+        self.now = self.now.max(now);
+        match event {
+            Event::Started => self.started(actions),
+            Event::Attached { stream, hello } => self.attached(stream, hello, actions),
+            Event::Received { stream, message } => self.received(stream, message, actions),
+            Event::Closed { stream, reason } => self.lost(stream, &reason, actions),
+            Event::Timer => {}
+            Event::CommitAnswered { iteration, result } => self.commit_answered(iteration, result, actions),
+            Event::StopRequested { reason } => self.stop_requested(reason, actions),
+            Event::WorkersUnavailable { reason } => self.fail(reason, actions),
+            Event::JournalLost { reason } => self.journal_lost(reason, actions),
+        }
+        self.advance(actions);
+    }
+
+    /// When [`Event::Timer`] is due, unless another event comes first.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Tick> {
+        let stage = match &self.stage {
+            Stage::Ended(_) => return None,
+            Stage::Training(_) => None,
+            Stage::Settling(settling) => Some(self.settled_by(settling)),
+            Stage::Gathering(Gathering { enough_since: Some(since), .. }) => {
+                Some(since.after(self.timeouts.dead_millis))
+            }
+            Stage::Gathering(gathering) => Some(gathering.short_since.after(self.timeouts.wait_millis)),
+        };
+        [stage, self.members.next_deadline()].into_iter().flatten().min()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixtures {
+    //! Workers for tests.
+
+    use potstill_proto::{
+        PROTOCOL,
+        message::{Hello, WorkerId},
+    };
+
+    /// The hello of a fresh worker.
+    pub fn hello(id: &str) -> Hello {
+        Hello {
+            protocol: PROTOCOL,
+            worker: WorkerId(id.into()),
+            run_id: "run".into(),
+            host: "host".into(),
+            pid: 7,
+            device: "cpu".into(),
+            store_address: format!("{id}:1"),
+            held: None,
+        }
+    }
+}

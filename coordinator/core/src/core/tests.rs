@@ -1,0 +1,678 @@
+//! Each rule as events and the actions they lead to.
+
+use potstill_proto::{
+    PROTOCOL,
+    cursor::{Cursor, Generation, Phase},
+    message::{Assignment, FromWorker, HeldState, Request, Source, ToWorker},
+    spec::RunSpec,
+    wire,
+};
+
+use super::{Core, Setup, fixtures::hello};
+use crate::{
+    Action, Event, StreamId, Tick,
+    ledger::CommittedCheckpoint,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+
+const DEAD: u64 = 1000;
+const MOMENT: u64 = 25;
+const WAIT: u64 = 5000;
+const ITERATIONS: u64 = 4;
+
+fn setup(min: u32, max: u32) -> Setup {
+    let mut spec = RunSpec::default();
+    spec.distillation.iterations = ITERATIONS;
+    spec.distillation.global_batch = 8;
+    spec.distillation.micro_batch = 2;
+    spec.cluster.min_workers = min;
+    spec.cluster.max_workers = max;
+    spec.cluster.failure_timeout_seconds = DEAD as f64 / 1000.0;
+    spec.cluster.wait_timeout_seconds = WAIT as f64 / 1000.0;
+    Setup {
+        run_id: "run".into(),
+        spec,
+        specification: "toml".into(),
+        storage_url: "memory:///".into(),
+        history: Vec::new(),
+        newest: None,
+    }
+}
+
+/// A core and the clock it is shown.
+struct World {
+    core: Core,
+    now: u64,
+}
+
+impl World {
+    fn new(setup: Setup) -> Self {
+        let mut world = Self { core: Core::new(setup), now: 100 };
+        world.step(Event::Started);
+        world
+    }
+
+    /// A world in which `n` workers, on streams 0 to n−1, train in generation 1.
+    fn training(n: u64, max: u32) -> Self {
+        let mut world = Self::new(setup(1, max));
+        for stream in 0..n {
+            world.attach(stream);
+        }
+        if n < u64::from(max) {
+            world.pass(DEAD - 1, n);
+            world.later(1);
+        }
+        assert_eq!(world.core.generation, Generation(1));
+        assert_eq!(world.core.status().state, "training");
+        world
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.core.step(Tick(self.now), event, &mut actions);
+        actions
+    }
+
+    fn attach(&mut self, stream: u64) -> Vec<Action> {
+        self.step(Event::Attached { stream: StreamId(stream), hello: hello(&format!("w{stream}")) })
+    }
+
+    fn close(&mut self, stream: u64) -> Vec<Action> {
+        self.step(Event::Closed { stream: StreamId(stream), reason: "connection reset".into() })
+    }
+
+    fn says(&mut self, stream: u64, message: FromWorker) -> Vec<Action> {
+        self.step(Event::Received { stream: StreamId(stream), message })
+    }
+
+    fn later(&mut self, millis: u64) -> Vec<Action> {
+        self.now += millis;
+        self.step(Event::Timer)
+    }
+
+    /// Lets time pass while the first `n` workers breathe.
+    fn pass(&mut self, millis: u64, n: u64) {
+        let end = self.now + millis;
+        while self.now < end {
+            self.now = end.min(self.now + DEAD / 10);
+            for stream in 0..n {
+                self.says(stream, heartbeat(0, Cursor::default()));
+            }
+        }
+    }
+
+    fn report(&mut self, stream: u64, iteration: u64) -> Vec<Action> {
+        let generation = self.core.generation.0;
+        let rank = self.core.rank(StreamId(stream)).unwrap();
+        let world = self.core.steps.world_size();
+        self.says(stream, FromWorker::StepReport(report(generation, iteration, rank, world)))
+    }
+
+    fn receipt(&mut self, stream: u64, iteration: u64) -> Vec<Action> {
+        let generation = self.core.generation.0;
+        let rank = self.core.rank(StreamId(stream)).unwrap();
+        let receipt = wire::ShardReceipt { generation, iteration, rank, bytes: 5, ..Default::default() };
+        self.says(stream, FromWorker::ShardReceipt(receipt))
+    }
+
+    fn finish(&mut self, stream: u64, iteration: u64) -> Vec<Action> {
+        let generation = self.core.generation;
+        self.says(stream, FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) })
+    }
+
+    fn committed(&mut self, iteration: u64) -> Vec<Action> {
+        self.step(Event::CommitAnswered { iteration, result: Ok(format!("m{iteration}")) })
+    }
+}
+
+fn heartbeat(generation: u64, cursor: Cursor) -> FromWorker {
+    FromWorker::Heartbeat {
+        generation: Generation(generation),
+        cursor,
+        progress: 0,
+        activity: "training".into(),
+    }
+}
+
+fn report(generation: u64, iteration: u64, rank: u32, world: u32) -> wire::StepReport {
+    let share = potstill_proto::shard::MicroBatches::share(4, rank, world);
+    wire::StepReport {
+        generation,
+        iteration,
+        first_micro_batch: share.first,
+        micro_batches: share.count,
+        samples: share.count * 2,
+        ..Default::default()
+    }
+}
+
+fn collective_failed(generation: u64, iteration: u64) -> FromWorker {
+    FromWorker::CollectiveFailed {
+        generation: Generation(generation),
+        cursor: Cursor::boundary(iteration),
+        error: "connection reset by peer".into(),
+    }
+}
+
+fn stop() -> Event {
+    Event::StopRequested { reason: "Ctrl-C".into() }
+}
+
+fn assignments(actions: &[Action]) -> Vec<(u64, Assignment)> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Send { stream, message: ToWorker::Assignment(a) } => Some((stream.0, a.clone())),
+            _ => None,
+        })
+        .collect()
+}
+
+fn places(actions: &[Action]) -> Vec<(u64, u64, u32)> {
+    assignments(actions).iter().map(|(stream, a)| (*stream, a.generation.0, a.rank)).collect()
+}
+
+fn source(actions: &[Action]) -> Source {
+    assignments(actions).first().expect("assignments").1.source.clone()
+}
+
+fn abandoned(actions: &[Action]) -> Vec<u64> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Send { stream, message: ToWorker::Abandon { .. } } => Some(stream.0),
+            _ => None,
+        })
+        .collect()
+}
+
+fn outcome(actions: &[Action]) -> Option<Outcome> {
+    actions.iter().find_map(|action| match action {
+        Action::End(outcome) => Some(outcome.clone()),
+        _ => None,
+    })
+}
+
+fn failure(actions: &[Action]) -> String {
+    match outcome(actions) {
+        Some(Outcome::Failed { reason }) => reason,
+        other => panic!("{other:?} from {actions:?}"),
+    }
+}
+
+fn told(actions: &[Action]) -> Vec<&ToWorker> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Send { message, .. } => Some(message),
+            _ => None,
+        })
+        .collect()
+}
+
+fn commits(actions: &[Action]) -> Vec<u64> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Commit(checkpoint) => Some(checkpoint.iteration),
+            _ => None,
+        })
+        .collect()
+}
+
+// ------------------------------------------------------------------------------------------------ attaching
+
+#[test]
+fn a_worker_is_welcomed_or_refused_with_a_reason() {
+    let mut world = World::new(setup(2, 2));
+    let actions = world.attach(0);
+    let [ToWorker::Welcome { specification, heartbeat_millis: 100, .. }] = told(&actions)[..] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(specification, "toml");
+
+    let mut other_protocol = hello("a");
+    other_protocol.protocol = PROTOCOL + 1;
+    let mut other_run = hello("b");
+    other_run.run_id = "another".into();
+    for (stream, hello, says) in
+        [(1, other_protocol, "protocol"), (2, other_run, "\"another\""), (3, hello("w0"), "attached already")]
+    {
+        let stream = StreamId(stream);
+        let actions = world.step(Event::Attached { stream, hello });
+        let [ToWorker::Refused { reason }] = told(&actions)[..] else { panic!("{actions:?}") };
+        assert!(reason.contains(says), "{reason}");
+        assert_eq!(actions.last(), Some(&Action::Close { stream }));
+    }
+    assert_eq!(world.core.status().members.len(), 1);
+}
+
+#[test]
+fn a_run_that_ended_sends_late_workers_home() {
+    let mut world = World::training(1, 1);
+    world.step(Event::WorkersUnavailable { reason: "no GPU".into() });
+    let actions = world.attach(7);
+    assert!(matches!(told(&actions)[..], [ToWorker::Stop { success: false, .. }]), "{actions:?}");
+    assert_eq!(actions.last(), Some(&Action::Close { stream: StreamId(7) }));
+}
+
+// ------------------------------------------------------------------------------------------------ forming
+
+#[test]
+fn the_first_generation_forms_at_once_when_all_are_there() {
+    let mut world = World::new(setup(2, 2));
+    assert_eq!(places(&world.attach(0)), []);
+    let actions = world.attach(1);
+    assert_eq!(places(&actions), [(0, 1, 0), (1, 1, 1)]);
+    assert_eq!(source(&actions), Source::Fresh);
+    let persisted =
+        actions.iter().position(|a| matches!(a, Action::Persist(Record::GenerationOpened { .. })));
+    let sent =
+        actions.iter().position(|a| matches!(a, Action::Send { message: ToWorker::Assignment(_), .. }));
+    assert!(persisted.unwrap() < sent.unwrap());
+}
+
+#[test]
+fn the_first_generation_waits_a_while_for_more_than_the_minimum() {
+    let mut world = World::new(setup(1, 3));
+    world.attach(0);
+    world.attach(1);
+    world.pass(DEAD - 1, 2);
+    assert_eq!(world.core.status().state, "waiting");
+    assert_eq!(places(&world.later(1)), [(0, 1, 0), (1, 1, 1)]);
+}
+
+#[test]
+fn too_few_workers_for_too_long_ends_the_run() {
+    let mut world = World::new(setup(2, 2));
+    let actions = world.attach(0);
+    let waiting = actions.iter().any(|a| {
+        matches!(a, Action::Observe(Observation::Waiting { have: 1, need: 2, reason }) if reason.contains("5.0 s"))
+    });
+    assert!(waiting, "{actions:?}");
+    assert_eq!(world.core.next_deadline(), Some(Tick(100 + DEAD / 3)));
+    world.pass(WAIT - 1, 1);
+    let reason = failure(&world.later(1));
+    assert!(reason.contains("1 of the 2 workers") && reason.contains("5.0 s"), "{reason}");
+}
+
+#[test]
+fn generations_go_on_from_the_journal() {
+    let mut setup = setup(1, 1);
+    setup.history = vec![
+        Record::RunStarted { run_id: "run".into() },
+        Record::GenerationOpened {
+            generation: Generation(6),
+            members: vec!["old".into()],
+            source: Source::Fresh,
+            reason: "the run starts".into(),
+        },
+    ];
+    setup.newest = Some(CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() });
+    let mut world = World::new(setup);
+    let actions = world.attach(0);
+    assert_eq!(places(&actions), [(0, 7, 0)]);
+    assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m2".into() });
+    assert_eq!(world.core.status().iteration, 2);
+}
+
+#[test]
+fn a_worker_that_brings_state_is_the_source() {
+    let mut world = World::new(setup(2, 2));
+    let mut brings = hello("z");
+    let cursor = Cursor { iteration: 3, phase: Phase::Generator };
+    brings.held = Some(HeldState { cursor, digest: "d".into() });
+    world.attach(0);
+    let actions = world.step(Event::Attached { stream: StreamId(9), hello: brings });
+    // It comes first among those that had no rank.
+    assert_eq!(places(&actions), [(9, 1, 0), (0, 1, 1)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 0 });
+}
+
+#[test]
+fn the_teacher_is_scored_once_in_a_run() {
+    let mut setup = setup(1, 2);
+    setup.spec.evaluation.features = Some("f.pt".into());
+    let mut world = World::new(setup);
+    world.attach(0);
+    let actions = world.attach(1);
+    assert!(assignments(&actions).iter().all(|(_, a)| a.score_teacher));
+    let evaluation = wire::EvaluationReport {
+        generation: 1,
+        subject: wire::Subject::Teacher.into(),
+        scores: Some(wire::Scores::default()),
+        ..Default::default()
+    };
+    assert!(world.says(1, FromWorker::Evaluation(evaluation)).iter().all(|a| matches!(a, Action::Log(_))));
+    let actions = world.says(0, FromWorker::Evaluation(evaluation));
+    let [Action::Persist(Record::Evaluated(_)), Action::Observe(Observation::Evaluated(_))] = actions[..]
+    else {
+        panic!("{actions:?}")
+    };
+    world.close(1);
+    let actions = world.later(MOMENT);
+    assert!(assignments(&actions).iter().all(|(_, a)| !a.score_teacher));
+}
+
+// ------------------------------------------------------------------------------------------------ failures
+
+#[test]
+fn a_death_abandons_at_once_and_the_survivors_word_opens_the_next_generation() {
+    let mut world = World::training(3, 3);
+    for stream in 0..3 {
+        world.report(stream, 0);
+    }
+    let actions = world.close(0);
+    assert_eq!(abandoned(&actions), [1, 2]);
+    assert_eq!(places(&actions), []);
+    assert_eq!(places(&world.says(1, collective_failed(1, 1))), []);
+    let actions = world.says(2, collective_failed(1, 2));
+    assert_eq!(places(&actions), [(1, 2, 0), (2, 2, 1)]);
+    // Stream 2 had come further than anybody had known.
+    assert_eq!(source(&actions), Source::Peer { rank: 1 });
+}
+
+#[test]
+fn what_a_survivor_completed_before_the_end_still_counts() {
+    let mut world = World::training(2, 2);
+    world.close(1);
+    assert_eq!(world.report(0, 0), []);
+    assert_eq!(world.receipt(0, 1), []);
+    let actions = world.says(0, collective_failed(1, 1));
+    let iteration = actions.iter().find_map(|a| match a {
+        Action::Observe(Observation::Iteration(totals)) => Some((totals.iteration, totals.world_size)),
+        _ => None,
+    });
+    assert_eq!(iteration, Some((0, 2)));
+    assert_eq!(world.core.status().iteration, 1);
+}
+
+#[test]
+fn survivors_need_not_answer() {
+    let mut world = World::training(2, 2);
+    world.report(0, 0);
+    world.report(1, 0);
+    assert_eq!(abandoned(&world.close(1)), [0]);
+    assert_eq!(world.core.next_deadline(), Some(Tick(world.now + MOMENT)));
+    let actions = world.later(MOMENT);
+    assert_eq!(places(&actions), [(0, 2, 0)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 0 });
+}
+
+#[test]
+fn a_silent_worker_is_dead_after_the_failure_timeout() {
+    let mut world = World::training(2, 2);
+    world.pass(DEAD - 1, 1);
+    assert_eq!(world.core.status().members[1].liveness, "unknown");
+    let actions = world.later(1);
+    assert_eq!(abandoned(&actions), [0]);
+    assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
+    let lost = actions.iter().find_map(|a| match a {
+        Action::Observe(Observation::Lost { worker, reason }) => Some(format!("{worker}: {reason}")),
+        _ => None,
+    });
+    assert_eq!(lost.unwrap(), "w1 (host, process 7, cpu), rank 1: no heartbeat for 1.0 s");
+}
+
+#[test]
+fn a_failed_collective_waits_for_the_death_that_explains_it() {
+    let mut world = World::training(3, 3);
+    let actions = world.says(0, collective_failed(1, 0));
+    assert_eq!(abandoned(&actions), [1, 2]);
+    assert_eq!(places(&world.says(2, collective_failed(1, 0))), []);
+    assert_eq!(places(&world.later(MOMENT)), []);
+    assert_eq!(places(&world.close(1)), [(0, 2, 0), (2, 2, 1)]);
+}
+
+#[test]
+fn a_failed_collective_that_nothing_explains_is_tried_again_with_all() {
+    let mut world = World::training(2, 2);
+    world.says(0, collective_failed(1, 0));
+    assert_eq!(places(&world.says(1, collective_failed(1, 0))), [(0, 2, 0), (1, 2, 1)]);
+    // Now one of them does not answer, yet breathes.
+    world.says(0, collective_failed(2, 0));
+    world.pass(DEAD - 1, 2);
+    assert_eq!(places(&world.later(1)), [(0, 3, 0), (1, 3, 1)]);
+}
+
+#[test]
+fn collectives_that_never_work_end_the_run() {
+    let mut world = World::training(1, 1);
+    for generation in 1..8 {
+        let actions = world.says(0, collective_failed(generation, 0));
+        assert_eq!(places(&actions), [(0, generation + 1, 0)]);
+    }
+    let reason = failure(&world.says(0, collective_failed(8, 0)));
+    assert!(reason.contains("8 generations in a row") && reason.contains("reset by peer"), "{reason}");
+}
+
+#[test]
+fn a_state_that_was_being_overwritten_is_no_source() {
+    let mut world = World::training(3, 3);
+    for stream in 0..3 {
+        world.report(stream, 0);
+    }
+    world.report(2, 1);
+    world.close(1);
+    world.says(0, collective_failed(1, 1));
+    let actions = world.says(2, collective_failed(1, 2));
+    assert_eq!(source(&actions), Source::Peer { rank: 1 });
+    // Stream 0 was taking stream 2's state when that died; it still says that it was at iteration 1.
+    world.says(0, heartbeat(2, Cursor::boundary(1)));
+    assert_eq!(places(&world.close(2)), []);
+    // Without its word a state would be lost, so there is more patience.
+    assert_eq!(places(&world.later(MOMENT)), []);
+    let mut silent = Vec::new();
+    for _ in 0..10 {
+        world.now += DEAD / 10;
+        silent.extend(world.says(0, heartbeat(2, Cursor::boundary(1))));
+    }
+    assert_eq!(source(&silent), Source::Fresh);
+}
+
+#[test]
+fn a_state_that_survived_whole_is_a_source_although_it_was_behind() {
+    let mut world = World::training(3, 3);
+    for stream in 0..3 {
+        world.report(stream, 0);
+    }
+    world.report(2, 1);
+    world.close(1);
+    world.says(0, collective_failed(1, 1));
+    world.says(2, collective_failed(1, 2));
+    world.close(2);
+    assert_eq!(source(&world.says(0, collective_failed(2, 1))), Source::Peer { rank: 0 });
+    assert_eq!(world.core.status().iteration, 1);
+}
+
+#[test]
+fn what_an_old_generation_says_changes_nothing() {
+    let mut world = World::training(2, 2);
+    world.close(1);
+    world.later(MOMENT);
+    let before = world.core.status();
+    for message in [
+        FromWorker::StepReport(report(1, 0, 0, 2)),
+        FromWorker::ShardReceipt(wire::ShardReceipt { generation: 1, iteration: 1, ..Default::default() }),
+        FromWorker::ShardFailed(wire::ShardFailed { generation: 1, iteration: 4, ..Default::default() }),
+        FromWorker::Evaluation(wire::EvaluationReport { generation: 1, ..Default::default() }),
+        FromWorker::Finished { generation: Generation(1), cursor: Cursor::boundary(ITERATIONS) },
+        FromWorker::Failed { generation: Generation(1), error: "late".into() },
+        collective_failed(1, 3),
+    ] {
+        let actions = world.says(0, message);
+        assert!(matches!(actions[..], [Action::Log(_)]), "{actions:?}");
+    }
+    // A stream that is gone says nothing at all.
+    assert_eq!(world.says(1, FromWorker::Failed { generation: Generation(1), error: "late".into() }), []);
+    assert_eq!(world.core.status(), before);
+}
+
+#[test]
+fn below_the_minimum_the_run_waits_and_a_newcomer_gets_the_survivors_state() {
+    let mut world = World::new(setup(2, 2));
+    world.attach(0);
+    world.attach(1);
+    for stream in 0..2 {
+        world.report(stream, 0);
+    }
+    world.close(0);
+    let actions = world.says(1, collective_failed(1, 1));
+    assert!(
+        actions.iter().any(|a| matches!(a, Action::Observe(Observation::Waiting { have: 1, need: 2, .. })))
+    );
+    let actions = world.attach(2);
+    assert_eq!(places(&actions), [(1, 2, 0), (2, 2, 1)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 0 });
+}
+
+#[test]
+fn a_newcomer_joins_when_there_is_room_and_stands_by_when_there_is_not() {
+    let mut world = World::training(1, 2);
+    let actions = world.attach(1);
+    assert_eq!(abandoned(&actions), [0]);
+    let actions = world.later(MOMENT);
+    assert_eq!(places(&actions), [(0, 2, 0), (1, 2, 1)]);
+    assert!(abandoned(&world.attach(2)).is_empty());
+    // The standby's death harms nobody; a member's promotes the next standby.
+    assert!(abandoned(&world.close(2)).is_empty());
+    world.attach(3);
+    world.close(0);
+    assert_eq!(places(&world.says(1, collective_failed(2, 0))), [(1, 3, 0), (3, 3, 1)]);
+}
+
+#[test]
+fn a_worker_that_cannot_go_on_ends_the_run() {
+    let mut world = World::training(2, 2);
+    let error = "the loss is not finite".into();
+    let actions = world.says(1, FromWorker::Failed { generation: Generation(1), error });
+    let reason = failure(&actions);
+    assert!(reason.contains("w1") && reason.contains("not finite"), "{reason}");
+    assert_eq!(told(&actions).len(), 2);
+    assert!(told(&actions).iter().all(|m| matches!(m, ToWorker::Stop { success: false, .. })));
+    assert!(matches!(actions[0], Action::Persist(Record::Ended { .. })));
+    assert_eq!(world.core.next_deadline(), None);
+}
+
+// ------------------------------------------------------------------------------------------------ steps, checkpoints
+
+#[test]
+fn an_iteration_is_observed_when_all_ranks_have_reported_it() {
+    let mut world = World::training(2, 2);
+    assert_eq!(world.report(1, 0), []);
+    let actions = world.report(0, 0);
+    let [Action::Observe(Observation::Iteration(totals))] = &actions[..] else { panic!("{actions:?}") };
+    assert_eq!((totals.iteration, totals.samples, totals.world_size), (0, 8, 2));
+}
+
+#[test]
+fn an_iteration_computed_otherwise_than_assigned_ends_the_run() {
+    let mut world = World::training(2, 2);
+    let reason = failure(&world.says(1, FromWorker::StepReport(report(1, 0, 0, 2))));
+    assert!(reason.contains("iteration 0") && reason.contains("rank 1 of 2"), "{reason}");
+}
+
+#[test]
+fn a_checkpoint_is_committed_once_all_its_shards_are_durable() {
+    let mut world = World::training(2, 2);
+    assert_eq!(commits(&world.receipt(0, 2)), [0; 0]);
+    assert_eq!(commits(&world.receipt(1, 2)), [2]);
+    let actions = world.committed(2);
+    assert!(matches!(&actions[0], Action::Persist(Record::Committed { iteration: 2, .. })));
+    assert_eq!(actions[1], Action::Observe(Observation::Committed { iteration: 2, bytes: 10 }));
+    assert!(told(&actions).iter().all(|m| matches!(m, ToWorker::Committed { iteration: 2 })));
+    assert_eq!(world.core.status().committed_iteration, Some(2));
+}
+
+#[test]
+fn a_checkpoint_that_fails_stops_nothing_unless_it_is_the_last() {
+    let mut world = World::training(2, 2);
+    let failed = |iteration| {
+        let key = "a/rank-001".into();
+        let error = "disk full".into();
+        FromWorker::ShardFailed(wire::ShardFailed { generation: 1, iteration, rank: 1, key, error })
+    };
+    let actions = world.says(1, failed(2));
+    let [Action::Observe(Observation::CheckpointFailed { iteration: 2, reason })] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(reason, "rank 1 could not write a/rank-001: disk full");
+    let reason = failure(&world.says(1, failed(ITERATIONS)));
+    assert!(reason.contains("a/rank-001: disk full"), "{reason}");
+}
+
+#[test]
+fn a_manifest_that_cannot_be_written_ends_a_run_that_stops_there() {
+    let mut world = World::training(1, 1);
+    world.step(stop());
+    world.receipt(0, 2);
+    let result = Err("403".to_owned());
+    assert_eq!(outcome(&world.step(Event::CommitAnswered { iteration: 2, result })), None);
+    let reason = failure(&world.finish(0, 2));
+    assert!(reason.contains("403"), "{reason}");
+}
+
+// ------------------------------------------------------------------------------------------------ the end
+
+#[test]
+fn the_run_succeeds_when_all_have_finished_and_the_last_checkpoint_exists() {
+    let mut world = World::training(2, 2);
+    world.finish(0, ITERATIONS);
+    world.receipt(0, ITERATIONS);
+    world.receipt(1, ITERATIONS);
+    assert_eq!(outcome(&world.finish(1, ITERATIONS)), None);
+    assert_eq!(world.core.status().state, "finishing");
+    // Its workers are needed no more while the manifest is written.
+    assert!(abandoned(&world.close(1)).is_empty());
+    let actions = world.committed(ITERATIONS);
+    assert_eq!(outcome(&actions), Some(Outcome::Succeeded { iteration: ITERATIONS }));
+    let stops = told(&actions);
+    assert!(matches!(stops.last(), Some(ToWorker::Stop { success: true, .. })));
+    assert_eq!(world.core.status().state, "succeeded");
+}
+
+#[test]
+fn a_request_to_stop_reaches_this_generation_and_the_next() {
+    let mut world = World::training(2, 2);
+    let asked = |actions: &[Action]| {
+        told(actions)
+            .iter()
+            .filter(|m| matches!(m, ToWorker::Request { what: Request::CheckpointAndStop, .. }))
+            .count()
+    };
+    assert_eq!(asked(&world.step(stop())), 2);
+    world.close(0);
+    assert_eq!(asked(&world.later(MOMENT)), 1);
+    world.receipt(1, 1);
+    world.finish(1, 1);
+    let actions = world.committed(1);
+    assert_eq!(outcome(&actions), Some(Outcome::Stopped { iteration: 1, reason: "Ctrl-C".into() }));
+}
+
+#[test]
+fn a_request_to_stop_while_nothing_trains_ends_the_run_at_once() {
+    let mut waiting = setup(2, 2);
+    waiting.newest = Some(CommittedCheckpoint { iteration: 3, manifest_key: "m3".into() });
+    let mut world = World::new(waiting);
+    world.attach(0);
+    let Some(Outcome::Stopped { iteration: 3, reason }) = outcome(&world.step(stop())) else { panic!() };
+    assert!(reason.contains("newest checkpoint is of iteration 3"), "{reason}");
+
+    let mut world = World::new(setup(2, 2));
+    world.attach(0);
+    world.attach(1);
+    world.step(stop());
+    world.close(0);
+    let Some(Outcome::Stopped { iteration: 0, .. }) = outcome(&world.later(MOMENT)) else { panic!() };
+}
+
+#[test]
+fn a_lost_journal_ends_the_coordinator_and_leaves_the_workers_to_its_successor() {
+    let mut world = World::training(2, 2);
+    let actions = world.step(Event::JournalLost { reason: "another coordinator took over".into() });
+    assert_eq!(failure(&actions), "another coordinator took over");
+    assert_eq!(told(&actions), Vec::<&ToWorker>::new());
+    assert!(!actions.iter().any(|a| matches!(a, Action::Persist(_))));
+    assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
+}

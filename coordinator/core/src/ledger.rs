@@ -1,0 +1,200 @@
+//! Which checkpoints exist: receipts of shards are gathered until every rank's is there, then the manifest is written.
+//!
+//! Only the live generation's receipts count. What is being committed when a generation ends is committed none the less:
+//! its shards are complete, and equal to what the next generation would compute again.
+
+use std::collections::BTreeMap;
+
+use potstill_proto::{cursor::Generation, wire::ShardReceipt};
+
+/// Everything that a manifest says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// Under which generation its shards were written.
+    pub generation: Generation,
+    /// After so many iterations.
+    pub iteration: u64,
+    /// One receipt for each rank, in their order.
+    pub shards: Vec<ShardReceipt>,
+}
+
+impl Checkpoint {
+    /// Bytes of all shards.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.bytes).sum()
+    }
+}
+
+/// A checkpoint that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommittedCheckpoint {
+    /// After so many iterations.
+    pub iteration: u64,
+    /// Its manifest's key below the run's folder.
+    pub manifest_key: String,
+}
+
+/// The ledger of one run.
+#[derive(Debug)]
+pub struct Ledger {
+    newest: Option<CommittedCheckpoint>,
+    generation: Generation,
+    world_size: u32,
+    collecting: BTreeMap<u64, BTreeMap<u32, ShardReceipt>>,
+    committing: BTreeMap<u64, Checkpoint>,
+    failed: BTreeMap<u64, String>,
+}
+
+impl Ledger {
+    /// A ledger that starts with what storage holds.
+    #[must_use]
+    pub fn new(newest: Option<CommittedCheckpoint>) -> Self {
+        Self {
+            newest,
+            generation: Generation(0),
+            world_size: 0,
+            collecting: BTreeMap::new(),
+            committing: BTreeMap::new(),
+            failed: BTreeMap::new(),
+        }
+    }
+
+    /// A new generation: what the old one had not completed is void.
+    pub fn open(&mut self, generation: Generation, world_size: u32) {
+        self.generation = generation;
+        self.world_size = world_size;
+        self.collecting.clear();
+        self.failed.clear();
+    }
+
+    /// Takes the live generation's receipt. Gives the checkpoint back when that completes it and it must be committed.
+    ///
+    /// # Errors
+    /// Why the receipt counts for nothing.
+    pub fn receipt(&mut self, rank: u32, receipt: ShardReceipt) -> Result<Option<Checkpoint>, String> {
+        let iteration = receipt.iteration;
+        if receipt.rank != rank {
+            return Err(format!("a receipt of rank {} came from rank {rank}", receipt.rank));
+        }
+        if self.has(iteration) {
+            return Err(format!("iteration {iteration} or a later one is committed already"));
+        }
+        self.collecting.entry(iteration).or_default().insert(rank, receipt);
+        Ok(self.complete(iteration))
+    }
+
+    /// The checkpoint of `iteration`, when all its receipts are there and it is not being committed already.
+    fn complete(&mut self, iteration: u64) -> Option<Checkpoint> {
+        let complete = self.collecting.get(&iteration)?.len() == self.world_size as usize;
+        if !complete || self.committing.contains_key(&iteration) {
+            return None;
+        }
+        let shards = self.collecting.remove(&iteration)?.into_values().collect();
+        let checkpoint = Checkpoint { generation: self.generation, iteration, shards };
+        self.committing.insert(iteration, checkpoint.clone());
+        Some(checkpoint)
+    }
+
+    /// The manifest of `iteration` was written. Gives back what it holds.
+    pub fn committed(&mut self, iteration: u64, manifest_key: String) -> Option<Checkpoint> {
+        let checkpoint = self.committing.remove(&iteration)?;
+        if !self.has(iteration) {
+            self.newest = Some(CommittedCheckpoint { iteration, manifest_key });
+        }
+        self.collecting.retain(|i, _| *i > iteration);
+        self.failed.retain(|i, _| *i > iteration);
+        Some(checkpoint)
+    }
+
+    /// The manifest of `iteration` could not be written. Gives a checkpoint back when another generation has completed the
+    /// same iteration meanwhile.
+    pub fn commit_failed(&mut self, iteration: u64, reason: String) -> Option<Checkpoint> {
+        self.committing.remove(&iteration)?;
+        let again = self.complete(iteration);
+        if again.is_none() {
+            self.failed.insert(iteration, reason);
+        }
+        again
+    }
+
+    /// A rank could not write its share.
+    pub fn shard_failed(&mut self, iteration: u64, reason: String) {
+        self.failed.insert(iteration, reason);
+    }
+
+    /// The newest checkpoint that exists.
+    #[must_use]
+    pub fn newest(&self) -> Option<&CommittedCheckpoint> {
+        self.newest.as_ref()
+    }
+
+    /// Whether a checkpoint of `iteration` or later exists.
+    #[must_use]
+    pub fn has(&self, iteration: u64) -> bool {
+        self.newest.as_ref().is_some_and(|newest| newest.iteration >= iteration)
+    }
+
+    /// Whether the manifest of `iteration` is being written.
+    #[must_use]
+    pub fn is_committing(&self, iteration: u64) -> bool {
+        self.committing.contains_key(&iteration)
+    }
+
+    /// Why the live generation has no checkpoint of `iteration`, if it tried.
+    #[must_use]
+    pub fn failure(&self, iteration: u64) -> Option<&str> {
+        self.failed.get(&iteration).map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receipt(iteration: u64, rank: u32) -> ShardReceipt {
+        ShardReceipt { iteration, rank, bytes: 10, key: format!("{iteration}/{rank}"), ..Default::default() }
+    }
+
+    fn ledger() -> Ledger {
+        let mut ledger = Ledger::new(None);
+        ledger.open(Generation(1), 2);
+        ledger
+    }
+
+    #[test]
+    fn a_checkpoint_is_committed_when_every_rank_has_a_receipt() {
+        let mut ledger = ledger();
+        assert_eq!(ledger.receipt(1, receipt(5, 1)), Ok(None));
+        assert_eq!(ledger.receipt(1, receipt(5, 1)), Ok(None));
+        let checkpoint = ledger.receipt(0, receipt(5, 0)).unwrap().unwrap();
+        assert_eq!(checkpoint.shards, [receipt(5, 0), receipt(5, 1)]);
+        assert_eq!((checkpoint.bytes(), ledger.has(5)), (20, false));
+        assert_eq!(ledger.committed(5, "k".into()), Some(checkpoint));
+        assert_eq!(ledger.newest().unwrap().manifest_key, "k");
+        assert!(ledger.receipt(0, receipt(5, 0)).is_err());
+        assert!(ledger.receipt(0, receipt(6, 1)).unwrap_err().contains("came from rank 0"));
+    }
+
+    #[test]
+    fn receipts_of_an_old_generation_are_void() {
+        let mut ledger = ledger();
+        assert_eq!(ledger.receipt(0, receipt(5, 0)), Ok(None));
+        ledger.open(Generation(2), 2);
+        assert_eq!(ledger.receipt(1, receipt(5, 1)), Ok(None));
+        assert_eq!(ledger.receipt(0, receipt(5, 0)).unwrap().unwrap().generation, Generation(2));
+    }
+
+    #[test]
+    fn a_commit_that_fails_is_tried_again_only_with_another_generations_shards() {
+        let mut ledger = Ledger::new(None);
+        ledger.open(Generation(1), 1);
+        assert!(ledger.receipt(0, receipt(5, 0)).unwrap().is_some());
+        ledger.open(Generation(2), 1);
+        assert_eq!(ledger.receipt(0, receipt(5, 0)), Ok(None));
+        let again = ledger.commit_failed(5, "disk full".into()).unwrap();
+        assert_eq!(again.generation, Generation(2));
+        assert_eq!(ledger.commit_failed(5, "disk full".into()), None);
+        assert_eq!(ledger.failure(5), Some("disk full"));
+    }
+}

@@ -1,0 +1,236 @@
+//! Who is attached, and how alive.
+//!
+//! Every message renews its sender's lease. A worker that is silent for a third of the failure timeout is *unknown*, which
+//! changes what people see and nothing else; silent for all of it, or with its stream closed, it is dead and removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use potstill_proto::{
+    cursor::{Cursor, Generation},
+    message::{Hello, WorkerId},
+    spec::Timeouts,
+};
+
+use crate::{StreamId, Tick};
+
+/// How sure we are that a member lives. The dead are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Liveness {
+    /// Heard of within the lease's first third.
+    Alive,
+    /// Silent for longer than that.
+    Unknown,
+}
+
+/// A worker that has not been heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Silence {
+    /// For how long.
+    pub millis: u64,
+    /// Whether its lease is over; otherwise it is unknown from now on.
+    pub dead: bool,
+}
+
+/// Where a worker stands in a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The generation.
+    pub generation: Generation,
+    /// The rank in it.
+    pub rank: u32,
+}
+
+/// An attached worker.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// What it said of itself when it attached.
+    pub hello: Hello,
+    /// The furthest state that it is known to hold whole, if it is beyond the start of the run.
+    pub held: Option<Cursor>,
+    /// Its last word on where it stands, for people.
+    pub cursor: Cursor,
+    /// Grows as it works.
+    pub progress: u64,
+    /// What it does, in its own words.
+    pub activity: String,
+    /// Alive or unknown.
+    pub liveness: Liveness,
+    /// Its newest place. Kept when that generation is over, so that ranks stay stable.
+    pub place: Option<Place>,
+    /// Whether it is known to have taken the state of its place whole. Until then its heartbeats prove nothing.
+    pub loaded: bool,
+    heard: Tick,
+    deadline: Tick,
+}
+
+impl Member {
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &WorkerId {
+        &self.hello.worker
+    }
+
+    /// For people: id, machine, process, device.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let Hello { worker, host, pid, device, .. } = &self.hello;
+        format!("{worker} ({host}, process {pid}, {device})")
+    }
+
+    /// Notes what the worker says it holds; the start of the run is no state worth keeping.
+    pub fn hold(&mut self, cursor: Cursor) {
+        self.cursor = cursor;
+        self.held = Some(cursor).filter(|c| *c > Cursor::default());
+    }
+}
+
+/// Everybody attached.
+#[derive(Debug)]
+pub struct Members {
+    timeouts: Timeouts,
+    by_stream: BTreeMap<StreamId, Member>,
+    by_id: BTreeMap<WorkerId, StreamId>,
+    /// When each member's liveness changes next, soonest first.
+    deadlines: BTreeSet<(Tick, StreamId)>,
+}
+
+impl Members {
+    /// Nobody.
+    #[must_use]
+    pub fn new(timeouts: Timeouts) -> Self {
+        Self { timeouts, by_stream: BTreeMap::new(), by_id: BTreeMap::new(), deadlines: BTreeSet::new() }
+    }
+
+    /// Takes a worker in.
+    pub fn attach(&mut self, now: Tick, stream: StreamId, hello: Hello) -> &Member {
+        let deadline = now.after(self.timeouts.unknown_millis);
+        self.deadlines.insert((deadline, stream));
+        self.by_id.insert(hello.worker.clone(), stream);
+        let held = hello.held.as_ref().map(|held| held.cursor);
+        let mut member = Member {
+            hello,
+            held: None,
+            cursor: Cursor::default(),
+            progress: 0,
+            activity: String::new(),
+            liveness: Liveness::Alive,
+            place: None,
+            loaded: false,
+            heard: now,
+            deadline,
+        };
+        member.hold(held.unwrap_or_default());
+        self.by_stream.entry(stream).or_insert(member)
+    }
+
+    /// Renews a lease. `None` when the stream belongs to nobody.
+    pub fn heard(&mut self, now: Tick, stream: StreamId) -> Option<&mut Member> {
+        let member = self.by_stream.get_mut(&stream)?;
+        self.deadlines.remove(&(member.deadline, stream));
+        member.heard = now;
+        member.liveness = Liveness::Alive;
+        member.deadline = now.after(self.timeouts.unknown_millis);
+        self.deadlines.insert((member.deadline, stream));
+        Some(member)
+    }
+
+    /// Lets a worker go.
+    pub fn remove(&mut self, stream: StreamId) -> Option<Member> {
+        let member = self.by_stream.remove(&stream)?;
+        self.by_id.remove(member.id());
+        self.deadlines.remove(&(member.deadline, stream));
+        Some(member)
+    }
+
+    /// Someone whose liveness has changed for the worse, while there is one. The dead stay until they are removed.
+    pub fn expired(&mut self, now: Tick) -> Option<(StreamId, Silence)> {
+        let &(deadline, stream) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now)?;
+        self.deadlines.remove(&(deadline, stream));
+        let member = self.by_stream.get_mut(&stream)?;
+        let lease = member.heard.after(self.timeouts.dead_millis);
+        member.liveness = Liveness::Unknown;
+        member.deadline = lease;
+        self.deadlines.insert((lease, stream));
+        Some((stream, Silence { millis: now.0 - member.heard.0, dead: lease <= now }))
+    }
+
+    /// When somebody's liveness changes next.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Tick> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// The stream of a worker.
+    #[must_use]
+    pub fn stream_of(&self, id: &WorkerId) -> Option<StreamId> {
+        self.by_id.get(id).copied()
+    }
+
+    /// The member on a stream.
+    #[must_use]
+    pub fn get(&self, stream: StreamId) -> Option<&Member> {
+        self.by_stream.get(&stream)
+    }
+
+    /// The member on a stream.
+    pub fn get_mut(&mut self, stream: StreamId) -> Option<&mut Member> {
+        self.by_stream.get_mut(&stream)
+    }
+
+    /// Everybody, in the order in which they attached.
+    pub fn iter(&self) -> impl Iterator<Item = (StreamId, &Member)> {
+        self.by_stream.iter().map(|(stream, member)| (*stream, member))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.by_stream.len()).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_proto::spec::ClusterSpec;
+
+    use super::*;
+    use crate::core::fixtures::hello;
+
+    fn members() -> Members {
+        Members::new(ClusterSpec { failure_timeout_seconds: 3.0, ..Default::default() }.timeouts())
+    }
+
+    #[test]
+    fn silence_makes_unknown_then_dead_and_a_word_makes_alive_again() {
+        let mut members = members();
+        let stream = StreamId(1);
+        members.attach(Tick(0), stream, hello("a"));
+        assert_eq!(members.next_deadline(), Some(Tick(1000)));
+        assert_eq!(members.expired(Tick(999)), None);
+        assert_eq!(members.get(stream).unwrap().liveness, Liveness::Alive);
+        assert_eq!(members.expired(Tick(1000)), Some((stream, Silence { millis: 1000, dead: false })));
+        assert_eq!(members.expired(Tick(1000)), None);
+        assert_eq!(members.get(stream).unwrap().liveness, Liveness::Unknown);
+        assert_eq!(members.next_deadline(), Some(Tick(3000)));
+        members.heard(Tick(2999), stream);
+        assert_eq!(members.expired(Tick(3000)), None);
+        assert_eq!(members.get(stream).unwrap().liveness, Liveness::Alive);
+        assert_eq!(members.expired(Tick(5999)), Some((stream, Silence { millis: 3000, dead: true })));
+    }
+
+    #[test]
+    fn all_who_are_due_at_once_are_found() {
+        let mut members = members();
+        for n in 0..5 {
+            members.attach(Tick(n), StreamId(n), hello(&format!("w{n}")));
+        }
+        let mut dead = Vec::new();
+        while let Some((stream, silence)) = members.expired(Tick(10_000)) {
+            assert!(silence.dead);
+            members.remove(stream);
+            dead.push(stream.0);
+        }
+        assert_eq!(dead, [0, 1, 2, 3, 4]);
+        assert_eq!(members.next_deadline(), None);
+    }
+}

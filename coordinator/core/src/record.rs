@@ -1,0 +1,203 @@
+//! What the journal keeps: everything that a coordinator must know again after a crash, and the run's history for people.
+
+use potstill_proto::{
+    cursor::Generation,
+    message::Source,
+    wire::{EvaluationReport, Subject},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::observation::Outcome;
+
+/// Version of the journal's language.
+const VERSION: u32 = 1;
+
+/// One entry of the journal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "kebab-case")]
+pub enum Record {
+    /// The first entry of a run.
+    RunStarted {
+        /// Its name.
+        run_id: String,
+    },
+    /// A coordinator took the run over.
+    Resumed {
+        /// Iterations of the checkpoint it goes on from.
+        iteration: u64,
+        /// Iterations the run is now to reach.
+        iterations: u64,
+    },
+    /// A generation exists; written before any member hears of it.
+    GenerationOpened {
+        /// Its number.
+        generation: Generation,
+        /// Its members, by rank.
+        members: Vec<String>,
+        /// Where its state comes from.
+        source: Source,
+        /// Why it was formed.
+        reason: String,
+    },
+    /// The teacher or the student was scored.
+    Evaluated(Evaluation),
+    /// A checkpoint exists.
+    Committed {
+        /// After so many iterations.
+        iteration: u64,
+        /// Its manifest's key below the run's folder.
+        manifest_key: String,
+    },
+    /// The run ended; it may be resumed.
+    Ended {
+        /// How.
+        outcome: Outcome,
+    },
+}
+
+/// One evaluation, as the journal keeps it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Under which generation.
+    pub generation: Generation,
+    /// After so many iterations.
+    pub iteration: u64,
+    /// Whether the teacher was scored rather than the student.
+    pub of_teacher: bool,
+    /// Fréchet distance on features.
+    #[serde(with = "lenient")]
+    pub fid: f64,
+    /// Share of samples whose classifier agrees with the condition.
+    #[serde(with = "lenient")]
+    pub agreement: f64,
+    /// k-NN precision.
+    #[serde(with = "lenient")]
+    pub precision: f64,
+    /// k-NN recall.
+    #[serde(with = "lenient")]
+    pub recall: f64,
+    /// Network evaluations per image.
+    #[serde(with = "lenient")]
+    pub evaluations_per_image: f64,
+    /// Sampling speed.
+    #[serde(with = "lenient")]
+    pub images_per_second: f64,
+    /// Images scored.
+    pub samples: u64,
+}
+
+impl From<&EvaluationReport> for Evaluation {
+    fn from(report: &EvaluationReport) -> Self {
+        let scores = report.scores.unwrap_or_default();
+        Self {
+            generation: Generation(report.generation),
+            iteration: report.iteration,
+            of_teacher: report.subject() == Subject::Teacher,
+            fid: scores.fid,
+            agreement: scores.agreement,
+            precision: scores.precision,
+            recall: scores.recall,
+            evaluations_per_image: scores.evaluations_per_image,
+            images_per_second: scores.images_per_second,
+            samples: scores.samples,
+        }
+    }
+}
+
+/// JSON has no NaN: it is written as null and read back as NaN.
+mod lenient {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_f64(*value)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+        Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+    }
+}
+
+/// An entry that this version cannot read.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    /// Not JSON, or not one of our records.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// Written by a newer Potstill.
+    #[error("it is in version {0} of the journal's language; this Potstill reads version {VERSION}")]
+    Version(u32),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<R> {
+    version: u32,
+    #[serde(flatten)]
+    record: R,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+impl Record {
+    /// The journal's bytes for this record: JSON.
+    ///
+    /// # Errors
+    /// None that a record made by this crate can cause.
+    pub fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(&Versioned { version: VERSION, record: self })
+    }
+
+    /// Reads [`Record::encode`]'s bytes.
+    ///
+    /// # Errors
+    /// [`Unreadable`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, Unreadable> {
+        let VersionOnly { version } = serde_json::from_slice(bytes)?;
+        if version != VERSION {
+            return Err(Unreadable::Version(version));
+        }
+        Ok(serde_json::from_slice::<Versioned<Self>>(bytes)?.record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_read_back_as_they_were_written() {
+        let evaluation = EvaluationReport { iteration: 4, ..Default::default() };
+        for record in [
+            Record::RunStarted { run_id: "r".into() },
+            Record::Resumed { iteration: 3, iterations: 9 },
+            Record::GenerationOpened {
+                generation: Generation(2),
+                members: vec!["a".into()],
+                source: Source::Checkpoint { manifest_key: "k".into() },
+                reason: "b died".into(),
+            },
+            Record::Evaluated((&evaluation).into()),
+            Record::Committed { iteration: 3, manifest_key: "k".into() },
+            Record::Ended { outcome: Outcome::Stopped { iteration: 3, reason: "asked".into() } },
+        ] {
+            assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
+        }
+    }
+
+    #[test]
+    fn a_score_that_is_not_a_number_does_not_make_the_journal_unreadable() {
+        let mut evaluation = Evaluation::from(&EvaluationReport::default());
+        evaluation.fid = f64::NAN;
+        let read = Record::decode(&Record::Evaluated(evaluation).encode().unwrap()).unwrap();
+        let Record::Evaluated(read) = read else { panic!("{read:?}") };
+        assert!(read.fid.is_nan());
+    }
+
+    #[test]
+    fn a_newer_journal_is_refused_by_version() {
+        let error = Record::decode(br#"{"version":2,"record":"merged"}"#).unwrap_err();
+        assert!(error.to_string().contains("version 2"), "{error}");
+    }
+}

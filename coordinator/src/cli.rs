@@ -1,0 +1,243 @@
+//! The command line.
+
+use std::{
+    convert::Infallible,
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use chrono::{DateTime, Utc};
+use clap::{Args, Parser, Subcommand};
+use potstill_coordinator::{
+    launch::{self, Exit, Job, agent::AgentPlan, worker},
+    report::screen::LogFormat,
+};
+use potstill_proto::spec::RunSpec;
+use potstill_storage::Root;
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0    the run succeeded
+  1    it failed, or was stopped before it had a checkpoint
+  2    the command line or the configuration is not acceptable; nothing was started
+  75   it was asked to stop and has saved a checkpoint: --resume goes on from there
+  130  it was interrupted a second time, and ended at once
+
+The first Ctrl-C or SIGTERM makes the workers save and the run stop; the second ends it at once.
+RUST_LOG chooses what is logged, as in RUST_LOG=debug.";
+
+/// Distills a diffusion model into a one-step generator, on one machine or on a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "potstill", version, after_help = AFTER_HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run on this machine: the coordinator and its workers, with one command
+    #[command(after_help = AFTER_HELP)]
+    Launch(Launch),
+    /// Run the coordinator alone; workers attach from other machines
+    #[command(after_help = AFTER_HELP)]
+    Serve(Serve),
+    /// Keep the workers of one machine alive (potstill-worker)
+    Agent(HandedOn),
+    /// Run one worker (potstill-worker)
+    Rank(HandedOn),
+    /// Train a small teacher on an image file (potstill-worker)
+    TrainTeacher(HandedOn),
+    /// Draw images from a checkpoint or a teacher (potstill-worker)
+    Sample(HandedOn),
+    /// Score a checkpoint or a teacher (potstill-worker)
+    Evaluate(HandedOn),
+    /// Write the generator of a checkpoint for use elsewhere (potstill-worker)
+    Export(HandedOn),
+}
+
+#[derive(Debug, Args)]
+struct Launch {
+    #[command(flatten)]
+    run: RunArguments,
+    /// Threads of each worker [default: the machine's cores divided by the workers]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// Address of the coordinator; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    #[command(flatten)]
+    run: RunArguments,
+    /// Address at which workers attach
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
+    listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    /// The run file (TOML); see configs/
+    config: PathBuf,
+    /// Workers to train with: sets cluster.min_workers and cluster.max_workers, unless --set says otherwise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
+    /// Where runs are kept: a folder, or file://, s3://, gs://, az://. The run lies in runs/<run id>/ below it
+    #[arg(long, value_name = "URL", default_value = ".")]
+    storage: String,
+    /// Name of the run [default: the run file's name and the time, as in digits-20260131-120000]
+    #[arg(long, value_name = "NAME")]
+    run_id: Option<String>,
+    /// Change a value of the run file, as in --set distillation.iterations=200
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Go on with the run of this name from its newest checkpoint
+    #[arg(long, requires = "run_id")]
+    resume: bool,
+    /// How log lines look
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    log_format: LogFormat,
+}
+
+/// A subcommand that needs libtorch: `potstill-worker` reads its arguments, `--help` among them.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+struct HandedOn {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    arguments: Vec<OsString>,
+}
+
+/// Does what the command line asks for.
+pub fn main(cli: Cli) -> ExitCode {
+    let job = match cli.command {
+        Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads }),
+        Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
+        Command::Agent(handed) => handed.on("agent"),
+        Command::Rank(handed) => handed.on("rank"),
+        Command::TrainTeacher(handed) => handed.on("train-teacher"),
+        Command::Sample(handed) => handed.on("sample"),
+        Command::Evaluate(handed) => handed.on("evaluate"),
+        Command::Export(handed) => handed.on("export"),
+    };
+    let job = match job {
+        Ok(job) => job,
+        Err(error) => return complain(&error, Exit::Usage),
+    };
+    match run(job) {
+        Ok(exit) => exit.into(),
+        Err(error) => complain(&error, launch::exit_for(&error)),
+    }
+}
+
+fn complain(error: &anyhow::Error, exit: Exit) -> ExitCode {
+    eprintln!("error: {}", explain(error));
+    exit.into()
+}
+
+/// The error and its causes, without those that the one before already tells.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += ": ";
+            text += &cause;
+        }
+    }
+    text
+}
+
+fn run(job: Job) -> anyhow::Result<Exit> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
+    let exit = runtime.block_on(launch::run(job));
+    // What is still under way, such as an upload after a second Ctrl-C, is not waited for.
+    runtime.shutdown_background();
+    exit
+}
+
+/// Where a run's workers come from.
+enum Workers {
+    /// An agent on this machine.
+    Local { threads: Option<u32> },
+    /// Agents that somebody else starts.
+    Elsewhere,
+}
+
+impl RunArguments {
+    /// Checks everything that can be checked before anything is written.
+    fn job(self, listen: SocketAddr, from: &Workers) -> anyhow::Result<Job> {
+        let workers = self.workers;
+        let mut sets =
+            vec![format!("cluster.min_workers={workers}"), format!("cluster.max_workers={workers}")];
+        sets.extend(self.set);
+        // Relative paths in the file are relative to its folder: a bare name needs one.
+        let spec = RunSpec::load(&Path::new(".").join(&self.config), &sets)?;
+        let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
+        let run_id = run_id.parse().context("--run-id")?;
+        let agent = match from {
+            Workers::Local { threads } => {
+                Some(AgentPlan { program: worker::find()?, ranks: workers, threads: *threads })
+            }
+            Workers::Elsewhere => None,
+        };
+        Ok(Job {
+            spec,
+            run_id,
+            // Last: it creates the folder.
+            storage: Root::open(&self.storage).context("--storage")?,
+            resume: self.resume,
+            listen,
+            log_format: self.log_format,
+            agent,
+        })
+    }
+}
+
+impl HandedOn {
+    fn on<T>(self, subcommand: &str) -> anyhow::Result<T> {
+        let never: Infallible = worker::become_worker(subcommand, &self.arguments)?;
+        match never {}
+    }
+}
+
+/// The run file's name, in the characters that a run id may have, and the time.
+fn default_run_id(config: &Path, now: DateTime<Utc>) -> String {
+    let stem = config.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    let stem = stem.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_', "-");
+    let stem: String = stem.trim_start_matches(['-', '_']).chars().take(48).collect();
+    let stem = if stem.is_empty() { "run" } else { &stem };
+    format!("{stem}-{}", now.format("%Y%m%d-%H%M%S"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let cause = std::io::Error::other("disk on fire");
+        let error = anyhow::Error::new(cause).context("cannot read x: disk on fire").context("--storage");
+        assert_eq!(explain(&error), "--storage: cannot read x: disk on fire");
+    }
+
+    #[test]
+    fn runs_are_named_after_their_file_and_the_time() {
+        let now = DateTime::from_timestamp(1_767_268_800, 0).unwrap();
+        assert_eq!(default_run_id(Path::new("configs/digits.toml"), now), "digits-20260101-120000");
+        assert_eq!(default_run_id(Path::new("_A b.c.toml"), now), "a-b-c-20260101-120000");
+        assert_eq!(default_run_id(Path::new("ä.toml"), now), "run-20260101-120000");
+        let long = default_run_id(Path::new(&"x".repeat(99)), now);
+        assert!(long.parse::<potstill_storage::RunId>().is_ok(), "{long}");
+    }
+}

@@ -1,0 +1,303 @@
+//! Runs a coordinator in this process, with a local worker agent or without, from the first message to the last.
+
+pub mod agent;
+pub mod worker;
+
+use std::{
+    future,
+    io::Write,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    process::ExitCode,
+    time::Duration,
+};
+
+use agent::{Agent, AgentPlan};
+use anyhow::Context;
+use potstill_core::observation::{Observation, Outcome};
+use potstill_proto::spec::RunSpec;
+use potstill_storage::{Root, RunId};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc::{self, UnboundedSender},
+};
+use tracing::{info, warn};
+
+use crate::{
+    report::{
+        Ending, Report,
+        screen::{LogFormat, Screen},
+    },
+    server::{self, Running, StartError},
+};
+
+/// How long an agent may take to leave after the run's end.
+const LEAVING: Duration = Duration::from_secs(10);
+
+/// How the command ended, as its exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// All iterations are done and the last checkpoint is committed.
+    Succeeded = 0,
+    /// The run failed, or was stopped before it had a checkpoint.
+    Failed = 1,
+    /// The command line or the configuration is not acceptable; nothing was started. Also what clap exits with.
+    Usage = 2,
+    /// The run was asked to stop and has saved: `--resume` goes on. EX_TEMPFAIL of sysexits.h, on which a scheduler can
+    /// requeue a job.
+    Stopped = 75,
+    /// Interrupted twice: 128 + SIGINT, as a shell reports it.
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// A run to coordinate.
+pub struct Job {
+    /// The run, validated.
+    pub spec: RunSpec,
+    /// Its name.
+    pub run_id: RunId,
+    /// Where it is kept.
+    pub storage: Root,
+    /// Go on with a run that exists.
+    pub resume: bool,
+    /// Where workers attach.
+    pub listen: SocketAddr,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// The local agent; without one, workers come from elsewhere.
+    pub agent: Option<AgentPlan>,
+}
+
+/// Coordinates a run until it has ended, reports on it, and says how it ended.
+///
+/// # Errors
+/// When it could not start. Everything that happens later is part of the run's outcome.
+pub async fn run(job: Job) -> anyhow::Result<Exit> {
+    let mut signals = Signals::new().context("cannot listen for signals")?;
+    let screen = Screen::new(job.log_format);
+    let run_id = job.run_id.to_string();
+    let starting = async {
+        let report = Report::open(job.storage.run(&job.run_id), &job.spec, job.resume, &screen).await?;
+        let options = server::Options {
+            listen: job.listen,
+            spec: job.spec,
+            run_id: job.run_id,
+            storage: job.storage,
+            resume: job.resume,
+        };
+        anyhow::Ok((report, server::start(options).await?))
+    };
+    let (report, mut running) = tokio::select! {
+        started = starting => started?,
+        _ = signals.next() => return Ok(Exit::Interrupted),
+    };
+
+    let mut agent = None;
+    match &job.agent {
+        Some(plan) => {
+            let address = local(running.address);
+            info!(run = %run_id, %address, ranks = plan.ranks, "starting the workers");
+            match Agent::start(plan, address, &run_id, job.log_format, &screen).await {
+                Ok(started) => agent = Some(started),
+                Err(error) => running.fail(format!("cannot start {}: {error}", plan.program.display())),
+            }
+        }
+        None => info!(
+            "workers attach with: potstill agent --coordinator http://{} --run-id {run_id} --ranks N",
+            advertised(running.address)
+        ),
+    }
+
+    // A task of its own, so that a slow upload of the metrics holds up neither the log nor a signal.
+    let (observed, observations) = mpsc::unbounded_channel();
+    let reporting = tokio::spawn(report.follow(observations));
+    let outcome = until_ended(&mut running, &mut agent, &mut signals, observed).await;
+    let Some(outcome) = outcome else { return Ok(interrupted(&mut agent, &screen).await) };
+
+    let closing = async {
+        running.outcome().await;
+        if let Some(agent) = &mut agent {
+            agent.leave(LEAVING).await;
+        }
+        let report = reporting.await.context("the report ended early")?;
+        anyhow::Ok(report.finish(&outcome).await)
+    };
+    let Ending { mut text, resumable } = tokio::select! {
+        closed = closing => closed?,
+        () = signals.insist() => return Ok(interrupted(&mut agent, &screen).await),
+    };
+    let exit = match outcome {
+        Outcome::Succeeded { .. } => Exit::Succeeded,
+        Outcome::Stopped { .. } if resumable => {
+            text += &format!("To go on, repeat the command with --run-id {run_id} --resume\n");
+            Exit::Stopped
+        }
+        Outcome::Stopped { .. } | Outcome::Failed { .. } => Exit::Failed,
+    };
+    // A reader that has gone away does not change how the run ended.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(exit)
+}
+
+/// Passes on what is observed until the run has ended; asks it to stop at a first signal and fails it when the agent
+/// exits. `None` after a second signal.
+async fn until_ended(
+    running: &mut Running,
+    agent: &mut Option<Agent>,
+    signals: &mut Signals,
+    observed: UnboundedSender<Observation>,
+) -> Option<Outcome> {
+    loop {
+        tokio::select! {
+            // In this order: the agent leaves after the run's end, which must not be taken for a failure.
+            biased;
+            observation = running.observations.recv() => match observation {
+                Some(observation) => {
+                    let ended = match &observation {
+                        Observation::Ended(outcome) => Some(outcome.clone()),
+                        _ => None,
+                    };
+                    // Fails only if the reporting task panicked, which is found out when it is joined.
+                    let _ = observed.send(observation);
+                    if let Some(outcome) = ended {
+                        return Some(outcome);
+                    }
+                }
+                None => return Some(running.outcome().await),
+            },
+            name = signals.next() => {
+                if signals.insisted() {
+                    return None;
+                }
+                warn!("{name}: the workers save and stop; once more ends everything at once, without saving");
+                running.stop(format!("{name} received"));
+            }
+            how = exit_of(agent) => {
+                running.fail(format!("the worker agent exited ({how}) before the run's end; see its messages above"));
+            }
+        }
+    }
+}
+
+/// The exit code for an error of [`run`]: whether the user asked for something that cannot be, or something failed.
+#[must_use]
+pub fn exit_for(error: &anyhow::Error) -> Exit {
+    use StartError as E;
+    match error.downcast_ref() {
+        Some(
+            E::Listen { .. }
+            | E::Teacher { .. }
+            | E::OtherTeacher { .. }
+            | E::RunExists { .. }
+            | E::NothingToResume { .. }
+            | E::Differs { .. }
+            | E::Complete { .. }
+            | E::Specification(_),
+        ) => Exit::Usage,
+        Some(E::Storage(_) | E::Record { .. } | E::Journal(_)) | None => Exit::Failed,
+    }
+}
+
+/// How the agent ended; never returns without an agent, or twice.
+async fn exit_of(agent: &mut Option<Agent>) -> String {
+    match agent {
+        Some(agent) if !agent.is_gone() => agent.exited().await.to_owned(),
+        _ => future::pending().await,
+    }
+}
+
+async fn interrupted(agent: &mut Option<Agent>, screen: &Screen) -> Exit {
+    screen.clear();
+    if let Some(agent) = agent {
+        agent.kill();
+        agent.exited().await;
+    }
+    Exit::Interrupted
+}
+
+/// Ctrl-C and the scheduler's request to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    count: u32,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            count: 0,
+        })
+    }
+
+    /// The name of the next one.
+    async fn next(&mut self) -> &'static str {
+        let name = tokio::select! {
+            _ = self.interrupt.recv() => "Ctrl-C",
+            _ = self.terminate.recv() => "SIGTERM",
+        };
+        self.count += 1;
+        name
+    }
+
+    /// Whether there was more than one.
+    fn insisted(&self) -> bool {
+        self.count > 1
+    }
+
+    /// Returns at the second one.
+    async fn insist(&mut self) {
+        while !self.insisted() {
+            let name = self.next().await;
+            if !self.insisted() {
+                warn!("{name}: the run has ended and is being summed up; once more ends everything at once");
+            }
+        }
+    }
+}
+
+/// The address at which this machine reaches a coordinator that listens on `address`.
+fn local(mut address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    address
+}
+
+/// The same for other machines, as far as this one can tell: by its host name.
+fn advertised(address: SocketAddr) -> String {
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    match host {
+        Some(host) if address.ip().is_unspecified() => format!("{host}:{}", address.port()),
+        _ => address.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unspecified_address_is_reached_locally() {
+        let of = |text: &str| local(text.parse().unwrap()).to_string();
+        assert_eq!(of("0.0.0.0:7070"), "127.0.0.1:7070");
+        assert_eq!(of("[::]:7070"), "[::1]:7070");
+        assert_eq!(of("10.0.0.1:7070"), "10.0.0.1:7070");
+    }
+
+    #[test]
+    fn workers_are_told_an_address_that_they_can_use() {
+        assert_eq!(advertised("10.0.0.1:7070".parse().unwrap()), "10.0.0.1:7070");
+        assert!(!advertised("0.0.0.0:7070".parse().unwrap()).starts_with("0.0.0.0"));
+    }
+}

@@ -1,0 +1,69 @@
+//! Where `potstill-worker` is. It links libtorch, so it is a program of its own.
+
+use std::{
+    convert::Infallible,
+    ffi::OsString,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The program's file name.
+pub const PROGRAM: &str = "potstill-worker";
+/// Environment variable that names the program's file, before any search.
+pub const OVERRIDE: &str = "POTSTILL_WORKER";
+
+/// The worker program cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// It is nowhere.
+    #[error(
+        "{PROGRAM} was not found beside this program or on PATH; build it with `cargo build -p potstill-worker`, or \
+         name its file in {OVERRIDE}"
+    )]
+    NotFound,
+    /// [`OVERRIDE`] names something else.
+    #[error("{OVERRIDE} names {0}, which is not a program")]
+    NotAProgram(PathBuf),
+    /// The system refuses to run it.
+    #[error("cannot run {program}: {source}")]
+    Refused {
+        /// Its file.
+        program: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+}
+
+/// Finds the worker program: named by [`OVERRIDE`], beside this program, or on `PATH`.
+///
+/// # Errors
+/// When there is none.
+pub fn find() -> Result<PathBuf, WorkerError> {
+    if let Some(named) = std::env::var_os(OVERRIDE).filter(|name| !name.is_empty()) {
+        let named = PathBuf::from(named);
+        return if is_program(&named) { Ok(named) } else { Err(WorkerError::NotAProgram(named)) };
+    }
+    let beside = std::env::current_exe().ok().and_then(|own| own.parent().map(Path::to_owned));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .map(|folder| folder.join(PROGRAM))
+        .find(|file| is_program(file))
+        .ok_or(WorkerError::NotFound)
+}
+
+/// Becomes the worker program, with these arguments. Returns only if that fails.
+///
+/// # Errors
+/// See [`WorkerError`].
+pub fn become_worker(subcommand: &str, arguments: &[OsString]) -> Result<Infallible, WorkerError> {
+    let program = find()?;
+    let source = Command::new(&program).arg(subcommand).args(arguments).exec();
+    Err(WorkerError::Refused { program, source })
+}
+
+fn is_program(file: &Path) -> bool {
+    file.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}

@@ -1,0 +1,5 @@
+//! The coordinator of Potstill and the parts of the `potstill` command.
+
+pub mod launch;
+pub mod report;
+pub mod server;

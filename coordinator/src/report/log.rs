@@ -1,0 +1,58 @@
+//! The structured log: one line for each observation.
+
+use potstill_core::observation::{Observation, Outcome};
+use potstill_proto::{message::Source, wire};
+use tracing::{debug, error, info, warn};
+
+/// Writes one log line about `observation`, with its reason. Iterations are logged at `debug`: the progress shows them.
+pub fn observation(observation: &Observation) {
+    match observation {
+        Observation::Waiting { have, need, reason } => info!(have, need, %reason, "waiting for workers"),
+        Observation::Attached { worker } => info!(%worker, "worker attached"),
+        Observation::Lost { worker, reason } => warn!(%worker, %reason, "worker lost"),
+        Observation::GenerationOpened { generation, world_size, source, reason } => {
+            let source = match source {
+                Source::Fresh => "the teacher".to_owned(),
+                Source::Checkpoint { manifest_key } => manifest_key.clone(),
+                Source::Peer { rank } => format!("rank {rank}"),
+            };
+            info!(generation = generation.0, world_size, state_from = %source, %reason, "generation opened");
+        }
+        Observation::Iteration(t) => debug!(
+            iteration = t.iteration,
+            world_size = t.world_size,
+            fake_score_loss = t.fake_score_loss,
+            generator_loss = t.generator_loss,
+            seconds = t.seconds.total,
+            "iteration"
+        ),
+        Observation::Evaluated(report) => {
+            let subject = match report.subject() {
+                wire::Subject::Teacher => "teacher",
+                wire::Subject::Student => "student",
+            };
+            let scores = report.scores.unwrap_or_default();
+            info!(
+                iteration = report.iteration,
+                fid = rounded(scores.fid),
+                agreement = rounded(scores.agreement),
+                recall = rounded(scores.recall),
+                "{subject} evaluated"
+            );
+        }
+        Observation::Committed { iteration, bytes } => info!(iteration, bytes, "checkpoint committed"),
+        Observation::CheckpointFailed { iteration, reason } => {
+            warn!(iteration, %reason, "checkpoint failed; training goes on");
+        }
+        Observation::Ended(Outcome::Succeeded { iteration }) => info!(iteration, "run succeeded"),
+        Observation::Ended(Outcome::Stopped { iteration, reason }) => {
+            info!(iteration, %reason, "run stopped");
+        }
+        Observation::Ended(Outcome::Failed { reason }) => error!(%reason, "run failed"),
+    }
+}
+
+/// Three decimals: what a person compares.
+fn rounded(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
+}

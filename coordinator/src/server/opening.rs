@@ -1,0 +1,135 @@
+//! A run's folder, its journal and what they hold, before anything is served.
+
+use std::{io::Read, path::Path};
+
+use potstill_core::{
+    Setup,
+    ledger::{Checkpoint, CommittedCheckpoint},
+    observation::Outcome,
+    record::Record,
+};
+use potstill_proto::spec::RunSpec;
+use potstill_storage::{
+    Run,
+    checkpoint::{Manifest, Shard},
+    journal::Journal,
+    layout,
+};
+use sha2::{Digest, Sha256};
+
+use super::{Options, StartError};
+
+/// A run that is ready to be served.
+pub struct Opened {
+    /// What the state machine starts with.
+    pub setup: Setup,
+    /// The run's folder.
+    pub run: Run,
+    /// Its journal, at the end.
+    pub journal: Journal,
+}
+
+/// Opens a new run, or one to be resumed.
+pub async fn open(options: Options) -> Result<Opened, StartError> {
+    let Options { mut spec, run_id, storage, resume, .. } = options;
+    storage.probe().await?;
+    let digest = teacher_digest(&spec).await?;
+    spec.teacher.sha256 = Some(digest);
+    let run = storage.run(&run_id);
+    let name = run_id.to_string();
+    let specification = spec.to_toml()?;
+
+    match (resume, run.specification().await?) {
+        (false, Some(_)) => return Err(StartError::RunExists { run: name }),
+        (false, None) => run.freeze(&specification).await?,
+        (true, None) => {
+            let problem = format!("there is no run {name} in {}", storage.url());
+            return Err(StartError::NothingToResume { problem });
+        }
+        (true, Some(frozen)) => {
+            let differences = RunSpec::from_toml(&frozen)?.differences(&spec);
+            if !differences.is_empty() {
+                return Err(StartError::Differs { run: name, differences });
+            }
+        }
+    }
+    let newest = newest_checkpoint(&run).await?;
+    if resume && newest.is_none() {
+        let problem =
+            format!("run {name} has no checkpoint that can be read; start anew with another --run-id");
+        return Err(StartError::NothingToResume { problem });
+    }
+
+    let (journal, records) = Journal::open(&run).await?;
+    let mut history = Vec::with_capacity(records.len());
+    for (index, bytes) in records.iter().enumerate() {
+        history.push(Record::decode(bytes).map_err(|source| StartError::Record { index, source })?);
+    }
+    if let Some(Record::Ended { outcome: Outcome::Succeeded { iteration } }) = history.last()
+        && *iteration >= spec.distillation.iterations
+    {
+        return Err(StartError::Complete { run: name, iteration: *iteration });
+    }
+    let storage_url = storage.url().to_string();
+    Ok(Opened {
+        setup: Setup { run_id: name, spec, specification, storage_url, history, newest },
+        run,
+        journal,
+    })
+}
+
+/// SHA-256 of the teacher's file, hexadecimal; compared with the specification's, where that has one.
+async fn teacher_digest(spec: &RunSpec) -> Result<String, StartError> {
+    let path = spec.teacher.weights.clone();
+    let hashing = path.clone();
+    let unreadable = |source| StartError::Teacher { path: path.clone(), source };
+    let hashed = tokio::task::spawn_blocking(move || sha256(&hashing)).await;
+    let actual = hashed.map_err(std::io::Error::other).and_then(|digest| digest).map_err(unreadable)?;
+    match &spec.teacher.sha256 {
+        Some(given) if !given.eq_ignore_ascii_case(&actual) => {
+            Err(StartError::OtherTeacher { path, actual, given: given.clone() })
+        }
+        _ => Ok(actual),
+    }
+}
+
+fn sha256(path: &Path) -> std::io::Result<String> {
+    let mut file = std::fs::File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The newest checkpoint whose manifest can be read. A damaged one is named and passed over.
+async fn newest_checkpoint(run: &Run) -> Result<Option<CommittedCheckpoint>, StartError> {
+    for iteration in run.checkpoints().await?.into_iter().rev() {
+        let manifest_key = layout::manifest_key(iteration);
+        match run.manifest(&manifest_key).await {
+            Ok(_) => {
+                return Ok(Some(CommittedCheckpoint { iteration, manifest_key }));
+            }
+            Err(error) => {
+                tracing::error!(iteration, %error, "a damaged checkpoint is passed over for the one before it");
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// A checkpoint as storage writes it down.
+pub fn manifest(checkpoint: Checkpoint) -> Manifest {
+    let Checkpoint { generation, iteration, shards } = checkpoint;
+    let shard = |s: potstill_proto::wire::ShardReceipt| Shard {
+        rank: s.rank,
+        key: s.key,
+        bytes: s.bytes,
+        sha256: s.sha256,
+    };
+    Manifest::new(iteration, generation.0, shards.into_iter().map(shard).collect())
+}

@@ -1,0 +1,214 @@
+//! The gRPC service: streams become events, in the order in which each worker spoke.
+
+use std::{
+    pin::Pin,
+    sync::atomic::{AtomicU64, Ordering},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::Stream;
+use potstill_core::{StreamId, Tick};
+use potstill_proto::{
+    message::{FromWorker, Hello, Malformed},
+    wire::{self, coordinator_server::Coordinator},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+use tonic::{Request, Response, Status, Streaming};
+
+/// How long a new stream may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Messages that may wait for a worker that does not read them.
+const OUTBOX: usize = 256;
+
+/// The coordinator's monotonic clock.
+#[derive(Clone, Copy)]
+pub struct Clock(Instant);
+
+impl Clock {
+    /// A clock that shows 0 now.
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// The time.
+    pub fn now(self) -> Tick {
+        Tick(u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// When it will show `tick`.
+    pub fn instant(self, tick: Tick) -> Instant {
+        self.0 + Duration::from_millis(tick.0)
+    }
+}
+
+/// Where a worker's messages are queued. Dropping it ends the stream after them.
+pub type Outbox = mpsc::Sender<Result<wire::CoordinatorMessage, Status>>;
+
+/// What the service tells the shell, and when it happened: what waits in the queue must not look late.
+pub struct Arrival {
+    /// When.
+    pub at: Tick,
+    /// What.
+    pub input: Input,
+}
+
+/// See [`Arrival`].
+pub enum Input {
+    /// A worker said hello.
+    Attached {
+        /// Its stream.
+        stream: StreamId,
+        /// What it said.
+        hello: Hello,
+        /// How to answer.
+        outbox: Outbox,
+    },
+    /// A worker said something else.
+    Received {
+        /// On which stream.
+        stream: StreamId,
+        /// What.
+        message: FromWorker,
+    },
+    /// A stream is over.
+    Closed {
+        /// Which.
+        stream: StreamId,
+        /// For people.
+        reason: String,
+        /// What its worker is told, if that is at fault.
+        status: Option<Status>,
+    },
+    /// Somebody asks for the status.
+    Status(oneshot::Sender<wire::StatusReply>),
+}
+
+/// The service.
+pub struct Service {
+    clock: Clock,
+    inbox: mpsc::Sender<Arrival>,
+    streams: AtomicU64,
+}
+
+impl Service {
+    /// A service that reports to `inbox`.
+    pub fn new(clock: Clock, inbox: mpsc::Sender<Arrival>) -> Self {
+        Self { clock, inbox, streams: AtomicU64::new(0) }
+    }
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type AttachStream = Answers;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<wire::WorkerMessage>>,
+    ) -> Result<Response<Answers>, Status> {
+        let peer = request.remote_addr().map_or_else(|| "unknown address".to_owned(), |a| a.to_string());
+        let (outbox, answers) = mpsc::channel(OUTBOX);
+        let (open, over) = oneshot::channel();
+        let mut reader = Reader {
+            stream: StreamId(self.streams.fetch_add(1, Ordering::Relaxed)),
+            clock: self.clock,
+            inbox: self.inbox.clone(),
+            messages: request.into_inner(),
+        };
+        tokio::spawn(async move {
+            let reason = tokio::select! {
+                () = reader.run(outbox, &peer) => None,
+                // The answers have ended, or their reader has gone.
+                _ = over => Some("its connection is gone".to_owned()),
+            };
+            if let Some(reason) = reason {
+                reader.tell(Input::Closed { stream: reader.stream, reason, status: None }).await;
+            }
+        });
+        Ok(Response::new(Answers { answers, _open: open }))
+    }
+
+    async fn status(
+        &self,
+        _request: Request<wire::StatusRequest>,
+    ) -> Result<Response<wire::StatusReply>, Status> {
+        let (reply, answer) = oneshot::channel();
+        let over = || Status::unavailable("the run is over");
+        let arrival = Arrival { at: self.clock.now(), input: Input::Status(reply) };
+        self.inbox.send(arrival).await.map_err(|_| over())?;
+        answer.await.map(Response::new).map_err(|_| over())
+    }
+}
+
+/// What a worker is sent. Its end, or its connection's, ends the reader too.
+pub struct Answers {
+    answers: mpsc::Receiver<Result<wire::CoordinatorMessage, Status>>,
+    _open: oneshot::Sender<()>,
+}
+
+impl Stream for Answers {
+    type Item = Result<wire::CoordinatorMessage, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.answers.poll_recv(context)
+    }
+}
+
+/// Reads one worker's messages.
+struct Reader {
+    stream: StreamId,
+    clock: Clock,
+    inbox: mpsc::Sender<Arrival>,
+    messages: Streaming<wire::WorkerMessage>,
+}
+
+impl Reader {
+    async fn run(&mut self, outbox: Outbox, peer: &str) {
+        let hello = match tokio::time::timeout(HELLO_TIMEOUT, self.hello()).await {
+            Ok(Ok(hello)) => hello,
+            Ok(Err(status)) => return refuse(&outbox, peer, status).await,
+            Err(_) => {
+                let waited = format!("no Hello within {} s", HELLO_TIMEOUT.as_secs());
+                return refuse(&outbox, peer, Status::deadline_exceeded(waited)).await;
+            }
+        };
+        tracing::debug!(worker = %hello.worker, %peer, stream = self.stream.0, "hello");
+        let stream = self.stream;
+        self.tell(Input::Attached { stream, hello, outbox }).await;
+        let (reason, status) = loop {
+            match self.messages.message().await {
+                Ok(Some(message)) => match FromWorker::try_from(message) {
+                    Ok(message) => self.tell(Input::Received { stream, message }).await,
+                    Err(error) => break (error.to_string(), Some(malformed(&error))),
+                },
+                Ok(None) => break ("it closed its stream".to_owned(), None),
+                Err(status) => break (format!("its stream broke: {}", status.message()), Some(status)),
+            }
+        };
+        self.tell(Input::Closed { stream, reason, status }).await;
+    }
+
+    async fn hello(&mut self) -> Result<Hello, Status> {
+        let first = self.messages.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its Hello"))?;
+        Hello::try_from(first).map_err(|error| malformed(&error))
+    }
+
+    async fn tell(&self, input: Input) {
+        let arrival = Arrival { at: self.clock.now(), input };
+        // When the shell is gone the run is over, and the stream is about to be.
+        let _ = self.inbox.send(arrival).await;
+    }
+}
+
+fn malformed(error: &Malformed) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+async fn refuse(outbox: &Outbox, peer: &str, status: Status) {
+    tracing::warn!(%peer, reason = status.message(), "a stream was refused before its hello");
+    let _ = outbox.send(Err(status)).await;
+}

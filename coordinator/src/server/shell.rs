@@ -1,0 +1,235 @@
+//! The one task that owns the state machine: it feeds it events and does what it says, in order.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use potstill_core::{
+    Action, Core, Event, StreamId, Tick,
+    ledger::Checkpoint,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+use potstill_storage::{Run, journal::Journal};
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    task::JoinSet,
+};
+
+use super::{
+    StartError,
+    opening::{Opened, manifest},
+    service::{Arrival, Clock, Input, Outbox},
+};
+
+/// What the owner of a coordinator may ask of it.
+pub enum Control {
+    /// Save and stop.
+    Stop(String),
+    /// End with an error.
+    Fail(String),
+}
+
+/// See the module's documentation.
+pub struct Shell {
+    core: Core,
+    clock: Clock,
+    run: Run,
+    journal: Journal,
+    streams: BTreeMap<StreamId, Outbox>,
+    commits: JoinSet<(u64, Result<String, String>)>,
+    observations: mpsc::UnboundedSender<Observation>,
+    /// Events that acting on an earlier one has led to.
+    events: VecDeque<Event>,
+    outcome: Option<Outcome>,
+}
+
+impl Shell {
+    /// A shell around an opened run.
+    pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
+        let Opened { setup, run, journal } = opened;
+        Self {
+            core: Core::new(setup),
+            clock,
+            run,
+            journal,
+            streams: BTreeMap::new(),
+            commits: JoinSet::new(),
+            observations,
+            events: VecDeque::new(),
+            outcome: None,
+        }
+    }
+
+    /// Writes the journal's first record of this coordinator, which tells whether the run is its own.
+    pub async fn start(&mut self) -> Result<(), StartError> {
+        self.step(self.clock.now(), Event::Started).await;
+        match self.outcome.take() {
+            Some(Outcome::Failed { reason }) => Err(StartError::Journal(reason)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Serves until the run is over.
+    pub async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Arrival>,
+        mut controls: mpsc::UnboundedReceiver<Control>,
+    ) -> Outcome {
+        loop {
+            if let Some(outcome) = self.outcome.take() {
+                return outcome;
+            }
+            let deadline = self.core.next_deadline().map(|tick| self.clock.instant(tick));
+            let timer = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            // What has arrived is looked at before the clock: nobody is dead whose word is waiting here.
+            tokio::select! {
+                biased;
+                Some(control) = controls.recv() => {
+                    let event = match control {
+                        Control::Stop(reason) => Event::StopRequested { reason },
+                        Control::Fail(reason) => Event::WorkersUnavailable { reason },
+                    };
+                    self.step(self.clock.now(), event).await;
+                }
+                Some(Ok((iteration, result))) = self.commits.join_next() => {
+                    self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
+                }
+                Some(arrival) = inbox.recv() => self.arrived(arrival).await,
+                () = timer => self.step(self.clock.now(), Event::Timer).await,
+            }
+        }
+    }
+
+    async fn arrived(&mut self, Arrival { at, input }: Arrival) {
+        match input {
+            Input::Attached { stream, hello, outbox } => {
+                self.streams.insert(stream, outbox);
+                self.step(at, Event::Attached { stream, hello }).await;
+            }
+            Input::Received { stream, message } => self.step(at, Event::Received { stream, message }).await,
+            Input::Closed { stream, reason, status } => {
+                if let (Some(outbox), Some(status)) = (self.streams.remove(&stream), status) {
+                    // Where the queue is full nobody reads, so nobody misses the reason.
+                    let _ = outbox.try_send(Err(status));
+                }
+                self.step(at, Event::Closed { stream, reason }).await;
+            }
+            Input::Status(reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(self.core.status());
+            }
+        }
+    }
+
+    /// Takes an event, and those that acting on it leads to, through the state machine.
+    async fn step(&mut self, at: Tick, event: Event) {
+        self.events.push_back(event);
+        while let Some(event) = self.events.pop_front() {
+            let mut actions = Vec::new();
+            self.core.step(at, event, &mut actions);
+            for action in actions {
+                if let Err(lost) = self.act(action).await {
+                    // Nothing after a record that is not durable may happen.
+                    self.events.clear();
+                    self.events.push_back(Event::JournalLost { reason: lost });
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Does what the state machine says.
+    ///
+    /// # Errors
+    /// The journal cannot be continued.
+    async fn act(&mut self, action: Action) -> Result<(), String> {
+        match action {
+            Action::Send { stream, message } => {
+                let Some(outbox) = self.streams.get(&stream) else { return Ok(()) };
+                tracing::debug!(stream = stream.0, ?message, "send");
+                if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message.into())) {
+                    self.streams.remove(&stream);
+                    let reason = "it does not read what it is sent".into();
+                    self.events.push_back(Event::Closed { stream, reason });
+                }
+            }
+            Action::Close { stream } => {
+                self.streams.remove(&stream);
+            }
+            Action::Persist(record) => self.persist(&record).await?,
+            Action::Commit(checkpoint) => self.commit(checkpoint),
+            Action::Observe(observation) => {
+                report(&observation);
+                // Whoever started the coordinator may not care.
+                let _ = self.observations.send(observation);
+            }
+            Action::Log(what) => tracing::info!("{what}"),
+            Action::End(outcome) => {
+                // Each stream ends after what was queued on it.
+                self.streams.clear();
+                self.outcome = Some(outcome);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Shell {
+    /// Appends to the journal.
+    ///
+    /// # Errors
+    /// Why the journal cannot be continued.
+    async fn persist(&mut self, record: &Record) -> Result<(), String> {
+        tracing::debug!(?record, "journal");
+        let bytes = record.encode().map_err(|e| format!("the journal's record cannot be written: {e}"))?;
+        self.journal.append(bytes.into()).await.map_err(|error| journal_lost(&error))
+    }
+
+    /// Writes a manifest in the background.
+    fn commit(&mut self, checkpoint: Checkpoint) {
+        let run = self.run.clone();
+        self.commits.spawn(async move {
+            let iteration = checkpoint.iteration;
+            let result = run.commit(&manifest(checkpoint)).await.map_err(|error| error.to_string());
+            (iteration, result)
+        });
+    }
+}
+
+fn journal_lost(error: &potstill_storage::Error) -> String {
+    match error {
+        potstill_storage::Error::Fenced { .. } => {
+            "another coordinator took over this run: its journal goes on without this one".into()
+        }
+        other => format!("the journal cannot be written: {other}"),
+    }
+}
+
+/// One structured line for each transition, with its reason.
+fn report(observation: &Observation) {
+    match observation {
+        Observation::Waiting { have, need, reason } => tracing::info!(have, need, %reason, "waiting"),
+        Observation::Attached { worker } => tracing::info!(%worker, "attached"),
+        Observation::Lost { worker, reason } => tracing::warn!(%worker, %reason, "lost"),
+        Observation::GenerationOpened { generation, world_size, source, reason } => {
+            tracing::info!(generation = generation.0, world_size, ?source, %reason, "generation opened");
+        }
+        Observation::Iteration(totals) => tracing::debug!(iteration = totals.iteration, "iteration finished"),
+        Observation::Evaluated(report) => tracing::info!(iteration = report.iteration, "evaluated"),
+        Observation::Committed { iteration, bytes } => {
+            tracing::info!(iteration, bytes, "checkpoint committed")
+        }
+        Observation::CheckpointFailed { iteration, reason } => {
+            tracing::error!(iteration, %reason, "checkpoint failed");
+        }
+        Observation::Ended(Outcome::Succeeded { iteration }) => tracing::info!(iteration, "run succeeded"),
+        Observation::Ended(Outcome::Stopped { iteration, reason }) => {
+            tracing::info!(iteration, %reason, "run stopped");
+        }
+        Observation::Ended(Outcome::Failed { reason }) => tracing::error!(%reason, "run failed"),
+    }
+}

@@ -1,0 +1,222 @@
+//! The `potstill` command as its users meet it: what it refuses, and what becomes of the agent it starts.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Child, ChildStderr, Command, Output, Stdio},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+
+/// A folder with a run file, and a `potstill` that works in it.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("run.toml"), "[teacher]\nweights = 'teacher.safetensors'\n").unwrap();
+        fs::write(folder.path().join("teacher.safetensors"), "not read here").unwrap();
+        Self(folder)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// `potstill` with a worker that is this shell script.
+    fn potstill(&self, worker: &str) -> Command {
+        let script = self.path().join("worker.sh");
+        fs::write(&script, format!("#!/bin/sh\n{worker}\n")).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_potstill"));
+        command
+            .current_dir(self.path())
+            .env("POTSTILL_WORKER", script)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn launch(&self, worker: &str) -> Launched {
+        let mut command = self.potstill(worker);
+        command.args(["launch", "run.toml", "--workers", "1", "--run-id", "r"]);
+        let mut child = command.spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        Launched { child, stderr }
+    }
+
+    /// Checks that `potstill launch` with these arguments is refused with these words, and that it leaves nothing behind.
+    fn refuses(&self, arguments: &[&str], words: &[&str]) {
+        let output = self.potstill("exit 0").arg("launch").args(arguments).output().unwrap();
+        let stderr = error(&output);
+        for word in words {
+            assert!(stderr.contains(word), "{word:?} is not in {stderr:?}");
+        }
+        assert!(!self.path().join("runs").exists(), "something was written");
+    }
+}
+
+/// The complaint of a command that was refused.
+fn error(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.starts_with("error: "), "{stderr}");
+    stderr
+}
+
+/// A launcher that runs. Its agent writes to the same standard error, which ends when both are gone.
+struct Launched {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+}
+
+impl Launched {
+    /// Reads up to a line with this word.
+    fn wait_for(&mut self, word: &str) {
+        let mut line = String::new();
+        while !line.contains(word) {
+            line.clear();
+            assert!(self.stderr.read_line(&mut line).unwrap() > 0, "the output ended before {word:?}");
+        }
+    }
+
+    fn send(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// The exit code and the rest of the output, once launcher and agent are gone.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.stderr.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
+
+#[test]
+fn unknown_keys_are_refused_with_the_nearest_valid_one() {
+    Folder::new().refuses(
+        &["run.toml", "--workers", "1", "--set", "distillation.iteration=5"],
+        &["unknown key `distillation.iteration`", "`distillation.iterations`"],
+    );
+}
+
+#[test]
+fn a_run_id_that_leaves_the_folder_is_refused() {
+    Folder::new().refuses(&["run.toml", "--workers", "1", "--run-id", "../else"], &["--run-id", "../else"]);
+}
+
+#[test]
+fn a_missing_run_file_is_named() {
+    Folder::new().refuses(&["missing.toml", "--workers", "1"], &["cannot read", "missing.toml"]);
+}
+
+#[test]
+fn no_workers_is_too_few() {
+    Folder::new().refuses(&["run.toml", "--workers", "0"], &["--workers"]);
+}
+
+#[test]
+fn a_batch_that_does_not_divide_is_refused() {
+    Folder::new().refuses(
+        &["run.toml", "--workers", "1", "--set", "distillation.global_batch=100"],
+        &["distillation.global_batch (100) is not a multiple of distillation.micro_batch (64)"],
+    );
+}
+
+#[test]
+fn more_workers_than_micro_batches_are_refused() {
+    Folder::new().refuses(&["run.toml", "--workers", "3"], &["3 workers but only 2 micro-batches"]);
+}
+
+#[test]
+fn resume_needs_a_name() {
+    Folder::new().refuses(&["run.toml", "--workers", "1", "--resume"], &["--run-id"]);
+}
+
+#[test]
+fn a_missing_worker_program_is_named_with_what_to_do() {
+    let folder = Folder::new();
+    // A copy, because the real one may have a worker beside it.
+    let potstill = folder.path().join("potstill");
+    fs::copy(env!("CARGO_BIN_EXE_potstill"), &potstill).unwrap();
+    let run = |override_: &str| {
+        let mut command = Command::new(&potstill);
+        command.current_dir(folder.path()).env("PATH", folder.path()).env("POTSTILL_WORKER", override_);
+        error(&command.args(["launch", "run.toml", "--workers", "1"]).output().unwrap())
+    };
+    assert!(run("").contains("potstill-worker was not found"));
+    assert!(run("/nowhere").contains("/nowhere, which is not a program"));
+}
+
+#[test]
+fn what_needs_libtorch_is_handed_on_with_its_arguments() {
+    let output = Folder::new()
+        .potstill("echo \"$@\"; exit 7")
+        .args(["sample", "--help", "-n", "3", "--", "x"])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "sample --help -n 3 -- x\n");
+    assert_eq!(output.status.code(), Some(7));
+}
+
+#[test]
+fn the_help_names_the_exit_codes() {
+    let output = Folder::new().potstill("").arg("--help").output().unwrap();
+    let help = String::from_utf8_lossy(&output.stdout);
+    for part in ["launch", "serve", "train-teacher", "75", "130", "--resume"] {
+        assert!(help.contains(part), "{part:?} is not in\n{help}");
+    }
+}
+
+#[test]
+fn an_agent_that_exits_fails_the_run() {
+    let folder = Folder::new();
+    let (code, log) = folder.launch("echo \"agent: $*\" >&2; exit 3").end();
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("the worker agent exited (exit status: 3)"), "{log}");
+    assert!(log.contains("--run-id r --ranks 1 --log-format human --lifeline"), "{log}");
+}
+
+#[test]
+fn the_agent_does_not_outlive_a_killed_launcher() {
+    let folder = Folder::new();
+    let mut launched =
+        folder.launch("echo agent up >&2; timeout 60 cat > /dev/null && echo lifeline closed >&2");
+    launched.wait_for("agent up");
+    launched.send(Signal::SIGKILL);
+    let (_, rest) = launched.end();
+    assert!(rest.contains("lifeline closed"), "{rest}");
+}
+
+#[test]
+fn a_second_interrupt_ends_everything_at_once() {
+    let folder = Folder::new();
+    let mut launched = folder.launch("echo agent up >&2; exec timeout 60 cat > /dev/null");
+    launched.wait_for("agent up");
+    launched.send(Signal::SIGINT);
+    launched.wait_for("once more");
+    launched.send(Signal::SIGTERM);
+    let (code, rest) = launched.end();
+    assert_eq!(code, Some(130), "{rest}");
+}
+
+#[test]
+fn a_coordinator_alone_says_how_workers_attach_and_stops_when_asked() {
+    let folder = Folder::new();
+    let mut command = folder.potstill("exit 0");
+    command.args(["serve", "run.toml", "--workers", "1", "--run-id", "r", "--listen", "127.0.0.1:0"]);
+    let mut child = command.spawn().unwrap();
+    let mut served = Launched { stderr: BufReader::new(child.stderr.take().unwrap()), child };
+    served.wait_for("potstill agent --coordinator http://127.0.0.1:");
+    served.send(Signal::SIGTERM);
+    let (code, rest) = served.end();
+    assert_eq!(code, Some(1), "nothing was saved, so there is nothing to resume: {rest}");
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs, builds and runs every test. Arguments are handed to `cargo test`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+.venv/bin/python scripts/train_features.py --check
+# Test programs run one after the other; within one, two at a time: each of the cluster's tests has two ranks of its own.
+cargo test --workspace --quiet "$@" -- --test-threads=2

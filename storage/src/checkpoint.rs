@@ -1,0 +1,142 @@
+//! Checkpoints: shards that the ranks write, and the manifest that makes them one.
+//!
+//! A checkpoint exists when its manifest does.
+
+use bytes::Bytes;
+use object_store::{ObjectStoreExt, WriteMultipart};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Run, layout};
+
+/// Shards above this size are written in parts of it: the least that S3 takes for a part is 5 MiB.
+const PART: usize = 8 << 20;
+/// Parts under way at a time: bounds the memory of an upload.
+const PARTS_AT_ONCE: usize = 4;
+/// What this code writes; it reads nothing else.
+const VERSION: u32 = 1;
+
+/// What a checkpoint consists of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    version: u32,
+    /// Completed iterations.
+    pub iteration: u64,
+    /// The generation that wrote it.
+    pub generation: u64,
+    /// One from each rank; together they hold each tensor once.
+    pub shards: Vec<Shard>,
+}
+
+impl Manifest {
+    /// The manifest of a checkpoint whose shards are all durable.
+    #[must_use]
+    pub fn new(iteration: u64, generation: u64, shards: Vec<Shard>) -> Self {
+        Self { version: VERSION, iteration, generation, shards }
+    }
+}
+
+/// One object of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shard {
+    /// The rank that wrote it.
+    pub rank: u32,
+    /// Its key below the run's folder.
+    pub key: String,
+    /// Its length.
+    pub bytes: u64,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
+}
+
+impl Run {
+    /// Writes a shard and returns what the manifest needs to know of it. A large one goes up in parts; when that fails,
+    /// the parts are removed.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn write_shard(&self, key: &str, rank: u32, bytes: Bytes) -> Result<Shard, Error> {
+        let shard = Shard { rank, key: key.to_owned(), bytes: bytes.len() as u64, sha256: sha256(&bytes) };
+        if bytes.len() <= PART {
+            self.put(key, bytes).await?;
+            return Ok(shard);
+        }
+        let path = self.path(key);
+        let upload = async {
+            let mut parts = WriteMultipart::new_with_chunk_size(self.root().store().put_multipart(&path).await?, PART);
+            let mut rest = bytes;
+            while !rest.is_empty() {
+                if let Err(error) = parts.wait_for_capacity(PARTS_AT_ONCE).await {
+                    parts.abort().await?;
+                    return Err(error);
+                }
+                parts.put(rest.split_to(rest.len().min(PART)));
+            }
+            // Removes the parts by itself when it fails.
+            parts.finish().await
+        };
+        self.ask("write", key, upload).await?;
+        Ok(shard)
+    }
+
+    /// Reads a shard and checks its length and its checksum.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when it is not what was written, or gone; otherwise the store's.
+    pub async fn read_shard(&self, shard: &Shard) -> Result<Bytes, Error> {
+        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
+        let bytes = self.get(&shard.key).await?.ok_or_else(|| damaged("it is missing".to_owned()))?;
+        if bytes.len() as u64 != shard.bytes {
+            return Err(damaged(format!("it has {} bytes; {} were written", bytes.len(), shard.bytes)));
+        }
+        let found = sha256(&bytes);
+        if found != shard.sha256 {
+            return Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256)));
+        }
+        Ok(bytes)
+    }
+
+    /// Writes a manifest, create-only, and returns its key: from now on the checkpoint exists.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`] when there is another one for this iteration; otherwise the store's.
+    pub async fn commit(&self, manifest: &Manifest) -> Result<String, Error> {
+        let key = layout::manifest_key(manifest.iteration);
+        let text = serde_json::to_vec_pretty(manifest).map_err(|e| self.unreadable(&key, &e))?;
+        self.create(&key, text.into()).await?;
+        Ok(key)
+    }
+
+    /// Iterations of the committed checkpoints, in order.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn checkpoints(&self) -> Result<Vec<u64>, Error> {
+        let keys = self.list(layout::CHECKPOINTS).await?;
+        Ok(keys.iter().filter_map(|key| layout::manifest_iteration(key)).collect())
+    }
+
+    /// The manifest under a key.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when there is none, or it cannot be read, or another version wrote it; otherwise the store's.
+    pub async fn manifest(&self, key: &str) -> Result<Manifest, Error> {
+        let damaged = |problem: &str| Error::Damaged { place: self.describe(key), problem: problem.to_owned() };
+        let bytes = self.get(key).await?.ok_or_else(|| damaged("it is missing"))?;
+        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| self.unreadable(key, &e))?;
+        if manifest.version != VERSION {
+            return Err(damaged(&format!("it has version {}; this program reads {VERSION}", manifest.version)));
+        }
+        Ok(manifest)
+    }
+
+    fn unreadable(&self, key: &str, error: &serde_json::Error) -> Error {
+        Error::Damaged { place: self.describe(key), problem: error.to_string() }
+    }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

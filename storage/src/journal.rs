@@ -1,0 +1,52 @@
+//! The journal: a run's history as create-only records, and the fence between coordinators.
+//!
+//! Two coordinators of one run cannot both create record n + 1: the one that comes second is told so, and must stop.
+
+use bytes::Bytes;
+
+use crate::{Error, Run, layout};
+
+/// A journal, at its end. What the records say is the caller's business.
+#[derive(Debug)]
+pub struct Journal {
+    run: Run,
+    next: u64,
+}
+
+impl Journal {
+    /// Opens a run's journal and reads its records, in order.
+    ///
+    /// # Errors
+    /// The store's; [`Error::Damaged`] when a record is missing.
+    pub async fn open(run: &Run) -> Result<(Self, Vec<Bytes>), Error> {
+        let mut records = Vec::new();
+        for key in run.list(layout::JOURNAL).await? {
+            let Some(sequence) = layout::journal_sequence(&key) else { continue };
+            let missing = || Error::Damaged {
+                place: run.describe(&layout::journal_key(records.len() as u64)),
+                problem: format!("it is missing, though the journal goes on to record {sequence}"),
+            };
+            if sequence != records.len() as u64 {
+                return Err(missing());
+            }
+            let record = run.get(&key).await?.ok_or_else(missing)?;
+            records.push(record);
+        }
+        Ok((Self { run: run.clone(), next: records.len() as u64 }, records))
+    }
+
+    /// Writes the next record.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] when another coordinator has written it; otherwise the store's.
+    pub async fn append(&mut self, record: Bytes) -> Result<(), Error> {
+        match self.run.create(&layout::journal_key(self.next), record).await {
+            Ok(()) => {
+                self.next += 1;
+                Ok(())
+            }
+            Err(Error::AlreadyExists { place }) => Err(Error::Fenced { place }),
+            Err(error) => Err(error),
+        }
+    }
+}

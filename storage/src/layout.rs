@@ -1,0 +1,66 @@
+//! Keys below a run's folder. Numbers are padded with zeros, so that keys sort as they count.
+
+/// The frozen specification.
+pub const SPECIFICATION: &str = "run.toml";
+/// The folder of the journal.
+pub const JOURNAL: &str = "journal";
+/// The folder of the checkpoints.
+pub const CHECKPOINTS: &str = "checkpoints";
+
+/// A journal record.
+#[must_use]
+pub fn journal_key(sequence: u64) -> String {
+    format!("{JOURNAL}/{sequence:020}.json")
+}
+
+/// The sequence number of a journal key.
+#[must_use]
+pub fn journal_sequence(key: &str) -> Option<u64> {
+    let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
+    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+}
+
+/// A checkpoint's commit.
+#[must_use]
+pub fn manifest_key(iteration: u64) -> String {
+    format!("{CHECKPOINTS}/{iteration:012}/manifest.json")
+}
+
+/// The iteration of a manifest's key.
+#[must_use]
+pub fn manifest_iteration(key: &str) -> Option<u64> {
+    let digits = key.strip_prefix(CHECKPOINTS)?.strip_prefix('/')?.strip_suffix("/manifest.json")?;
+    (digits.len() >= 12).then(|| digits.parse().ok()).flatten()
+}
+
+/// One rank's share of a checkpoint. `unique` keeps the attempts of different generations apart; the manifest decides.
+#[must_use]
+pub fn shard_key(iteration: u64, unique: &str, rank: u32, world_size: u32) -> String {
+    format!("{CHECKPOINTS}/{iteration:012}/{unique}/rank-{rank:03}-of-{world_size:03}.safetensors")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn keys_can_be_read_back_and_sort_as_they_count(a: u64, b: u64) {
+            prop_assert_eq!(journal_sequence(&journal_key(a)), Some(a));
+            prop_assert_eq!(journal_key(a).cmp(&journal_key(b)), a.cmp(&b));
+            let (a, b) = (a % 1_000_000_000_000, b % 1_000_000_000_000);
+            prop_assert_eq!(manifest_iteration(&manifest_key(a)), Some(a));
+            prop_assert_eq!(manifest_key(a).cmp(&manifest_key(b)), a.cmp(&b));
+        }
+    }
+
+    #[test]
+    fn other_keys_are_no_manifests() {
+        assert_eq!(manifest_iteration(&shard_key(7, "g1", 0, 1)), None);
+        assert_eq!(manifest_iteration("checkpoints/000000000007/g1/manifest.json"), None);
+        assert_eq!(journal_sequence("journal/7.json"), None);
+        assert_eq!(shard_key(20, "g3", 3, 8), "checkpoints/000000000020/g3/rank-003-of-008.safetensors");
+    }
+}

@@ -1,0 +1,118 @@
+//! The root of the storage: which store, and where in it.
+
+use std::{path::PathBuf, sync::Arc};
+
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, path::Path};
+use url::Url;
+use uuid::Uuid;
+
+use crate::{Error, Run, RunId};
+
+/// Environment variables with these beginnings configure the cloud stores, as their own tools' do.
+const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
+
+/// The place below which all runs lie.
+#[derive(Clone, Debug)]
+pub struct Root {
+    store: Arc<dyn ObjectStore>,
+    /// Below the store's own root.
+    prefix: Path,
+    url: String,
+    /// The folder, where the store is local.
+    folder: Option<PathBuf>,
+}
+
+impl Root {
+    /// Opens a path, or a URL of `file://`, `s3://`, `gs://`, `az://` or `memory://`. A local folder is created, and
+    /// everything written to it is synced to disk. Credentials of the others come from their usual environment variables.
+    /// What is kept in `memory://` is seen by this value and its clones only.
+    ///
+    /// # Errors
+    /// The URL does not name a store, or the folder cannot be made.
+    pub fn open(location: &str) -> Result<Self, Error> {
+        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let Some((scheme, _)) = location.split_once("://") else {
+            return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
+        };
+        let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
+        if scheme == "file" {
+            let folder = url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
+            return Self::local(folder, location);
+        }
+        let options = std::env::vars()
+            .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))
+            .map(|(name, value)| (name.to_ascii_lowercase(), value));
+        let (store, prefix) = object_store::parse_url_opts(&url, options).map_err(|e| bad(e.to_string()))?;
+        // Without what may follow: a query can hold credentials.
+        let shown = format!("{scheme}://{}{}", url.host_str().unwrap_or_default(), url.path());
+        Ok(Self { store: store.into(), prefix, url: shown, folder: None })
+    }
+
+    fn local(folder: PathBuf, location: &str) -> Result<Self, Error> {
+        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        std::fs::create_dir_all(&folder).map_err(|e| bad(format!("cannot create {}: {e}", folder.display())))?;
+        let folder = folder.canonicalize().map_err(|e| bad(e.to_string()))?;
+        let store = LocalFileSystem::new_with_prefix(&folder).map_err(|e| bad(e.to_string()))?.with_fsync(true);
+        let url = Url::from_file_path(&folder).map_err(|()| bad("it is not an absolute path".to_owned()))?;
+        Ok(Self { store: Arc::new(store), prefix: Path::default(), url: url.to_string(), folder: Some(folder) })
+    }
+
+    /// A root in a store that the caller has made.
+    #[must_use]
+    pub fn in_store(store: Arc<dyn ObjectStore>, url: &str) -> Self {
+        Self { store, prefix: Path::default(), url: url.to_owned(), folder: None }
+    }
+
+    /// Its URL, without credentials; [`open`](Self::open) takes it.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Makes sure that the store can be written to and that it honours "create if absent".
+    ///
+    /// # Errors
+    /// [`Error::Store`] where it cannot be written, [`Error::NotConditional`] where it ignores the condition.
+    pub async fn probe(&self) -> Result<(), Error> {
+        let path = self.prefix.clone().join("runs").join(format!(".probe-{}", Uuid::new_v4()));
+        let place = self.describe(&path);
+        let failed = |source| Error::Store { operation: "write to", place: place.clone(), source };
+        let create = || self.store.put_opts(&path, "probe".into(), PutMode::Create.into());
+        create().await.map_err(failed)?;
+        let again = create().await;
+        // Whatever the answer is, nothing stays behind. A probe that cannot be removed does no harm.
+        if let Err(error) = self.store.delete(&path).await {
+            tracing::debug!(%place, %error, "the probe could not be removed");
+        }
+        match again {
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(()),
+            Err(source) => Err(failed(source)),
+            Ok(_) => Err(Error::NotConditional { url: self.url.clone() }),
+        }
+    }
+
+    /// The folder of a run, which need not exist.
+    #[must_use]
+    pub fn run(&self, id: &RunId) -> Run {
+        Run::new(self.clone(), id.clone())
+    }
+
+    pub(crate) fn store(&self) -> &dyn ObjectStore {
+        self.store.as_ref()
+    }
+
+    pub(crate) fn path_of_run(&self, id: &RunId) -> Path {
+        self.prefix.clone().join("runs").join(id.to_string())
+    }
+
+    /// Path or URL of an object, for people.
+    pub(crate) fn describe(&self, path: &Path) -> String {
+        match &self.folder {
+            Some(folder) => folder.join(path.as_ref()).display().to_string(),
+            None => {
+                let below = path.as_ref().strip_prefix(self.prefix.as_ref()).unwrap_or(path.as_ref());
+                format!("{}/{}", self.url.trim_end_matches('/'), below.trim_start_matches('/'))
+            }
+        }
+    }
+}

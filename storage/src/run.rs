@@ -1,0 +1,141 @@
+//! One run's folder: plain reads and writes, and the create-only write that commits are made of.
+
+use std::{future::Future, time::Duration};
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::{Error as StoreError, ObjectStoreExt, PutMode, path::Path};
+
+use crate::{Error, Root, RunId, layout};
+
+/// How long one operation may take. The store's own retries, which give up after three minutes, fit into it.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A run's folder. Keys are relative to it.
+#[derive(Clone, Debug)]
+pub struct Run {
+    root: Root,
+    id: RunId,
+    folder: Path,
+}
+
+impl Run {
+    pub(crate) fn new(root: Root, id: RunId) -> Self {
+        let folder = root.path_of_run(&id);
+        Self { root, id, folder }
+    }
+
+    /// Which run.
+    #[must_use]
+    pub fn id(&self) -> &RunId {
+        &self.id
+    }
+
+    pub(crate) fn root(&self) -> &Root {
+        &self.root
+    }
+
+    pub(crate) fn path(&self, key: &str) -> Path {
+        key.split('/').filter(|part| !part.is_empty()).fold(self.folder.clone(), |path, part| path.join(part))
+    }
+
+    /// Path or URL of an object, for people; of the folder for an empty key.
+    #[must_use]
+    pub fn describe(&self, key: &str) -> String {
+        self.root.describe(&self.path(key))
+    }
+
+    /// Runs a store operation within [`PATIENCE`]. `None`: the object is not there.
+    pub(crate) async fn ask<T>(
+        &self,
+        operation: &'static str,
+        key: &str,
+        asked: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<Option<T>, Error> {
+        match tokio::time::timeout(PATIENCE, asked).await {
+            Ok(Ok(answer)) => Ok(Some(answer)),
+            Ok(Err(StoreError::NotFound { .. })) => Ok(None),
+            Ok(Err(source)) => Err(Error::Store { operation, place: self.describe(key), source }),
+            Err(_) => Err(Error::NoAnswer { operation, place: self.describe(key), patience: PATIENCE }),
+        }
+    }
+
+    /// An object's content; `None` when there is none.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
+        let path = self.path(key);
+        let read = async { self.root.store().get(&path).await?.bytes().await };
+        self.ask("read", key, read).await
+    }
+
+    /// Writes an object, over an older one: for pictures and metrics, not for commits.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
+        let path = self.path(key);
+        self.ask("write", key, self.root.store().put(&path, bytes.into())).await?;
+        Ok(())
+    }
+
+    /// Writes an object that must not exist. When the store says that it does, or gives no clear answer, the object is
+    /// read back: a retried request can report our own write as a conflict.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`] when another content is there; otherwise the store's.
+    pub async fn create(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
+        let path = self.path(key);
+        let put = self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
+        let Err(error) = self.ask("write", key, put).await else { return Ok(()) };
+        let conflict = matches!(
+            &error,
+            Error::Store { source: StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }, .. }
+        );
+        match self.get(key).await {
+            Ok(Some(found)) if found == bytes => Ok(()),
+            Ok(Some(_)) => Err(Error::AlreadyExists { place: self.describe(key) }),
+            _ if conflict => Err(Error::AlreadyExists { place: self.describe(key) }),
+            _ => Err(error),
+        }
+    }
+
+    /// Keys of the objects in a folder, in order.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>, Error> {
+        let path = self.path(folder);
+        let listed = self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
+        let objects = self.ask("list", folder, listed).await?.unwrap_or_default();
+        let strip = |path: &Path| {
+            let parts = path.prefix_match(&self.folder)?;
+            Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
+        };
+        let mut keys: Vec<String> = objects.iter().filter_map(|object| strip(&object.location)).collect();
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// Freezes the run's specification.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`] when the run has another one.
+    pub async fn freeze(&self, run_toml: &str) -> Result<(), Error> {
+        self.create(layout::SPECIFICATION, Bytes::copy_from_slice(run_toml.as_bytes())).await
+    }
+
+    /// The frozen specification; `None` when there is no such run.
+    ///
+    /// # Errors
+    /// The store's; [`Error::Damaged`] when it is not text.
+    pub async fn specification(&self) -> Result<Option<String>, Error> {
+        let Some(bytes) = self.get(layout::SPECIFICATION).await? else { return Ok(None) };
+        let text = String::from_utf8(bytes.into()).map_err(|e| Error::Damaged {
+            place: self.describe(layout::SPECIFICATION),
+            problem: e.to_string(),
+        })?;
+        Ok(Some(text))
+    }
+}

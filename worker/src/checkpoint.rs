@@ -1,0 +1,146 @@
+//! Checkpoints, the rank's side: its share of the replicated state as safetensors, and a whole state back from all shares.
+//!
+//! The state's vectors are cut at parameter boundaries into named tensors, `<part>/<parameter>`; each tensor is written
+//! by exactly one rank, and any number of ranks can read them back. No collective takes part.
+
+use std::{borrow::Cow, collections::HashMap};
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use potstill_distill::state::State;
+use potstill_proto::{
+    cursor::Generation,
+    message::FromWorker,
+    wire::{ShardFailed, ShardReceipt},
+};
+use potstill_storage::{Run, checkpoint::Shard, layout};
+use safetensors::{Dtype, SafeTensors, View};
+use tch::{Device, Kind, Tensor};
+
+use crate::session::Outbox;
+
+/// A tensor copied to the host.
+struct Copied {
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl View for &Copied {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.bytes)
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// One rank's share of a state, copied: training may go on.
+pub struct Snapshot {
+    iteration: u64,
+    tensors: Vec<(String, Copied)>,
+}
+
+impl Snapshot {
+    /// Copies the share of `rank`. Shares are contiguous runs of tensors with as equal numbers of bytes as tensor
+    /// boundaries allow.
+    pub fn take(state: &State, iteration: u64, rank: u32, world_size: u32) -> Self {
+        let parts = state.parts();
+        let total: i64 = parts.iter().map(|p| p.flat.numel() as i64).sum();
+        let (mut before, mut tensors) = (0i64, Vec::new());
+        for part in &parts {
+            for entry in part.network.parameters().entries() {
+                let count: i64 = entry.shape.iter().product();
+                // The rank in whose stretch of the whole state this tensor begins.
+                let owner = before * i64::from(world_size) / total;
+                before += count;
+                if owner == i64::from(rank) {
+                    let values = part.flat.narrow(0, entry.offset, count).to_device(Device::Cpu);
+                    let mut bytes = vec![0u8; count as usize * 4];
+                    values.copy_data_u8(&mut bytes, count as usize);
+                    let shape = entry.shape.iter().map(|d| *d as usize).collect();
+                    tensors.push((format!("{}/{}", part.name, entry.name), Copied { shape, bytes }));
+                }
+            }
+        }
+        Self { iteration, tensors }
+    }
+
+    /// Writes the share and reports the receipt, or the failure, to the coordinator. Runs in the background.
+    pub async fn upload(self, run: Run, generation: Generation, rank: u32, world_size: u32, outbox: Outbox) {
+        let iteration = self.iteration;
+        let key = layout::shard_key(iteration, &generation.store_prefix(), rank, world_size);
+        let message = match self.write(&run, &key, rank).await {
+            Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
+                generation: generation.0,
+                iteration,
+                rank,
+                key: shard.key,
+                bytes: shard.bytes,
+                sha256: shard.sha256,
+            }),
+            Err(error) => FromWorker::ShardFailed(ShardFailed {
+                generation: generation.0,
+                iteration,
+                rank,
+                key,
+                error: format!("{error:#}"),
+            }),
+        };
+        outbox.send(message);
+    }
+
+    async fn write(self, run: &Run, key: &str, rank: u32) -> anyhow::Result<Shard> {
+        let bytes = tokio::task::spawn_blocking(move || {
+            let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
+            safetensors::serialize(self.tensors.iter().map(|(name, tensor)| (name, tensor)), Some(metadata))
+        })
+        .await??;
+        Ok(run.write_shard(key, rank, Bytes::from(bytes)).await?)
+    }
+}
+
+/// Fills `state` from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.
+///
+/// # Errors
+/// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
+pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<u64> {
+    let manifest = run.manifest(manifest_key).await?;
+    let mut missing: HashMap<String, (usize, usize)> = HashMap::new();
+    for (p, part) in state.parts().iter().enumerate() {
+        for (e, entry) in part.network.parameters().entries().iter().enumerate() {
+            missing.insert(format!("{}/{}", part.name, entry.name), (p, e));
+        }
+    }
+    for shard in &manifest.shards {
+        let place = run.describe(&shard.key);
+        let bytes = run.read_shard(shard).await?;
+        let file = SafeTensors::deserialize(&bytes).with_context(|| format!("shard {place}"))?;
+        for (name, view) in file.iter() {
+            let Some((p, e)) = missing.remove(name) else {
+                bail!("shard {place} holds {name}, which this model does not have or another shard holds too");
+            };
+            let parts = state.parts();
+            let entry = &parts[p].network.parameters().entries()[e];
+            let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+            ensure!(
+                shape == entry.shape && view.dtype() == Dtype::F32,
+                "shard {place}: {name} is {:?} {shape:?}; this model has F32 {:?}",
+                view.dtype(),
+                entry.shape
+            );
+            let count = entry.shape.iter().product();
+            let values = Tensor::from_data_size(view.data(), &[count], Kind::Float);
+            tch::no_grad(|| parts[p].flat.narrow(0, entry.offset, count).copy_(&values));
+        }
+    }
+    if let Some(name) = missing.keys().min() {
+        bail!("checkpoint {} lacks {} tensors, {name} among them", run.describe(manifest_key), missing.len());
+    }
+    Ok(manifest.iteration)
+}

@@ -1,0 +1,42 @@
+//! The control lane: one tiny all-reduce per iteration, issued early and read at its end, so that all ranks decide the
+//! same at the same iteration and nobody waits for it.
+
+use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
+use tch::{Kind, Tensor};
+
+/// What some rank wants; after [`Lane::read`], what any rank wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// Save at the end of this iteration.
+    pub checkpoint: bool,
+    /// Save at the end of this iteration and leave.
+    pub stop: bool,
+}
+
+/// An exchange under way.
+pub struct Lane {
+    work: Work,
+    flags: Tensor,
+}
+
+impl Lane {
+    /// Puts this rank's flags on the lane.
+    ///
+    /// # Errors
+    /// The collective could not be issued.
+    pub fn issue(group: &ProcessGroup, flags: Flags) -> Result<Self, Error> {
+        let flags = Tensor::from_slice(&[i64::from(flags.checkpoint), i64::from(flags.stop)]).to_device(group.device());
+        let work = group.all_reduce(&flags, ReduceOp::Max)?;
+        Ok(Self { work, flags })
+    }
+
+    /// Everybody's flags.
+    ///
+    /// # Errors
+    /// The collective failed.
+    pub fn read(self) -> Result<Flags, Error> {
+        self.work.wait(None)?;
+        let flags = self.flags.to_device(tch::Device::Cpu).to_kind(Kind::Int64);
+        Ok(Flags { checkpoint: flags.int64_value(&[0]) > 0, stop: flags.int64_value(&[1]) > 0 })
+    }
+}

@@ -1,0 +1,22 @@
+//! A child that never outlives its parent.
+//!
+//! The parent holds the write end of the child's stdin and never writes. When the parent is gone, however it went, the
+//! pipe is closed, and the child ends itself. On Linux the kernel is asked for the same, which also reaches a child that
+//! is stopped.
+
+use std::io::Read;
+
+/// Ends this process when the parent that spawned it with a piped stdin is gone.
+pub fn hold() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL) {
+        tracing::warn!(%error, "cannot ask the kernel for a signal on the parent's death; relying on the pipe alone");
+    }
+    std::thread::spawn(|| {
+        let mut byte = [0u8; 1];
+        // Anything but an interruption means that the pipe is closed.
+        while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted) {}
+        // Not exit(): its handlers may wait for threads that are inside a collective.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+    });
+}

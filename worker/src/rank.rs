@@ -1,0 +1,157 @@
+//! One rank: a process with one device.
+
+use std::{
+    net::{ToSocketAddrs, UdpSocket},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use potstill_c10d::TcpStore;
+use potstill_proto::{
+    PROTOCOL,
+    cursor::Generation,
+    message::{FromWorker, Hello, WorkerId},
+    spec::RunSpec,
+};
+use potstill_storage::{Root, RunId};
+use tch::Device;
+
+use crate::{
+    lifeline,
+    logging::LogFormat,
+    session::{Session, Terms},
+    training::{Ending, Holding, Job, run_generation},
+};
+
+/// Exit code of a rank that leaves because the run has failed, or because it cannot take part in it: starting it again
+/// would not help.
+pub const LEFT_IN_FAILURE: u8 = 70;
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Where the coordinator listens, as in http://10.0.0.1:7070.
+    #[arg(long)]
+    coordinator: String,
+    /// The run to work for.
+    #[arg(long)]
+    run_id: String,
+    /// Threads for libtorch.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: u32,
+    /// End when standard input is closed: set by the agent.
+    #[arg(long)]
+    lifeline: bool,
+    /// How log lines look.
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    arguments.log_format.start();
+    if arguments.lifeline {
+        lifeline::hold();
+    }
+    tch::set_num_threads(arguments.threads as i32);
+    // One worker thread: heartbeats and uploads, beside the training thread.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let device = Device::Cpu;
+
+    // Ended by us, not by a crash: the agent must not start another one.
+    match serve(&arguments, &runtime, device) {
+        Ok(true) => Ok(ExitCode::SUCCESS),
+        Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
+        Err(error) => {
+            tracing::error!("{error:#}");
+            Ok(ExitCode::from(LEFT_IN_FAILURE))
+        }
+    }
+}
+
+/// Attaches and works until told to leave. True: the run succeeded, or saved when it was asked to stop.
+fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<bool> {
+    // Entered, so that the session can start its tasks.
+    let _entered = runtime.enter();
+    let run_id: RunId = arguments.run_id.parse()?;
+    let host = address_towards(&arguments.coordinator)?;
+    let store = TcpStore::serve(&host, 0, Duration::from_secs(30)).context("this worker's own TCPStore")?;
+    let hello = Hello {
+        protocol: PROTOCOL,
+        worker: WorkerId(uuid::Uuid::new_v4().to_string()),
+        run_id: run_id.to_string(),
+        host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
+        pid: std::process::id(),
+        device: "cpu".to_owned(),
+        store_address: format!("{host}:{}", store.port()),
+        held: None,
+    };
+    let (mut session, terms) = runtime.block_on(Session::attach(&arguments.coordinator, hello))?;
+    let job = match prepare(&terms, &run_id, runtime, device) {
+        Ok(job) => job,
+        Err(error) => return give_up(&mut session, Generation::default(), error),
+    };
+
+    let mut holding = Holding::default();
+    loop {
+        let orders = session.wait()?;
+        if let Some((success, reason)) = orders.stop.take() {
+            tracing::info!(success, reason, "leaving");
+            return Ok(success);
+        }
+        // An interrupted generation may have been followed by several messages; only the newest assignment counts.
+        while let Some(assignment) = session.orders()?.assignment.take() {
+            let ending = run_generation(&job, &mut session, &mut holding, &assignment, &host, terms.collective_timeout);
+            let (generation, cursor) = (assignment.generation, holding.cursor);
+            match ending {
+                Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),
+                Ok(Ending::Left(error)) => {
+                    tracing::warn!(%generation, %cursor, error, "left the group; keeping the state, waiting for a place");
+                    session.progress.set_activity("waiting for an assignment");
+                    session.progress.set_cursor(cursor);
+                    session.send(FromWorker::CollectiveFailed { generation, cursor, error });
+                }
+                Err(error) => return give_up(&mut session, generation, error),
+            }
+        }
+        if let Some((success, reason)) = session.orders()?.stop.take() {
+            tracing::info!(success, reason, "leaving");
+            return Ok(success);
+        }
+    }
+}
+
+fn prepare(terms: &Terms, run_id: &RunId, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<Job> {
+    if terms.run_id != run_id.to_string() {
+        bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
+    }
+    let spec = RunSpec::from_toml(&terms.specification)?;
+    let run = Root::open(&terms.storage_url)?.run(run_id);
+    Job::load(spec, run, runtime.handle().clone(), device)
+}
+
+/// Reports an error that no other worker could mend, and waits for the coordinator to end the run.
+fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) -> anyhow::Result<bool> {
+    tracing::error!("{error:#}");
+    session.send(FromWorker::Failed { generation, error: format!("{error:#}") });
+    while session.wait()?.stop.is_none() {}
+    Ok(false)
+}
+
+/// This machine's address on the network that leads to the coordinator: where peers can reach it too.
+fn address_towards(coordinator: &str) -> anyhow::Result<String> {
+    let authority = coordinator.split("://").last().unwrap_or(coordinator).trim_end_matches('/');
+    let target = authority
+        .to_socket_addrs()
+        .with_context(|| format!("{coordinator:?} is not a reachable address; expected http://host:port"))?
+        .next()
+        .with_context(|| format!("{coordinator:?} has no address"))?;
+    if target.ip().is_loopback() {
+        return Ok(target.ip().to_string());
+    }
+    // No packet is sent: connecting a UDP socket only chooses the route.
+    let unspecified = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(unspecified)?;
+    socket.connect(target).with_context(|| format!("no route to the coordinator at {coordinator}"))?;
+    Ok(socket.local_addr()?.ip().to_string())
+}

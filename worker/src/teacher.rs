@@ -1,0 +1,305 @@
+//! `train-teacher`: trains a small EDM teacher on an image file (2206.00364, "Training").
+//!
+//! Potstill distills teachers that others have trained; this command exists so that the example's teacher is a real one
+//! that anybody can make again.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_distill::{
+    adam::{Adam, AdamSettings},
+    ema,
+    gradient::Gradient,
+    loss,
+    noise::LogNormal,
+    random::{Purpose, Stream},
+};
+use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
+use potstill_proto::{
+    layers::{self, LayerError},
+    spec::{EvaluationSpec, LogNormalSpec},
+    wire::Scores,
+};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    dataset::Dataset,
+    evaluation::{Evaluator, Sampler},
+    logging::LogFormat,
+    pictures,
+};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Training file, as in configs/digits/teacher.toml.
+    config: PathBuf,
+    /// Changes one key, as in --set training.iterations=100.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Threads for libtorch; by default all cores.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// How log lines look.
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+/// A teacher's training file. Paths are relative to it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TeacherTraining {
+    /// Architecture, with the names of EDM's checkpoints.
+    pub network: EdmConfig,
+    /// Data, length, optimiser.
+    pub training: Training,
+    /// How the result is scored.
+    pub evaluation: EvaluationSpec,
+    /// Where weights go; scores and a picture go beside them, with other endings.
+    pub output: PathBuf,
+}
+
+/// How a teacher is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Training {
+    /// Image file; see [`Dataset`].
+    pub images: PathBuf,
+    /// Decides initial weights and every random number.
+    pub seed: u64,
+    /// Optimiser steps.
+    pub iterations: u64,
+    /// Images per step.
+    pub batch: u32,
+    /// Adam's step size, reached after `warmup_iterations` and then lowered to 0 along a cosine.
+    pub learning_rate: f64,
+    /// Linear warm-up.
+    pub warmup_iterations: u64,
+    /// β₁, β₂.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Half-life of the average that is saved, in images.
+    pub ema_half_life_images: f64,
+    /// Share of images trained without their label, so that the teacher can be guided.
+    pub label_dropout: f64,
+    /// Noise law: ln σ ~ N(mean, std²).
+    pub noise: LogNormalSpec,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Self {
+            images: PathBuf::new(),
+            seed: 0,
+            iterations: 1000,
+            batch: 256,
+            learning_rate: 1e-3,
+            warmup_iterations: 100,
+            betas: [0.9, 0.999],
+            epsilon: 1e-8,
+            ema_half_life_images: 500_000.0,
+            label_dropout: 0.1,
+            noise: LogNormalSpec::default(),
+        }
+    }
+}
+
+impl TeacherTraining {
+    /// Reads the layers, resolves paths, validates.
+    ///
+    /// # Errors
+    /// See [`LayerError`].
+    pub fn load(file: &Path, sets: &[String]) -> anyhow::Result<Self> {
+        let mut read: Self = layers::load(file, sets)?;
+        let folder = file.parent().unwrap_or(Path::new(""));
+        for path in [Some(&mut read.training.images), Some(&mut read.output)]
+            .into_iter()
+            .chain([read.evaluation.features.as_mut(), read.evaluation.reference.as_mut()])
+            .flatten()
+            .filter(|p| !p.as_os_str().is_empty())
+        {
+            *path = folder.join(&path);
+        }
+        let problems = read.problems();
+        if !problems.is_empty() {
+            return Err(LayerError::OutOfRange { problems }.into());
+        }
+        read.network.validate().context("[network]")?;
+        Ok(read)
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let t = &self.training;
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        [
+            (!t.images.as_os_str().is_empty(), "training.images is missing: name the image file".to_owned()),
+            (!self.output.as_os_str().is_empty(), "output is missing: name the file for the weights".to_owned()),
+            (t.iterations > 0, "training.iterations is 0; it must be at least 1".to_owned()),
+            (t.batch > 0, "training.batch is 0; it must be at least 1".to_owned()),
+            (positive(t.learning_rate), format!("training.learning_rate is {}; it must be > 0", t.learning_rate)),
+            (positive(t.epsilon), format!("training.epsilon is {}; it must be > 0", t.epsilon)),
+            (
+                positive(t.ema_half_life_images),
+                format!("training.ema_half_life_images is {}; it must be > 0", t.ema_half_life_images),
+            ),
+            (
+                t.betas.iter().all(|b| (0.0..1.0).contains(b)),
+                format!("training.betas are {:?}; each must lie in [0, 1)", t.betas),
+            ),
+            (
+                (0.0..1.0).contains(&t.label_dropout),
+                format!("training.label_dropout is {}; it must lie in [0, 1)", t.label_dropout),
+            ),
+            (t.noise.mean.is_finite() && positive(t.noise.std), "training.noise needs a finite mean and a std > 0".to_owned()),
+        ]
+        .into_iter()
+        .filter(|(holds, _)| !holds)
+        .map(|(_, problem)| problem)
+        .collect()
+    }
+}
+
+pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    arguments.log_format.start();
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    tch::set_num_threads(arguments.threads.unwrap_or(cores) as i32);
+    let config = TeacherTraining::load(&arguments.config, &arguments.sets)?;
+    let folder = config.output.parent().unwrap_or(Path::new(""));
+    ensure!(folder.as_os_str().is_empty() || folder.is_dir(), "output folder {} does not exist", folder.display());
+
+    let device = Device::Cpu;
+    let network = EdmNetwork::initialise(config.network.clone(), config.training.seed, device)?;
+    let data = Dataset::load(&config.training.images, network.sample_shape(), network.classes())?;
+    let evaluator = Evaluator::load(&config.evaluation, &network, device)?;
+    tracing::info!(parameters = network.parameters().flat().numel(), images = data.len(), "training a teacher");
+
+    let started = Instant::now();
+    let average = train(&config, &network, &data)?;
+    let seconds = started.elapsed().as_secs_f64();
+
+    let scores = evaluator.as_ref().map(|e| score(e, average.as_ref())).transpose()?;
+    save(&config, average.as_ref(), seconds, scores.as_ref())?;
+    if let Some(evaluator) = &evaluator {
+        let images = evaluator.first_images(Sampler::Teacher(average.as_ref()), 80);
+        let picture = config.output.with_extension("png");
+        std::fs::write(&picture, pictures::grid(&[images], 10)?)
+            .with_context(|| format!("cannot write {}", picture.display()))?;
+    }
+    println!("{}", config.output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Trains and returns the average.
+fn train(config: &TeacherTraining, network: &EdmNetwork, data: &Dataset) -> anyhow::Result<Box<dyn Denoiser>> {
+    let t = &config.training;
+    let noise = LogNormal { mean: t.noise.mean, std: t.noise.std };
+    let batch = i64::from(t.batch);
+    let flat = network.parameters().flat();
+    let average = network.duplicate().frozen();
+    let mut adam = Adam::new(flat);
+    let one_hot = match network.classes() {
+        0 => None,
+        classes => Some(data.labels.one_hot(classes).to_kind(Kind::Float)),
+    };
+    let bar = ProgressBar::new(t.iterations).with_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} loss {msg}, {eta} left").expect("the template is valid"),
+    );
+    let mut shown = 0.0;
+    for iteration in 0..t.iterations {
+        let mut stream = Stream::new(t.seed, iteration, Purpose::TeacherTraining, 0, Device::Cpu);
+        let picks = Tensor::from_slice(&stream.integers(batch, data.len()));
+        let clean = data.images.index_select(0, &picks);
+        let condition = one_hot.as_ref().map_or(Condition::None, |labels| {
+            let kept: Vec<f32> = stream.uniform(batch).iter().map(|u| f32::from(*u >= t.label_dropout)).collect();
+            Condition::Class(labels.index_select(0, &picks) * Tensor::from_slice(&kept).unsqueeze(1))
+        });
+        let sigma = noise.draw(&mut stream, batch, Device::Cpu);
+        let noisy = &clean + stream.normal(&clean.size()) * sigma.view([-1, 1, 1, 1]);
+        stream.seed_dropout();
+
+        let denoised = network.denoise(&noisy, &sigma, &condition, Mode::Train);
+        let loss = loss::denoising(&denoised, &clean, &sigma, network.config().sigma_data).mean(Kind::Float);
+        loss.backward();
+        let gradient = Gradient::repaired(network.parameters().flat_grad());
+        ensure!(gradient.non_finite == 0, "iteration {iteration}: the gradient is not finite; lower training.learning_rate");
+        let settings =
+            AdamSettings { learning_rate: learning_rate(t, iteration), betas: t.betas, epsilon: t.epsilon };
+        adam.step(flat, &gradient.flat, iteration + 1, &settings);
+        network.parameters().zero_grad();
+        let beta = ema::beta(t.ema_half_life_images, (iteration * u64::from(t.batch)) as f64, t.batch.into());
+        ema::update(average.parameters().flat(), flat, beta);
+
+        if iteration % 50 == 0 {
+            let now = loss.double_value(&[]);
+            shown = if iteration == 0 { now } else { 0.9 * shown + 0.1 * now };
+            bar.set_message(format!("{shown:.2}"));
+            if bar.is_hidden() && iteration % 500 == 0 {
+                tracing::info!(iteration, loss = shown, "training");
+            }
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(average)
+}
+
+/// Linear warm-up, then a cosine down to 0.
+fn learning_rate(t: &Training, iteration: u64) -> f64 {
+    let warm = ((iteration + 1) as f64 / t.warmup_iterations.max(1) as f64).min(1.0);
+    let done = iteration as f64 / t.iterations as f64;
+    t.learning_rate * warm * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+}
+
+fn score(evaluator: &Evaluator, teacher: &dyn Denoiser) -> anyhow::Result<Scores> {
+    let host = "127.0.0.1";
+    let patience = Duration::from_secs(30);
+    let store = TcpStore::serve(host, 0, patience)?;
+    let backend = Backend::Gloo { host: host.to_owned() };
+    let group = ProcessGroup::new(&backend, &store.prefix("scores")?, 0, 1, patience)?;
+    Ok(evaluator.score(Sampler::Teacher(teacher), &group, || {})??)
+}
+
+/// Writes the weights and, beside them, the scores.
+fn save(
+    config: &TeacherTraining,
+    average: &dyn Denoiser,
+    seconds: f64,
+    scores: Option<&Scores>,
+) -> anyhow::Result<()> {
+    let write = |path: &Path, bytes: &[u8]| {
+        std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    };
+    let metadata = BTreeMap::from([("trained_by".to_owned(), "potstill train-teacher".to_owned())]);
+    write(&config.output, &average.to_safetensors(&metadata)?)?;
+    let record = serde_json::json!({
+        "parameters": average.parameters().flat().numel(),
+        "iterations": config.training.iterations,
+        "batch": config.training.batch,
+        "seed": config.training.seed,
+        "seconds": seconds.round(),
+        "scores": scores.map(|s| serde_json::json!({
+            "fid": s.fid,
+            "agreement": s.agreement,
+            "precision": s.precision,
+            "recall": s.recall,
+            "samples": s.samples,
+            "evaluations_per_image": s.evaluations_per_image,
+        })),
+    });
+    if let Some(s) = scores {
+        println!(
+            "FID {:.3}, agreement {:.3}, precision {:.3}, recall {:.3} on {} samples",
+            s.fid, s.agreement, s.precision, s.recall, s.samples
+        );
+    }
+    write(&config.output.with_extension("json"), serde_json::to_string_pretty(&record)?.as_bytes())
+}
