@@ -1,5 +1,7 @@
 //! The `potstill` command as its users meet it: what it refuses, and what becomes of the agent it starts.
 
+#![allow(clippy::unwrap_used)] // A panic here is a failed test.
+
 use std::{
     fs,
     io::{BufRead, BufReader, Read},

@@ -14,7 +14,7 @@ use potstill_proto::{
     spec::RunSpec,
     wire::{self, coordinator_client::CoordinatorClient},
 };
-use potstill_storage::{Root, RunId};
+use potstill_storage::{Root, RunId, layout};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::mpsc,
@@ -47,7 +47,7 @@ impl Lab {
         spec.cluster.max_workers = workers;
         spec.cluster.failure_timeout_seconds = 60.0;
         spec.validate().unwrap();
-        let storage = Root::open(&format!("file://{}/storage", folder.path().display())).unwrap();
+        let storage = Root::open("memory://").unwrap();
         Self { _folder: folder, storage, spec }
     }
 
@@ -184,18 +184,16 @@ impl Worker {
 
     async fn saves_and_finishes(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
         let Assignment { rank, world_size, generation, .. } = *assignment;
-        let key =
-            format!("checkpoints/{iteration:012}/{}/rank-{rank:03}-of-{world_size:03}.safetensors", self.id);
+        let key = layout::shard_key(iteration, &self.id, rank, world_size);
         let bytes = bytes::Bytes::from_static(b"state");
-        lab.storage.run(&run_id()).put(&key, bytes).await.unwrap();
+        let shard = lab.storage.run(&run_id()).write_shard(&key, rank, bytes).await.unwrap();
         self.say(FromWorker::ShardReceipt(wire::ShardReceipt {
             generation: generation.0,
             iteration,
             rank,
-            key,
-            bytes: 5,
-            // SHA-256 of "state".
-            sha256: "4ba69735ca53765ed6a709edb56c6ea236b7193a3b29a6b390c346f0f4340e4e".into(),
+            key: shard.key,
+            bytes: shard.bytes,
+            sha256: shard.sha256,
         }))
         .await;
         self.say(FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) }).await;
@@ -474,7 +472,7 @@ async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
     // The next thing that the old one has to write down shows it that it is not alone.
     let mut worker = Worker::attach(&old, "a").await;
     let Outcome::Failed { reason } = old.outcome().await else { panic!() };
-    assert!(reason.contains("another coordinator took over"), "{reason}");
+    assert!(reason.contains("another coordinator has taken over"), "{reason}");
     // Its worker is told nothing that it should act on.
     assert!(worker.ending().await.is_none());
 }

@@ -18,11 +18,15 @@ const VERSION: u32 = 1;
 pub enum Record {
     /// The first entry of a run.
     RunStarted {
-        /// Its name.
+        /// The coordinator that writes it.
+        coordinator: String,
+        /// The run's name.
         run_id: String,
     },
     /// A coordinator took the run over.
     Resumed {
+        /// The coordinator that writes it.
+        coordinator: String,
         /// Iterations of the checkpoint it goes on from.
         iteration: u64,
         /// Iterations the run is now to reach.
@@ -170,8 +174,8 @@ mod tests {
     fn records_read_back_as_they_were_written() {
         let evaluation = EvaluationReport { iteration: 4, ..Default::default() };
         for record in [
-            Record::RunStarted { run_id: "r".into() },
-            Record::Resumed { iteration: 3, iterations: 9 },
+            Record::RunStarted { coordinator: "c".into(), run_id: "r".into() },
+            Record::Resumed { coordinator: "c".into(), iteration: 3, iterations: 9 },
             Record::GenerationOpened {
                 generation: Generation(2),
                 members: vec!["a".into()],

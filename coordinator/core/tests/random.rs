@@ -121,6 +121,7 @@ impl World {
         spec.cluster.failure_timeout_seconds = FAILURE_MILLIS as f64 / 1000.0;
         spec.cluster.wait_timeout_seconds = 1e6;
         let setup = Setup {
+            coordinator: "c".into(),
             run_id: "run".into(),
             spec,
             specification: String::new(),

@@ -119,7 +119,7 @@ impl Summary {
         };
         let (t, s) = (&self.teacher, &self.student);
         for (name, teacher, student) in [
-            ("FID (lower is better)", number(2)(t.fid), number(2)(s.fid)),
+            ("FID (lower is better)", number(3)(t.fid), number(3)(s.fid)),
             ("class agreement", percent(t.agreement), percent(s.agreement)),
             ("recall", number(3)(t.recall), number(3)(s.recall)),
             (
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn the_table_sets_teacher_against_student() {
         let text = Summary::new("r", &scored(), 20, Some(2), 1.0).table().unwrap().to_string();
-        for part in ["teacher", "student", "3.00", "5.00", "93.1 %", "35", "1310.0"] {
+        for part in ["teacher", "student", "3.000", "5.000", "93.1 %", "35", "1310.0"] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
     }

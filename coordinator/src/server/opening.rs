@@ -16,6 +16,7 @@ use potstill_storage::{
     layout,
 };
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use super::{Options, StartError};
 
@@ -41,7 +42,10 @@ pub async fn open(options: Options) -> Result<Opened, StartError> {
 
     match (resume, run.specification().await?) {
         (false, Some(_)) => return Err(StartError::RunExists { run: name }),
-        (false, None) => run.freeze(&specification).await?,
+        (false, None) => run.freeze(&specification).await.map_err(|error| match error {
+            potstill_storage::Error::AlreadyExists { .. } => StartError::RunExists { run: name.clone() },
+            other => other.into(),
+        })?,
         (true, None) => {
             let problem = format!("there is no run {name} in {}", storage.url());
             return Err(StartError::NothingToResume { problem });
@@ -70,9 +74,10 @@ pub async fn open(options: Options) -> Result<Opened, StartError> {
     {
         return Err(StartError::Complete { run: name, iteration: *iteration });
     }
-    let storage_url = storage.url().to_string();
+    let storage_url = storage.url().to_owned();
+    let coordinator = Uuid::new_v4().to_string();
     Ok(Opened {
-        setup: Setup { run_id: name, spec, specification, storage_url, history, newest },
+        setup: Setup { coordinator, run_id: name, spec, specification, storage_url, history, newest },
         run,
         journal,
     })
@@ -111,12 +116,11 @@ async fn newest_checkpoint(run: &Run) -> Result<Option<CommittedCheckpoint>, Sta
     for iteration in run.checkpoints().await?.into_iter().rev() {
         let manifest_key = layout::manifest_key(iteration);
         match run.manifest(&manifest_key).await {
-            Ok(_) => {
-                return Ok(Some(CommittedCheckpoint { iteration, manifest_key }));
-            }
-            Err(error) => {
+            Ok(_) => return Ok(Some(CommittedCheckpoint { iteration, manifest_key })),
+            Err(error @ potstill_storage::Error::Damaged { .. }) => {
                 tracing::error!(iteration, %error, "a damaged checkpoint is passed over for the one before it");
             }
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(None)

@@ -194,17 +194,15 @@ impl Shell {
         let run = self.run.clone();
         self.commits.spawn(async move {
             let iteration = checkpoint.iteration;
-            let result = run.commit(&manifest(checkpoint)).await.map_err(|error| error.to_string());
-            (iteration, result)
+            let written = run.commit(&manifest(checkpoint)).await;
+            (iteration, written.map_err(|error| error.to_string()))
         });
     }
 }
 
 fn journal_lost(error: &potstill_storage::Error) -> String {
     match error {
-        potstill_storage::Error::Fenced { .. } => {
-            "another coordinator took over this run: its journal goes on without this one".into()
-        }
+        potstill_storage::Error::Fenced { .. } => error.to_string(),
         other => format!("the journal cannot be written: {other}"),
     }
 }

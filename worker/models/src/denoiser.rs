@@ -30,7 +30,7 @@ pub enum Mode {
 pub trait Denoiser: Send {
     /// Predicts x0, fp32 [N, C, H, W].
     ///
-    /// `x_t` [N, C, H, W] is the noisy sample, `time` [N] or [1] the network's own time (σ for EDM); both may be of any
+    /// `x_t` [N, C, H, W] is the noisy sample, `time` `[N]` or `[1]` the network's own time (σ for EDM); both may be of any
     /// floating kind. Gradients flow to `x_t`, and to the parameters unless the network is [frozen](Self::frozen).
     /// Every parameter takes part in every call, so that none is ever left without a gradient.
     ///

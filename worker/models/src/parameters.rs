@@ -63,14 +63,12 @@ impl Parameters {
     }
 
     /// The vector itself: 1-D, fp32, takes no gradient. To change the weights, change it in place.
-    #[must_use]
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
 
     /// The views that the network computes with, in the order of [`entries`](Self::entries): autograd leaves, which
     /// take gradients unless the network is frozen. These are what a gradient reducer wants.
-    #[must_use]
     pub fn leaves(&self) -> &[Tensor] {
         &self.leaves
     }
@@ -82,7 +80,6 @@ impl Parameters {
     }
 
     /// The gradients as one new vector laid out like [`flat`](Self::flat); 0 where a leaf has none.
-    #[must_use]
     pub fn flat_grad(&self) -> Tensor {
         let gradients: Vec<Tensor> = self
             .leaves

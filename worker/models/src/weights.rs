@@ -99,10 +99,15 @@ impl Archive {
                     let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
                     tensors.insert(name.to_owned(), Tensor::from_data_size(view.data(), &shape, kind));
                 }
-                None => problems.push(format!("{name} is of kind {:?}, which libtorch does not have", view.dtype())),
+                None => problems
+                    .push(format!("{name} is of kind {:?}, which libtorch does not have", view.dtype())),
             }
         }
-        if problems.is_empty() { Ok(Self { metadata, tensors }) } else { Err(LoadError::Tensors { problems }) }
+        if problems.is_empty() {
+            Ok(Self { metadata, tensors })
+        } else {
+            Err(LoadError::Tensors { problems })
+        }
     }
 
     /// Reads and parses a file.
@@ -119,7 +124,9 @@ impl Archive {
     pub fn with_prefix(&self, prefix: &str) -> BTreeMap<String, Tensor> {
         self.tensors
             .iter()
-            .filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor.shallow_clone())))
+            .filter_map(|(name, tensor)| {
+                Some((name.strip_prefix(prefix)?.to_owned(), tensor.shallow_clone()))
+            })
             .collect()
     }
 }
@@ -162,13 +169,16 @@ pub(crate) fn assemble(
             }
             // Kinds that fp32 holds exactly.
             Some(tensor) if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) => {
-                problems.push(format!("{name} is of kind {:?}, expected Float, Half or BFloat16", tensor.kind()));
+                problems
+                    .push(format!("{name} is of kind {:?}, expected Float, Half or BFloat16", tensor.kind()));
             }
             Some(_) => {}
         }
     }
     let surplus = tensors.iter().filter(|(name, _)| !expected.contains_key(name.as_str()));
-    problems.extend(surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.size())));
+    problems.extend(
+        surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.size())),
+    );
     if problems.is_empty() {
         for buffer in declaration.buffers() {
             let BufferSource::Fixed(values) = &buffer.source else { continue };

@@ -10,10 +10,11 @@ use crate::{Action, StreamId, observation::Observation, record::Record};
 
 impl Core {
     pub(super) fn started(&mut self, actions: &mut Actions) {
+        let coordinator = self.coordinator.clone();
         actions.push(Action::Persist(if self.resumed {
-            Record::Resumed { iteration: self.steps.finished(), iterations: self.iterations }
+            Record::Resumed { coordinator, iteration: self.steps.finished(), iterations: self.iterations }
         } else {
-            Record::RunStarted { run_id: self.run_id.clone() }
+            Record::RunStarted { coordinator, run_id: self.run_id.clone() }
         }));
         if let Stage::Gathering(gathering) = &mut self.stage {
             gathering.short_since = self.now;

@@ -32,6 +32,8 @@ const BARREN_GENERATIONS: u32 = 8;
 /// What a coordinator knows of its run when it starts.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    /// This coordinator, unique for ever: no two can write the same record, so the journal tells them apart.
+    pub coordinator: String,
     /// The run's name.
     pub run_id: String,
     /// What the run does, validated.
@@ -49,6 +51,7 @@ pub struct Setup {
 /// The coordinator's state machine; see the crate's documentation.
 #[derive(Debug)]
 pub struct Core {
+    coordinator: String,
     run_id: String,
     specification: String,
     storage_url: String,
@@ -145,7 +148,7 @@ impl Core {
     /// The state machine of a run that nobody is attached to. Feed it [`Event::Started`] first.
     #[must_use]
     pub fn new(setup: Setup) -> Self {
-        let Setup { run_id, spec, specification, storage_url, history, newest } = setup;
+        let Setup { coordinator, run_id, spec, specification, storage_url, history, newest } = setup;
         let timeouts = spec.cluster.timeouts();
         let generation = history.iter().filter_map(|record| match record {
             Record::GenerationOpened { generation, .. } => Some(*generation),
@@ -155,6 +158,7 @@ impl Core {
         let saved = newest.as_ref().map_or(0, |checkpoint| checkpoint.iteration);
         let start = Start { cursor: Cursor::boundary(saved), exact: true };
         Self {
+            coordinator,
             run_id,
             specification,
             storage_url,

@@ -31,6 +31,7 @@ fn setup(min: u32, max: u32) -> Setup {
     spec.cluster.failure_timeout_seconds = DEAD as f64 / 1000.0;
     spec.cluster.wait_timeout_seconds = WAIT as f64 / 1000.0;
     Setup {
+        coordinator: "c".into(),
         run_id: "run".into(),
         spec,
         specification: "toml".into(),
@@ -301,7 +302,7 @@ fn too_few_workers_for_too_long_ends_the_run() {
 fn generations_go_on_from_the_journal() {
     let mut setup = setup(1, 1);
     setup.history = vec![
-        Record::RunStarted { run_id: "run".into() },
+        Record::RunStarted { coordinator: "b".into(), run_id: "run".into() },
         Record::GenerationOpened {
             generation: Generation(6),
             members: vec!["old".into()],

@@ -88,7 +88,8 @@ impl UNetBlock {
         let conv0 = Conv2d::new(&mut conv0_scope, inputs, outputs, 3, style.init);
         let resample0 = resampler(&mut conv0_scope, inputs);
         let modulation = if style.injection == Injection::ScaleShift { outputs * 2 } else { outputs };
-        let affine = Linear::new(scope.child("affine"), style.embedding_channels, modulation, true, style.init);
+        let affine =
+            Linear::new(scope.child("affine"), style.embedding_channels, modulation, true, style.init);
         let norm1 = GroupNorm::new(scope.child("norm1"), outputs, style.eps);
         let conv1 = Conv2d::new(&mut scope.child("conv1"), outputs, outputs, 3, style.init_zero);
 
@@ -97,7 +98,10 @@ impl UNetBlock {
         let skip = Skip {
             projection: projected.then(|| Conv2d::new(&mut skip_scope, inputs, outputs, 1, style.init)),
             // Upsampling comes after the projection.
-            resample: resampler(&mut skip_scope, if resample == Some(Direction::Up) { outputs } else { inputs }),
+            resample: resampler(
+                &mut skip_scope,
+                if resample == Some(Direction::Up) { outputs } else { inputs },
+            ),
         };
 
         let heads = match style.heads {

@@ -186,15 +186,24 @@ impl EdmConfig {
             ("num_blocks", self.num_blocks),
         ];
         for (field, value) in positive {
-            require((1..=MAX_SIZE).contains(&value), format!("{field} is {value}; it must lie in 1..={MAX_SIZE}"));
+            require(
+                (1..=MAX_SIZE).contains(&value),
+                format!("{field} is {value}; it must lie in 1..={MAX_SIZE}"),
+            );
         }
         for (field, value) in [("label_dim", self.label_dim), ("augment_dim", self.augment_dim)] {
-            require((0..=MAX_SIZE).contains(&value), format!("{field} is {value}; it must lie in 0..={MAX_SIZE}"));
+            require(
+                (0..=MAX_SIZE).contains(&value),
+                format!("{field} is {value}; it must lie in 0..={MAX_SIZE}"),
+            );
         }
         let levels = self.channel_mult.len();
         require(
             (1..=16).contains(&levels) && self.channel_mult.iter().all(|m| (1..=1024).contains(m)),
-            format!("channel_mult is {:?}; it needs 1 to 16 multipliers, each in 1..=1024", self.channel_mult),
+            format!(
+                "channel_mult is {:?}; it needs 1 to 16 multipliers, each in 1..=1024",
+                self.channel_mult
+            ),
         );
         let halvings = levels.clamp(1, 16) - 1;
         require(
@@ -210,7 +219,10 @@ impl EdmConfig {
         );
         require(
             self.sigma_min >= 0.0 && self.sigma_min < self.sigma_max,
-            format!("sigma_min is {} and sigma_max {}; it must be 0 ≤ sigma_min < sigma_max", self.sigma_min, self.sigma_max),
+            format!(
+                "sigma_min is {} and sigma_max {}; it must be 0 ≤ sigma_min < sigma_max",
+                self.sigma_min, self.sigma_max
+            ),
         );
         // Half the noise embedding are sines, half cosines, and the frequencies' exponents span from 0 to 1.
         let embedding = match self.model_type {
@@ -224,8 +236,10 @@ impl EdmConfig {
         let taps = &self.resample_filter;
         let sum: f64 = taps.iter().sum();
         require(
-            (2..=64).contains(&taps.len()) && taps.len() % 2 == 0 && sum.is_finite() && sum != 0.0,
-            format!("resample_filter is {taps:?}; it needs an even number of finite taps with a sum other than 0"),
+            (2..=64).contains(&taps.len()) && taps.len().is_multiple_of(2) && sum.is_finite() && sum != 0.0,
+            format!(
+                "resample_filter is {taps:?}; it needs an even number of finite taps with a sum other than 0"
+            ),
         );
         problems
     }

@@ -85,7 +85,9 @@ impl DhariwalUNet {
         let mut dec = scope.child("dec");
         let mut decoder = Vec::new();
         let lowest = config.channel_mult.len() - 1;
-        for (level, (resolution, multiplier)) in config.resolutions().zip(&config.channel_mult).enumerate().rev() {
+        for (level, (resolution, multiplier)) in
+            config.resolutions().zip(&config.channel_mult).enumerate().rev()
+        {
             let name = |part: &str| format!("{resolution}x{resolution}_{part}");
             if level == lowest {
                 let shape = BlockShape { attention: true, ..plain(channels, channels) };
@@ -155,10 +157,17 @@ impl Mapping {
         let classes = config.label_dim;
         Self {
             noise: Sinusoids::positional(scope, channels, false),
-            augment: (config.augment_dim > 0)
-                .then(|| Linear::new(scope.child("map_augment"), config.augment_dim, channels, false, init_zero)),
+            augment: (config.augment_dim > 0).then(|| {
+                Linear::new(scope.child("map_augment"), config.augment_dim, channels, false, init_zero)
+            }),
             layer0: Linear::new(scope.child("map_layer0"), channels, embedding_channels, true, init),
-            layer1: Linear::new(scope.child("map_layer1"), embedding_channels, embedding_channels, true, init),
+            layer1: Linear::new(
+                scope.child("map_layer1"),
+                embedding_channels,
+                embedding_channels,
+                true,
+                init,
+            ),
             label: (classes > 0).then(|| {
                 // The law's variance 1/classes times the weight's square: unit variance.
                 let law = InitLaw::kaiming_normal((classes as f64).sqrt());
@@ -170,14 +179,15 @@ impl Mapping {
 
     fn forward(&self, samples: i64, inputs: &Inputs) -> Tensor {
         let (cosines, sines) = self.noise.forward(inputs.noise);
+        // Not added in place: one noise level may meet many labels.
         let mut embedding = Tensor::cat(&[cosines, sines], 1);
         if let (Some(map), Some(augment)) = (&self.augment, &inputs.augment) {
-            embedding = embedding + map.forward(augment);
+            embedding = map.forward(augment) + embedding;
         }
         embedding = self.layer1.forward(&self.layer0.forward(&embedding).silu());
         if let (Some(map), Some(labels)) = (&self.label, &inputs.labels) {
             let labels = drop_labels(labels.shallow_clone(), samples, self.label_dropout, inputs.mode);
-            embedding = embedding + map.forward(&labels);
+            embedding = map.forward(&labels) + embedding;
         }
         embedding.silu()
     }

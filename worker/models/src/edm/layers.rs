@@ -215,8 +215,7 @@ impl Resample {
             (None, Direction::Down) => x.avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None),
             (None, Direction::Up) => {
                 let size = x.size();
-                let up = |x: &Tensor| x.upsample_nearest2d([size[2] * 2, size[3] * 2], None, None);
-                up(x)
+                x.upsample_nearest2d([size[2] * 2, size[3] * 2], None, None)
             }
             (Some(taps), Direction::Down) => x.conv2d(taps, bias, 2, padding, 1, x.size()[1]),
             (Some(taps), Direction::Up) => x.conv_transpose2d(taps, bias, 2, padding, 0, x.size()[1], 1),

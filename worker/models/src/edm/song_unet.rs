@@ -32,18 +32,24 @@ struct Mapping {
 
 enum EncoderStep {
     Conv(Conv2d),
-    Block(UNetBlock),
+    Block(Box<UNetBlock>),
     /// Downsamples the auxiliary input and adds its projection.
-    AuxSkip { down: Resample, projection: Conv2d },
+    AuxSkip {
+        down: Resample,
+        projection: Conv2d,
+    },
     /// Downsamples the auxiliary path and merges it.
-    AuxResidual { conv: Conv2d, down: Resample },
+    AuxResidual {
+        conv: Conv2d,
+        down: Resample,
+    },
 }
 
 enum DecoderStep {
     /// A block on the output of the step before.
-    Block(UNetBlock),
+    Block(Box<UNetBlock>),
     /// A block that also gets the last output of the encoder not yet used.
-    Merge(UNetBlock),
+    Merge(Box<UNetBlock>),
     /// Upsamples the sum of the outputs so far.
     AuxUp(Resample),
     /// Adds to the output.
@@ -85,7 +91,7 @@ impl SongUNet {
                 skips.push(channels);
             } else {
                 let shape = BlockShape { resample: Some(Direction::Down), ..plain(channels, channels) };
-                encoder.push(EncoderStep::Block(UNetBlock::new(enc.child(name("down")), &style, shape)));
+                encoder.push(EncoderStep::Block(boxed(enc.child(name("down")), &style, shape)));
                 skips.push(channels);
                 let filter = &config.resample_filter;
                 match config.encoder_type {
@@ -110,7 +116,7 @@ impl SongUNet {
                 let outputs = config.model_channels * multiplier;
                 let attention = config.attn_resolutions.contains(&resolution);
                 let shape = BlockShape { attention, ..plain(channels, outputs) };
-                let block = UNetBlock::new(enc.child(name(&format!("block{index}"))), &style, shape);
+                let block = boxed(enc.child(name(&format!("block{index}"))), &style, shape);
                 encoder.push(EncoderStep::Block(block));
                 skips.push(outputs);
                 channels = outputs;
@@ -120,22 +126,24 @@ impl SongUNet {
         let mut decoder = Vec::new();
         let mut dec = scope.child("dec");
         let lowest = config.channel_mult.len() - 1;
-        for (level, (resolution, multiplier)) in config.resolutions().zip(&config.channel_mult).enumerate().rev() {
+        for (level, (resolution, multiplier)) in
+            config.resolutions().zip(&config.channel_mult).enumerate().rev()
+        {
             let name = |part: &str| format!("{resolution}x{resolution}_{part}");
             if level == lowest {
                 let shape = BlockShape { attention: true, ..plain(channels, channels) };
-                decoder.push(DecoderStep::Block(UNetBlock::new(dec.child(name("in0")), &style, shape)));
+                decoder.push(DecoderStep::Block(boxed(dec.child(name("in0")), &style, shape)));
                 let shape = plain(channels, channels);
-                decoder.push(DecoderStep::Block(UNetBlock::new(dec.child(name("in1")), &style, shape)));
+                decoder.push(DecoderStep::Block(boxed(dec.child(name("in1")), &style, shape)));
             } else {
                 let shape = BlockShape { resample: Some(Direction::Up), ..plain(channels, channels) };
-                decoder.push(DecoderStep::Block(UNetBlock::new(dec.child(name("up")), &style, shape)));
+                decoder.push(DecoderStep::Block(boxed(dec.child(name("up")), &style, shape)));
             }
             for index in 0..=config.num_blocks {
                 let outputs = config.model_channels * multiplier;
                 let attention = index == config.num_blocks && config.attn_resolutions.contains(&resolution);
                 let shape = BlockShape { attention, ..plain(channels + skips.pop().unwrap_or(0), outputs) };
-                let block = UNetBlock::new(dec.child(name(&format!("block{index}"))), &style, shape);
+                let block = boxed(dec.child(name(&format!("block{index}"))), &style, shape);
                 decoder.push(DecoderStep::Merge(block));
                 channels = outputs;
             }
@@ -215,6 +223,11 @@ impl SongUNet {
     }
 }
 
+/// Blocks are many times larger than the other steps.
+fn boxed(scope: Scope, style: &BlockStyle, shape: BlockShape) -> Box<UNetBlock> {
+    Box::new(UNetBlock::new(scope, style, shape))
+}
+
 impl Mapping {
     fn new(scope: &mut Scope, config: &EdmConfig, embedding_channels: i64, init: InitLaw) -> Self {
         let channels = config.model_channels * config.channel_mult_noise;
@@ -237,13 +250,15 @@ impl Mapping {
 
     fn forward(&self, samples: i64, inputs: &Inputs) -> Tensor {
         let (cosines, sines) = self.noise.forward(inputs.noise);
+        // Not added in place: one noise level may meet many labels.
         let mut embedding = Tensor::cat(&[sines, cosines], 1);
         if let (Some(map), Some(labels)) = (&self.label, &inputs.labels) {
             let labels = labels * self.label_scale;
-            embedding = embedding + map.forward(&drop_labels(labels, samples, self.label_dropout, inputs.mode));
+            let labels = drop_labels(labels, samples, self.label_dropout, inputs.mode);
+            embedding = map.forward(&labels) + embedding;
         }
         if let (Some(map), Some(augment)) = (&self.augment, &inputs.augment) {
-            embedding = embedding + map.forward(augment);
+            embedding = map.forward(augment) + embedding;
         }
         self.layer1.forward(&self.layer0.forward(&embedding).silu()).silu()
     }

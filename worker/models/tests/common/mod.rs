@@ -9,10 +9,8 @@ use tch::{Device, Tensor};
 
 /// Folder of the reference values; `POTSTILL_FIXTURES` names another one.
 pub fn fixtures() -> PathBuf {
-    std::env::var_os("POTSTILL_FIXTURES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
-        PathBuf::from,
-    )
+    std::env::var_os("POTSTILL_FIXTURES")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"), PathBuf::from)
 }
 
 /// The network of a reference file: its configuration, and the weights under `prefix`.

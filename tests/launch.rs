@@ -1,0 +1,161 @@
+//! What `potstill launch` leaves behind, and how it ends: by itself, by Ctrl-C, by kill -9, with a rank lost on the way.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Child, ChildStderr, Command, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use potstill_tests::{Cluster, relative_difference, text};
+
+/// Long enough for anything that is not stuck.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[test]
+fn a_finished_run_leaves_scores_pictures_and_metrics() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=6", "evaluation.every=3", "checkpoint.every=4"];
+    let output = cluster.run_to_end("results", 2, &sets, &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let run = cluster.run("results");
+
+    let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap();
+    assert_eq!(summary["run"], "results");
+    assert_eq!(summary["world_size"], 2);
+    assert_eq!(summary["iterations"], 6);
+    assert_eq!(summary["images"], 6 * 32);
+    for path in ["/images_per_second", "/wall_seconds", "/initial/fid", "/initial/agreement"] {
+        assert!(summary.pointer(path).unwrap().as_f64().unwrap() >= 0.0, "{path}: {summary}");
+    }
+    for subject in ["teacher", "student"] {
+        for field in ["fid", "agreement", "recall", "evaluations_per_image", "images_per_second"] {
+            assert!(summary[subject][field].as_f64().unwrap() >= 0.0, "{subject}.{field}: {summary}");
+        }
+    }
+    assert_eq!(summary["teacher"]["evaluations_per_image"], 3.0);
+    assert_eq!(summary["student"]["evaluations_per_image"], 1.0);
+
+    for picture in ["samples.png", "curves.png"] {
+        let picture = image::open(run.join(picture)).unwrap().to_luma8();
+        let (darkest, brightest) =
+            picture.pixels().fold((255, 0), |(low, high), pixel| (low.min(pixel[0]), high.max(pixel[0])));
+        assert!(picture.width() > 300 && brightest - darkest > 100, "not blank");
+    }
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let rows: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let students = |row: &&serde_json::Value| row["kind"] == "evaluation" && row["subject"] == "student";
+    let scored: Vec<u64> = rows.iter().filter(students).map(|row| row["iteration"].as_u64().unwrap()).collect();
+    assert_eq!(scored, [0, 3, 6]);
+
+    let table = text(&output.stdout);
+    for word in ["teacher", "student", "FID", "agreement", "recall", "summary.json", "samples.png", "curves.png"] {
+        assert!(table.contains(word), "{word}: {table}");
+    }
+    for iteration in [4, 6] {
+        assert!(!cluster.checkpoint("results", iteration).is_empty());
+    }
+}
+
+/// A launch under way, whose log is read line by line.
+struct Launched {
+    child: Child,
+    log: BufReader<ChildStderr>,
+    seen: String,
+}
+
+impl Launched {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Self { child, log, seen: String::new() }
+    }
+
+    /// Reads on until a line holds all of `words`; returns it.
+    fn until(&mut self, words: &[&str]) -> String {
+        loop {
+            let mut line = String::new();
+            let length = self.log.read_line(&mut line).unwrap();
+            self.seen += &line;
+            assert!(length > 0, "no line with {words:?} in:\n{}", self.seen);
+            if words.iter().all(|word| line.contains(word)) {
+                return line;
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Reads the log to its end, which is when the launcher and every process it started have closed it, and reaps the
+    /// launcher. Returns its exit code.
+    fn end(mut self) -> (Option<i32>, String) {
+        let (done, finished) = mpsc::channel();
+        std::thread::spawn(move || {
+            let result = self.log.read_to_string(&mut self.seen);
+            let status = self.child.wait().unwrap();
+            done.send((result.map(|_| status.code()).unwrap(), std::mem::take(&mut self.seen))).unwrap();
+        });
+        finished.recv_timeout(PATIENCE).expect("a process of the launch still holds its log open")
+    }
+}
+
+#[test]
+fn ctrl_c_saves_and_resume_goes_on_bit_by_bit() {
+    let cluster = Cluster::default();
+    let many = ["distillation.iterations=100000", "checkpoint.every=100000"];
+    let mut launched = Launched::start(cluster.launch("stopped", 2, &many, &[]));
+    launched.until(&["iteration", "images/s"]);
+    launched.signal(Signal::SIGINT);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(75), "{log}");
+    assert!(log.contains("--resume"), "it says how to go on: {log}");
+
+    let checkpoints = std::fs::read_dir(cluster.run("stopped").join("checkpoints")).unwrap();
+    let reached: Vec<u64> =
+        checkpoints.map(|entry| entry.unwrap().file_name().to_string_lossy().parse().unwrap()).collect();
+    let [reached] = reached[..] else { panic!("one checkpoint, at the stop: {reached:?}") };
+    let end = format!("distillation.iterations={}", reached + 5);
+    cluster.succeed("stopped", 2, &[&end], &["--resume"]);
+    cluster.succeed("straight", 2, &[&end], &[]);
+    assert_eq!(cluster.checkpoint("stopped", reached + 5), cluster.checkpoint("straight", reached + 5));
+}
+
+#[test]
+fn nothing_outlives_a_launcher_that_is_killed() {
+    let cluster = Cluster::default();
+    let mut launched = Launched::start(cluster.launch("killed", 2, &["distillation.iterations=100000"], &[]));
+    launched.until(&["iteration", "images/s"]);
+    launched.signal(Signal::SIGKILL);
+    // The log ends only when agent and ranks, which write to it too, are gone.
+    let (code, _) = launched.end();
+    assert_eq!(code, None);
+}
+
+#[test]
+fn a_lost_rank_is_replaced_and_changes_nothing() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=60", "checkpoint.every=1000"];
+    let mut launched = Launched::start(cluster.launch("disturbed", 2, &sets, &[]));
+    let line = launched.until(&["attached", "process"]);
+    let pid = line.split("process ").nth(1).and_then(|rest| rest.split(',').next()).unwrap().parse().unwrap();
+    launched.until(&["iteration", "images/s"]);
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("generation=2"), "{log}");
+
+    cluster.succeed("undisturbed", 2, &sets, &[]);
+    let (disturbed, undisturbed) = (cluster.checkpoint("disturbed", 60), cluster.checkpoint("undisturbed", 60));
+    for part in ["generator/", "fake_score/", "generator_ema/"] {
+        let difference = relative_difference(&disturbed, &undisturbed, part);
+        assert!(difference <= 1e-4, "{part}: {difference}");
+    }
+}
