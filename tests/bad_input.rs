@@ -29,7 +29,10 @@ fn configuration() {
     says(&message, &["`distillation.iteratoins`", "`distillation.iterations`"]);
     says(&refused(&cluster, &["distillation.seed=soon"], &[]), &["distillation.seed"]);
     says(&refused(&cluster, &["distillation.iterations=1.5"], &[]), &["distillation.iterations"]);
-    says(&refused(&cluster, &["optimiser.generator_learning_rate=-1"], &[]), &["generator_learning_rate is -1"]);
+    says(
+        &refused(&cluster, &["optimiser.generator_learning_rate=-1"], &[]),
+        &["generator_learning_rate is -1"],
+    );
     says(&refused(&cluster, &["distillation.micro_batch=7"], &[]), &["global_batch (32)", "micro_batch (7)"]);
     says(&refused(&cluster, &["distillation.micro_batch=32"], &[]), &["2 workers", "1 micro-batch"]);
     says(&refused(&cluster, &["seed"], &[]), &["key=value"]);
@@ -49,7 +52,10 @@ fn teacher() {
     let truncated = with(&whole[..whole.len() / 2]);
     says(&refused(&cluster, &[&truncated], &[]), &["t.safetensors", "truncated"]);
     let renamed = with(&replaced(&whole, "model.map_layer0.bias", "model.map_layer0.bios"));
-    says(&refused(&cluster, &[&renamed], &[]), &["t.safetensors", "model.map_layer0.bias", "model.map_layer0.bios"]);
+    says(
+        &refused(&cluster, &[&renamed], &[]),
+        &["t.safetensors", "model.map_layer0.bias", "model.map_layer0.bios"],
+    );
     let reshaped = with(&replaced(&whole, r#"\"model_channels\":16"#, r#"\"model_channels\":32"#));
     says(&refused(&cluster, &[&reshaped], &[]), &["t.safetensors", "model.map_layer0.weight"]);
 }
@@ -57,7 +63,8 @@ fn teacher() {
 /// `bytes` with one occurrence of some text replaced by another of the same length.
 fn replaced(bytes: &[u8], from: &str, to: &str) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
-    let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).unwrap_or_else(|| panic!("no {from}"));
+    let at =
+        bytes.windows(from.len()).position(|w| w == from.as_bytes()).unwrap_or_else(|| panic!("no {from}"));
     let mut bytes = bytes.to_vec();
     bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
     bytes
@@ -82,11 +89,15 @@ fn evaluation_data() {
 
 #[test]
 fn storage() {
-    let cluster = Cluster::default();
-    says(&refused(&cluster, &[], &["--storage", "ftp://somewhere/x"]), &["ftp://somewhere/x", "s3://"]);
+    let refused = |storage: &str| {
+        let output = Cluster::launch_anywhere("bad", 2, &[], &["--storage", storage]).output().unwrap();
+        assert!(!output.status.success());
+        text(&output.stderr)
+    };
+    says(&refused("ftp://somewhere/x"), &["error: ", "ftp://somewhere/x", "s3://"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     let below = file.path().join("storage");
-    says(&refused(&cluster, &[], &["--storage", below.to_str().unwrap()]), &[below.to_str().unwrap()]);
+    says(&refused(below.to_str().unwrap()), &["error: ", below.to_str().unwrap()]);
 }
 
 #[test]
@@ -110,7 +121,8 @@ fn resume() {
     };
     says(&again(&["distillation.iterations=2"], &[]), &["exists", "--resume"]);
     says(&again(&["distillation.iterations=2"], &["--resume"]), &["complete", "distillation.iterations"]);
-    let message = again(&["distillation.iterations=4", "distillation.seed=5", "distillation.alpha=1.1"], &["--resume"]);
+    let message =
+        again(&["distillation.iterations=4", "distillation.seed=5", "distillation.alpha=1.1"], &["--resume"]);
     says(&message, &["distillation.seed", "distillation.alpha"]);
 
     let folder = tempfile::tempdir().unwrap();
@@ -139,7 +151,8 @@ fn a_coordinator_that_is_not_there() {
 
 #[test]
 fn a_configuration_that_is_not_there() {
-    let output = Command::new(binary("potstill")).args(["launch", "nowhere.toml", "--workers", "1"]).output().unwrap();
+    let output =
+        Command::new(binary("potstill")).args(["launch", "nowhere.toml", "--workers", "1"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     says(&text(&output.stderr), &["nowhere.toml"]);
     assert!(!Path::new("runs").exists());

@@ -26,7 +26,8 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let run = cluster.run("results");
 
-    let summary: serde_json::Value = serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap();
+    let summary: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(run.join("summary.json")).unwrap()).unwrap();
     assert_eq!(summary["run"], "results");
     assert_eq!(summary["world_size"], 2);
     assert_eq!(summary["iterations"], 6);
@@ -49,13 +50,17 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
         assert!(picture.width() > 300 && brightest - darkest > 100, "not blank");
     }
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let rows: Vec<serde_json::Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let rows: Vec<serde_json::Value> =
+        metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let students = |row: &&serde_json::Value| row["kind"] == "evaluation" && row["subject"] == "student";
-    let scored: Vec<u64> = rows.iter().filter(students).map(|row| row["iteration"].as_u64().unwrap()).collect();
+    let scored: Vec<u64> =
+        rows.iter().filter(students).map(|row| row["iteration"].as_u64().unwrap()).collect();
     assert_eq!(scored, [0, 3, 6]);
 
     let table = text(&output.stdout);
-    for word in ["teacher", "student", "FID", "agreement", "recall", "summary.json", "samples.png", "curves.png"] {
+    for word in
+        ["teacher", "student", "FID", "agreement", "recall", "summary.json", "samples.png", "curves.png"]
+    {
         assert!(table.contains(word), "{word}: {table}");
     }
     for iteration in [4, 6] {
@@ -95,11 +100,14 @@ impl Launched {
     }
 
     /// Reads the log to its end, which is when the launcher and every process it started have closed it, and reaps the
-    /// launcher. Returns its exit code.
+    /// launcher. Returns its exit code and all that was said.
     fn end(mut self) -> (Option<i32>, String) {
         let (done, finished) = mpsc::channel();
         std::thread::spawn(move || {
             let result = self.log.read_to_string(&mut self.seen);
+            if let Some(mut stdout) = self.child.stdout.take() {
+                stdout.read_to_string(&mut self.seen).unwrap();
+            }
             let status = self.child.wait().unwrap();
             done.send((result.map(|_| status.code()).unwrap(), std::mem::take(&mut self.seen))).unwrap();
         });
@@ -153,7 +161,8 @@ fn a_lost_rank_is_replaced_and_changes_nothing() {
     assert!(log.contains("generation=2"), "{log}");
 
     cluster.succeed("undisturbed", 2, &sets, &[]);
-    let (disturbed, undisturbed) = (cluster.checkpoint("disturbed", 60), cluster.checkpoint("undisturbed", 60));
+    let (disturbed, undisturbed) =
+        (cluster.checkpoint("disturbed", 60), cluster.checkpoint("undisturbed", 60));
     for part in ["generator/", "fake_score/", "generator_ema/"] {
         let difference = relative_difference(&disturbed, &undisturbed, part);
         assert!(difference <= 1e-4, "{part}: {difference}");

@@ -58,13 +58,19 @@ impl Cluster {
     /// otherwise.
     #[must_use]
     pub fn launch(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
+        let mut command = Self::launch_anywhere(run, workers, sets, flags);
+        command.arg("--storage").arg(self.storage());
+        command
+    }
+
+    /// [`launch`](Self::launch) without a word on storage.
+    #[must_use]
+    pub fn launch_anywhere(run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
         let mut command = Command::new(binary("potstill"));
         command
             .arg("launch")
             .arg(repository().join("configs/digits/one-step.toml"))
             .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1"])
-            .arg("--storage")
-            .arg(self.storage())
             .args(["--set", "distillation.global_batch=32", "--set", "distillation.micro_batch=16"])
             .args(["--set", "evaluation.every=0", "--set", "evaluation.samples=100"])
             .args(["--set", "evaluation.teacher_steps=2"])
@@ -101,7 +107,8 @@ impl Cluster {
         let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
         let mut tensors = BTreeMap::new();
         for shard in manifest["shards"].as_array().expect("a manifest lists shards") {
-            let bytes = std::fs::read(run.join(shard["key"].as_str().expect("a key"))).expect("a shard can be read");
+            let bytes =
+                std::fs::read(run.join(shard["key"].as_str().expect("a key"))).expect("a shard can be read");
             for (name, view) in SafeTensors::deserialize(&bytes).expect("a shard is safetensors").iter() {
                 let (values, _) = view.data().as_chunks::<4>();
                 let values = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
@@ -123,7 +130,11 @@ pub fn text(bytes: &[u8]) -> String {
 /// # Panics
 /// The two have different tensors, or none.
 #[must_use]
-pub fn relative_difference(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, prefix: &str) -> f64 {
+pub fn relative_difference(
+    a: &BTreeMap<String, Vec<f32>>,
+    b: &BTreeMap<String, Vec<f32>>,
+    prefix: &str,
+) -> f64 {
     let values = |tensors: &BTreeMap<String, Vec<f32>>| -> Vec<f64> {
         let chosen = tensors.iter().filter(|(name, _)| name.starts_with(prefix));
         chosen.flat_map(|(_, values)| values.iter().map(|v| f64::from(*v))).collect()

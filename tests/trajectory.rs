@@ -14,7 +14,13 @@ fn twenty_and_twenty_more_equal_forty_bit_by_bit() {
         let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(values), bits(&halves[name]), "{name}");
     }
-    for part in ["generator/", "generator_ema/", "fake_score/", "generator_adam.exp_avg_sq/", "fake_score_adam.exp_avg/"] {
+    for part in [
+        "generator/",
+        "generator_ema/",
+        "fake_score/",
+        "generator_adam.exp_avg_sq/",
+        "fake_score_adam.exp_avg/",
+    ] {
         assert!(straight.keys().any(|name| name.starts_with(part)), "{part} is not in the checkpoint");
     }
     assert_ne!(cluster.checkpoint("halves", 20), straight, "twenty iterations change something");
@@ -45,7 +51,8 @@ fn another_seed_gives_another_result() {
     cluster.succeed("b", 1, &["distillation.iterations=3", "distillation.seed=1"], &[]);
     let (a, b) = (cluster.checkpoint("a", 3), cluster.checkpoint("b", 3));
     assert!(relative_difference(&a, &b, "generator/") > 0.0);
-    let output = cluster.run_to_end("a", 1, &["distillation.iterations=6", "distillation.seed=1"], &["--resume"]);
+    let output =
+        cluster.run_to_end("a", 1, &["distillation.iterations=6", "distillation.seed=1"], &["--resume"]);
     assert!(!output.status.success());
     let message = text(&output.stderr);
     assert!(message.contains("distillation.seed"), "{message}");

@@ -51,12 +51,6 @@ enum Command {
     Rank(HandedOn),
     /// Train a small teacher on an image file (potstill-worker)
     TrainTeacher(HandedOn),
-    /// Draw images from a checkpoint or a teacher (potstill-worker)
-    Sample(HandedOn),
-    /// Score a checkpoint or a teacher (potstill-worker)
-    Evaluate(HandedOn),
-    /// Write the generator of a checkpoint for use elsewhere (potstill-worker)
-    Export(HandedOn),
 }
 
 #[derive(Debug, Args)]
@@ -120,9 +114,6 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
-        Command::Sample(handed) => handed.on("sample"),
-        Command::Evaluate(handed) => handed.on("evaluate"),
-        Command::Export(handed) => handed.on("export"),
     };
     let job = match job {
         Ok(job) => job,
@@ -174,8 +165,7 @@ impl RunArguments {
         let mut sets =
             vec![format!("cluster.min_workers={workers}"), format!("cluster.max_workers={workers}")];
         sets.extend(self.set);
-        // Relative paths in the file are relative to its folder: a bare name needs one.
-        let spec = RunSpec::load(&Path::new(".").join(&self.config), &sets)?;
+        let spec = RunSpec::load(&self.config, &sets)?;
         let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
         let run_id = run_id.parse().context("--run-id")?;
         let agent = match from {

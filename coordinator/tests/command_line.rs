@@ -162,10 +162,10 @@ fn a_missing_worker_program_is_named_with_what_to_do() {
 fn what_needs_libtorch_is_handed_on_with_its_arguments() {
     let output = Folder::new()
         .potstill("echo \"$@\"; exit 7")
-        .args(["sample", "--help", "-n", "3", "--", "x"])
+        .args(["train-teacher", "--help", "-n", "3", "--", "x"])
         .output()
         .unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "sample --help -n 3 -- x\n");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "train-teacher --help -n 3 -- x\n");
     assert_eq!(output.status.code(), Some(7));
 }
 

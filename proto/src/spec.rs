@@ -268,9 +268,9 @@ impl RunSpec {
     /// See [`LayerError`].
     pub fn load(file: &Path, sets: &[String]) -> Result<Self, LayerError> {
         let mut spec: Self = layers::load(file, sets)?;
-        let folder = file.parent().unwrap_or(Path::new(""));
-        let folder = std::path::absolute(folder)
+        let absolute = std::path::absolute(file)
             .map_err(|source| LayerError::Unreadable { path: file.to_owned(), source })?;
+        let folder = absolute.parent().unwrap_or(Path::new("/"));
         for path in [
             Some(&mut spec.teacher.weights).filter(|p| !p.as_os_str().is_empty()),
             spec.evaluation.features.as_mut(),

@@ -65,7 +65,8 @@ impl Run {
         }
         let path = self.path(key);
         let upload = async {
-            let mut parts = WriteMultipart::new_with_chunk_size(self.root().store().put_multipart(&path).await?, PART);
+            let mut parts =
+                WriteMultipart::new_with_chunk_size(self.root().store().put_multipart(&path).await?, PART);
             let mut rest = bytes;
             while !rest.is_empty() {
                 if let Err(error) = parts.wait_for_capacity(PARTS_AT_ONCE).await {
@@ -123,11 +124,15 @@ impl Run {
     /// # Errors
     /// [`Error::Damaged`] when there is none, or it cannot be read, or another version wrote it; otherwise the store's.
     pub async fn manifest(&self, key: &str) -> Result<Manifest, Error> {
-        let damaged = |problem: &str| Error::Damaged { place: self.describe(key), problem: problem.to_owned() };
+        let damaged =
+            |problem: &str| Error::Damaged { place: self.describe(key), problem: problem.to_owned() };
         let bytes = self.get(key).await?.ok_or_else(|| damaged("it is missing"))?;
         let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| self.unreadable(key, &e))?;
         if manifest.version != VERSION {
-            return Err(damaged(&format!("it has version {}; this program reads {VERSION}", manifest.version)));
+            return Err(damaged(&format!(
+                "it has version {}; this program reads {VERSION}",
+                manifest.version
+            )));
         }
         Ok(manifest)
     }

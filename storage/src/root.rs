@@ -36,7 +36,8 @@ impl Root {
         };
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
         if scheme == "file" {
-            let folder = url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
+            let folder =
+                url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
             return Self::local(folder, location);
         }
         let options = std::env::vars()
@@ -50,11 +51,18 @@ impl Root {
 
     fn local(folder: PathBuf, location: &str) -> Result<Self, Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
-        std::fs::create_dir_all(&folder).map_err(|e| bad(format!("cannot create {}: {e}", folder.display())))?;
+        std::fs::create_dir_all(&folder)
+            .map_err(|e| bad(format!("cannot create {}: {e}", folder.display())))?;
         let folder = folder.canonicalize().map_err(|e| bad(e.to_string()))?;
-        let store = LocalFileSystem::new_with_prefix(&folder).map_err(|e| bad(e.to_string()))?.with_fsync(true);
+        let store =
+            LocalFileSystem::new_with_prefix(&folder).map_err(|e| bad(e.to_string()))?.with_fsync(true);
         let url = Url::from_file_path(&folder).map_err(|()| bad("it is not an absolute path".to_owned()))?;
-        Ok(Self { store: Arc::new(store), prefix: Path::default(), url: url.to_string(), folder: Some(folder) })
+        Ok(Self {
+            store: Arc::new(store),
+            prefix: Path::default(),
+            url: url.to_string(),
+            folder: Some(folder),
+        })
     }
 
     /// A root in a store that the caller has made.
@@ -85,7 +93,9 @@ impl Root {
             tracing::debug!(%place, %error, "the probe could not be removed");
         }
         match again {
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(()),
+            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(())
+            }
             Err(source) => Err(failed(source)),
             Ok(_) => Err(Error::NotConditional { url: self.url.clone() }),
         }

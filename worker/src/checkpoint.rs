@@ -17,7 +17,7 @@ use potstill_storage::{Run, checkpoint::Shard, layout};
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
 
-use crate::session::Outbox;
+use crate::{chain::chain, session::Outbox};
 
 /// A tensor copied to the host.
 struct Copied {
@@ -89,7 +89,7 @@ impl Snapshot {
                 iteration,
                 rank,
                 key,
-                error: format!("{error:#}"),
+                error: chain(&error),
             }),
         };
         outbox.send(message);
@@ -123,7 +123,9 @@ pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow
         let file = SafeTensors::deserialize(&bytes).with_context(|| format!("shard {place}"))?;
         for (name, view) in file.iter() {
             let Some((p, e)) = missing.remove(name) else {
-                bail!("shard {place} holds {name}, which this model does not have or another shard holds too");
+                bail!(
+                    "shard {place} holds {name}, which this model does not have or another shard holds too"
+                );
             };
             let parts = state.parts();
             let entry = &parts[p].network.parameters().entries()[e];

@@ -25,7 +25,8 @@ impl Lane {
     /// # Errors
     /// The collective could not be issued.
     pub fn issue(group: &ProcessGroup, flags: Flags) -> Result<Self, Error> {
-        let flags = Tensor::from_slice(&[i64::from(flags.checkpoint), i64::from(flags.stop)]).to_device(group.device());
+        let flags = Tensor::from_slice(&[i64::from(flags.checkpoint), i64::from(flags.stop)])
+            .to_device(group.device());
         let work = group.all_reduce(&flags, ReduceOp::Max)?;
         Ok(Self { work, flags })
     }

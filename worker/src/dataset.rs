@@ -27,7 +27,8 @@ impl Dataset {
 
     fn parse(path: &Path, sample_shape: [i64; 3], classes: i64) -> anyhow::Result<Self> {
         let bytes = std::fs::read(path).context("cannot be read")?;
-        let file = SafeTensors::deserialize(&bytes).context("is not a safetensors file, or it is truncated")?;
+        let file =
+            SafeTensors::deserialize(&bytes).context("is not a safetensors file, or it is truncated")?;
         let (_, header) = SafeTensors::read_metadata(&bytes)?;
         let white = pixel_max(&header)?;
 
@@ -36,15 +37,25 @@ impl Dataset {
         let [n, channels, height, width] = images.shape() else {
             anyhow::bail!("`images` has shape {:?}; expected [N, C, H, W]", images.shape());
         };
-        ensure!(images.dtype() == Dtype::U8 && labels.dtype() == Dtype::U8, "`images` and `labels` must be u8");
+        ensure!(
+            images.dtype() == Dtype::U8 && labels.dtype() == Dtype::U8,
+            "`images` and `labels` must be u8"
+        );
         let found = [*channels as i64, *height as i64, *width as i64];
-        ensure!(found == sample_shape, "has images of {found:?}, but the network makes {sample_shape:?} (C, H, W)");
+        ensure!(
+            found == sample_shape,
+            "has images of {found:?}, but the network makes {sample_shape:?} (C, H, W)"
+        );
         ensure!(labels.shape() == [*n], "has {n} images but labels of shape {:?}", labels.shape());
         ensure!(*n > 1, "has {n} images; at least 2 are needed");
         if classes > 0
-            && let Some((index, label)) = labels.data().iter().enumerate().find(|(_, l)| i64::from(**l) >= classes)
+            && let Some((index, label)) =
+                labels.data().iter().enumerate().find(|(_, l)| i64::from(**l) >= classes)
         {
-            anyhow::bail!("label {label} of image {index} is out of range: the network knows classes 0 to {}", classes - 1);
+            anyhow::bail!(
+                "label {label} of image {index} is out of range: the network knows classes 0 to {}",
+                classes - 1
+            );
         }
 
         let shape: Vec<i64> = images.shape().iter().map(|d| *d as i64).collect();
@@ -62,8 +73,13 @@ impl Dataset {
 }
 
 fn pixel_max(header: &Metadata) -> anyhow::Result<f64> {
-    let text = header.metadata().as_ref().and_then(|m| m.get("pixel_max")).context("lacks `pixel_max` in its metadata")?;
-    let value: f64 = text.parse().with_context(|| format!("has pixel_max {text:?}, which is not a number"))?;
+    let text = header
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get("pixel_max"))
+        .context("lacks `pixel_max` in its metadata")?;
+    let value: f64 =
+        text.parse().with_context(|| format!("has pixel_max {text:?}, which is not a number"))?;
     ensure!(value > 0.0, "has pixel_max {value}; it must be > 0");
     Ok(value)
 }

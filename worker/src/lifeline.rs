@@ -15,7 +15,9 @@ pub fn hold() {
     std::thread::spawn(|| {
         let mut byte = [0u8; 1];
         // Anything but an interruption means that the pipe is closed.
-        while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted) {}
+        while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted)
+        {
+        }
         // Not exit(): its handlers may wait for threads that are inside a collective.
         let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
     });

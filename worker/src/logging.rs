@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, fmt::time::ChronoUtc};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -32,7 +32,10 @@ impl LogFormat {
             .with_writer(std::io::stderr)
             .with_ansi(std::io::stderr().is_terminal());
         match self {
-            Self::Human => subscriber.with_target(false).init(),
+            Self::Human => {
+                let time = ChronoUtc::new("%Y-%m-%d %H:%M:%SZ".to_owned());
+                subscriber.with_target(false).compact().with_timer(time).init();
+            }
             Self::Json => subscriber.json().init(),
         }
     }

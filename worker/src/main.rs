@@ -1,6 +1,8 @@
 //! `potstill-worker`: the half of Potstill that links libtorch.
 
 mod agent;
+mod chain;
+mod check;
 mod checkpoint;
 mod control_lane;
 mod dataset;
@@ -32,6 +34,8 @@ enum Command {
     Agent(agent::Arguments),
     /// One per device: attaches to the coordinator and trains.
     Rank(rank::Arguments),
+    /// Reads a run specification from standard input and tries to load everything it names.
+    Check,
     /// Trains a small EDM teacher on an image file.
     TrainTeacher(teacher::Arguments),
 }
@@ -40,10 +44,11 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Agent(arguments) => agent::main(arguments),
         Command::Rank(arguments) => rank::main(arguments),
+        Command::Check => check::main(),
         Command::TrainTeacher(arguments) => teacher::main(arguments),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", chain::chain(&error));
         ExitCode::FAILURE
     })
 }

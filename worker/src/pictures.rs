@@ -60,7 +60,8 @@ pub fn grid(blocks: &[Tensor], columns: u32) -> anyhow::Result<Vec<u8>> {
 fn encode(canvas: RgbImage, grey: bool) -> anyhow::Result<Vec<u8>> {
     let mut png = Cursor::new(Vec::new());
     if grey {
-        let canvas = GrayImage::from_fn(canvas.width(), canvas.height(), |x, y| Luma([canvas.get_pixel(x, y)[0]]));
+        let canvas =
+            GrayImage::from_fn(canvas.width(), canvas.height(), |x, y| Luma([canvas.get_pixel(x, y)[0]]));
         canvas.write_to(&mut png, ImageFormat::Png)?;
     } else {
         canvas.write_to(&mut png, ImageFormat::Png)?;

@@ -19,6 +19,7 @@ use potstill_storage::{Root, RunId};
 use tch::Device;
 
 use crate::{
+    chain::chain,
     lifeline,
     logging::LogFormat,
     session::{Session, Terms},
@@ -63,7 +64,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", chain(&error));
             Ok(ExitCode::from(LEFT_IN_FAILURE))
         }
     }
@@ -101,7 +102,14 @@ fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime, device: Devic
         }
         // An interrupted generation may have been followed by several messages; only the newest assignment counts.
         while let Some(assignment) = session.orders()?.assignment.take() {
-            let ending = run_generation(&job, &mut session, &mut holding, &assignment, &host, terms.collective_timeout);
+            let ending = run_generation(
+                &job,
+                &mut session,
+                &mut holding,
+                &assignment,
+                &host,
+                terms.collective_timeout,
+            );
             let (generation, cursor) = (assignment.generation, holding.cursor);
             match ending {
                 Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),
@@ -121,7 +129,12 @@ fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime, device: Devic
     }
 }
 
-fn prepare(terms: &Terms, run_id: &RunId, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<Job> {
+fn prepare(
+    terms: &Terms,
+    run_id: &RunId,
+    runtime: &tokio::runtime::Runtime,
+    device: Device,
+) -> anyhow::Result<Job> {
     if terms.run_id != run_id.to_string() {
         bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
     }
@@ -132,8 +145,8 @@ fn prepare(terms: &Terms, run_id: &RunId, runtime: &tokio::runtime::Runtime, dev
 
 /// Reports an error that no other worker could mend, and waits for the coordinator to end the run.
 fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) -> anyhow::Result<bool> {
-    tracing::error!("{error:#}");
-    session.send(FromWorker::Failed { generation, error: format!("{error:#}") });
+    tracing::error!("{}", chain(&error));
+    session.send(FromWorker::Failed { generation, error: chain(&error) });
     while session.wait()?.stop.is_none() {}
     Ok(false)
 }

@@ -235,7 +235,9 @@ impl Session {
                         Err(error) => break error.to_string(),
                     },
                     Ok(None) => break "the coordinator closed the stream".to_owned(),
-                    Err(status) => break format!("the stream to the coordinator broke: {}", status.message()),
+                    Err(status) => {
+                        break format!("the stream to the coordinator broke: {}", status.message());
+                    }
                 }
             };
             let _ = inbound.send(Inbound::Lost(lost));

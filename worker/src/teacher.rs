@@ -142,10 +142,16 @@ impl TeacherTraining {
         let positive = |x: f64| x.is_finite() && x > 0.0;
         [
             (!t.images.as_os_str().is_empty(), "training.images is missing: name the image file".to_owned()),
-            (!self.output.as_os_str().is_empty(), "output is missing: name the file for the weights".to_owned()),
+            (
+                !self.output.as_os_str().is_empty(),
+                "output is missing: name the file for the weights".to_owned(),
+            ),
             (t.iterations > 0, "training.iterations is 0; it must be at least 1".to_owned()),
             (t.batch > 0, "training.batch is 0; it must be at least 1".to_owned()),
-            (positive(t.learning_rate), format!("training.learning_rate is {}; it must be > 0", t.learning_rate)),
+            (
+                positive(t.learning_rate),
+                format!("training.learning_rate is {}; it must be > 0", t.learning_rate),
+            ),
             (positive(t.epsilon), format!("training.epsilon is {}; it must be > 0", t.epsilon)),
             (
                 positive(t.ema_half_life_images),
@@ -159,7 +165,10 @@ impl TeacherTraining {
                 (0.0..1.0).contains(&t.label_dropout),
                 format!("training.label_dropout is {}; it must lie in [0, 1)", t.label_dropout),
             ),
-            (t.noise.mean.is_finite() && positive(t.noise.std), "training.noise needs a finite mean and a std > 0".to_owned()),
+            (
+                t.noise.mean.is_finite() && positive(t.noise.std),
+                "training.noise needs a finite mean and a std > 0".to_owned(),
+            ),
         ]
         .into_iter()
         .filter(|(holds, _)| !holds)
@@ -174,13 +183,21 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     tch::set_num_threads(arguments.threads.unwrap_or(cores) as i32);
     let config = TeacherTraining::load(&arguments.config, &arguments.sets)?;
     let folder = config.output.parent().unwrap_or(Path::new(""));
-    ensure!(folder.as_os_str().is_empty() || folder.is_dir(), "output folder {} does not exist", folder.display());
+    ensure!(
+        folder.as_os_str().is_empty() || folder.is_dir(),
+        "output folder {} does not exist",
+        folder.display()
+    );
 
     let device = Device::Cpu;
     let network = EdmNetwork::initialise(config.network.clone(), config.training.seed, device)?;
     let data = Dataset::load(&config.training.images, network.sample_shape(), network.classes())?;
     let evaluator = Evaluator::load(&config.evaluation, &network, device)?;
-    tracing::info!(parameters = network.parameters().flat().numel(), images = data.len(), "training a teacher");
+    tracing::info!(
+        parameters = network.parameters().flat().numel(),
+        images = data.len(),
+        "training a teacher"
+    );
 
     let started = Instant::now();
     let average = train(&config, &network, &data)?;
@@ -199,7 +216,11 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// Trains and returns the average.
-fn train(config: &TeacherTraining, network: &EdmNetwork, data: &Dataset) -> anyhow::Result<Box<dyn Denoiser>> {
+fn train(
+    config: &TeacherTraining,
+    network: &EdmNetwork,
+    data: &Dataset,
+) -> anyhow::Result<Box<dyn Denoiser>> {
     let t = &config.training;
     let noise = LogNormal { mean: t.noise.mean, std: t.noise.std };
     let batch = i64::from(t.batch);
@@ -211,7 +232,8 @@ fn train(config: &TeacherTraining, network: &EdmNetwork, data: &Dataset) -> anyh
         classes => Some(data.labels.one_hot(classes).to_kind(Kind::Float)),
     };
     let bar = ProgressBar::new(t.iterations).with_style(
-        ProgressStyle::with_template("{bar:30} {pos}/{len} loss {msg}, {eta} left").expect("the template is valid"),
+        ProgressStyle::with_template("{bar:30} {pos}/{len} loss {msg}, {eta} left")
+            .expect("the template is valid"),
     );
     let mut shown = 0.0;
     for iteration in 0..t.iterations {
@@ -219,7 +241,8 @@ fn train(config: &TeacherTraining, network: &EdmNetwork, data: &Dataset) -> anyh
         let picks = Tensor::from_slice(&stream.integers(batch, data.len()));
         let clean = data.images.index_select(0, &picks);
         let condition = one_hot.as_ref().map_or(Condition::None, |labels| {
-            let kept: Vec<f32> = stream.uniform(batch).iter().map(|u| f32::from(*u >= t.label_dropout)).collect();
+            let kept: Vec<f32> =
+                stream.uniform(batch).iter().map(|u| f32::from(*u >= t.label_dropout)).collect();
             Condition::Class(labels.index_select(0, &picks) * Tensor::from_slice(&kept).unsqueeze(1))
         });
         let sigma = noise.draw(&mut stream, batch, Device::Cpu);
@@ -230,7 +253,10 @@ fn train(config: &TeacherTraining, network: &EdmNetwork, data: &Dataset) -> anyh
         let loss = loss::denoising(&denoised, &clean, &sigma, network.config().sigma_data).mean(Kind::Float);
         loss.backward();
         let gradient = Gradient::repaired(network.parameters().flat_grad());
-        ensure!(gradient.non_finite == 0, "iteration {iteration}: the gradient is not finite; lower training.learning_rate");
+        ensure!(
+            gradient.non_finite == 0,
+            "iteration {iteration}: the gradient is not finite; lower training.learning_rate"
+        );
         let settings =
             AdamSettings { learning_rate: learning_rate(t, iteration), betas: t.betas, epsilon: t.epsilon };
         adam.step(flat, &gradient.flat, iteration + 1, &settings);

@@ -43,6 +43,24 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Columns and rows of each half of `samples.png`.
 const PICTURE: (u32, u32) = (10, 4);
 
+/// The files that a run reads, loaded.
+pub struct Inputs {
+    teacher: EdmNetwork,
+    evaluator: Option<Evaluator>,
+}
+
+impl Inputs {
+    /// Loads teacher, extractor and reference images.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged, of another content than the run was started with, or does not fit the others.
+    pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
+        let teacher = load_teacher(&spec.teacher.weights, spec.teacher.sha256.as_deref(), device)?;
+        let evaluator = Evaluator::load(&spec.evaluation, &teacher, device)?;
+        Ok(Self { teacher, evaluator })
+    }
+}
+
 /// What stays the same over all generations of a process.
 pub struct Job {
     spec: RunSpec,
@@ -81,12 +99,12 @@ impl From<anyhow::Error> for Interruption {
 }
 
 impl Job {
-    /// Loads teacher, extractor and reference images.
+    /// Loads what the run reads.
     ///
     /// # Errors
-    /// A file that is missing, damaged, of another content than the run was started with, or does not fit the others.
+    /// See [`Inputs::load`].
     pub fn load(spec: RunSpec, run: Run, runtime: Handle, device: Device) -> anyhow::Result<Self> {
-        let teacher = load_teacher(&spec.teacher.weights, spec.teacher.sha256.as_deref(), device)?;
+        let Inputs { teacher, evaluator } = Inputs::load(&spec, device)?;
         let d = &spec.distillation;
         let settings = Settings {
             seed: d.seed,
@@ -104,9 +122,7 @@ impl Job {
             training_mode: if d.dropout { Mode::Train } else { Mode::Eval },
             device,
         };
-        let teacher = teacher.frozen();
-        let evaluator = Evaluator::load(&spec.evaluation, teacher.as_ref(), device)?;
-        Ok(Self { spec, settings, teacher, evaluator, run, runtime })
+        Ok(Self { spec, settings, teacher: teacher.frozen(), evaluator, run, runtime })
     }
 
     fn adam(&self, learning_rate: f64) -> AdamSettings {
@@ -116,13 +132,16 @@ impl Job {
 
     fn evaluation_due(&self, iteration: u64) -> bool {
         let every = self.spec.evaluation.every;
-        iteration == 0 || iteration >= self.spec.distillation.iterations || (every > 0 && iteration.is_multiple_of(every))
+        iteration == 0
+            || iteration >= self.spec.distillation.iterations
+            || (every > 0 && iteration.is_multiple_of(every))
     }
 }
 
 /// Reads a teacher and checks that it is the one the run was started with.
-pub fn load_teacher(path: &Path, sha256: Option<&str>, device: Device) -> anyhow::Result<EdmNetwork> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the teacher's weights {}", path.display()))?;
+fn load_teacher(path: &Path, sha256: Option<&str>, device: Device) -> anyhow::Result<EdmNetwork> {
+    let bytes = std::fs::read(path)
+        .with_context(|| format!("cannot read the teacher's weights {}", path.display()))?;
     if let Some(expected) = sha256 {
         let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         anyhow::ensure!(
@@ -441,7 +460,8 @@ impl Member<'_> {
     ) -> Result<Tensor, Interruption> {
         let started = Instant::now();
         // The reducer takes the mean over ranks; this makes it the sum over samples divided by the global batch.
-        let scale = f64::from(self.assignment.world_size) / f64::from(self.job.spec.distillation.global_batch);
+        let scale =
+            f64::from(self.assignment.world_size) / f64::from(self.job.spec.distillation.global_batch);
         let indices = self.assignment.micro_batches.indices();
         let last = indices.end - 1;
         let mut exposed = Duration::ZERO;

@@ -83,6 +83,9 @@ pub async fn run(job: Job) -> anyhow::Result<Exit> {
     let screen = Screen::new(job.log_format);
     let run_id = job.run_id.to_string();
     let starting = async {
+        if let Some(plan) = &job.agent {
+            worker::check(&plan.program, job.spec.to_toml()?).await?;
+        }
         let report = Report::open(job.storage.run(&job.run_id), &job.spec, job.resume, &screen).await?;
         let options = server::Options {
             listen: job.listen,

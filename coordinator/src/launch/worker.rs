@@ -5,8 +5,10 @@ use std::{
     ffi::OsString,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
+
+use tokio::io::AsyncWriteExt;
 
 /// The program's file name.
 pub const PROGRAM: &str = "potstill-worker";
@@ -52,6 +54,31 @@ pub fn find() -> Result<PathBuf, WorkerError> {
         .map(|folder| folder.join(PROGRAM))
         .find(|file| is_program(file))
         .ok_or(WorkerError::NotFound)
+}
+
+/// Has the worker program load what a run reads, so that files which do not fit are found before anything is written.
+///
+/// # Errors
+/// What the worker program says of them.
+pub async fn check(program: &Path, specification: String) -> anyhow::Result<()> {
+    let refused = |source| WorkerError::Refused { program: program.to_owned(), source };
+    let mut child = tokio::process::Command::new(program)
+        .arg("check")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(refused)?;
+    if let Some(mut input) = child.stdin.take() {
+        // A program that does not read it says why by its exit.
+        let _ = input.write_all(specification.as_bytes()).await;
+    }
+    let output = child.wait_with_output().await.map_err(refused)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim();
+    anyhow::ensure!(output.status.success(), "{}", said.strip_prefix("error: ").unwrap_or(said));
+    Ok(())
 }
 
 /// Becomes the worker program, with these arguments. Returns only if that fails.

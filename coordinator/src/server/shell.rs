@@ -163,7 +163,6 @@ impl Shell {
             Action::Persist(record) => self.persist(&record).await?,
             Action::Commit(checkpoint) => self.commit(checkpoint),
             Action::Observe(observation) => {
-                report(&observation);
                 // Whoever started the coordinator may not care.
                 let _ = self.observations.send(observation);
             }
@@ -204,30 +203,5 @@ fn journal_lost(error: &potstill_storage::Error) -> String {
     match error {
         potstill_storage::Error::Fenced { .. } => error.to_string(),
         other => format!("the journal cannot be written: {other}"),
-    }
-}
-
-/// One structured line for each transition, with its reason.
-fn report(observation: &Observation) {
-    match observation {
-        Observation::Waiting { have, need, reason } => tracing::info!(have, need, %reason, "waiting"),
-        Observation::Attached { worker } => tracing::info!(%worker, "attached"),
-        Observation::Lost { worker, reason } => tracing::warn!(%worker, %reason, "lost"),
-        Observation::GenerationOpened { generation, world_size, source, reason } => {
-            tracing::info!(generation = generation.0, world_size, ?source, %reason, "generation opened");
-        }
-        Observation::Iteration(totals) => tracing::debug!(iteration = totals.iteration, "iteration finished"),
-        Observation::Evaluated(report) => tracing::info!(iteration = report.iteration, "evaluated"),
-        Observation::Committed { iteration, bytes } => {
-            tracing::info!(iteration, bytes, "checkpoint committed")
-        }
-        Observation::CheckpointFailed { iteration, reason } => {
-            tracing::error!(iteration, %reason, "checkpoint failed");
-        }
-        Observation::Ended(Outcome::Succeeded { iteration }) => tracing::info!(iteration, "run succeeded"),
-        Observation::Ended(Outcome::Stopped { iteration, reason }) => {
-            tracing::info!(iteration, %reason, "run stopped");
-        }
-        Observation::Ended(Outcome::Failed { reason }) => tracing::error!(%reason, "run failed"),
     }
 }

@@ -137,7 +137,9 @@ impl Reducer {
             call(|error| {
                 // SAFETY: reducer and loss are alive during the call, and `self` is not shared with another
                 // thread.
-                unsafe { ffi::potstill_reducer_backward(self.raw.as_ptr(), loss.as_ptr(), &mut exposed, error) }
+                unsafe {
+                    ffi::potstill_reducer_backward(self.raw.as_ptr(), loss.as_ptr(), &mut exposed, error)
+                }
             })
             .map_err(|cause| self.group.failure(operation, cause))?;
             Ok(Duration::from_nanos(exposed.max(0) as u64))

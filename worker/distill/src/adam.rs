@@ -45,3 +45,41 @@ impl Adam {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The algorithm as printed (1412.6980, algorithm 1), one number at a time.
+    fn by_the_book(gradients: &[[f64; 2]], settings: &AdamSettings) -> Vec<f64> {
+        let [beta1, beta2] = settings.betas;
+        let (mut x, mut m, mut v) = (vec![1.0, -2.0], [0.0; 2], [0.0; 2]);
+        for (index, gradient) in gradients.iter().enumerate() {
+            let t = index as i32 + 1;
+            for i in 0..2 {
+                m[i] = beta1 * m[i] + (1.0 - beta1) * gradient[i];
+                v[i] = beta2 * v[i] + (1.0 - beta2) * gradient[i] * gradient[i];
+                let (m_hat, v_hat) = (m[i] / (1.0 - beta1.powi(t)), v[i] / (1.0 - beta2.powi(t)));
+                x[i] -= settings.learning_rate * m_hat / (v_hat.sqrt() + settings.epsilon);
+            }
+        }
+        x
+    }
+
+    #[test]
+    fn steps_are_those_of_the_algorithm() {
+        let gradients = [[0.5, -1.0], [2.0, 0.25], [-0.1, 3.0], [0.0, 1e-3]];
+        for betas in [[0.0, 0.999], [0.9, 0.99]] {
+            let settings = AdamSettings { learning_rate: 0.1, betas, epsilon: 1e-8 };
+            let x = Tensor::from_slice(&[1.0, -2.0]);
+            let mut adam = Adam::new(&x);
+            for (index, gradient) in gradients.iter().enumerate() {
+                adam.step(&x, &Tensor::from_slice(gradient), index as u64 + 1, &settings);
+            }
+            let found = Vec::<f64>::try_from(x).unwrap();
+            for (found, expected) in found.iter().zip(by_the_book(&gradients, &settings)) {
+                assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+            }
+        }
+    }
+}

@@ -34,10 +34,7 @@ pub fn score_identity(generated: &Tensor, teacher: &Tensor, fake_score: &Tensor,
     });
     let difference = teacher - fake_score;
     // The bracket, with fewer operations where terms cancel.
-    let residual = if alpha == 1.0 {
-        fake_score - generated
-    } else {
-        teacher - generated - &difference * alpha
-    };
+    let residual =
+        if alpha == 1.0 { fake_score - generated } else { teacher - generated - &difference * alpha };
     sum_elements(&(difference * residual)) * weight
 }

@@ -46,8 +46,7 @@ impl Karras {
 
     /// `count` noise levels, fp32 [count].
     pub fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> Tensor {
-        let sigmas: Vec<f64> =
-            stream.uniform(count).iter().map(|u| self.sigma(u * self.u_max)).collect();
+        let sigmas: Vec<f64> = stream.uniform(count).iter().map(|u| self.sigma(u * self.u_max)).collect();
         Tensor::from_slice(&sigmas).to_kind(Kind::Float).to_device(device)
     }
 }

@@ -65,7 +65,12 @@ impl Draw {
         let [channels, height, width] = network.sample_shape();
         let shape = [n, channels, height, width];
         let condition = draw_condition(stream, n, network.classes(), settings.device);
-        let draw = Self { condition, latent: stream.normal(&shape), sigma: law(stream), noise: stream.normal(&shape) };
+        let draw = Self {
+            condition,
+            latent: stream.normal(&shape),
+            sigma: law(stream),
+            noise: stream.normal(&shape),
+        };
         stream.seed_dropout();
         draw
     }
@@ -145,7 +150,8 @@ pub fn generator(
     let losses = loss::score_identity(&generated, &real, &fake, settings.alpha);
     let (loss, dropped) = sum_finite(&losses, &finite);
     let score_difference = no_grad(|| {
-        let squares = (&real - &fake).square().flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
+        let squares =
+            (&real - &fake).square().flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
         sum_finite(&squares, &finite).0
     });
     MicroBatchLoss { loss, score_difference: Some(score_difference), dropped }

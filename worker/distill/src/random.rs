@@ -102,8 +102,7 @@ mod tests {
         let mut stream = Stream::new(7, 11, Purpose::GeneratorPhase, 5, Device::Cpu);
         let normals: Vec<f32> = Vec::try_from(stream.normal(&[3])).unwrap();
         let got = (normals, stream.uniform(1)[0], stream.integers(4, 10));
-        let expected =
-            (vec![-0.09853032, 0.58907145, -0.83992374], 0.7363211464366894, vec![1, 9, 7, 7]);
+        let expected = (vec![-0.09853032, 0.58907145, -0.83992374], 0.7363211464366894, vec![1, 9, 7, 7]);
         assert_eq!(got, expected);
     }
 

@@ -115,7 +115,8 @@ mod tests {
     fn precision_and_recall_agree_with_their_definition() {
         let (real, fake) = (normal(4, &[70, 3]), normal(5, &[50, 3]) * 0.5);
         let rows = |t: &Tensor| -> Vec<Vec<f64>> { Vec::try_from(t.to_kind(Kind::Double)).unwrap() };
-        let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt();
+        let distance =
+            |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt();
         let share = |points: &[Vec<f64>], centres: &[Vec<f64>], k: usize| {
             let radius = |c: &Vec<f64>| {
                 let mut all: Vec<f64> = centres.iter().map(|o| distance(c, o)).collect();

@@ -40,7 +40,7 @@ pub enum LoadError {
         source: Box<LoadError>,
     },
     /// Not safetensors, cut off, or damaged.
-    #[error("not a valid safetensors file, or damaged: {0}")]
+    #[error("not a safetensors file, or truncated or damaged: {0}")]
     Malformed(#[from] SafeTensorError),
     /// The metadata has no configuration.
     #[error("the metadata has no `{CONFIG_KEY}`, the architecture as JSON")]

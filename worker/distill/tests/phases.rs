@@ -1,0 +1,120 @@
+//! Both phases on a small network: what they depend on, what they leave alone, what they do with broken samples.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use potstill_distill::{
+    noise::{Karras, LogNormal},
+    phase::{self, Settings},
+    state::State,
+};
+use potstill_models::{Denoiser, EdmConfig, EdmNetwork, Mode};
+use tch::{Device, Kind, Tensor, no_grad};
+
+fn teacher() -> EdmNetwork {
+    let config = EdmConfig {
+        img_resolution: 4,
+        img_channels: 1,
+        label_dim: 3,
+        model_channels: 8,
+        channel_mult: vec![1],
+        num_blocks: 1,
+        attn_resolutions: vec![],
+        dropout: 0.2,
+        ..EdmConfig::default()
+    };
+    EdmNetwork::initialise(config, 1, Device::Cpu).unwrap()
+}
+
+fn settings(training_mode: Mode) -> Settings {
+    Settings {
+        seed: 5,
+        micro_batch: 6,
+        sigma_init: 2.5,
+        alpha: 1.2,
+        sigma_data: 0.5,
+        fake_score_noise: LogNormal { mean: -1.2, std: 1.2 },
+        generator_noise: Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        training_mode,
+        device: Device::Cpu,
+    }
+}
+
+fn value(loss: &Tensor) -> f64 {
+    loss.double_value(&[])
+}
+
+#[test]
+fn a_micro_batch_is_named_by_iteration_phase_and_index() {
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    for mode in [Mode::Eval, Mode::Train] {
+        let settings = settings(mode);
+        let fake = |iteration, index| {
+            let batch = phase::fake_score(
+                state.generator.as_ref(),
+                state.fake_score.as_ref(),
+                &settings,
+                iteration,
+                index,
+            );
+            value(&batch.loss)
+        };
+        let first = fake(3, 1);
+        // libtorch's own generator is somewhere else by now.
+        let _ = Tensor::rand([7], (Kind::Float, Device::Cpu));
+        assert_eq!(first, fake(3, 1), "dropout too comes from the name alone");
+        assert_ne!(first, fake(4, 1));
+        assert_ne!(first, fake(3, 2));
+    }
+}
+
+#[test]
+fn each_phase_trains_its_own_network_only() {
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    // Apart from its teacher, so that the scores differ.
+    no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.5));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let settings = settings(Mode::Eval);
+    let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
+
+    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), &settings, 0, 0).loss.backward();
+    assert!(gradient(state.fake_score.as_ref()) > 0.0);
+    assert_eq!(gradient(state.generator.as_ref()), 0.0);
+
+    let before = gradient(state.fake_score.as_ref());
+    let (generator, fake) = (state.generator.as_ref(), frozen_fake.as_ref());
+    let batch = phase::generator(generator, fake, frozen_teacher.as_ref(), &settings, 0, 0);
+    batch.loss.backward();
+    assert!(gradient(generator) > 0.0);
+    assert!(value(&batch.score_difference.unwrap()) > 0.0);
+    assert_eq!(gradient(state.fake_score.as_ref()), before);
+    assert_eq!(gradient(&teacher), 0.0);
+}
+
+#[test]
+fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let generator = state.generator.as_ref();
+    let settings = settings(Mode::Eval);
+    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    assert_eq!(value(&batch.loss), 0.0);
+    assert_eq!(value(&batch.score_difference.unwrap()), 0.0);
+}
+
+#[test]
+fn samples_that_are_not_finite_are_left_out_and_counted() {
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    // A generator that has diverged makes NaN of everything.
+    no_grad(|| state.generator.parameters().flat().shallow_clone().fill_(f64::NAN));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let settings = settings(Mode::Eval);
+    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+    let batch = phase::fake_score(generator, fake, &settings, 0, 0);
+    assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
+    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
+}

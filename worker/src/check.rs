@@ -1,0 +1,15 @@
+//! `check`: finds out before a run is started whether its files fit, so that bad input leaves nothing behind.
+
+use std::process::ExitCode;
+
+use potstill_proto::spec::RunSpec;
+use tch::Device;
+
+use crate::training::Inputs;
+
+/// Loads what the specification on standard input names.
+pub fn main() -> anyhow::Result<ExitCode> {
+    let specification = std::io::read_to_string(std::io::stdin())?;
+    Inputs::load(&RunSpec::from_toml(&specification)?, Device::Cpu)?;
+    Ok(ExitCode::SUCCESS)
+}
