@@ -81,7 +81,7 @@ struct RunArguments {
     /// Workers to train with: sets cluster.min_workers and cluster.max_workers, unless --set says otherwise
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     workers: u32,
-    /// Where runs are kept: a folder, or file://, s3://, gs://, az://. The run lies in runs/<run id>/ below it
+    /// Where runs are kept: a folder, or file://, s3://, gs://, az://. The run lies in `runs/<run id>/` below it
     #[arg(long, value_name = "URL", default_value = ".")]
     storage: String,
     /// Name of the run [default: the run file's name and the time, as in digits-20260131-120000]

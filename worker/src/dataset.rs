@@ -1,4 +1,4 @@
-//! Real images in one safetensors file: `images` u8 [N, C, H, W], `labels` u8 [N], and in the metadata `pixel_max`, the
+//! Real images in one safetensors file: `images` u8 [N, C, H, W], `labels` u8 `[N]`, and in the metadata `pixel_max`, the
 //! value that stands for white. Pixels become x = 2·v/pixel_max − 1, in [−1, 1].
 
 use std::path::Path;
@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 pub struct Dataset {
     /// fp32 [N, C, H, W] in [−1, 1].
     pub images: Tensor,
-    /// int64 [N].
+    /// int64 `[N]`.
     pub labels: Tensor,
 }
 

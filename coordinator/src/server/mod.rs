@@ -1,8 +1,8 @@
 //! The gRPC coordinator: serves workers, keeps the journal, and drives the state machine of `potstill-core`.
 //!
-//! - [`open`](opening::open) brings the run's folder, its journal and the state machine together;
-//! - [`service`] turns streams into events;
-//! - [`shell`] is the one task that owns the state machine and does what it says.
+//! - `opening` brings the run's folder, its journal and the state machine together;
+//! - `service` turns streams into events;
+//! - `shell` is the one task that owns the state machine and does what it says.
 
 mod error;
 mod opening;

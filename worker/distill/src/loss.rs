@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-/// Sums over everything but the batch: [N, …] → [N].
+/// Sums over everything but the batch: [N, …] → `[N]`.
 fn sum_elements(x: &Tensor) -> Tensor {
     x.flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
 }
@@ -12,7 +12,6 @@ fn sum_elements(x: &Tensor) -> Tensor {
 ///
 /// Trains the fake score on generated images, and a teacher on real ones. `denoised` and `clean` are [N, C, H, W],
 /// `sigma` is [N].
-#[must_use]
 pub fn denoising(denoised: &Tensor, clean: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
     let weight = (sigma.square() + sigma_data * sigma_data) / (sigma * sigma_data).square();
     sum_elements(&(denoised - clean).square()) * weight
@@ -22,7 +21,6 @@ pub fn denoising(denoised: &Tensor, clean: &Tensor, sigma: &Tensor, sigma_data: 
 /// `ω · δ · [(f_φ − x_g) − α·δ]`, where ω = 1 / max(mean|x_g − f_φ|, 1e-5) takes no gradient.
 ///
 /// All three tensors are [N, C, H, W]; gradients flow through each of them into the generator.
-#[must_use]
 pub fn score_identity(generated: &Tensor, teacher: &Tensor, fake_score: &Tensor, alpha: f64) -> Tensor {
     let weight = tch::no_grad(|| {
         (generated - teacher)

@@ -157,7 +157,7 @@ pub fn generator(
     MicroBatchLoss { loss, score_difference: Some(score_difference), dropped }
 }
 
-/// The samples with those that are not finite replaced by 0, and which ones are finite, [N] bool. The shape stays, so
+/// The samples with those that are not finite replaced by 0, and which ones are finite, `[N]` bool. The shape stays, so
 /// that every rank runs the same graph whatever it drops.
 fn finite_samples(x: &Tensor) -> (Tensor, Tensor) {
     let finite = x.isfinite().flatten(1, -1).all_dim(1, false);

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use potstill_distill::{
     noise::{Karras, LogNormal},
     phase::{self, Settings},
@@ -9,6 +11,13 @@ use potstill_distill::{
 };
 use potstill_models::{Denoiser, EdmConfig, EdmNetwork, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
+
+/// Dropout draws from libtorch's one generator: these tests take turns.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn teacher() -> EdmNetwork {
     let config = EdmConfig {
@@ -45,6 +54,7 @@ fn value(loss: &Tensor) -> f64 {
 
 #[test]
 fn a_micro_batch_is_named_by_iteration_phase_and_index() {
+    let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     for mode in [Mode::Eval, Mode::Train] {
@@ -70,10 +80,11 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
 
 #[test]
 fn each_phase_trains_its_own_network_only() {
+    let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     // Apart from its teacher, so that the scores differ.
-    no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.5));
+    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.5));
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let settings = settings(Mode::Eval);
     let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
@@ -94,6 +105,7 @@ fn each_phase_trains_its_own_network_only() {
 
 #[test]
 fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
+    let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
@@ -106,10 +118,11 @@ fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
 
 #[test]
 fn samples_that_are_not_finite_are_left_out_and_counted() {
+    let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     // A generator that has diverged makes NaN of everything.
-    no_grad(|| state.generator.parameters().flat().shallow_clone().fill_(f64::NAN));
+    let _ = no_grad(|| state.generator.parameters().flat().shallow_clone().fill_(f64::NAN));
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let settings = settings(Mode::Eval);
     let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());

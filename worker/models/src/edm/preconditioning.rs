@@ -7,7 +7,7 @@ pub(crate) struct Coefficients {
     skip: Tensor,
     out: Tensor,
     input: Tensor,
-    /// ln(σ)/4, [N].
+    /// ln(σ)/4, `[N]`.
     pub noise: Tensor,
 }
 
