@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Potstill on this machine and prints one table: distillation with one and with two workers, where a step's
-# time goes, how long a start takes, peak memory, and Gloo's all-reduce. A few minutes on 2 CPU cores.
+# time goes, how long a start takes, peak memory, and Gloo's all-reduce. About 2 minutes on 2 CPU cores, after the build.
 #
 #   scripts/bench.sh                                 the table
 #   scripts/bench.sh --json FILE                     and the same as JSON, with every round
@@ -8,23 +8,23 @@
 #
 # Times depend on the machine and on what else it does: compare only numbers of one table, best its ratios.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-case " $* " in
-    *" -h "* | *" --help "*) exec "${PYTHON:-python3}" scripts/bench.py --help ;;
-esac
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Standard output is for the table.
-scripts/setup.sh >&2
+"$root/scripts/setup.sh" >&2
 
-# --json is relative to here, the repository's root, as all paths of the other scripts are.
-.venv/bin/python scripts/bench.py "$@" &
-bench=$!
-trap 'kill -TERM "$bench" 2>/dev/null || true' INT TERM HUP
-# A signal ends the first wait early; the second one lets the measurement clean up behind itself.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# In the background, because bash minds a signal only between commands and while it waits. A signal is handed on, and the
+# measurement ends all that it has started before it ends itself.
+"$root/.venv/bin/python" "$root/scripts/bench.py" --work "$work" "$@" &
+measuring=$!
+trap 'kill -TERM "$measuring" 2>/dev/null || true' HUP INT TERM
 status=0
-wait "$bench" || status=$?
-if kill -0 "$bench" 2>/dev/null; then
-    wait "$bench" || status=$?
-fi
+wait "$measuring" || status=$?
+while kill -0 "$measuring" 2>/dev/null; do
+    status=0
+    wait "$measuring" || status=$?
+done
 exit "$status"

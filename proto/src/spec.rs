@@ -186,7 +186,7 @@ pub struct EvaluationSpec {
     pub seed: u64,
     /// TorchScript extractor: images in [−1, 1] → (features [N, D], logits [N, classes]). Without one nothing is scored.
     pub features: Option<PathBuf>,
-    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, [N]) and the pixel range
+    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel range
     /// in its metadata.
     pub reference: Option<PathBuf>,
     /// Steps of the teacher's Heun sampler; 18 steps are 35 evaluations.

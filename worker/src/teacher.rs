@@ -329,3 +329,52 @@ fn save(
     }
     write(&config.output.with_extension("json"), serde_json::to_string_pretty(&record)?.as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use potstill_proto::spec::RunSpec;
+
+    use super::*;
+
+    fn configurations(folder: &Path) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let (folders, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+        let here = files.into_iter().filter(|path| path.extension().is_some_and(|e| e == "toml"));
+        here.chain(folders.iter().flat_map(|folder| configurations(folder))).collect()
+    }
+
+    #[test]
+    fn every_shipped_configuration_is_valid() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+        let files = configurations(&folder);
+        assert!(!files.is_empty(), "no configurations in {}", folder.display());
+        for file in files {
+            let trains_a_teacher = std::fs::read_to_string(&file).unwrap().contains("[network]");
+            let problem = match trains_a_teacher {
+                true => TeacherTraining::load(&file, &[]).err().map(|e| e.to_string()),
+                false => RunSpec::load(&file, &[]).err().map(|e| e.to_string()),
+            };
+            assert_eq!(problem, None, "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn bad_training_files_are_refused_by_key() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/digits/teacher.toml");
+        let refused =
+            |set: &str| format!("{:#}", TeacherTraining::load(&folder, &[set.to_owned()]).unwrap_err());
+        assert!(refused("training.label_dropout=1.5").contains("training.label_dropout"));
+        assert!(refused("training.itterations=5").contains("training.iterations"));
+        assert!(refused("network.num_blocks=0").contains("num_blocks"));
+        assert!(refused("network.embedding_type='cosine'").contains("embedding_type"));
+    }
+
+    #[test]
+    fn the_learning_rate_rises_and_falls() {
+        let t =
+            Training { iterations: 100, warmup_iterations: 10, learning_rate: 1.0, ..Training::default() };
+        let rates: Vec<f64> = (0..100).map(|i| learning_rate(&t, i)).collect();
+        assert!(rates[0] < 0.2 && rates[9] > 0.9 && rates[99] < 0.01);
+        assert!(rates[10..].windows(2).all(|pair| pair[0] > pair[1]));
+    }
+}

@@ -11,7 +11,7 @@ fn sum_elements(x: &Tensor) -> Tensor {
 /// EDM's weighted denoising loss (2206.00364, table 1): `(σ² + σ_d²)/(σ·σ_d)² · |D(x + σn, σ) − x|²`, per sample.
 ///
 /// Trains the fake score on generated images, and a teacher on real ones. `denoised` and `clean` are [N, C, H, W],
-/// `sigma` is [N].
+/// `sigma` is `[N]`.
 pub fn denoising(denoised: &Tensor, clean: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
     let weight = (sigma.square() + sigma_data * sigma_data) / (sigma * sigma_data).square();
     sum_elements(&(denoised - clean).square()) * weight

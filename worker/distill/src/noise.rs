@@ -14,7 +14,7 @@ pub struct LogNormal {
 }
 
 impl LogNormal {
-    /// `count` noise levels, fp32 [count].
+    /// `count` noise levels, fp32 `[count]`.
     pub fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> Tensor {
         let sigmas: Vec<f64> =
             stream.normal_scalars(count).iter().map(|z| (self.mean + self.std * z).exp()).collect();
@@ -44,7 +44,7 @@ impl Karras {
         (high + (1.0 - u) * (low - high)).powf(self.rho)
     }
 
-    /// `count` noise levels, fp32 [count].
+    /// `count` noise levels, fp32 `[count]`.
     pub fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> Tensor {
         let sigmas: Vec<f64> = stream.uniform(count).iter().map(|u| self.sigma(u * self.u_max)).collect();
         Tensor::from_slice(&sigmas).to_kind(Kind::Float).to_device(device)

@@ -73,7 +73,7 @@ fn distances(a: &Tensor, b: &Tensor) -> Tensor {
     Tensor::cdist(a, b, 2.0, EXACT)
 }
 
-/// Share of samples whose largest logit is their own class. `logits` [N, classes], `labels` int64 [N].
+/// Share of samples whose largest logit is their own class. `logits` [N, classes], `labels` int64 `[N]`.
 #[must_use]
 pub fn agreement(logits: &Tensor, labels: &Tensor) -> f64 {
     logits.argmax(1, false).eq_tensor(labels).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])

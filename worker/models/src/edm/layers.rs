@@ -243,7 +243,7 @@ impl Sinusoids {
         Self { frequencies: scope.buffer("freqs", &[channels / 2], drawn) * std::f64::consts::TAU }
     }
 
-    /// Cosines and sines of `x` [N], each [N, channels/2].
+    /// Cosines and sines of `x` `[N]`, each [N, channels/2].
     pub fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
         let angles = x.unsqueeze(1) * &self.frequencies;
         (angles.cos(), angles.sin())

@@ -12,7 +12,7 @@ pub(crate) struct Coefficients {
 }
 
 impl Coefficients {
-    /// `sigma` is fp32 [N].
+    /// `sigma` is fp32 `[N]`.
     pub fn new(sigma: &Tensor, sigma_data: f64) -> Self {
         let column = sigma.view([-1, 1, 1, 1]);
         let variance = column.square() + sigma_data * sigma_data;

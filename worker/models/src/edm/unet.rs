@@ -11,7 +11,7 @@ use crate::{builder::Scope, denoiser::Mode};
 
 /// What a U-Net is given beside the noisy sample.
 pub(crate) struct Inputs<'a> {
-    /// c_noise, `[N]` or [1].
+    /// c_noise, `[N]` or `[1]`.
     pub noise: &'a Tensor,
     /// [N or 1, classes]; there is one exactly when the network has classes.
     pub labels: Option<Tensor>,
