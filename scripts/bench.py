@@ -14,15 +14,17 @@ import ctypes
 import json
 import os
 import platform
+import resource
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAMS = REPOSITORY / "target/debug"
@@ -37,6 +39,7 @@ PARTS = {
 PROCESSES = ("rank", "agent", "launcher")
 SAMPLING_SECONDS = 0.1  # the kernel keeps the peak: a sample only has to come before the process's end
 SIZES = {4 << 10: "4 KiB", 4 << 20: "4 MiB", 64 << 20: "64 MiB"}
+QUIET_CORES = 0.2  # two threads that meet after each operation lose far more to a busy neighbour than its share
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -77,6 +80,30 @@ def children(pid: int) -> list[int]:
     """The processes that `pid` has started."""
     pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     return [child for child in pids if stat_fields(child)[1:2] == [str(pid)]]
+
+
+class Others:
+    """How many cores everybody else kept busy while a run went on, the machine's host included."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.own = time.monotonic(), self.busy_seconds(), self.own_seconds()
+
+    @staticmethod
+    def busy_seconds() -> float:
+        """CPU time spent on anything, since the start of the machine."""
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, read_proc(".", "stat").split()[1:9])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def own_seconds() -> float:
+        """CPU time of this process and of all that it has started and that have ended."""
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(of.ru_utime + of.ru_stime for of in used)
+
+    def cores(self) -> float:
+        """Cores, on average since the start."""
+        others = self.busy_seconds() - self.busy - (self.own_seconds() - self.own)
+        return max(0.0, others / (time.monotonic() - self.started))
 
 
 class Watch(threading.Thread):
@@ -150,6 +177,7 @@ def distil(work: Path, config: Path, name: str, workers: int, iterations: int) -
         f"checkpoint.every={iterations + 1}",
     ):
         command += ["--set", setting]
+    others = Others()
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
     launcher = subprocess.Popen(
         command,
@@ -182,11 +210,13 @@ def distil(work: Path, config: Path, name: str, workers: int, iterations: int) -
             pass
         launcher.wait()
         watch.join()
+    busy_elsewhere = others.cores()
     if status != 0 or first_step is None:
         sys.stderr.writelines(said[-20:])
         fail(f"the run with {workers} worker(s) ended with status {status}; its last messages are above")
     measured = step_times(work / "runs" / name / "metrics.jsonl", workers)
     since_rank = first_step - min(watch.rank_starts) if watch.rank_starts else None
+    measured["cores_busy_for_others"] = busy_elsewhere
     measured["threads_per_worker"] = watch.threads
     measured["first_step_seconds"] = {"launch": first_step - started, "rank": since_rank}
     measured["peak_mb"] = {role: watch.peak_mb(role) for role in PROCESSES}
@@ -269,19 +299,17 @@ class Rounds:
     def summary(self, *path: str) -> dict:
         """Medians of one quantity with one and two workers, and of the ratio within a round."""
         one, two = (self.values(workers, *path) for workers in WORKERS)
-        ratios = [b / a if a and b is not None else None for a, b in zip(one, two)]
+        ratios = [b / a if a and b is not None else None for a, b in zip(one, two, strict=True)]
         return {"1": median(one), "2": median(two), "ratio": median(ratios)}
 
 
 def machine() -> dict:
     """What the numbers depend on. No names and no paths."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in read_proc(".", "cpuinfo").splitlines() if line.startswith("model name")),
-        platform.processor() or "unknown",
-    )
+    lines = (line.partition(":") for line in read_proc(".", "cpuinfo").splitlines())
+    models = [value.strip() for name, _, value in lines if name.strip() == "model name"]
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "cpu": model,
+        "cpu": models[0] if models else platform.processor() or "unknown CPU",
         "architecture": platform.machine(),
         "system": platform.system(),
         "torch": metadata.version("torch"),
@@ -293,8 +321,9 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows if len(row) > 1 and i < len(row)) for i in range(max(map(len, rows)))]
     lines = []
     for row in rows:
-        cells = row[:1] if len(row) == 1 else [row[0].ljust(widths[0])]
-        lines.append("   ".join(cells + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]).rstrip())
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+        cells[0] = row[0].ljust(widths[0]) if len(row) > 1 else row[0]
+        lines.append("   ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -316,13 +345,17 @@ def report(results: dict) -> str:
         cells = [f"{entry[w]:.1f} {100 * entry[w] / runs['step_ms']['total'][w]:5.1f}%" for w in ("1", "2")]
         return [f"  {name}", *cells, shown(entry["ratio"], "{:.2f}".format)]
 
-    heads = [f"{w} worker{'s' if w > 1 else ''} x {threads[str(w)]} thr." for w in WORKERS]
+    def counted(count: int, thing: str) -> str:
+        return f"{count} {thing}{'' if count == 1 else 's'}"
+
+    heads = [f"{counted(w, 'worker')}, {counted(threads[str(w)], 'thread')}{' each' * (w > 1)}" for w in WORKERS]
     spread = [f"{min(found):.0f} .. {max(found):.0f}" for found in runs["images_per_second_rounds"].values()]
     rows = [
         ["", *heads, "2 : 1"],
         ["distillation"],
         row("images/s", runs["images_per_second"], "{:.1f}".format),
         ["  slowest .. fastest round", *spread, ""],
+        row("cores that others kept busy", runs["cores_busy_for_others"], "{:.2f}".format)[:3] + [""],
         ["a step of the slowest rank, ms and share"],
         *(part(name, key) for key, name in PARTS.items()),
         part("total", "total"),
@@ -337,17 +370,22 @@ def report(results: dict) -> str:
             for e in results["all_reduce"]
         ),
     ]
+    busiest = max(run["cores_busy_for_others"] for rounds in results["rounds"].values() for run in rounds)
+    warning = f"Not a quiet machine: in one run, other programs kept {busiest:.1f} cores busy. Measure again."
     return "\n".join(
         [
-            f"{facts['cores']} cores, {facts['cpu']}, {facts['system']} {facts['architecture']}, torch {facts['torch']}",
-            f"{method['config']}, {method['rounds']} round(s) of {method['iterations']} iterations, "
+            f"{counted(facts['cores'], 'core')}, {facts['cpu']}, {facts['system']} {facts['architecture']}, "
+            f"torch {facts['torch']}",
+            f"{method['config']}: {counted(method['rounds'], 'round')} of {method['iterations']} iterations, "
             f"the first {method['iterations_left_out']} left out; medians over rounds",
             "",
             table(rows),
             "",
-            "images/s: of training alone. other: the total less the three parts. MB: the largest process of its kind.",
+            "images/s: of training alone. other: the total less the three parts. MB: the largest process of its kind,",
+            "each with the shared libraries that it has touched.",
             "GB/s: bytes of one rank's fp32 tensor (what comes out reduced) by the median time of an operation.",
             "Only numbers of one table can be compared.",
+            *([warning] if busiest > QUIET_CORES else []),
         ]
     )
 
@@ -389,6 +427,7 @@ def main() -> None:
     """Measure, and print."""
     given = arguments()
     end_on_signals()
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this one may be killed
     if sys.platform != "linux":
         fail("needs Linux: processes are watched in /proc")
     for program in ("potstill", "potstill-worker"):
@@ -416,6 +455,7 @@ def main() -> None:
         "distillation": {
             "images_per_second": rounds.summary("images_per_second"),
             "images_per_second_rounds": {str(w): rounds.values(w, "images_per_second") for w in WORKERS},
+            "cores_busy_for_others": rounds.summary("cores_busy_for_others"),
             "step_ms": {part: rounds.summary("step_ms", part) for part in (*PARTS, "total")},
         },
         "first_step_seconds": {since: rounds.summary("first_step_seconds", since) for since in ("launch", "rank")},

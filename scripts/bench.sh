@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Potstill on this machine and prints one table: distillation with one and with two workers, where a step's
-# time goes, how long a start takes, peak memory, and Gloo's all-reduce. About 2 minutes on 2 CPU cores, after the build.
+# time goes, how long a start takes, peak memory, and Gloo's all-reduce. About 1.5 minutes on 2 CPU cores, after the build.
 #
 #   scripts/bench.sh                                 the table
 #   scripts/bench.sh --json FILE                     and the same as JSON, with every round
@@ -9,6 +9,10 @@
 # Times depend on the machine and on what else it does: compare only numbers of one table, best its ratios.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+case " $* " in
+*" -h "* | *" --help "*) exec "${PYTHON:-python3}" "$root/scripts/bench.py" --help ;;
+esac
 
 # Standard output is for the table.
 "$root/scripts/setup.sh" >&2

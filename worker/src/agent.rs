@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context, bail};
 use clap::Args;
 
-use crate::{chain::chain, lifeline, logging::LogFormat, rank};
+use crate::{
+    chain::chain,
+    rank::{self, Service},
+};
 
 /// A rank that dies more often than this within [`WINDOW`] is not started again: the cause is not a passing one.
 const RESTARTS: usize = 5;
@@ -26,31 +29,19 @@ const MALLOC: [(&str, &str); 2] =
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Where the coordinator listens, as in http://10.0.0.1:7070.
-    #[arg(long)]
-    coordinator: String,
-    /// The run to work for.
-    #[arg(long)]
-    run_id: String,
+    #[command(flatten)]
+    service: Service,
     /// Ranks on this node.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     ranks: u32,
     /// Threads per rank; by default the machine's cores divided by the ranks.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// End when standard input is closed: set by a launcher that holds the other end.
-    #[arg(long)]
-    lifeline: bool,
-    /// How log lines look.
-    #[arg(long, value_enum, default_value_t)]
-    log_format: LogFormat,
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    arguments.log_format.start();
-    if arguments.lifeline {
-        lifeline::hold();
-    }
+    let service = &arguments.service;
+    service.enter();
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.ranks).max(1));
     let program =
@@ -61,9 +52,9 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let mut command = Command::new(&program);
         command
             .arg("rank")
-            .args(["--coordinator", &arguments.coordinator, "--run-id", &arguments.run_id])
+            .args(["--coordinator", &service.coordinator, "--run-id", &service.run_id])
             .args(["--threads", &threads.to_string(), "--lifeline"])
-            .args(["--log-format", arguments.log_format.as_argument()])
+            .args(["--log-format", service.log_format.as_argument()])
             // libtorch's OpenMP pool would otherwise be sized before the rank can say how many threads it wants.
             .env("OMP_NUM_THREADS", threads.to_string())
             .envs(MALLOC.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied())

@@ -1,26 +1,21 @@
 //! Scoring teacher and student, spread over the ranks.
 //!
-//! Sample i is the same whoever makes it: chunk i has its own stream of noise, and classes go round. Each rank makes every
-//! world-th chunk and puts features and logits into its rows of a zero matrix; a sum over ranks puts them together, and
+//! Each rank makes every world-th chunk of the samples and puts features and logits into its rows of a zero matrix; a sum over ranks puts them together, and
 //! every rank computes the same scores.
 
 use std::{path::Path, time::Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
-use potstill_distill::{
-    phase,
-    random::{Purpose, Stream},
-    score::{self, Moments},
-};
-use potstill_models::{Condition, Denoiser, Mode, sampler};
+use potstill_distill::score::{self, Moments};
+use potstill_models::Denoiser;
 use potstill_proto::{spec::EvaluationSpec, wire::Scores};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use crate::dataset::Dataset;
-
-/// Samples made at a time.
-const CHUNK: i64 = 100;
+use crate::{
+    dataset::Dataset,
+    samples::{CHUNK, SampleSet, Sampler},
+};
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → (features [N, D], logits [N, classes]).
 pub struct Extractor {
@@ -83,21 +78,8 @@ pub struct Evaluator {
     extractor: Extractor,
     real_features: Tensor,
     real_moments: Moments,
+    samples: SampleSet,
     device: Device,
-}
-
-/// Who is scored.
-#[derive(Clone, Copy)]
-pub enum Sampler<'a> {
-    /// EDM's Heun sampler over many noise levels.
-    Teacher(&'a dyn Denoiser),
-    /// The one-step generator.
-    Student {
-        /// G_ema.
-        generator: &'a dyn Denoiser,
-        /// σ at which it starts.
-        sigma_init: f64,
-    },
 }
 
 impl Evaluator {
@@ -120,35 +102,8 @@ impl Evaluator {
         let features = batches.iter().map(|b| Ok(extractor.run(b)?.0)).collect::<anyhow::Result<Vec<_>>>()?;
         let real_features = Tensor::cat(&features, 0).to_device(Device::Cpu);
         let real_moments = Moments::of(&real_features);
-        Ok(Some(Self { spec: spec.clone(), extractor, real_features, real_moments, device }))
-    }
-
-    /// Noise and class labels of chunk `index`; the labels on the host.
-    fn chunk(&self, model: &dyn Denoiser, index: i64, count: i64) -> (Tensor, Condition, Tensor) {
-        let mut stream = Stream::new(self.spec.seed, 0, Purpose::Evaluation, index as u32, self.device);
-        let [channels, height, width] = model.sample_shape();
-        let noise = stream.normal(&[count, channels, height, width]);
-        let first = index * CHUNK;
-        let labels = Tensor::arange_start(first, first + count, (Kind::Int64, Device::Cpu));
-        if model.classes() == 0 {
-            return (noise, Condition::None, labels);
-        }
-        let labels = labels.remainder(model.classes());
-        let one_hot = labels.one_hot(model.classes()).to_kind(Kind::Float).to_device(self.device);
-        (noise, Condition::Class(one_hot), labels)
-    }
-
-    fn sample(&self, sampler: Sampler<'_>, noise: &Tensor, condition: &Condition) -> Tensor {
-        no_grad(|| match sampler {
-            Sampler::Teacher(teacher) => sampler::heun(teacher, noise, condition, &self.heun()),
-            Sampler::Student { generator, sigma_init } => {
-                phase::generate(generator, noise, condition, sigma_init, Mode::Eval)
-            }
-        })
-    }
-
-    fn heun(&self) -> sampler::Heun {
-        sampler::Heun { steps: self.spec.teacher_steps.into(), ..Default::default() }
+        let samples = SampleSet::new(spec, device);
+        Ok(Some(Self { spec: spec.clone(), extractor, real_features, real_moments, samples, device }))
     }
 
     /// Scores a sampler; every rank of the group takes part and gets the same scores. `tick` is called after each chunk.
@@ -170,13 +125,13 @@ impl Evaluator {
         for index in 0..(samples + CHUNK - 1) / CHUNK {
             let first = index * CHUNK;
             let count = CHUNK.min(samples - first);
-            let (noise, condition, chunk_labels) = self.chunk(model, index, count);
-            labels.push(chunk_labels);
+            let chunk = self.samples.chunk(model, index, count);
+            labels.push(chunk.labels.shallow_clone());
             if index % member.world as i64 != member.rank as i64 {
                 continue;
             }
             let started = Instant::now();
-            let images = self.sample(sampler, &noise, &condition);
+            let images = self.samples.sample(sampler, &chunk);
             sampling += started.elapsed().as_secs_f64();
             let (features, logits) = self.extractor.run(&images)?;
             let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
@@ -213,25 +168,15 @@ impl Evaluator {
             0 => f64::NAN,
             _ => score::agreement(&logits, &Tensor::cat(&labels, 0)),
         };
-        let evaluations = match sampler {
-            Sampler::Teacher(_) => self.heun().evaluations(),
-            Sampler::Student { .. } => 1,
-        };
         Ok(Ok(Scores {
             fid: self.real_moments.frechet_distance(&Moments::of(&features)),
             agreement,
             precision,
             recall,
-            evaluations_per_image: evaluations as f64,
+            evaluations_per_image: self.samples.evaluations(sampler) as f64,
             images_per_second: samples as f64 / seconds.double_value(&[0]).max(1e-9),
             samples: samples as u64,
         }))
-    }
-
-    /// The first images of a sampler, in order: for pictures. Same noise and classes for teacher and student.
-    pub fn first_images(&self, sampler: Sampler<'_>, count: i64) -> Tensor {
-        let (noise, condition, _) = self.chunk(sampler.network(), 0, count.min(CHUNK));
-        self.sample(sampler, &noise, &condition).to_device(Device::Cpu)
     }
 }
 
@@ -240,12 +185,4 @@ fn gather(group: &ProcessGroup, features: &Tensor, logits: &Tensor, seconds: &Te
         group.all_reduce(tensor, op)?.wait(None)?;
     }
     Ok(())
-}
-
-impl<'a> Sampler<'a> {
-    fn network(self) -> &'a dyn Denoiser {
-        match self {
-            Sampler::Teacher(network) | Sampler::Student { generator: network, .. } => network,
-        }
-    }
 }

@@ -11,6 +11,7 @@ mod lifeline;
 mod logging;
 mod pictures;
 mod rank;
+mod samples;
 mod session;
 mod teacher;
 mod training;

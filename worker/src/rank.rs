@@ -30,37 +30,51 @@ use crate::{
 /// would not help.
 pub const LEFT_IN_FAILURE: u8 = 70;
 
+/// Whom a rank works for, and how it reports: the same for the agent that starts it.
 #[derive(Args)]
-pub struct Arguments {
+pub struct Service {
     /// Where the coordinator listens, as in http://10.0.0.1:7070.
     #[arg(long)]
-    coordinator: String,
+    pub coordinator: String,
     /// The run to work for.
     #[arg(long)]
-    run_id: String,
+    pub run_id: String,
+    /// End when standard input is closed: set by whoever starts this process and holds the other end.
+    #[arg(long)]
+    pub lifeline: bool,
+    /// How log lines look.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+impl Service {
+    /// Starts logging, and holds on to the parent.
+    pub fn enter(&self) {
+        self.log_format.start();
+        if self.lifeline {
+            lifeline::hold();
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    service: Service,
     /// Threads for libtorch.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     threads: u32,
-    /// End when standard input is closed: set by the agent.
-    #[arg(long)]
-    lifeline: bool,
-    /// How log lines look.
-    #[arg(long, value_enum, default_value_t)]
-    log_format: LogFormat,
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    arguments.log_format.start();
-    if arguments.lifeline {
-        lifeline::hold();
-    }
+    arguments.service.enter();
     tch::set_num_threads(arguments.threads as i32);
     // One worker thread: heartbeats and uploads, beside the training thread.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let device = Device::Cpu;
 
     // Ended by us, not by a crash: the agent must not start another one.
-    match serve(&arguments, &runtime, device) {
+    match serve(&arguments.service, &runtime, device) {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
         Err(error) => {
@@ -71,11 +85,11 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// Attaches and works until told to leave. True: the run succeeded, or saved when it was asked to stop.
-fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<bool> {
+fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<bool> {
     // Entered, so that the session can start its tasks.
     let _entered = runtime.enter();
-    let run_id: RunId = arguments.run_id.parse()?;
-    let host = address_towards(&arguments.coordinator)?;
+    let run_id: RunId = service.run_id.parse()?;
+    let host = address_towards(&service.coordinator)?;
     let store = TcpStore::serve(&host, 0, Duration::from_secs(30)).context("this worker's own TCPStore")?;
     let hello = Hello {
         protocol: PROTOCOL,
@@ -87,7 +101,7 @@ fn serve(arguments: &Arguments, runtime: &tokio::runtime::Runtime, device: Devic
         store_address: format!("{host}:{}", store.port()),
         held: None,
     };
-    let (mut session, terms) = runtime.block_on(Session::attach(&arguments.coordinator, hello))?;
+    let (mut session, terms) = runtime.block_on(Session::attach(&service.coordinator, hello))?;
     let job = match prepare(&terms, &run_id, runtime, device) {
         Ok(job) => job,
         Err(error) => return give_up(&mut session, Generation::default(), error),

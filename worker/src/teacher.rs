@@ -33,9 +33,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     dataset::Dataset,
-    evaluation::{Evaluator, Sampler},
+    evaluation::Evaluator,
     logging::LogFormat,
     pictures,
+    samples::{SampleSet, Sampler},
 };
 
 #[derive(Args)]
@@ -205,12 +206,11 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
     let scores = evaluator.as_ref().map(|e| score(e, average.as_ref())).transpose()?;
     save(&config, average.as_ref(), seconds, scores.as_ref())?;
-    if let Some(evaluator) = &evaluator {
-        let images = evaluator.first_images(Sampler::Teacher(average.as_ref()), 80);
-        let picture = config.output.with_extension("png");
-        std::fs::write(&picture, pictures::grid(&[images], 10)?)
-            .with_context(|| format!("cannot write {}", picture.display()))?;
-    }
+    let images =
+        SampleSet::new(&config.evaluation, device).first_images(Sampler::Teacher(average.as_ref()), 80);
+    let picture = config.output.with_extension("png");
+    std::fs::write(&picture, pictures::grid(&[images], 10)?)
+        .with_context(|| format!("cannot write {}", picture.display()))?;
     println!("{}", config.output.display());
     Ok(ExitCode::SUCCESS)
 }
@@ -327,7 +327,8 @@ fn save(
             s.fid, s.agreement, s.precision, s.recall, s.samples
         );
     }
-    write(&config.output.with_extension("json"), serde_json::to_string_pretty(&record)?.as_bytes())
+    let text = serde_json::to_string_pretty(&record)? + "\n";
+    write(&config.output.with_extension("json"), text.as_bytes())
 }
 
 #[cfg(test)]

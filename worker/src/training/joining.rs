@@ -1,0 +1,92 @@
+//! The beginning of a generation: meet the other ranks, take the state from where the assignment says.
+
+use std::{sync::mpsc, thread, time::Duration};
+
+use anyhow::Context;
+use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_distill::state::State;
+use potstill_proto::{
+    cursor::Cursor,
+    message::{Assignment, Source},
+};
+use tch::Device;
+
+use super::{Holding, Interruption, Job};
+use crate::{checkpoint, session::Session, transfer};
+
+/// How often a rank that waits to join looks for other orders.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Meets the other ranks. Waiting for them cannot be interrupted, so a thread of its own does it, and is left behind when
+/// the coordinator calls this rank away.
+pub(super) fn join(
+    job: &Job,
+    session: &mut Session,
+    assignment: &Assignment,
+    host: &str,
+    timeout: Duration,
+) -> Result<ProcessGroup, Interruption> {
+    let (store_host, store_port) = assignment
+        .store_address
+        .rsplit_once(':')
+        .and_then(|(h, p)| Some((h.to_owned(), p.parse::<u16>().ok()?)))
+        .with_context(|| format!("{:?} is not host:port", assignment.store_address))?;
+    let backend = match job.settings.device {
+        Device::Cuda(device) => Backend::Nccl { device },
+        _ => Backend::Gloo { host: host.to_owned() },
+    };
+    let prefix = assignment.generation.store_prefix();
+    let (rank, world_size) = (assignment.rank as usize, assignment.world_size as usize);
+    let (joined, joining) = mpsc::channel();
+    thread::spawn(move || {
+        let group = TcpStore::connect(&store_host, store_port, timeout)
+            .and_then(|store| store.prefix(&prefix))
+            .and_then(|store| ProcessGroup::new(&backend, &store, rank, world_size, timeout));
+        let _ = joined.send(group);
+    });
+    loop {
+        match joining.recv_timeout(LOOK) {
+            Ok(group) => return Ok(group?),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(anyhow::anyhow!("the thread that joins the group ended").into());
+            }
+        }
+        if let Some(reason) = session.orders()?.interruption(assignment.generation) {
+            return Err(Interruption::Left(reason));
+        }
+    }
+}
+
+/// Takes the state from where the assignment says. On failure the rank is left with a whole state or with none.
+pub(super) fn obtain_state(
+    job: &Job,
+    session: &Session,
+    holding: &mut Holding,
+    assignment: &Assignment,
+    group: &ProcessGroup,
+) -> Result<(State, Cursor), Interruption> {
+    let held = std::mem::take(holding);
+    match &assignment.source {
+        Source::Fresh => Ok((State::from_teacher(job.teacher.as_ref()), Cursor::default())),
+        Source::Checkpoint { manifest_key } => {
+            session.progress.set_activity("loading a checkpoint");
+            let mut state = held.state.unwrap_or_else(|| State::from_teacher(job.teacher.as_ref()));
+            let iteration = job.runtime.block_on(checkpoint::restore(&job.run, manifest_key, &mut state))?;
+            Ok((state, Cursor::boundary(iteration)))
+        }
+        Source::Peer { rank } => {
+            session.progress.set_activity("taking the state from a peer");
+            let state = held.state.unwrap_or_else(|| State::from_teacher(job.teacher.as_ref()));
+            match transfer::broadcast(group, *rank as usize, &state, held.cursor) {
+                Ok(cursor) => Ok((state, cursor)),
+                Err(error) => {
+                    if *rank == assignment.rank {
+                        *holding = Holding { state: Some(state), cursor: held.cursor };
+                    }
+                    Err(error.into())
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What a rank does in one generation: take the state, then iterate until the run ends or the generation does.
+
+mod iteration;
+mod job;
+mod joining;
+
+use std::time::Duration;
+
+use anyhow::Context;
+use potstill_c10d::{ProcessGroup, Reducer, ReducerOptions};
+use potstill_distill::state::State;
+use potstill_models::Denoiser;
+use potstill_proto::{
+    cursor::{Cursor, Phase},
+    message::{Assignment, FromWorker},
+    wire::{EvaluationReport, Subject},
+};
+use tokio::task::JoinHandle;
+
+pub use self::job::{Inputs, Job};
+use self::joining::{join, obtain_state};
+use crate::{checkpoint::Snapshot, pictures, samples::Sampler, session::Session};
+
+/// Columns and rows of each half of `samples.png`.
+const PICTURE: (u32, u32) = (10, 4);
+
+/// Why a generation is over for this rank.
+pub enum Ending {
+    /// Nothing left to compute.
+    Finished,
+    /// It has left the group: it was told to, or a collective failed.
+    Left(String),
+}
+
+/// Why the work of a generation stops before its end.
+enum Interruption {
+    Left(String),
+    Collective(potstill_c10d::Error),
+    Fatal(anyhow::Error),
+}
+
+impl From<potstill_c10d::Error> for Interruption {
+    fn from(error: potstill_c10d::Error) -> Self {
+        Self::Collective(error)
+    }
+}
+
+impl From<anyhow::Error> for Interruption {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Fatal(error)
+    }
+}
+
+/// The state a rank holds between generations.
+#[derive(Default)]
+pub struct Holding {
+    /// `None`: nothing worth keeping.
+    pub state: Option<State>,
+    /// How far it is; the start when there is no state.
+    pub cursor: Cursor,
+}
+
+/// One generation's work on this rank.
+struct Member<'a> {
+    job: &'a Job,
+    session: &'a mut Session,
+    assignment: &'a Assignment,
+    group: ProcessGroup,
+    fake_score: Reducer,
+    generator: Reducer,
+    /// Views of the fake score for the generator phase.
+    frozen_fake_score: Box<dyn Denoiser>,
+    upload: Option<JoinHandle<()>>,
+    non_finite_streak: u32,
+}
+
+/// Takes part in the assigned generation until it is over. `holding` keeps the state whatever happens.
+///
+/// # Errors
+/// What no other worker could do better: the run must end.
+pub fn run_generation(
+    job: &Job,
+    session: &mut Session,
+    holding: &mut Holding,
+    assignment: &Assignment,
+    host: &str,
+    collective_timeout: Duration,
+) -> anyhow::Result<Ending> {
+    session.progress.set_generation(assignment.generation);
+    let result = take_part(job, session, holding, assignment, host, collective_timeout);
+    session.leave_group();
+    match result {
+        Ok(()) => Ok(Ending::Finished),
+        Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
+        Err(Interruption::Collective(error)) => {
+            // It may have failed only because the session aborted it.
+            let called_away = session.orders()?.interruption(assignment.generation);
+            Ok(Ending::Left(called_away.unwrap_or_else(|| error.to_string())))
+        }
+        Err(Interruption::Fatal(error)) => Err(error),
+    }
+}
+
+fn take_part(
+    job: &Job,
+    session: &mut Session,
+    holding: &mut Holding,
+    assignment: &Assignment,
+    host: &str,
+    timeout: Duration,
+) -> Result<(), Interruption> {
+    session.progress.set_activity("joining");
+    let group = join(job, session, assignment, host, timeout)?;
+    // From here on an order to leave ends every collective at once.
+    session.enter_group(assignment.generation, &group);
+    if let Some(reason) = session.orders()?.interruption(assignment.generation) {
+        return Err(Interruption::Left(reason));
+    }
+
+    let (state, cursor) = obtain_state(job, session, holding, assignment, &group)?;
+    // Held from here on, so that no failure below loses it.
+    holding.cursor = cursor;
+    let state = holding.state.insert(state);
+    let reducer = |network: &dyn Denoiser| {
+        let reducer = Reducer::new(network.parameters().leaves(), &group, ReducerOptions::default())?;
+        // An interrupted phase may have left gradients behind.
+        reducer.zero_grad()?;
+        Ok::<_, potstill_c10d::Error>(reducer)
+    };
+    let mut member = Member {
+        fake_score: reducer(state.fake_score.as_ref())?,
+        generator: reducer(state.generator.as_ref())?,
+        frozen_fake_score: state.fake_score.frozen(),
+        job,
+        session,
+        assignment,
+        group,
+        upload: None,
+        non_finite_streak: 0,
+    };
+    member.work(state, &mut holding.cursor)
+}
+
+impl Member<'_> {
+    fn work(&mut self, state: &mut State, cursor: &mut Cursor) -> Result<(), Interruption> {
+        self.session.progress.set_cursor(*cursor);
+        if self.assignment.score_teacher {
+            self.evaluate(state, cursor.iteration, Subject::Teacher)?;
+        }
+        let iterations = self.job.spec.distillation.iterations;
+        let mut stop = false;
+        loop {
+            let at_boundary = cursor.phase == Phase::FakeScore;
+            let last = at_boundary && cursor.iteration >= iterations;
+            if last || stop {
+                self.save(state, cursor.iteration)?;
+            }
+            if at_boundary && !stop && self.job.evaluation_due(cursor.iteration) {
+                self.evaluate(state, cursor.iteration, Subject::Student)?;
+            }
+            if last && self.assignment.rank == 0 {
+                self.draw(state)?;
+            }
+            if last || stop {
+                return Ok(());
+            }
+            self.session.progress.set_activity("training");
+            let flags = self.iterate(state, cursor)?;
+            stop = flags.stop;
+            let due = cursor.iteration.is_multiple_of(self.job.spec.checkpoint.every);
+            if !stop && cursor.iteration < iterations && (due || flags.checkpoint) {
+                self.save(state, cursor.iteration)?;
+            }
+        }
+    }
+
+    /// Leaves when the coordinator wants that.
+    fn heed(&mut self) -> Result<(), Interruption> {
+        let generation = self.assignment.generation;
+        match self.session.orders()?.interruption(generation) {
+            Some(reason) => Err(Interruption::Left(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// Snapshots this rank's share and starts its upload. Waits for the one before, so that at most one is in memory.
+    fn save(&mut self, state: &State, iteration: u64) -> Result<(), Interruption> {
+        self.finish_upload()?;
+        let a = self.assignment;
+        let snapshot = Snapshot::take(state, iteration, a.rank, a.world_size);
+        let upload =
+            snapshot.upload(self.job.run.clone(), a.generation, a.rank, a.world_size, self.session.outbox());
+        self.upload = Some(self.job.runtime.spawn(upload));
+        Ok(())
+    }
+
+    fn finish_upload(&mut self) -> anyhow::Result<()> {
+        match self.upload.take() {
+            Some(upload) => self.job.runtime.block_on(upload).context("the upload's task ended"),
+            None => Ok(()),
+        }
+    }
+
+    fn student<'s>(&self, state: &'s State) -> Sampler<'s> {
+        Sampler::Student { generator: state.generator_ema.as_ref(), sigma_init: self.job.settings.sigma_init }
+    }
+
+    fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
+        let Some(evaluator) = &self.job.evaluator else { return Ok(()) };
+        let (activity, sampler) = match subject {
+            Subject::Teacher => ("scoring the teacher", Sampler::Teacher(self.job.teacher.as_ref())),
+            Subject::Student => ("scoring the student", self.student(state)),
+        };
+        self.session.progress.set_activity(activity);
+        let scores = evaluator.score(sampler, &self.group, || self.session.progress.tick())??;
+        if self.assignment.rank == 0 {
+            self.session.send(FromWorker::Evaluation(EvaluationReport {
+                generation: self.assignment.generation.0,
+                iteration,
+                subject: subject.into(),
+                scores: Some(scores),
+            }));
+        }
+        self.heed()
+    }
+
+    /// Writes `samples.png`: teacher above student, same noise, same classes.
+    fn draw(&self, state: &State) -> anyhow::Result<()> {
+        let (columns, rows) = PICTURE;
+        let count = i64::from(columns * rows);
+        let blocks = [Sampler::Teacher(self.job.teacher.as_ref()), self.student(state)]
+            .map(|sampler| self.job.samples.first_images(sampler, count));
+        let png = pictures::grid(&blocks, columns)?;
+        self.job.runtime.block_on(self.job.run.put("samples.png", png.into()))?;
+        Ok(())
+    }
+}
