@@ -70,8 +70,15 @@ fn both_losses_agree_with_the_official_code() {
             );
         }
 
-        for alpha in [1.0, 1.2] {
-            let phase = format!("generator_phase.alpha{alpha:.1}");
+        let alphas: Vec<&str> = archive
+            .tensors
+            .keys()
+            .filter_map(|name| name.strip_prefix("generator_phase.alpha")?.strip_suffix(".loss"))
+            .collect();
+        assert!(!alphas.is_empty(), "{} has no generator phase", path.display());
+        for alpha in alphas {
+            let phase = format!("generator_phase.alpha{alpha}");
+            let alpha = alpha.parse().unwrap();
             let generated = images.detach().set_requires_grad(true);
             let (noisy, sigma) = diffuse(&generated, &phase);
             let (teacher, fake_score) = (teacher.frozen(), fake_score.frozen());
