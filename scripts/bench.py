@@ -158,8 +158,14 @@ def write_config(work: Path) -> Path:
     for line in (REPOSITORY / CONFIG).read_text().splitlines():
         if line.startswith("["):
             section = line.strip()
-        if section != "[evaluation]":
-            kept.append(line)
+        if section == "[evaluation]":
+            continue
+        name, _, value = line.partition("=")
+        if section == "[teacher]" and name.strip() == "weights":
+            # Relative to the file that names it, and the copy lies elsewhere.
+            path = REPOSITORY / Path(CONFIG).parent / value.strip().strip("\"'")
+            line = f"weights = {json.dumps(str(path))}"
+        kept.append(line)
     path = work / "bench.toml"
     path.write_text("\n".join(kept) + "\n")
     return path
@@ -169,13 +175,7 @@ def distil(work: Path, config: Path, name: str, workers: int, iterations: int) -
     """Run once, and return what was measured."""
     command = [PROGRAMS / "potstill", "launch", config, "--workers", str(workers)]
     command += ["--storage", work, "--run-id", name, "--log-format", "json"]
-    # The copied run file lies elsewhere than the files that it names.
-    weights = REPOSITORY / Path(CONFIG).parent / "teacher.safetensors"
-    for setting in (
-        f"teacher.weights={weights}",
-        f"distillation.iterations={iterations}",
-        f"checkpoint.every={iterations + 1}",
-    ):
+    for setting in (f"distillation.iterations={iterations}", f"checkpoint.every={iterations + 1}"):
         command += ["--set", setting]
     others = Others()
     started = time.clock_gettime(time.CLOCK_BOOTTIME)

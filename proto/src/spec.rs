@@ -44,15 +44,29 @@ pub struct TeacherSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GeneratorSpec {
-    /// K, the number of steps. So far 1.
+    /// K, the number of steps.
     pub steps: u32,
-    /// Noise level at which the generator starts, EDM family: G(z) = f_θ(σ_init·z, σ_init). 2.5 in SiD.
-    pub sigma_init: f64,
+    /// Noise level of each step for the EDM family, falling; as many as steps. The first is σ_init: 2.5 in SiD. No grid for
+    /// K > 1 is published.
+    pub sigmas: Vec<f64>,
+    /// Which step's output is matched.
+    pub matching: Matching,
+}
+
+/// Which outputs of a K-step generator are trained to match the data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Matching {
+    /// One step in each iteration, chosen uniformly; back-propagation through that step alone (2505.12674).
+    #[default]
+    UniformStep,
+    /// The last step; back-propagation through all (SiD-LSG, 2406.01561).
+    FinalStep,
 }
 
 impl Default for GeneratorSpec {
     fn default() -> Self {
-        Self { steps: 1, sigma_init: 2.5 }
+        Self { steps: 1, sigmas: vec![2.5], matching: Matching::UniformStep }
     }
 }
 
@@ -328,8 +342,18 @@ impl RunSpec {
             "teacher.weights is missing: name the teacher's safetensors file".into(),
         );
         let g = &self.generator;
-        require(g.steps == 1, format!("generator.steps is {}; only 1 is supported", g.steps));
-        require(positive(g.sigma_init), format!("generator.sigma_init is {}; it must be > 0", g.sigma_init));
+        require(
+            g.steps >= 1 && g.sigmas.len() == g.steps as usize,
+            format!(
+                "generator.sigmas has {} noise levels, but generator.steps is {}: give one for each step",
+                g.sigmas.len(),
+                g.steps
+            ),
+        );
+        require(
+            g.sigmas.iter().all(|s| positive(*s)) && g.sigmas.is_sorted_by(|a, b| a > b),
+            format!("generator.sigmas are {:?}; they must be > 0 and fall from step to step", g.sigmas),
+        );
 
         let d = &self.distillation;
         require(d.iterations > 0, "distillation.iterations is 0; it must be at least 1".into());

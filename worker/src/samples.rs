@@ -4,7 +4,7 @@
 //! and tomorrow's, are compared on the same noise and the same classes.
 
 use potstill_distill::{
-    phase,
+    generator,
     random::{Purpose, Stream},
 };
 use potstill_models::{Condition, Denoiser, Mode, sampler};
@@ -19,12 +19,12 @@ pub const CHUNK: i64 = 100;
 pub enum Sampler<'a> {
     /// EDM's Heun sampler over many noise levels.
     Teacher(&'a dyn Denoiser),
-    /// The one-step generator.
+    /// The K-step generator.
     Student {
         /// G_ema.
         generator: &'a dyn Denoiser,
-        /// σ at which it starts.
-        sigma_init: f64,
+        /// Noise level of each step.
+        sigmas: &'a [f64],
     },
 }
 
@@ -46,6 +46,7 @@ pub struct SampleSet {
 
 /// Noise, condition, and class labels (int64, on the host) of one chunk.
 pub struct Chunk {
+    index: i64,
     noise: Tensor,
     condition: Condition,
     /// Class of each sample.
@@ -59,28 +60,34 @@ impl SampleSet {
 
     /// The first `count` samples of chunk `index`, which has [`CHUNK`] of them.
     pub fn chunk(&self, model: &dyn Denoiser, index: i64, count: i64) -> Chunk {
-        let mut stream = Stream::new(self.seed, 0, Purpose::Evaluation, index as u32, self.device);
         let [channels, height, width] = model.sample_shape();
-        let noise = stream.normal(&[count, channels, height, width]);
+        let noise = self.noise(0, index, &[count, channels, height, width]);
         let first = index * CHUNK;
         let numbers = Tensor::arange_start(first, first + count, (Kind::Int64, Device::Cpu));
         match model.classes() {
-            0 => Chunk { noise, condition: Condition::None, labels: numbers.zeros_like() },
+            0 => Chunk { index, noise, condition: Condition::None, labels: numbers.zeros_like() },
             classes => {
                 let labels = numbers.remainder(classes);
                 let one_hot = labels.one_hot(classes).to_kind(Kind::Float).to_device(self.device);
-                Chunk { noise, condition: Condition::Class(one_hot), labels }
+                Chunk { index, noise, condition: Condition::Class(one_hot), labels }
             }
         }
     }
 
+    /// The noise of one step for one chunk.
+    fn noise(&self, step: u64, index: i64, shape: &[i64]) -> Tensor {
+        Stream::new(self.seed, step, Purpose::Evaluation, index as u32, self.device).normal(shape)
+    }
+
     /// Makes a chunk's images.
     pub fn sample(&self, sampler: Sampler<'_>, chunk: &Chunk) -> Tensor {
-        let Chunk { noise, condition, .. } = chunk;
+        let Chunk { index, noise, condition, .. } = chunk;
         no_grad(|| match sampler {
             Sampler::Teacher(teacher) => sampler::heun(teacher, noise, condition, &self.heun()),
-            Sampler::Student { generator, sigma_init } => {
-                phase::generate(generator, noise, condition, sigma_init, Mode::Eval)
+            Sampler::Student { generator, sigmas } => {
+                let later = (1..sigmas.len()).map(|step| self.noise(step as u64, *index, &noise.size()));
+                let noises: Vec<Tensor> = std::iter::once(noise.shallow_clone()).chain(later).collect();
+                generator::generate(generator, &noises, condition, sigmas, 0, Mode::Eval)
             }
         })
     }
@@ -95,7 +102,7 @@ impl SampleSet {
     pub fn evaluations(&self, sampler: Sampler<'_>) -> u64 {
         match sampler {
             Sampler::Teacher(_) => self.heun().evaluations(),
-            Sampler::Student { .. } => 1,
+            Sampler::Student { sigmas, .. } => sigmas.len() as u64,
         }
     }
 

@@ -7,6 +7,7 @@ use potstill_models::{Condition, Denoiser, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
+    generator::{Matching, Unroll, generate},
     loss,
     noise::{Karras, LogNormal},
     random::{Purpose, Stream},
@@ -19,8 +20,10 @@ pub struct Settings {
     pub seed: u64,
     /// Samples per micro-batch.
     pub micro_batch: i64,
-    /// σ at which the generator starts.
-    pub sigma_init: f64,
+    /// Noise level of each of the generator's steps.
+    pub sigmas: Vec<f64>,
+    /// Which of its outputs are matched.
+    pub matching: Matching,
     /// α of the generator loss.
     pub alpha: f64,
     /// σ_data of the teacher's preconditioning, which also weighs the fake score's loss.
@@ -33,6 +36,12 @@ pub struct Settings {
     pub training_mode: Mode,
     /// Where the networks are.
     pub device: Device,
+}
+
+impl Settings {
+    fn unroll(&self, iteration: u64) -> Unroll {
+        Unroll::of(self.matching, self.sigmas.len(), self.seed, iteration)
+    }
 }
 
 /// One micro-batch's loss with its graph, and what is to be reported of it. All are scalars on the device, so that
@@ -49,7 +58,8 @@ pub struct MicroBatchLoss {
 /// The random numbers of one micro-batch, in the order in which they are drawn.
 struct Draw {
     condition: Condition,
-    latent: Tensor,
+    /// One for each step of the generator that is run.
+    latents: Vec<Tensor>,
     sigma: Tensor,
     noise: Tensor,
 }
@@ -59,6 +69,7 @@ impl Draw {
         stream: &mut Stream,
         network: &dyn Denoiser,
         settings: &Settings,
+        steps: usize,
         law: impl FnOnce(&mut Stream) -> Tensor,
     ) -> Self {
         let n = settings.micro_batch;
@@ -67,7 +78,7 @@ impl Draw {
         let condition = draw_condition(stream, n, network.classes(), settings.device);
         let draw = Self {
             condition,
-            latent: stream.normal(&shape),
+            latents: (0..steps).map(|_| stream.normal(&shape)).collect(),
             sigma: law(stream),
             noise: stream.normal(&shape),
         };
@@ -90,18 +101,6 @@ pub fn draw_condition(stream: &mut Stream, n: i64, classes: i64, device: Device)
     Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
 }
 
-/// The one-step generator `G(z) = f_θ(σ_init·z, σ_init)` (2404.04057, eq. 8). `latent` is N(0, 1), [N, C, H, W].
-pub fn generate(
-    generator: &dyn Denoiser,
-    latent: &Tensor,
-    condition: &Condition,
-    sigma_init: f64,
-    mode: Mode,
-) -> Tensor {
-    let sigma = Tensor::full([latent.size()[0]], sigma_init, (Kind::Float, latent.device()));
-    generator.denoise(&(latent * sigma_init), &sigma, condition, mode)
-}
-
 /// The fake-score phase: f_ψ learns to denoise what G makes. `generator` takes no gradient.
 pub fn fake_score(
     generator: &dyn Denoiser,
@@ -112,12 +111,14 @@ pub fn fake_score(
 ) -> MicroBatchLoss {
     let purpose = Purpose::FakeScorePhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
-    let draw = Draw::new(&mut stream, fake_score, settings, |s| {
+    let unroll = settings.unroll(iteration);
+    let draw = Draw::new(&mut stream, fake_score, settings, unroll.steps, |s| {
         settings.fake_score_noise.draw(s, settings.micro_batch, settings.device)
     });
     // Without dropout: here the generator is a source of samples, not the network that trains.
-    let generated =
-        no_grad(|| generate(generator, &draw.latent, &draw.condition, settings.sigma_init, Mode::Eval));
+    let generated = no_grad(|| {
+        generate(generator, &draw.latents, &draw.condition, &settings.sigmas, unroll.trained_from, Mode::Eval)
+    });
     let (generated, finite) = finite_samples(&generated);
     let denoised =
         fake_score.denoise(&draw.diffuse(&generated), &draw.sigma, &draw.condition, settings.training_mode);
@@ -138,11 +139,12 @@ pub fn generator(
 ) -> MicroBatchLoss {
     let purpose = Purpose::GeneratorPhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
-    let draw = Draw::new(&mut stream, generator, settings, |s| {
+    let unroll = settings.unroll(iteration);
+    let draw = Draw::new(&mut stream, generator, settings, unroll.steps, |s| {
         settings.generator_noise.draw(s, settings.micro_batch, settings.device)
     });
-    let generated =
-        generate(generator, &draw.latent, &draw.condition, settings.sigma_init, settings.training_mode);
+    let (from, mode) = (unroll.trained_from, settings.training_mode);
+    let generated = generate(generator, &draw.latents, &draw.condition, &settings.sigmas, from, mode);
     let (generated, finite) = finite_samples(&generated);
     let noisy = draw.diffuse(&generated);
     let real = teacher.denoise(&noisy, &draw.sigma, &draw.condition, Mode::Eval);

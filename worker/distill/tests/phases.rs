@@ -5,11 +5,12 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
+    generator::{Matching, generate},
     noise::{Karras, LogNormal},
     phase::{self, Settings},
     state::State,
 };
-use potstill_models::{Denoiser, EdmConfig, EdmNetwork, Mode};
+use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
 /// Dropout draws from libtorch's one generator: these tests take turns.
@@ -38,7 +39,8 @@ fn settings(training_mode: Mode) -> Settings {
     Settings {
         seed: 5,
         micro_batch: 6,
-        sigma_init: 2.5,
+        sigmas: vec![2.5],
+        matching: Matching::UniformStep,
         alpha: 1.2,
         sigma_data: 0.5,
         fake_score_noise: LogNormal { mean: -1.2, std: 1.2 },
@@ -130,4 +132,35 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
     let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
+}
+
+#[test]
+fn only_the_chosen_step_is_trained_through() {
+    let _turn = turn();
+    let teacher = teacher();
+    let network: &dyn Denoiser = &teacher;
+    let sigmas = [2.5, 1.0, 0.4];
+    let shape = [2, 1, 4, 4];
+    let noises: Vec<Tensor> = (0..3)
+        .map(|i| {
+            Tensor::full(shape, 0.1 * f64::from(i) + 0.2, (Kind::Float, Device::Cpu)).set_requires_grad(true)
+        })
+        .collect();
+    let condition = Condition::None;
+    // By hand: denoise, add noise, denoise, …
+    let by_hand = no_grad(|| {
+        let mut x = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        for (noise, sigma) in noises.iter().zip(sigmas) {
+            let time = Tensor::from_slice(&[sigma as f32, sigma as f32]);
+            x = network.denoise(&(x + noise * sigma), &time, &condition, Mode::Eval);
+        }
+        x
+    });
+    let made = generate(network, &noises, &condition, &sigmas, 2, Mode::Eval);
+    assert!(made.allclose(&by_hand, 1e-5, 1e-6, false));
+    made.sum(Kind::Float).backward();
+    assert!(!noises[0].grad().defined() && !noises[1].grad().defined() && noises[2].grad().defined());
+
+    generate(network, &noises, &condition, &sigmas, 0, Mode::Eval).sum(Kind::Float).backward();
+    assert!(noises[0].grad().defined(), "final-step matching trains through all");
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::Context;
 use potstill_distill::{
     adam::AdamSettings,
+    generator::Matching,
     noise::{Karras, LogNormal},
     phase::Settings,
 };
 use potstill_models::{Denoiser, EdmNetwork, Mode};
-use potstill_proto::spec::RunSpec;
+use potstill_proto::spec::{self, RunSpec};
 use potstill_storage::Run;
 use sha2::{Digest, Sha256};
 use tch::Device;
@@ -57,7 +58,11 @@ impl Job {
         let settings = Settings {
             seed: d.seed,
             micro_batch: d.micro_batch.into(),
-            sigma_init: spec.generator.sigma_init,
+            sigmas: spec.generator.sigmas.clone(),
+            matching: match spec.generator.matching {
+                spec::Matching::UniformStep => Matching::UniformStep,
+                spec::Matching::FinalStep => Matching::FinalStep,
+            },
             alpha: d.alpha,
             sigma_data: teacher.config().sigma_data,
             fake_score_noise: LogNormal { mean: d.fake_score_noise.mean, std: d.fake_score_noise.std },

@@ -201,8 +201,8 @@ impl Member<'_> {
         }
     }
 
-    fn student<'s>(&self, state: &'s State) -> Sampler<'s> {
-        Sampler::Student { generator: state.generator_ema.as_ref(), sigma_init: self.job.settings.sigma_init }
+    fn student<'s>(&'s self, state: &'s State) -> Sampler<'s> {
+        Sampler::Student { generator: state.generator_ema.as_ref(), sigmas: &self.job.settings.sigmas }
     }
 
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
