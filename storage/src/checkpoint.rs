@@ -78,7 +78,7 @@ impl Run {
             // Removes the parts by itself when it fails.
             parts.finish().await
         };
-        self.ask("write", key, upload).await?;
+        self.ask("write", key, shard.bytes, upload).await?;
         Ok(shard)
     }
 
@@ -88,7 +88,10 @@ impl Run {
     /// [`Error::Damaged`] when it is not what was written, or gone; otherwise the store's.
     pub async fn read_shard(&self, shard: &Shard) -> Result<Bytes, Error> {
         let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
-        let bytes = self.get(&shard.key).await?.ok_or_else(|| damaged("it is missing".to_owned()))?;
+        let bytes = self
+            .get_large(&shard.key, shard.bytes)
+            .await?
+            .ok_or_else(|| damaged("it is missing".to_owned()))?;
         if bytes.len() as u64 != shard.bytes {
             return Err(damaged(format!("it has {} bytes; {} were written", bytes.len(), shard.bytes)));
         }

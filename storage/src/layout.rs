@@ -17,7 +17,7 @@ pub fn journal_key(sequence: u64) -> String {
 #[must_use]
 pub fn journal_sequence(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
-    (digits.len() == 20).then(|| digits.parse().ok()).flatten()
+    digits.parse().ok().filter(|&sequence| journal_key(sequence) == key)
 }
 
 /// A checkpoint's commit.
@@ -30,7 +30,7 @@ pub fn manifest_key(iteration: u64) -> String {
 #[must_use]
 pub fn manifest_iteration(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(CHECKPOINTS)?.strip_prefix('/')?.strip_suffix("/manifest.json")?;
-    (digits.len() >= 12).then(|| digits.parse().ok()).flatten()
+    digits.parse().ok().filter(|&iteration| manifest_key(iteration) == key)
 }
 
 /// One rank's share of a checkpoint. `unique` keeps the attempts of different generations apart; the manifest decides.
@@ -54,13 +54,24 @@ mod tests {
             prop_assert_eq!(manifest_iteration(&manifest_key(a)), Some(a));
             prop_assert_eq!(manifest_key(a).cmp(&manifest_key(b)), a.cmp(&b));
         }
+
+        #[test]
+        fn a_number_has_one_key_only(digits in r"[+0]?[0-9]{11,20}") {
+            let key = format!("{JOURNAL}/{digits}.json");
+            prop_assert!(journal_sequence(&key).is_none_or(|sequence| journal_key(sequence) == key));
+            let key = format!("{CHECKPOINTS}/{digits}/manifest.json");
+            prop_assert!(manifest_iteration(&key).is_none_or(|iteration| manifest_key(iteration) == key));
+        }
     }
 
     #[test]
     fn other_keys_are_no_manifests() {
         assert_eq!(manifest_iteration(&shard_key(7, "g1", 0, 1)), None);
         assert_eq!(manifest_iteration("checkpoints/000000000007/g1/manifest.json"), None);
+        assert_eq!(manifest_iteration("checkpoints/+00000000007/manifest.json"), None);
+        assert_eq!(manifest_iteration("checkpoints/0000000000007/manifest.json"), None);
         assert_eq!(journal_sequence("journal/7.json"), None);
+        assert_eq!(journal_sequence("journal/+0000000000000000007.json"), None);
         assert_eq!(shard_key(20, "g3", 3, 8), "checkpoints/000000000020/g3/rank-003-of-008.safetensors");
     }
 }

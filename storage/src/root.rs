@@ -31,14 +31,20 @@ impl Root {
     /// The URL does not name a store, or the folder cannot be made.
     pub fn open(location: &str) -> Result<Self, Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
-        let Some((scheme, _)) = location.split_once("://") else {
+        if !location.contains("://") {
             return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
-        };
+        }
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
-        if scheme == "file" {
-            let folder =
-                url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
-            return Self::local(folder, location);
+        let scheme = url.scheme();
+        match scheme {
+            "file" => {
+                let folder =
+                    url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
+                return Self::local(folder, location);
+            }
+            "s3" | "gs" | "az" | "memory" => {}
+            // object_store knows more schemes, but some of them name the place in parts that `url` leaves out.
+            _ => return Err(bad(format!("the scheme {scheme}:// is not known"))),
         }
         let options = std::env::vars()
             .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))

@@ -10,6 +10,8 @@ use crate::{Error, Root, RunId, layout};
 
 /// How long one operation may take. The store's own retries, which give up after three minutes, fit into it.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// And how much longer for each MiB that it moves: a link slower than this is as good as down.
+const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
 
 /// A run's folder. Keys are relative to it.
 #[derive(Clone, Debug)]
@@ -45,18 +47,19 @@ impl Run {
         self.root.describe(&self.path(key))
     }
 
-    /// Runs a store operation within [`PATIENCE`]. `None`: the object is not there.
+    /// Runs a store operation that moves `bytes` within [`PATIENCE`] and what the bytes add to it.
     pub(crate) async fn ask<T>(
         &self,
         operation: &'static str,
         key: &str,
+        bytes: u64,
         asked: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<Option<T>, Error> {
-        match tokio::time::timeout(PATIENCE, asked).await {
-            Ok(Ok(answer)) => Ok(Some(answer)),
-            Ok(Err(StoreError::NotFound { .. })) => Ok(None),
+    ) -> Result<T, Error> {
+        let patience = PATIENCE + PATIENCE_PER_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
+        match tokio::time::timeout(patience, asked).await {
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(source)) => Err(Error::Store { operation, place: self.describe(key), source }),
-            Err(_) => Err(Error::NoAnswer { operation, place: self.describe(key), patience: PATIENCE }),
+            Err(_) => Err(Error::NoAnswer { operation, place: self.describe(key), patience }),
         }
     }
 
@@ -65,9 +68,18 @@ impl Run {
     /// # Errors
     /// The store's.
     pub async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
+        self.get_large(key, 0).await
+    }
+
+    /// [`get`](Self::get) for an object of about so many bytes.
+    pub(crate) async fn get_large(&self, key: &str, bytes: u64) -> Result<Option<Bytes>, Error> {
         let path = self.path(key);
         let read = async { self.root.store().get(&path).await?.bytes().await };
-        self.ask("read", key, read).await
+        match self.ask("read", key, bytes, read).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Writes an object, over an older one: for pictures and metrics, not for commits.
@@ -76,7 +88,8 @@ impl Run {
     /// The store's.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
-        self.ask("write", key, self.root.store().put(&path, bytes.into())).await?;
+        let size = bytes.len() as u64;
+        self.ask("write", key, size, self.root.store().put(&path, bytes.into())).await?;
         Ok(())
     }
 
@@ -88,7 +101,7 @@ impl Run {
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
         let put = self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
-        let Err(error) = self.ask("write", key, put).await else { return Ok(()) };
+        let Err(error) = self.ask("write", key, bytes.len() as u64, put).await else { return Ok(()) };
         let conflict = matches!(
             &error,
             Error::Store { source: StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }, .. }
@@ -108,7 +121,7 @@ impl Run {
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>, Error> {
         let path = self.path(folder);
         let listed = self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
-        let objects = self.ask("list", folder, listed).await?.unwrap_or_default();
+        let objects = self.ask("list", folder, 0, listed).await?;
         let strip = |path: &Path| {
             let parts = path.prefix_match(&self.folder)?;
             Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))

@@ -1,0 +1,137 @@
+//! Tests what a root can be opened at, the probe, and how places are named.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Fault, Faulty, files_below, id, root_at, run};
+use object_store::memory::InMemory;
+use potstill_storage::{Error, Root, layout};
+
+#[tokio::test]
+async fn a_folder_and_memory_pass_the_probe_and_nothing_stays_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = root_at(&folder.path().join("made/on/demand"));
+    root.probe().await.unwrap();
+    root.probe().await.unwrap();
+    assert_eq!(files_below(folder.path()), Vec::<std::path::PathBuf>::new());
+    for url in ["memory://", "memory:///", "memory:///below/this"] {
+        Root::open(url).unwrap().probe().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_ignores_the_condition_is_refused() {
+    let store = Faulty::new(Arc::new(InMemory::new()), Fault::Unconditional);
+    let error = Root::in_store(store, "s3://old-store/x").probe().await.unwrap_err();
+    assert!(matches!(&error, Error::NotConditional { url } if url == "s3://old-store/x"), "{error}");
+    assert!(error.to_string().contains("s3://old-store/x"), "{error}");
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_be_written_is_refused() {
+    for fault in [Fault::WriteFails, Fault::BucketGone] {
+        let store = Faulty::new(Arc::new(InMemory::new()), fault);
+        let error = Root::in_store(store, "s3://bucket").probe().await.unwrap_err();
+        assert!(matches!(&error, Error::Store { operation: "write to", .. }), "{fault:?}: {error}");
+        assert!(error.to_string().contains("s3://bucket/runs/"), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let below = file.join("runs-here");
+    for location in [below.display().to_string(), format!("file://{}", below.display())] {
+        let error = Root::open(&location).unwrap_err();
+        assert!(matches!(&error, Error::BadUrl { url, .. } if *url == location), "{error}");
+        assert!(error.to_string().contains(&below.display().to_string()), "{error}");
+    }
+}
+
+#[test]
+fn what_names_no_store_is_refused_with_what_would() {
+    let others = [
+        "ftp://host/x",
+        "http://host/x",
+        "https://host/x",
+        // Its user name is the container, which is not to be taken for a credential and left out.
+        "abfss://container@account.dfs.core.windows.net/x",
+        "memory://host/x",
+        "file://host/x",
+        "s3://",
+        "://x",
+    ];
+    for location in others {
+        let error = Root::open(location).unwrap_err();
+        assert!(matches!(&error, Error::BadUrl { url, .. } if url == location), "{location}: {error}");
+        for known in ["file://", "s3://", "gs://", "az://", "memory://"] {
+            assert!(error.to_string().contains(known), "{error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_object_in_a_folder_lies_where_it_is_said_to_lie() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["plain", "with space", "100%", "50%25", "a#b", "a?b", "ä", "a:b", "a+b&c"];
+    for name in names {
+        let folder = folder.path().join(name);
+        let root = root_at(&folder);
+        for key in ["run.toml", "samples/000000000020.png", "export/with space/100%.txt", "export/ä#?"] {
+            let run = run(&root);
+            run.put(key, "content".into()).await.unwrap();
+            let place = run.describe(key);
+            assert!(place.starts_with(folder.canonicalize().unwrap().to_str().unwrap()), "{place}");
+            assert_eq!(std::fs::read_to_string(&place).unwrap(), "content", "{place}");
+        }
+        // Its URL leads to the same place.
+        let again = Root::open(root.url()).unwrap();
+        assert_eq!(again.url(), root.url());
+        assert_eq!(run(&again).describe("run.toml"), run(&root).describe("run.toml"));
+        assert_eq!(run(&again).get("run.toml").await.unwrap().unwrap(), "content");
+    }
+}
+
+#[test]
+fn all_ways_to_name_a_folder_lead_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().display();
+    let root = root_at(folder.path());
+    for location in
+        [format!("file://{path}"), format!("FILE://{path}"), format!("{path}/"), format!("{path}/./x/..")]
+    {
+        assert_eq!(Root::open(&location).unwrap().url(), root.url(), "{location}");
+    }
+    assert!(root.url().starts_with("file:///"), "{}", root.url());
+}
+
+#[test]
+fn a_url_is_shown_without_credentials() {
+    for scheme in ["s3", "gs"] {
+        let secret = format!("{scheme}://key:s3cret@bucket/a%20b/c?token=s3cret#s3cret");
+        let root = Root::open(&secret).unwrap();
+        assert_eq!(root.url(), format!("{scheme}://bucket/a%20b/c"));
+        let place = run(&root).describe(layout::SPECIFICATION);
+        assert_eq!(place, format!("{scheme}://bucket/a%20b/c/runs/one/run.toml"));
+        assert!(!format!("{place}{}", root.url()).contains("s3cret"));
+        // Its URL leads to the same place.
+        let again = Root::open(root.url()).unwrap();
+        assert_eq!((again.url(), run(&again).describe("x")), (root.url(), run(&root).describe("x")));
+    }
+}
+
+#[tokio::test]
+async fn a_prefix_of_a_url_is_kept() {
+    let root = Root::open("memory:///below/this").unwrap();
+    let run = run(&root);
+    assert_eq!(run.id(), &id());
+    assert!(run.describe("a").ends_with("/below/this/runs/one/a"), "{}", run.describe("a"));
+    // Clones of one value see the same objects.
+    run.create(&layout::manifest_key(20), "{}".into()).await.unwrap();
+    assert_eq!(root.clone().run(&id()).checkpoints().await.unwrap(), [20]);
+}
