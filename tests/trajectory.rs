@@ -45,6 +45,24 @@ fn one_and_two_and_three_workers_follow_the_same_trajectory() {
 }
 
 #[test]
+fn guided_generators_of_two_steps_follow_the_same_trajectory_too() {
+    let cluster = Cluster::default();
+    let sets = [
+        "distillation.iterations=10",
+        "generator.steps=2",
+        "generator.sigmas=[2.5, 0.8]",
+        "guidance.preset=lsg",
+        "guidance.scale=1.5",
+    ];
+    for workers in [1, 2] {
+        cluster.succeed(&format!("w{workers}"), workers, &sets, &[]);
+    }
+    let difference =
+        relative_difference(&cluster.checkpoint("w2", 10), &cluster.checkpoint("w1", 10), "generator/");
+    assert!(difference <= 1e-4, "{difference}");
+}
+
+#[test]
 fn another_seed_gives_another_result() {
     let cluster = Cluster::default();
     cluster.succeed("a", 1, &["distillation.iterations=3"], &[]);

@@ -19,6 +19,8 @@ pub struct RunSpec {
     pub generator: GeneratorSpec,
     /// What SiD computes.
     pub distillation: DistillationSpec,
+    /// The trade-off between alignment and diversity.
+    pub guidance: GuidanceSpec,
     /// Adam and the averages.
     pub optimiser: OptimiserSpec,
     /// When to save, and how much to keep.
@@ -106,6 +108,68 @@ impl Default for DistillationSpec {
             generator_noise: KarrasSpec::default(),
             dropout: true,
             non_finite_limit: 10,
+        }
+    }
+}
+
+/// Guidance (ALGORITHM §4): the prediction at scale κ is `u + κ·(c − u)`, u unconditional, c conditional.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuidanceSpec {
+    /// Which three scales.
+    pub preset: GuidancePreset,
+    /// κ of `lsg` (1.5, 2, 3 or 4.5 in SiD-LSG); the strength s of `anti-cfg`, for which no value is published: 1 is ours.
+    pub scale: f64,
+    /// κ₁ of `custom`: the fake score while it trains.
+    pub fake_score_training: f64,
+    /// κ₂ = κ₃ of `custom`: the fake score inside the generator loss.
+    pub fake_score: f64,
+    /// κ₄ of `custom`: the teacher.
+    pub teacher: f64,
+    /// Share of the fake score's samples trained without their condition, when the fake score is guided anywhere.
+    pub condition_dropout: f64,
+}
+
+/// Known choices of the three scales.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuidancePreset {
+    /// 1, 1, 1 (SiD).
+    #[default]
+    None,
+    /// κ, κ, κ (SiD-LSG, 2406.01561).
+    Lsg,
+    /// 0, 0, 1: teacher without guidance, fake score without the condition (2505.12674).
+    ZeroCfg,
+    /// −s, −s, 1: negative guidance in the fake score (2505.12674).
+    AntiCfg,
+    /// As given.
+    Custom,
+}
+
+impl Default for GuidanceSpec {
+    fn default() -> Self {
+        Self {
+            preset: GuidancePreset::None,
+            scale: 1.0,
+            fake_score_training: 1.0,
+            fake_score: 1.0,
+            teacher: 1.0,
+            condition_dropout: 0.1,
+        }
+    }
+}
+
+impl GuidanceSpec {
+    /// κ₁, κ₂ = κ₃ and κ₄.
+    #[must_use]
+    pub fn scales(&self) -> [f64; 3] {
+        match self.preset {
+            GuidancePreset::None => [1.0; 3],
+            GuidancePreset::Lsg => [self.scale; 3],
+            GuidancePreset::ZeroCfg => [0.0, 0.0, 1.0],
+            GuidancePreset::AntiCfg => [-self.scale, -self.scale, 1.0],
+            GuidancePreset::Custom => [self.fake_score_training, self.fake_score, self.teacher],
         }
     }
 }
@@ -388,6 +452,20 @@ impl RunSpec {
         );
         require(d.non_finite_limit > 0, "distillation.non_finite_limit is 0; it must be at least 1".into());
 
+        let g = &self.guidance;
+        require(
+            g.scales().iter().all(|scale| scale.abs() <= 100.0),
+            format!("guidance scales are {:?}; they must lie in [-100, 100]", g.scales()),
+        );
+        require(
+            g.preset != GuidancePreset::AntiCfg || g.scale > 0.0,
+            format!("guidance.scale is {}; anti-cfg needs a strength > 0", g.scale),
+        );
+        require(
+            (0.0..1.0).contains(&g.condition_dropout),
+            format!("guidance.condition_dropout is {}; it must lie in [0, 1)", g.condition_dropout),
+        );
+
         let o = &self.optimiser;
         for (name, rate) in [
             ("generator_learning_rate", o.generator_learning_rate),
@@ -466,6 +544,7 @@ impl RunSpec {
                 "teacher": spec.teacher,
                 "generator": spec.generator,
                 "distillation": spec.distillation,
+                "guidance": spec.guidance,
                 "optimiser": spec.optimiser,
             })
         };

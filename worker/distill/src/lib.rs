@@ -6,6 +6,7 @@
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
 //! - [`noise`]: the laws of the noise level σ.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
+//! - [`guidance`]: predictions between and beyond conditional and unconditional.
 //! - [`loss`]: the two losses, as plain functions of tensors.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
@@ -16,6 +17,7 @@ pub mod adam;
 pub mod ema;
 pub mod generator;
 pub mod gradient;
+pub mod guidance;
 pub mod loss;
 pub mod noise;
 pub mod phase;

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
     generator::{Matching, Unroll, generate},
+    guidance::{self, Guidance},
     loss,
     noise::{Karras, LogNormal},
     random::{Purpose, Stream},
@@ -32,6 +33,8 @@ pub struct Settings {
     pub fake_score_noise: LogNormal,
     /// Noise law of the generator phase.
     pub generator_noise: Karras,
+    /// Scales of the predictions.
+    pub guidance: Guidance,
     /// Dropout on or off in the network that trains.
     pub training_mode: Mode,
     /// Where the networks are.
@@ -101,6 +104,18 @@ pub fn draw_condition(stream: &mut Stream, n: i64, classes: i64, device: Device)
     Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
 }
 
+/// The condition with a share of its samples made unconditional, where guidance asks for that.
+fn drop_conditions(stream: &mut Stream, condition: &Condition, settings: &Settings) -> Condition {
+    let Condition::Class(labels) = condition else { return Condition::None };
+    let share = settings.guidance.dropped_share();
+    if share == 0.0 {
+        return Condition::Class(labels.shallow_clone());
+    }
+    let kept: Vec<f32> =
+        stream.uniform(settings.micro_batch).iter().map(|u| f32::from(u8::from(*u >= share))).collect();
+    Condition::Class(labels * Tensor::from_slice(&kept).to_device(settings.device).unsqueeze(1))
+}
+
 /// The fake-score phase: f_ψ learns to denoise what G makes. `generator` takes no gradient.
 pub fn fake_score(
     generator: &dyn Denoiser,
@@ -120,8 +135,10 @@ pub fn fake_score(
         generate(generator, &draw.latents, &draw.condition, &settings.sigmas, unroll.trained_from, Mode::Eval)
     });
     let (generated, finite) = finite_samples(&generated);
-    let denoised =
-        fake_score.denoise(&draw.diffuse(&generated), &draw.sigma, &draw.condition, settings.training_mode);
+    let Guidance { fake_score_training: scale, .. } = settings.guidance;
+    let (noisy, mode) = (draw.diffuse(&generated), settings.training_mode);
+    let condition = drop_conditions(&mut stream, &draw.condition, settings);
+    let denoised = guidance::denoise(fake_score, &noisy, &draw.sigma, &condition, scale, mode);
     let losses = loss::denoising(&denoised, &generated, &draw.sigma, settings.sigma_data);
     let (loss, dropped) = sum_finite(&losses, &finite);
     MicroBatchLoss { loss, score_difference: None, dropped }
@@ -147,8 +164,11 @@ pub fn generator(
     let generated = generate(generator, &draw.latents, &draw.condition, &settings.sigmas, from, mode);
     let (generated, finite) = finite_samples(&generated);
     let noisy = draw.diffuse(&generated);
-    let real = teacher.denoise(&noisy, &draw.sigma, &draw.condition, Mode::Eval);
-    let fake = fake_score.denoise(&noisy, &draw.sigma, &draw.condition, Mode::Eval);
+    let guided = |network: &dyn Denoiser, scale: f64| {
+        guidance::denoise(network, &noisy, &draw.sigma, &draw.condition, scale, Mode::Eval)
+    };
+    let real = guided(teacher, settings.guidance.teacher);
+    let fake = guided(fake_score, settings.guidance.fake_score);
     let losses = loss::score_identity(&generated, &real, &fake, settings.alpha);
     let (loss, dropped) = sum_finite(&losses, &finite);
     let score_difference = no_grad(|| {

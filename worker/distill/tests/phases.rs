@@ -6,8 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
     generator::{Matching, generate},
+    guidance::{self, Guidance},
     noise::{Karras, LogNormal},
     phase::{self, Settings},
+    random::{Purpose, Stream},
     state::State,
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
@@ -32,7 +34,12 @@ fn teacher() -> EdmNetwork {
         dropout: 0.2,
         ..EdmConfig::default()
     };
-    EdmNetwork::initialise(config, 1, Device::Cpu).unwrap()
+    let network = EdmNetwork::initialise(config, 1, Device::Cpu).unwrap();
+    // Fresh weights are near zero in each block's last layer, which would hide what the condition does.
+    let flat = network.parameters().flat();
+    let mut stream = Stream::new(2, 0, Purpose::Evaluation, 0, Device::Cpu);
+    let _ = no_grad(|| flat.shallow_clone().g_add_(&(stream.normal(&flat.size()) * 0.1)));
+    network
 }
 
 fn settings(training_mode: Mode) -> Settings {
@@ -45,6 +52,7 @@ fn settings(training_mode: Mode) -> Settings {
         sigma_data: 0.5,
         fake_score_noise: LogNormal { mean: -1.2, std: 1.2 },
         generator_noise: Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        guidance: Guidance::NONE,
         training_mode,
         device: Device::Cpu,
     }
@@ -163,4 +171,85 @@ fn only_the_chosen_step_is_trained_through() {
 
     generate(network, &noises, &condition, &sigmas, 0, Mode::Eval).sum(Kind::Float).backward();
     assert!(noises[0].grad().defined(), "final-step matching trains through all");
+}
+
+/// Counts the rows that a network is asked for.
+struct Counting {
+    network: Box<dyn Denoiser>,
+    rows: std::cell::RefCell<Vec<i64>>,
+}
+
+impl Denoiser for Counting {
+    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        self.rows.borrow_mut().push(x_t.size()[0]);
+        self.network.denoise(x_t, time, condition, mode)
+    }
+    fn parameters(&self) -> &potstill_models::Parameters {
+        self.network.parameters()
+    }
+    fn sample_shape(&self) -> [i64; 3] {
+        self.network.sample_shape()
+    }
+    fn classes(&self) -> i64 {
+        self.network.classes()
+    }
+    fn duplicate(&self) -> Box<dyn Denoiser> {
+        self.network.duplicate()
+    }
+    fn frozen(&self) -> Box<dyn Denoiser> {
+        self.network.frozen()
+    }
+    fn config_json(&self) -> String {
+        self.network.config_json()
+    }
+}
+
+#[test]
+fn guidance_mixes_the_halves_and_skips_the_one_that_does_not_count() {
+    let _turn = turn();
+    let teacher = teacher();
+    let x = Tensor::linspace(-1.0, 1.0, 2 * 16, (Kind::Float, Device::Cpu)).reshape([2, 1, 4, 4]);
+    let sigma = Tensor::from_slice(&[0.5f32, 1.5]);
+    let labels = Tensor::from_slice(&[0i64, 2]).one_hot(3).to_kind(Kind::Float);
+    let condition = Condition::Class(labels);
+    let (c, u) = no_grad(|| {
+        (
+            teacher.denoise(&x, &sigma, &condition, Mode::Eval),
+            teacher.denoise(&x, &sigma, &Condition::None, Mode::Eval),
+        )
+    });
+    for (scale, rows) in [(1.0, 2), (0.0, 2), (1.5, 4), (-1.0, 4)] {
+        let counting = Counting { network: teacher.frozen(), rows: Vec::new().into() };
+        let guided = no_grad(|| guidance::denoise(&counting, &x, &sigma, &condition, scale, Mode::Eval));
+        assert!(guided.allclose(&(&u + (&c - &u) * scale), 1e-5, 1e-6, false), "scale {scale}");
+        assert_eq!(*counting.rows.borrow(), [rows], "one call at scale {scale}");
+    }
+}
+
+#[test]
+fn guided_phases_differ_and_train_the_unconditional_score_too() {
+    let _turn = turn();
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    no_grad(|| {
+        let _ = state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3);
+    });
+    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let losses = |guidance: Guidance| {
+        let settings = Settings { guidance, ..settings(Mode::Eval) };
+        let first = phase::fake_score(generator, fake, &settings, 0, 0).loss;
+        let second =
+            phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0).loss;
+        (value(&first), value(&second))
+    };
+    let none = losses(Guidance::NONE);
+    for kappa in [1.5, 0.0, -1.0] {
+        let guided =
+            Guidance { fake_score_training: kappa, fake_score: kappa, teacher: 1.0, condition_dropout: 0.5 };
+        let found = losses(guided);
+        assert!(found.0 != none.0 && found.1 != none.1, "κ = {kappa}: {found:?} and {none:?}");
+    }
+    // Where nothing is guided, no condition is dropped.
+    assert_eq!(losses(Guidance { condition_dropout: 0.9, ..Guidance::NONE }), none);
 }

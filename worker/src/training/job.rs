@@ -6,6 +6,7 @@ use anyhow::Context;
 use potstill_distill::{
     adam::AdamSettings,
     generator::Matching,
+    guidance::Guidance,
     noise::{Karras, LogNormal},
     phase::Settings,
 };
@@ -31,6 +32,12 @@ impl Inputs {
     /// A file that is missing, damaged, of another content than the run was started with, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let teacher = load_teacher(&spec.teacher.weights, spec.teacher.sha256.as_deref(), device)?;
+        let guided = spec.guidance.scales() != [1.0; 3];
+        anyhow::ensure!(
+            !guided || teacher.classes() > 0,
+            "guidance needs a teacher that knows classes, but {} is unconditional: set guidance.preset = \"none\"",
+            spec.teacher.weights.display()
+        );
         let evaluator = Evaluator::load(&spec.evaluation, &teacher, device)?;
         Ok(Self { teacher, evaluator })
     }
@@ -72,6 +79,7 @@ impl Job {
                 rho: d.generator_noise.rho,
                 u_max: d.generator_noise.u_max,
             },
+            guidance: guidance(&spec),
             training_mode: if d.dropout { Mode::Train } else { Mode::Eval },
             device,
         };
@@ -90,6 +98,12 @@ impl Job {
             || iteration >= self.spec.distillation.iterations
             || (every > 0 && iteration.is_multiple_of(every))
     }
+}
+
+fn guidance(spec: &RunSpec) -> Guidance {
+    let [fake_score_training, fake_score, teacher] = spec.guidance.scales();
+    let condition_dropout = spec.guidance.condition_dropout;
+    Guidance { fake_score_training, fake_score, teacher, condition_dropout }
 }
 
 /// Reads a teacher and checks that it is the one the run was started with.

@@ -1,0 +1,55 @@
+//! Guidance (2207.12598; ALGORITHM §4): the prediction at scale κ is `u + κ·(c − u)`, u unconditional, c conditional.
+
+use potstill_models::{Condition, Denoiser, Mode};
+use tch::Tensor;
+
+/// The three numbers that decide the trade-off between alignment and diversity.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// κ₁: the fake score while it trains. The guided prediction is regressed, gradients flow through both halves.
+    pub fake_score_training: f64,
+    /// κ₂ = κ₃: the fake score inside the generator loss.
+    pub fake_score: f64,
+    /// κ₄: the teacher.
+    pub teacher: f64,
+    /// Share of the fake score's samples that are trained without their condition where it is guided at all, so that it
+    /// knows the unconditional score.
+    pub condition_dropout: f64,
+}
+
+impl Guidance {
+    /// No guidance: SiD as published (2404.04057).
+    pub const NONE: Self =
+        Self { fake_score_training: 1.0, fake_score: 1.0, teacher: 1.0, condition_dropout: 0.0 };
+
+    /// Share of the fake score's samples to train without condition.
+    #[must_use]
+    pub fn dropped_share(&self) -> f64 {
+        if self.fake_score_training == 1.0 && self.fake_score == 1.0 { 0.0 } else { self.condition_dropout }
+    }
+}
+
+/// The prediction at scale κ. At κ = 1 and κ = 0 only the half that counts is computed; otherwise both run as one batch of
+/// twice the size.
+pub fn denoise(
+    network: &dyn Denoiser,
+    x_t: &Tensor,
+    time: &Tensor,
+    condition: &Condition,
+    scale: f64,
+    mode: Mode,
+) -> Tensor {
+    let Condition::Class(labels) = condition else {
+        return network.denoise(x_t, time, condition, mode);
+    };
+    if scale == 1.0 {
+        return network.denoise(x_t, time, condition, mode);
+    }
+    if scale == 0.0 {
+        return network.denoise(x_t, time, &Condition::None, mode);
+    }
+    let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
+    let labels = Condition::Class(Tensor::cat(&[&labels.zeros_like(), labels], 0));
+    let halves = network.denoise(&twice(x_t), &twice(time), &labels, mode).chunk(2, 0);
+    &halves[0] + (&halves[1] - &halves[0]) * scale
+}
