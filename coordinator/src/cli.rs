@@ -51,6 +51,10 @@ enum Command {
     Rank(HandedOn),
     /// Train a small teacher on an image file (potstill-worker)
     TrainTeacher(HandedOn),
+    /// Write the averaged generator of a checkpoint as one file (potstill-worker)
+    Export(HandedOn),
+    /// Make images with a student (potstill-worker)
+    Sample(HandedOn),
 }
 
 #[derive(Debug, Args)]
@@ -114,6 +118,8 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
+        Command::Export(handed) => handed.on("export"),
+        Command::Sample(handed) => handed.on("sample"),
     };
     let job = match job {
         Ok(job) => job,

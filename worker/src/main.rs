@@ -7,12 +7,15 @@ mod checkpoint;
 mod control_lane;
 mod dataset;
 mod evaluation;
+mod export;
 mod lifeline;
 mod logging;
 mod pictures;
 mod rank;
+mod sample;
 mod samples;
 mod session;
+mod student;
 mod teacher;
 mod training;
 mod transfer;
@@ -35,6 +38,10 @@ enum Command {
     Agent(agent::Arguments),
     /// One per device: attaches to the coordinator and trains.
     Rank(rank::Arguments),
+    /// Writes the averaged generator of a checkpoint as one file.
+    Export(export::Arguments),
+    /// Makes images with a student.
+    Sample(sample::Arguments),
     /// Reads a run specification from standard input and tries to load everything it names.
     Check,
     /// Trains a small EDM teacher on an image file.
@@ -45,6 +52,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Agent(arguments) => agent::main(arguments),
         Command::Rank(arguments) => rank::main(arguments),
+        Command::Export(arguments) => export::main(arguments),
+        Command::Sample(arguments) => sample::main(arguments),
         Command::Check => check::main(),
         Command::TrainTeacher(arguments) => teacher::main(arguments),
     };

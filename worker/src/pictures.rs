@@ -34,27 +34,48 @@ pub fn grid(blocks: &[Tensor], columns: u32) -> anyhow::Result<Vec<u8>> {
 
     let mut top = GAP;
     for block in blocks {
-        let values = ((block + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8).contiguous();
-        let values: Vec<u8> = Vec::try_from(values.reshape([-1]))?;
-        let plane = (height * width) as usize;
-        for (index, image) in values.chunks(plane * channels as usize).enumerate() {
+        let values = bytes(block)?;
+        for (index, image) in values.chunks((height * width) as usize * channels as usize).enumerate() {
             let left = GAP + (index as u32 % columns) * (tile_width + GAP);
             let above = top + (index as u32 / columns) * (tile_height + GAP);
-            for y in 0..tile_height {
-                for x in 0..tile_width {
-                    let at = ((y / factor) * width + x / factor) as usize;
-                    let pixel = match channels {
-                        1 => [image[at]; 3],
-                        3 => [image[at], image[plane + at], image[2 * plane + at]],
-                        other => anyhow::bail!("cannot draw images of {other} channels"),
-                    };
-                    canvas.put_pixel(left + x, above + y, Rgb(pixel));
-                }
-            }
+            let tile = tile(image, channels, height, width, factor)?;
+            image::imageops::replace(&mut canvas, &tile, left.into(), above.into());
         }
         top += rows(block) * (tile_height + GAP) + BLOCK_GAP;
     }
     encode(canvas, channels == 1)
+}
+
+/// One image [1, C, H, W] in its own size. Returns PNG bytes.
+///
+/// # Errors
+/// As [`grid`].
+pub fn single(image: &Tensor) -> anyhow::Result<Vec<u8>> {
+    let [_, channels, height, width] = image.size()[..] else {
+        anyhow::bail!("an image must be [1, C, H, W]");
+    };
+    let values = bytes(image)?;
+    let canvas = tile(&values, channels, height as u32, width as u32, 1)?;
+    encode(canvas, channels == 1)
+}
+
+/// Values in [−1, 1] as bytes, row by row and channel by channel.
+fn bytes(images: &Tensor) -> anyhow::Result<Vec<u8>> {
+    let values = ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8).contiguous();
+    Ok(Vec::try_from(values.reshape([-1]))?)
+}
+
+/// One image, enlarged by a whole factor.
+fn tile(values: &[u8], channels: i64, height: u32, width: u32, factor: u32) -> anyhow::Result<RgbImage> {
+    anyhow::ensure!(channels == 1 || channels == 3, "cannot draw images of {channels} channels");
+    let plane = (height * width) as usize;
+    Ok(RgbImage::from_fn(width * factor, height * factor, |x, y| {
+        let at = ((y / factor) * width + x / factor) as usize;
+        match channels {
+            1 => Rgb([values[at]; 3]),
+            _ => Rgb([values[at], values[plane + at], values[2 * plane + at]]),
+        }
+    }))
 }
 
 fn encode(canvas: RgbImage, grey: bool) -> anyhow::Result<Vec<u8>> {

@@ -19,10 +19,12 @@ pub enum Purpose {
     GeneratorPhase = 1,
     /// Training a teacher on real data.
     TeacherTraining = 2,
-    /// Samples that are scored or looked at; iteration counts the generator's steps, index chunks of samples.
+    /// Samples that are scored; iteration counts the generator's steps, index chunks of samples.
     Evaluation = 3,
     /// What all micro-batches of an iteration share; index 0.
     Iteration = 4,
+    /// Samples that somebody asked for; iteration counts the generator's steps, index images.
+    Sampling = 5,
 }
 
 /// The stream of random numbers for one micro-batch (or one chunk of samples).

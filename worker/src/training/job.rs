@@ -107,7 +107,7 @@ fn guidance(spec: &RunSpec) -> Guidance {
 }
 
 /// Reads a teacher and checks that it is the one the run was started with.
-fn load_teacher(path: &Path, sha256: Option<&str>, device: Device) -> anyhow::Result<EdmNetwork> {
+pub fn load_teacher(path: &Path, sha256: Option<&str>, device: Device) -> anyhow::Result<EdmNetwork> {
     let bytes = std::fs::read(path)
         .with_context(|| format!("cannot read the teacher's weights {}", path.display()))?;
     if let Some(expected) = sha256 {

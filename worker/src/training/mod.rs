@@ -17,7 +17,7 @@ use potstill_proto::{
 };
 use tokio::task::JoinHandle;
 
-pub use self::job::{Inputs, Job};
+pub use self::job::{Inputs, Job, load_teacher};
 use self::joining::{join, obtain_state};
 use crate::{checkpoint::Snapshot, pictures, samples::Sampler, session::Session};
 

@@ -1,0 +1,100 @@
+//! What a finished student can be used for: export, and samples from the export or from the run itself.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{path::Path, process::Command};
+
+use potstill_tests::{Cluster, binary, text};
+
+fn potstill(arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary("potstill"));
+    command.args(arguments);
+    command
+}
+
+fn succeed(arguments: &[&str]) -> String {
+    let output = potstill(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn refused(arguments: &[&str]) -> String {
+    let output = potstill(arguments).output().unwrap();
+    assert!(!output.status.success(), "{arguments:?} was accepted");
+    text(&output.stderr)
+}
+
+#[test]
+fn samples_are_the_same_from_the_run_and_from_its_export() {
+    let cluster = Cluster::default();
+    let sets = [
+        "distillation.iterations=4",
+        "checkpoint.every=2",
+        "generator.steps=2",
+        "generator.sigmas=[2.5, 0.8]",
+    ];
+    cluster.succeed("done", 1, &sets, &[]);
+    let storage = cluster.storage().to_str().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (file, a, b, c) = (path("student.safetensors"), path("a"), path("b"), path("c"));
+
+    let said = succeed(&["export", "--storage", storage, "--run-id", "done", "--out", &file]);
+    assert!(said.contains("[2.5, 0.8]") && said.contains("000000000004"), "the newest checkpoint: {said}");
+    succeed(&["sample", &file, "--count", "12", "--labels", "3,7", "--out", &a]);
+    succeed(&[
+        "sample",
+        "--storage",
+        storage,
+        "--run-id",
+        "done",
+        "--count",
+        "5",
+        "--labels",
+        "3,7",
+        "--out",
+        &b,
+    ]);
+    let read = |folder: &str, name: &str| std::fs::read(Path::new(folder).join(name)).unwrap();
+    for index in 0..5 {
+        let name = format!("{index:06}.png");
+        assert_eq!(read(&a, &name), read(&b, &name), "image {index} does not depend on how many are made");
+    }
+    let single = image::load_from_memory(&read(&a, "000011.png")).unwrap();
+    assert_eq!((single.width(), single.height()), (8, 8));
+    let grid = image::load_from_memory(&read(&a, "grid.png")).unwrap();
+    assert!(grid.width() > 10 * 56 && grid.height() > 2 * 56, "two rows of ten");
+
+    succeed(&[
+        "sample",
+        "--storage",
+        storage,
+        "--run-id",
+        "done",
+        "--iteration",
+        "2",
+        "--count",
+        "1",
+        "--out",
+        &c,
+    ]);
+    succeed(&["sample", &file, "--count", "1", "--seed", "9", "--out", &b]);
+    assert_ne!(read(&a, "000000.png"), read(&b, "000000.png"), "another seed, another image");
+
+    for (arguments, says) in [
+        (vec!["sample", &file, "--labels", "10", "--out", &c], "class 10 is out of range"),
+        (vec!["sample", "--storage", storage, "--run-id", "none", "--out", &c], "no run none"),
+        (
+            vec!["sample", "--storage", storage, "--run-id", "done", "--iteration", "3", "--out", &c],
+            "iteration 3",
+        ),
+        (vec!["sample", "/nowhere.safetensors", "--out", &c], "/nowhere.safetensors"),
+        (vec!["sample", "--out", &c], "--run-id"),
+    ] {
+        let message = refused(&arguments);
+        assert!(message.contains(says), "{says}: {message}");
+    }
+    let teacher = potstill_tests::repository().join("configs/digits/teacher.safetensors");
+    let message = refused(&["sample", teacher.to_str().unwrap(), "--out", &c]);
+    assert!(message.contains("not an exported generator"), "{message}");
+}
