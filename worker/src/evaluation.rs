@@ -173,6 +173,7 @@ impl Evaluator {
             agreement,
             precision,
             recall,
+            diversity: score::diversity(&features, model.classes()),
             evaluations_per_image: self.samples.evaluations(sampler) as f64,
             images_per_second: samples as f64 / seconds.double_value(&[0]).max(1e-9),
             samples: samples as u64,

@@ -80,6 +80,9 @@ pub struct Evaluation {
     /// k-NN recall.
     #[serde(with = "lenient")]
     pub recall: f64,
+    /// Mean feature distance between two samples of one condition; records of earlier versions lack it.
+    #[serde(with = "lenient", default = "f64::default")]
+    pub diversity: f64,
     /// Network evaluations per image.
     #[serde(with = "lenient")]
     pub evaluations_per_image: f64,
@@ -101,6 +104,7 @@ impl From<&EvaluationReport> for Evaluation {
             agreement: scores.agreement,
             precision: scores.precision,
             recall: scores.recall,
+            diversity: scores.diversity,
             evaluations_per_image: scores.evaluations_per_image,
             images_per_second: scores.images_per_second,
             samples: scores.samples,

@@ -37,6 +37,7 @@ pub fn observation(observation: &Observation) {
                 fid = rounded(scores.fid),
                 agreement = rounded(scores.agreement),
                 recall = rounded(scores.recall),
+                diversity = rounded(scores.diversity),
                 "{subject} evaluated"
             );
         }

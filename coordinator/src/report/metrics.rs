@@ -119,6 +119,9 @@ pub struct Scores {
     /// Share of the reference that lies in the manifold of the samples.
     #[serde(deserialize_with = "nan_if_null")]
     pub recall: f64,
+    /// Mean distance in feature space between two samples of one condition.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub diversity: f64,
     /// Network evaluations behind one image.
     #[serde(deserialize_with = "nan_if_null")]
     pub evaluations_per_image: f64,
@@ -150,6 +153,7 @@ impl From<wire::Scores> for Scores {
             agreement: scores.agreement,
             precision: scores.precision,
             recall: scores.recall,
+            diversity: scores.diversity,
             evaluations_per_image: scores.evaluations_per_image,
             images_per_second: scores.images_per_second,
             samples: scores.samples,

@@ -40,6 +40,8 @@ pub struct Scored {
     pub precision: Option<f64>,
     /// See [`Scores::recall`].
     pub recall: Option<f64>,
+    /// See [`Scores::diversity`].
+    pub diversity: Option<f64>,
     /// See [`Scores::evaluations_per_image`].
     pub evaluations_per_image: Option<f64>,
     /// See [`Scores::images_per_second`].
@@ -62,6 +64,7 @@ impl From<&Scores> for Scored {
             agreement: Some(scores.agreement),
             precision: Some(scores.precision),
             recall: Some(scores.recall),
+            diversity: Some(scores.diversity),
             evaluations_per_image: Some(scores.evaluations_per_image),
             images_per_second: Some(scores.images_per_second),
         }
@@ -122,6 +125,7 @@ impl Summary {
             ("FID (lower is better)", number(3)(t.fid), number(3)(s.fid)),
             ("class agreement", percent(t.agreement), percent(s.agreement)),
             ("recall", number(3)(t.recall), number(3)(s.recall)),
+            ("diversity", number(3)(t.diversity), number(3)(s.diversity)),
             (
                 "network evaluations per image",
                 number(0)(t.evaluations_per_image),

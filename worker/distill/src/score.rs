@@ -79,6 +79,27 @@ pub fn agreement(logits: &Tensor, labels: &Tensor) -> f64 {
     logits.argmax(1, false).eq_tensor(labels).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }
 
+/// Diversity among samples of one condition: the mean Euclidean distance between two of them, over all pairs of each class
+/// and then over classes. Sample i of `features` [N, D] is of class i mod `classes`; 0 or 1 classes: all pairs.
+///
+/// NaN when no class has two samples.
+#[must_use]
+pub fn diversity(features: &Tensor, classes: i64) -> f64 {
+    let x = features.to_kind(Kind::Double);
+    let classes = classes.max(1);
+    let means: Vec<f64> = (0..classes)
+        .filter_map(|class| {
+            let members = x.slice(0, class, None, classes);
+            let n = members.size()[0];
+            // The diagonal adds nothing to the sum and is not a pair.
+            (n > 1).then(|| {
+                distances(&members, &members).sum(Kind::Double).double_value(&[]) / (n * (n - 1)) as f64
+            })
+        })
+        .collect();
+    means.iter().sum::<f64>() / means.len() as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +154,17 @@ mod tests {
             assert!((precision - share(&f, &r, k as usize)).abs() < 1e-12);
             assert!((recall - share(&r, &f, k as usize)).abs() < 1e-12);
         }
+    }
+
+    #[test]
+    fn diversity_is_the_mean_distance_within_a_class() {
+        // Classes alternate; the first lies at 0, 2, 4, the second at 10 and 13.
+        let features = Tensor::from_slice(&[0.0f32, 10.0, 2.0, 13.0, 4.0]).reshape([5, 1]);
+        let first = (2.0 + 4.0 + 2.0) / 3.0;
+        assert!((diversity(&features, 2) - f64::midpoint(first, 3.0)).abs() < 1e-9);
+        let all = diversity(&features.slice(0, 0, 2, 1), 0);
+        assert!((all - 10.0).abs() < 1e-9);
+        assert!(diversity(&features, 5).is_nan(), "no class has a pair");
     }
 
     #[test]
