@@ -39,22 +39,11 @@ fn samples_are_the_same_from_the_run_and_from_its_export() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (file, a, b, c) = (path("student.safetensors"), path("a"), path("b"), path("c"));
 
-    let said = succeed(&["export", "--storage", storage, "--run-id", "done", "--out", &file]);
+    let run = format!("{storage}/runs/done");
+    let said = succeed(&["export", "--checkpoint", &run, "--out", &file]);
     assert!(said.contains("[2.5, 0.8]") && said.contains("000000000004"), "the newest checkpoint: {said}");
-    succeed(&["sample", &file, "--count", "12", "--labels", "3,7", "--out", &a]);
-    succeed(&[
-        "sample",
-        "--storage",
-        storage,
-        "--run-id",
-        "done",
-        "--count",
-        "5",
-        "--labels",
-        "3,7",
-        "--out",
-        &b,
-    ]);
+    succeed(&["sample", "--checkpoint", &file, "--count", "12", "--labels", "3,7", "--out", &a]);
+    succeed(&["sample", "--checkpoint", &run, "--count", "5", "--labels", "3,7", "--out", &b]);
     let read = |folder: &str, name: &str| std::fs::read(Path::new(folder).join(name)).unwrap();
     for index in 0..5 {
         let name = format!("{index:06}.png");
@@ -65,36 +54,28 @@ fn samples_are_the_same_from_the_run_and_from_its_export() {
     let grid = image::load_from_memory(&read(&a, "grid.png")).unwrap();
     assert!(grid.width() > 10 * 56 && grid.height() > 2 * 56, "two rows of ten");
 
-    succeed(&[
-        "sample",
-        "--storage",
-        storage,
-        "--run-id",
-        "done",
-        "--iteration",
-        "2",
-        "--count",
-        "1",
-        "--out",
-        &c,
-    ]);
-    succeed(&["sample", &file, "--count", "1", "--seed", "9", "--out", &b]);
+    let second = format!("{run}/checkpoints/2");
+    succeed(&["sample", "--checkpoint", &second, "--count", "1", "--out", &c]);
+    succeed(&["sample", "--checkpoint", &file, "--count", "1", "--seed", "9", "--out", &b]);
     assert_ne!(read(&a, "000000.png"), read(&b, "000000.png"), "another seed, another image");
 
-    for (arguments, says) in [
-        (vec!["sample", &file, "--labels", "10", "--out", &c], "class 10 is out of range"),
-        (vec!["sample", "--storage", storage, "--run-id", "none", "--out", &c], "no run none"),
-        (
-            vec!["sample", "--storage", storage, "--run-id", "done", "--iteration", "3", "--out", &c],
-            "iteration 3",
-        ),
-        (vec!["sample", "/nowhere.safetensors", "--out", &c], "/nowhere.safetensors"),
-        (vec!["sample", "--out", &c], "--run-id"),
+    succeed(&["sample", "--checkpoint", &file, "--count", "1", "--steps", "1", "--labels", "3", "--out", &c]);
+    assert_ne!(read(&a, "000000.png"), read(&c, "000000.png"), "the first step alone");
+
+    let third = format!("{run}/checkpoints/3");
+    let none = format!("{storage}/runs/none");
+    let teacher = potstill_tests::repository().join("configs/digits/teacher.safetensors");
+    for (checkpoint, more, says) in [
+        (file.as_str(), ["--labels", "10"], "class 10 is out of range"),
+        (&file, ["--steps", "3"], "has 2 step(s)"),
+        (&none, ["--count", "1"], "no run none"),
+        (&third, ["--count", "1"], "iteration 3"),
+        ("/nowhere.safetensors", ["--count", "1"], "/nowhere.safetensors"),
+        ("nowhere", ["--count", "1"], "expected an exported"),
+        (teacher.to_str().unwrap(), ["--count", "1"], "not an exported generator"),
     ] {
+        let arguments = [&["sample", "--checkpoint", checkpoint, "--out", &c], &more[..]].concat();
         let message = refused(&arguments);
         assert!(message.contains(says), "{says}: {message}");
     }
-    let teacher = potstill_tests::repository().join("configs/digits/teacher.safetensors");
-    let message = refused(&["sample", teacher.to_str().unwrap(), "--out", &c]);
-    assert!(message.contains("not an exported generator"), "{message}");
 }

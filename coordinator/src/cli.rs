@@ -51,6 +51,8 @@ enum Command {
     Rank(HandedOn),
     /// Train a small teacher on an image file (potstill-worker)
     TrainTeacher(HandedOn),
+    /// Score a student, or a teacher, beside real images (potstill-worker)
+    Evaluate(HandedOn),
     /// Write the averaged generator of a checkpoint as one file (potstill-worker)
     Export(HandedOn),
     /// Make images with a student (potstill-worker)
@@ -118,6 +120,7 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
+        Command::Evaluate(handed) => handed.on("evaluate"),
         Command::Export(handed) => handed.on("export"),
         Command::Sample(handed) => handed.on("sample"),
     };

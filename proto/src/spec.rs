@@ -21,6 +21,8 @@ pub struct RunSpec {
     pub distillation: DistillationSpec,
     /// The trade-off between alignment and diversity.
     pub guidance: GuidanceSpec,
+    /// The adversarial loss with real samples; without this section the run is data-free.
+    pub adversarial: Option<AdversarialSpec>,
     /// Adam and the averages.
     pub optimiser: OptimiserSpec,
     /// When to save, and how much to keep.
@@ -53,6 +55,12 @@ pub struct GeneratorSpec {
     pub sigmas: Vec<f64>,
     /// Which step's output is matched.
     pub matching: Matching,
+    /// With uniform-step matching: how often each step is chosen, relative to the others; as many as steps. Without them all
+    /// alike, as published (2505.12674).
+    pub step_weights: Vec<f64>,
+    /// An exported generator of the same architecture to start from, instead of a copy of the teacher: SiDA that continues
+    /// SiD (2410.14919's SiD²A).
+    pub start_from: Option<PathBuf>,
 }
 
 /// Which outputs of a K-step generator are trained to match the data.
@@ -68,7 +76,13 @@ pub enum Matching {
 
 impl Default for GeneratorSpec {
     fn default() -> Self {
-        Self { steps: 1, sigmas: vec![2.5], matching: Matching::UniformStep }
+        Self {
+            steps: 1,
+            sigmas: vec![2.5],
+            matching: Matching::UniformStep,
+            step_weights: vec![],
+            start_from: None,
+        }
     }
 }
 
@@ -86,6 +100,12 @@ pub struct DistillationSpec {
     pub micro_batch: u32,
     /// α of the generator loss: 1.2 for EDM in SiD (AFHQ 1.0), 1.0 elsewhere.
     pub alpha: f64,
+    /// ω of the generator loss.
+    pub weighting: Weighting,
+    /// Images that only the fake score sees before the generator moves for the first time. SiDA: 100,000.
+    pub generator_start_images: u64,
+    /// Kind of number that the networks compute with. Weights, moments and reductions are fp32 whatever this is.
+    pub precision: Precision,
     /// Noise law of the fake-score phase: ln σ ~ N(mean, std²).
     pub fake_score_noise: LogNormalSpec,
     /// Noise law of the generator phase: Karras spacing with u ~ U[0, u_max).
@@ -104,10 +124,79 @@ impl Default for DistillationSpec {
             global_batch: 128,
             micro_batch: 64,
             alpha: 1.2,
+            weighting: Weighting::ScoreIdentity,
+            generator_start_images: 0,
+            precision: Precision::Fp32,
             fake_score_noise: LogNormalSpec::default(),
             generator_noise: KarrasSpec::default(),
             dropout: true,
             non_finite_limit: 10,
+        }
+    }
+}
+
+/// ω: how much a sample counts in the generator's loss (ALGORITHM §3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Weighting {
+    /// 1 / max(mean|x_g − f_φ|, 1e-5) (SiD, 2404.04057).
+    #[default]
+    ScoreIdentity,
+    /// 1 − t; for flow-matching teachers only (2509.25127).
+    OneMinusT,
+    /// The signal-to-noise ratio.
+    Snr,
+    /// Its root.
+    SqrtSnr,
+}
+
+/// Kind of number that networks compute with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    Fp32,
+    /// bfloat16: fp32's range, 8 bits of precision.
+    Bf16,
+    /// Half precision, with a dynamic loss scale. SiD uses an `optimiser.epsilon` of 1e-6 with it.
+    Fp16,
+}
+
+/// The adversarial loss: a Diffusion GAN on the fake score's encoder (SiDA, 2410.14919; ALGORITHM §5).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdversarialSpec {
+    /// Real samples: an image file of this project's (safetensors), a folder with one sub-folder of images per class, a tar
+    /// in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL.
+    pub data: String,
+    /// Use only so many of them, spread evenly over the whole.
+    pub limit: Option<u64>,
+    /// λ_sid. SiDA: 100.
+    pub score_identity_weight: f64,
+    /// λ_adv of the generator. SiDA: 0.01.
+    pub generator_weight: f64,
+    /// λ_adv of the discriminator. SiDA: 1.
+    pub discriminator_weight: f64,
+    /// Images seen before the adversarial loss joins. SiDA: 200,000.
+    pub start_images: u64,
+    /// Weight of the approximate R1 penalty on real samples (2501.08316); 0: none.
+    pub approximate_r1: f64,
+    /// Standard deviation of its perturbation.
+    pub approximate_r1_sigma: f64,
+}
+
+impl Default for AdversarialSpec {
+    fn default() -> Self {
+        Self {
+            data: String::new(),
+            limit: None,
+            score_identity_weight: 100.0,
+            generator_weight: 0.01,
+            discriminator_weight: 1.0,
+            start_images: 0,
+            approximate_r1: 0.0,
+            approximate_r1_sigma: 0.1,
         }
     }
 }
@@ -157,6 +246,14 @@ impl Default for GuidanceSpec {
             teacher: 1.0,
             condition_dropout: 0.1,
         }
+    }
+}
+
+impl GeneratorSpec {
+    /// How often each step is chosen, relative to the others.
+    #[must_use]
+    pub fn weights(&self) -> Vec<f64> {
+        if self.step_weights.is_empty() { vec![1.0; self.steps as usize] } else { self.step_weights.clone() }
     }
 }
 
@@ -224,6 +321,33 @@ pub struct OptimiserSpec {
     pub epsilon: f64,
     /// Half-life of G_ema in images; bounded by 5 % of the images seen.
     pub ema_half_life_images: f64,
+    /// Gradients longer than this L2 norm are scaled down to it; without it they are not (SiD).
+    pub clip_norm: Option<f64>,
+    /// Elements of gradients are kept within ± this; without it they are not (SiD).
+    pub clip_value: Option<f64>,
+    /// When both learning rates fall; without it they stay (SiD).
+    pub decay: Option<DecaySpec>,
+}
+
+/// Learning rates fall linearly to 0 between two points of the run, counted in images so that more iterations or another
+/// number of workers leave the trajectory before them as it is. Not in SiD: ours, for runs that end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DecaySpec {
+    /// Images seen when the fall begins.
+    pub start_images: u64,
+    /// Images seen when the learning rates are 0.
+    pub end_images: u64,
+}
+
+impl DecaySpec {
+    /// The factor of the learning rates after `images`.
+    #[must_use]
+    pub fn factor(&self, images: u64) -> f64 {
+        let length = (self.end_images - self.start_images) as f64;
+        let left = self.end_images.saturating_sub(images) as f64;
+        (left / length).min(1.0)
+    }
 }
 
 impl Default for OptimiserSpec {
@@ -234,6 +358,9 @@ impl Default for OptimiserSpec {
             betas: [0.0, 0.999],
             epsilon: 1e-8,
             ema_half_life_images: 500_000.0,
+            clip_norm: None,
+            clip_value: None,
+            decay: None,
         }
     }
 }
@@ -271,6 +398,8 @@ pub struct EvaluationSpec {
     pub teacher_steps: u32,
     /// k of the k-nearest-neighbour manifolds behind precision and recall.
     pub neighbours: u32,
+    /// The run stops when the student's diversity falls below this share of the teacher's: it has collapsed. 0: never.
+    pub collapse_share: f64,
 }
 
 impl Default for EvaluationSpec {
@@ -283,6 +412,7 @@ impl Default for EvaluationSpec {
             reference: None,
             teacher_steps: 18,
             neighbours: 3,
+            collapse_share: 0.25,
         }
     }
 }
@@ -353,11 +483,18 @@ impl RunSpec {
             Some(&mut spec.teacher.weights).filter(|p| !p.as_os_str().is_empty()),
             spec.evaluation.features.as_mut(),
             spec.evaluation.reference.as_mut(),
+            spec.generator.start_from.as_mut(),
         ]
         .into_iter()
         .flatten()
         {
             *path = folder.join(&path);
+        }
+        if let Some(adversarial) = &mut spec.adversarial
+            && !adversarial.data.is_empty()
+            && !adversarial.data.contains("://")
+        {
+            adversarial.data = folder.join(&adversarial.data).display().to_string();
         }
         spec.validate()?;
         Ok(spec)
@@ -419,6 +556,21 @@ impl RunSpec {
             format!("generator.sigmas are {:?}; they must be > 0 and fall from step to step", g.sigmas),
         );
 
+        require(
+            g.step_weights.is_empty()
+                || (g.step_weights.len() == g.steps as usize
+                    && g.step_weights.iter().all(|w| w.is_finite() && *w >= 0.0)
+                    && g.step_weights.iter().sum::<f64>() > 0.0),
+            format!(
+                "generator.step_weights are {:?}; give one number ≥ 0 for each of the {} steps, not all 0, or none",
+                g.step_weights, g.steps
+            ),
+        );
+        require(
+            g.step_weights.is_empty() || g.matching == Matching::UniformStep,
+            "generator.step_weights say which step is matched how often; final-step matching matches the last only".into(),
+        );
+
         let d = &self.distillation;
         require(d.iterations > 0, "distillation.iterations is 0; it must be at least 1".into());
         require(d.micro_batch > 0, "distillation.micro_batch is 0; it must be at least 1".into());
@@ -466,7 +618,33 @@ impl RunSpec {
             format!("guidance.condition_dropout is {}; it must lie in [0, 1)", g.condition_dropout),
         );
 
+        if let Some(a) = &self.adversarial {
+            require(
+                !a.data.is_empty(),
+                "adversarial.data is missing: name the real samples, or leave the section out".into(),
+            );
+            require(a.limit != Some(0), "adversarial.limit is 0; it must be at least 1".into());
+            for (name, weight) in [
+                ("score_identity_weight", a.score_identity_weight),
+                ("generator_weight", a.generator_weight),
+                ("discriminator_weight", a.discriminator_weight),
+                ("approximate_r1", a.approximate_r1),
+                ("approximate_r1_sigma", a.approximate_r1_sigma),
+            ] {
+                require(
+                    weight.is_finite() && weight >= 0.0,
+                    format!("adversarial.{name} is {weight}; it must be at least 0"),
+                );
+            }
+        }
+
         let o = &self.optimiser;
+        for (name, bound) in [("clip_norm", o.clip_norm), ("clip_value", o.clip_value)] {
+            require(
+                bound.is_none_or(positive),
+                format!("optimiser.{name} is {}; it must be > 0", bound.unwrap_or_default()),
+            );
+        }
         for (name, rate) in [
             ("generator_learning_rate", o.generator_learning_rate),
             ("fake_score_learning_rate", o.fake_score_learning_rate),
@@ -474,6 +652,24 @@ impl RunSpec {
             ("ema_half_life_images", o.ema_half_life_images),
         ] {
             require(positive(rate), format!("optimiser.{name} is {rate}; it must be > 0"));
+        }
+        if let Some(decay) = &o.decay {
+            let end = d.iterations * u64::from(d.global_batch);
+            require(
+                decay.start_images < decay.end_images,
+                format!(
+                    "optimiser.decay.end_images ({}) must lie behind start_images ({})",
+                    decay.end_images, decay.start_images
+                ),
+            );
+            require(
+                decay.end_images >= end,
+                format!(
+                    "optimiser.decay.end_images is {}, but the run sees {end} images (iterations × global_batch): nothing \
+                     would be learned in the rest",
+                    decay.end_images
+                ),
+            );
         }
         require(
             o.betas.iter().all(|b| (0.0..1.0).contains(b)),
@@ -488,6 +684,10 @@ impl RunSpec {
             "evaluation.features and evaluation.reference go together: give both or neither".into(),
         );
         require(e.teacher_steps >= 2, "evaluation.teacher_steps must be at least 2".into());
+        require(
+            (0.0..1.0).contains(&e.collapse_share),
+            format!("evaluation.collapse_share is {}; it must lie in [0, 1)", e.collapse_share),
+        );
         require(e.neighbours >= 1, "evaluation.neighbours must be at least 1".into());
         require(
             e.samples > e.neighbours,
@@ -540,11 +740,16 @@ impl RunSpec {
             spec.distillation.non_finite_limit = 0;
             // The file may have moved; its content may not have changed.
             spec.teacher.weights = PathBuf::new();
+            spec.generator.start_from = spec.generator.start_from.map(|_| PathBuf::new());
+            if let Some(adversarial) = &mut spec.adversarial {
+                adversarial.data.clear();
+            }
             serde_json::json!({
                 "teacher": spec.teacher,
                 "generator": spec.generator,
                 "distillation": spec.distillation,
                 "guidance": spec.guidance,
+                "adversarial": spec.adversarial,
                 "optimiser": spec.optimiser,
             })
         };

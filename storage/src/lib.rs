@@ -17,8 +17,10 @@ pub mod layout;
 mod root;
 mod run;
 mod run_id;
+mod source;
 
 pub use error::Error;
 pub use root::Root;
 pub use run::Run;
 pub use run_id::{BadRunId, RunId};
+pub use source::Source;

@@ -35,24 +35,31 @@ impl Root {
             return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
         }
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
+        if url.scheme() == "file" {
+            let folder =
+                url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
+            return Self::local(folder, location);
+        }
+        let (store, prefix) = Self::open_store(location)?;
+        // Without what may follow: a query can hold credentials.
+        let shown = format!("{}://{}{}", url.scheme(), url.host_str().unwrap_or_default(), url.path());
+        Ok(Self { store, prefix, url: shown, folder: None })
+    }
+
+    /// The store that a URL of `s3://`, `gs://`, `az://` or `memory://` names, and the place in it.
+    pub(crate) fn open_store(location: &str) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
+        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
         let scheme = url.scheme();
-        match scheme {
-            "file" => {
-                let folder =
-                    url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
-                return Self::local(folder, location);
-            }
-            "s3" | "gs" | "az" | "memory" => {}
-            // object_store knows more schemes, but some of them name the place in parts that `url` leaves out.
-            _ => return Err(bad(format!("the scheme {scheme}:// is not known"))),
+        // object_store knows more schemes, but some of them name the place in parts that `url` leaves out.
+        if !["s3", "gs", "az", "memory"].contains(&scheme) {
+            return Err(bad(format!("the scheme {scheme}:// is not known")));
         }
         let options = std::env::vars()
             .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))
             .map(|(name, value)| (name.to_ascii_lowercase(), value));
-        let (store, prefix) = object_store::parse_url_opts(&url, options).map_err(|e| bad(e.to_string()))?;
-        // Without what may follow: a query can hold credentials.
-        let shown = format!("{scheme}://{}{}", url.host_str().unwrap_or_default(), url.path());
-        Ok(Self { store: store.into(), prefix, url: shown, folder: None })
+        let (store, path) = object_store::parse_url_opts(&url, options).map_err(|e| bad(e.to_string()))?;
+        Ok((store.into(), path))
     }
 
     fn local(folder: PathBuf, location: &str) -> Result<Self, Error> {

@@ -7,7 +7,8 @@ use std::{borrow::Cow, collections::HashMap};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
-use potstill_distill::state::State;
+use potstill_distill::state::{GENERATOR_EMA, Part, State};
+use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::Generation,
     message::FromWorker,
@@ -54,7 +55,7 @@ impl Snapshot {
         let total: i64 = parts.iter().map(|p| p.flat.numel() as i64).sum();
         let (mut before, mut tensors) = (0i64, Vec::new());
         for part in &parts {
-            for entry in part.network.parameters().entries() {
+            for entry in part.entries {
                 let count: i64 = entry.shape.iter().product();
                 // The rank in whose stretch of the whole state this tensor begins.
                 let owner = before * i64::from(world_size) / total;
@@ -110,10 +111,36 @@ impl Snapshot {
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
 pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<u64> {
+    fill(run, manifest_key, &state.parts(), Others::Refused).await
+}
+
+/// Fills `network` with the averaged generator of the checkpoint whose manifest lies under `manifest_key`; returns the
+/// checkpoint's iteration.
+///
+/// # Errors
+/// As [`restore`].
+pub async fn restore_generator(
+    run: &Run,
+    manifest_key: &str,
+    network: &mut dyn Denoiser,
+) -> anyhow::Result<u64> {
+    let parameters = network.parameters();
+    let part = Part { name: GENERATOR_EMA, entries: parameters.entries(), flat: parameters.flat() };
+    fill(run, manifest_key, &[part], Others::PassedOver).await
+}
+
+/// Tensors of a checkpoint that nobody asked for.
+#[derive(PartialEq)]
+enum Others {
+    Refused,
+    PassedOver,
+}
+
+async fn fill(run: &Run, manifest_key: &str, parts: &[Part<'_>], others: Others) -> anyhow::Result<u64> {
     let manifest = run.manifest(manifest_key).await?;
     let mut missing: HashMap<String, (usize, usize)> = HashMap::new();
-    for (p, part) in state.parts().iter().enumerate() {
-        for (e, entry) in part.network.parameters().entries().iter().enumerate() {
+    for (p, part) in parts.iter().enumerate() {
+        for (e, entry) in part.entries.iter().enumerate() {
             missing.insert(format!("{}/{}", part.name, entry.name), (p, e));
         }
     }
@@ -123,12 +150,14 @@ pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow
         let file = SafeTensors::deserialize(&bytes).with_context(|| format!("shard {place}"))?;
         for (name, view) in file.iter() {
             let Some((p, e)) = missing.remove(name) else {
+                if others == Others::PassedOver {
+                    continue;
+                }
                 bail!(
                     "shard {place} holds {name}, which this model does not have or another shard holds too"
                 );
             };
-            let parts = state.parts();
-            let entry = &parts[p].network.parameters().entries()[e];
+            let entry = &parts[p].entries[e];
             let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
             ensure!(
                 shape == entry.shape && view.dtype() == Dtype::F32,

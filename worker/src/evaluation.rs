@@ -3,67 +3,85 @@
 //! Each rank makes every world-th chunk of the samples and puts features and logits into its rows of a zero matrix; a sum over ranks puts them together, and
 //! every rank computes the same scores.
 
-use std::{path::Path, time::Instant};
+use std::{collections::BTreeMap, path::Path, time::Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::score::{self, Moments};
-use potstill_models::Denoiser;
+use potstill_models::{
+    Denoiser,
+    weights::{self, Archive},
+};
 use potstill_proto::{spec::EvaluationSpec, wire::Scores};
+use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{
-    dataset::Dataset,
+    dataset::{Dataset, Shape},
     samples::{CHUNK, SampleSet, Sampler},
 };
 
-/// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → (features [N, D], logits [N, classes]).
+/// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
 pub struct Extractor {
     module: CModule,
     device: Device,
+    /// SHA-256 of its file: what statistics were computed with.
+    digest: String,
+}
+
+/// What an extractor makes of images.
+struct Extracted {
+    features: Tensor,
+    logits: Option<Tensor>,
 }
 
 impl Extractor {
-    /// Loads it, and tries it on images of `sample_shape`.
+    /// Loads it, and tries it on images of `shape`.
     ///
     /// # Errors
     /// Not TorchScript; another signature; logits for another number of classes.
-    pub fn load(path: &Path, sample_shape: [i64; 3], classes: i64, device: Device) -> anyhow::Result<Self> {
+    pub fn load(path: &Path, shape: Shape, device: Device) -> anyhow::Result<Self> {
         let context = || format!("feature extractor {}", path.display());
-        ensure!(path.is_file(), "{}: no such file", context());
-        let module = CModule::load_on_device(path, device)
+        let bytes = std::fs::read(path).with_context(context)?;
+        let digest = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let module = CModule::load_data_on_device(&mut bytes.as_slice(), device)
             .map_err(|e| anyhow!("is not a TorchScript module: {}", first_line(&e)))
             .with_context(context)?;
-        let extractor = Self { module, device };
-        let [channels, height, width] = sample_shape;
+        let extractor = Self { module, device, digest };
+        let [channels, height, width] = shape.sample;
         let trial = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
-        let (features, logits) = extractor.run(&trial).with_context(context)?;
+        let Extracted { features, logits } = extractor.run(&trial).with_context(context)?;
         ensure!(
-            features.size().len() == 2 && features.size()[0] == 2 && logits.size().first() == Some(&2),
-            "{}: turns 2 images into features {:?} and logits {:?}; expected [2, D] and [2, classes]",
+            features.size().len() == 2 && features.size()[0] == 2,
+            "{}: turns 2 images into features {:?}; expected [2, D]",
             context(),
-            features.size(),
-            logits.size()
+            features.size()
         );
-        ensure!(
-            classes == 0 || logits.size()[1..] == [classes],
-            "{}: has logits {:?}, but the teacher has {classes} classes",
-            context(),
-            logits.size()
-        );
+        if let Some(logits) = logits {
+            let size = logits.size();
+            ensure!(
+                size.len() == 2 && size[0] == 2 && (shape.classes == 0 || size[1] == shape.classes),
+                "{}: turns 2 images into logits {size:?}; expected [2, {}], one for each of the teacher's classes",
+                context(),
+                shape.classes
+            );
+        }
         Ok(extractor)
     }
 
-    fn run(&self, images: &Tensor) -> anyhow::Result<(Tensor, Tensor)> {
+    fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let input = IValue::Tensor(images.to_device(self.device));
         let output = no_grad(|| self.module.forward_is(&[input]))
             .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), first_line(&e)))?;
         match output {
+            IValue::Tensor(features) => Ok(Extracted { features, logits: None }),
             IValue::Tuple(parts) => match <[IValue; 2]>::try_from(parts) {
-                Ok([IValue::Tensor(features), IValue::Tensor(logits)]) => Ok((features, logits)),
-                _ => Err(anyhow!("does not return (features, logits)")),
+                Ok([IValue::Tensor(features), IValue::Tensor(logits)]) => {
+                    Ok(Extracted { features, logits: Some(logits) })
+                }
+                _ => Err(anyhow!("returns a tuple that is not (features, logits)")),
             },
-            _ => Err(anyhow!("does not return a pair (features, logits)")),
+            _ => Err(anyhow!("returns neither features nor (features, logits)")),
         }
     }
 }
@@ -76,34 +94,33 @@ fn first_line(error: &tch::TchError) -> String {
 pub struct Evaluator {
     spec: EvaluationSpec,
     extractor: Extractor,
-    real_features: Tensor,
-    real_moments: Moments,
+    reference: Reference,
     samples: SampleSet,
-    device: Device,
 }
 
 impl Evaluator {
-    /// Loads extractor and reference images, if the run has them.
+    /// Loads extractor and reference, if the specification has them.
     ///
     /// # Errors
-    /// Either file is missing or does not fit the model.
+    /// Either is missing or does not fit the model.
     pub fn load(spec: &EvaluationSpec, model: &dyn Denoiser, device: Device) -> anyhow::Result<Option<Self>> {
         let (Some(features), Some(reference)) = (&spec.features, &spec.reference) else { return Ok(None) };
-        let extractor = Extractor::load(features, model.sample_shape(), model.classes(), device)?;
-        let data = Dataset::load(reference, model.sample_shape(), model.classes())?;
+        let shape = Shape { sample: model.sample_shape(), classes: model.classes() };
+        let extractor = Extractor::load(features, shape, device)?;
+        let reference = Reference::load(reference, &extractor, shape)?;
         ensure!(
-            data.len() > i64::from(spec.neighbours),
-            "{}: has {} images; evaluation.neighbours = {} needs more",
-            reference.display(),
-            data.len(),
+            reference.features.size()[0] > i64::from(spec.neighbours),
+            "the reference has {} images; evaluation.neighbours = {} needs more",
+            reference.features.size()[0],
             spec.neighbours
         );
-        let batches = data.images.split(CHUNK, 0);
-        let features = batches.iter().map(|b| Ok(extractor.run(b)?.0)).collect::<anyhow::Result<Vec<_>>>()?;
-        let real_features = Tensor::cat(&features, 0).to_device(Device::Cpu);
-        let real_moments = Moments::of(&real_features);
         let samples = SampleSet::new(spec, device);
-        Ok(Some(Self { spec: spec.clone(), extractor, real_features, real_moments, samples, device }))
+        Ok(Some(Self { spec: spec.clone(), extractor, reference, samples }))
+    }
+
+    /// What it compares with.
+    pub fn reference(&self) -> &Reference {
+        &self.reference
     }
 
     /// Scores a sampler; every rank of the group takes part and gets the same scores. `tick` is called after each chunk.
@@ -119,7 +136,8 @@ impl Evaluator {
         let model = sampler.network();
         let member = group.member();
         let samples = i64::from(self.spec.samples);
-        let mut rows: Option<(Tensor, Tensor)> = None;
+        let mut rows: Option<(Tensor, Option<Tensor>)> = None;
+        let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
         let mut sampling = 0.0;
         let mut labels = Vec::new();
         for index in 0..(samples + CHUNK - 1) / CHUNK {
@@ -133,11 +151,13 @@ impl Evaluator {
             let started = Instant::now();
             let images = self.samples.sample(sampler, &chunk);
             sampling += started.elapsed().as_secs_f64();
-            let (features, logits) = self.extractor.run(&images)?;
-            let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
-            let (all_features, all_logits) = rows.get_or_insert_with(|| (matrix(&features), matrix(&logits)));
+            let Extracted { features, logits } = self.extractor.run(&images)?;
+            let (all_features, all_logits) =
+                rows.get_or_insert_with(|| (matrix(&features), logits.as_ref().map(matrix)));
             all_features.narrow(0, first, count).copy_(&features);
-            all_logits.narrow(0, first, count).copy_(&logits);
+            if let (Some(all), Some(logits)) = (all_logits, logits) {
+                all.narrow(0, first, count).copy_(&logits);
+            }
             tick();
         }
         let (features, logits) = match rows {
@@ -145,31 +165,32 @@ impl Evaluator {
             // More ranks than chunks: this one has none, but takes part in the sums.
             None => {
                 let [channels, height, width] = model.sample_shape();
-                let trial = Tensor::zeros([1, channels, height, width], (Kind::Float, self.device));
-                let (f, l) = self.extractor.run(&trial)?;
-                let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
-                (matrix(&f), matrix(&l))
+                let trial = Tensor::zeros([1, channels, height, width], (Kind::Float, self.extractor.device));
+                let Extracted { features, logits } = self.extractor.run(&trial)?;
+                (matrix(&features), logits.as_ref().map(matrix))
             }
         };
         // All ranks sample side by side; the slowest one's time is the sampling's.
         let seconds = Tensor::from_slice(&[sampling]).to_kind(Kind::Float).to_device(group.device());
-        if let Err(error) = gather(group, &features, &logits, &seconds) {
+        if let Err(error) = gather(group, &features, logits.as_ref(), &seconds) {
             return Ok(Err(error));
         }
-        let (features, logits) = (features.to_device(Device::Cpu), logits.to_device(Device::Cpu));
+        let features = features.to_device(Device::Cpu);
         ensure!(
             bool::try_from(features.isfinite().all())?,
             "the extractor's features are not finite: the samples are broken"
         );
         let (precision, recall) =
-            score::precision_recall(&self.real_features, &features, self.spec.neighbours.into());
+            score::precision_recall(&self.reference.features, &features, self.spec.neighbours.into());
         tick();
-        let agreement = match model.classes() {
-            0 => f64::NAN,
-            _ => score::agreement(&logits, &Tensor::cat(&labels, 0)),
+        let agreement = match logits {
+            Some(logits) if model.classes() > 0 => {
+                score::agreement(&logits.to_device(Device::Cpu), &Tensor::cat(&labels, 0))
+            }
+            _ => f64::NAN,
         };
         Ok(Ok(Scores {
-            fid: self.real_moments.frechet_distance(&Moments::of(&features)),
+            fid: self.reference.moments.frechet_distance(&Moments::of(&features)),
             agreement,
             precision,
             recall,
@@ -181,9 +202,70 @@ impl Evaluator {
     }
 }
 
-fn gather(group: &ProcessGroup, features: &Tensor, logits: &Tensor, seconds: &Tensor) -> Result<(), Error> {
-    for (tensor, op) in [(features, ReduceOp::Sum), (logits, ReduceOp::Sum), (seconds, ReduceOp::Max)] {
+fn gather(
+    group: &ProcessGroup,
+    features: &Tensor,
+    logits: Option<&Tensor>,
+    seconds: &Tensor,
+) -> Result<(), Error> {
+    let sums = [Some(features), logits].into_iter().flatten().map(|tensor| (tensor, ReduceOp::Sum));
+    for (tensor, op) in sums.chain([(seconds, ReduceOp::Max)]) {
         group.all_reduce(tensor, op)?.wait(None)?;
     }
     Ok(())
+}
+
+/// The features of real images, with their moments: computed from the images, or read from a file that holds them
+/// already.
+pub struct Reference {
+    features: Tensor,
+    moments: Moments,
+    extractor: String,
+}
+
+/// Header key of a file of features: SHA-256 of the extractor that made them.
+const EXTRACTOR_KEY: &str = "extractor_sha256";
+
+impl Reference {
+    /// Loads images and extracts their features, or loads features that [`to_safetensors`](Self::to_safetensors) wrote.
+    ///
+    /// # Errors
+    /// There are none, they do not fit the model, or the features are another extractor's.
+    fn load(path: &Path, extractor: &Extractor, shape: Shape) -> anyhow::Result<Self> {
+        let location = path.to_string_lossy();
+        if path.extension().is_some_and(|e| e == "safetensors") && path.is_file() {
+            let archive = Archive::read(path)?;
+            if let Some(features) = archive.tensors.get("features") {
+                let made_by = archive.metadata.get(EXTRACTOR_KEY).map_or("", String::as_str);
+                ensure!(
+                    made_by == extractor.digest,
+                    "{location}: these features were made by the extractor with SHA-256 {made_by}, but this one has {}; \
+                     compute them anew with `potstill evaluate --save-statistics`",
+                    extractor.digest
+                );
+                ensure!(features.size().len() == 2, "{location}: `features` must be [N, D]");
+                return Ok(Self::new(features.shallow_clone(), made_by.to_owned()));
+            }
+        }
+        let images = Dataset::load(&location, shape)?.images();
+        let features = images
+            .split(CHUNK, 0)
+            .iter()
+            .map(|batch| Ok(extractor.run(batch)?.features.to_device(Device::Cpu)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self::new(Tensor::cat(&features, 0), extractor.digest.clone()))
+    }
+
+    fn new(features: Tensor, extractor: String) -> Self {
+        Self { moments: Moments::of(&features), features, extractor }
+    }
+
+    /// The features as a file that takes the images' place next time.
+    ///
+    /// # Errors
+    /// The serialiser's.
+    pub fn to_safetensors(&self) -> anyhow::Result<Vec<u8>> {
+        let metadata = BTreeMap::from([(EXTRACTOR_KEY.to_owned(), self.extractor.clone())]);
+        Ok(weights::archive(&[("features", &self.features)], &metadata)?)
+    }
 }

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use tch::Device;
 
-use crate::student::{Source, Student};
+use crate::student::Source;
 
 #[derive(Args)]
 pub struct Arguments {
@@ -18,16 +18,16 @@ pub struct Arguments {
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let student = Student::load(&arguments.source, Device::Cpu)?;
+    let student = arguments.source.load(Device::Cpu)?;
     let out = arguments.out;
     std::fs::write(&out, student.to_safetensors()?)
         .with_context(|| format!("cannot write {}", out.display()))?;
     println!(
-        "{} from {}: {} step(s), σ {:?}",
+        "{} from {}: {} step(s), at {:?}",
         out.display(),
         student.origin,
-        student.sigmas.len(),
-        student.sigmas
+        student.times.len(),
+        student.times
     );
     Ok(ExitCode::SUCCESS)
 }

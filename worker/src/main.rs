@@ -6,6 +6,7 @@ mod check;
 mod checkpoint;
 mod control_lane;
 mod dataset;
+mod evaluate;
 mod evaluation;
 mod export;
 mod lifeline;
@@ -38,6 +39,8 @@ enum Command {
     Agent(agent::Arguments),
     /// One per device: attaches to the coordinator and trains.
     Rank(rank::Arguments),
+    /// Scores a student, or a teacher, beside real images.
+    Evaluate(evaluate::Arguments),
     /// Writes the averaged generator of a checkpoint as one file.
     Export(export::Arguments),
     /// Makes images with a student.
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Agent(arguments) => agent::main(arguments),
         Command::Rank(arguments) => rank::main(arguments),
+        Command::Evaluate(arguments) => evaluate::main(arguments),
         Command::Export(arguments) => export::main(arguments),
         Command::Sample(arguments) => sample::main(arguments),
         Command::Check => check::main(),

@@ -38,7 +38,7 @@ pub struct Arguments {
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let student = Student::load(&arguments.source, Device::Cpu)?;
+    let student = arguments.source.load(Device::Cpu)?;
     let classes = student.network.classes();
     if let Some(label) = arguments.labels.iter().find(|label| !(0..classes).contains(*label)) {
         anyhow::bail!("class {label} is out of range: {} knows {classes} classes, from 0", student.origin);
@@ -74,7 +74,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 fn image(student: &Student, labels: &[i64], seed: u64, index: u32) -> Tensor {
     let network = student.network.as_ref();
     let [channels, height, width] = network.sample_shape();
-    let noises: Vec<Tensor> = (0..student.sigmas.len())
+    let noises: Vec<Tensor> = (0..student.times.len())
         .map(|step| {
             let mut stream = Stream::new(seed, step as u64, Purpose::Sampling, index, Device::Cpu);
             stream.normal(&[1, channels, height, width])
@@ -87,5 +87,5 @@ fn image(student: &Student, labels: &[i64], seed: u64, index: u32) -> Tensor {
             Condition::Class(label.one_hot(network.classes()).to_kind(Kind::Float))
         }
     };
-    no_grad(|| generator::generate(network, &noises, &condition, &student.sigmas, 0, Mode::Eval))
+    no_grad(|| generator::generate(network, &noises, &condition, &student.times, 0, Mode::Eval))
 }

@@ -23,8 +23,8 @@ pub enum Sampler<'a> {
     Student {
         /// G_ema.
         generator: &'a dyn Denoiser,
-        /// Noise level of each step.
-        sigmas: &'a [f64],
+        /// Time of each step.
+        times: &'a [f64],
     },
 }
 
@@ -84,10 +84,10 @@ impl SampleSet {
         let Chunk { index, noise, condition, .. } = chunk;
         no_grad(|| match sampler {
             Sampler::Teacher(teacher) => sampler::heun(teacher, noise, condition, &self.heun()),
-            Sampler::Student { generator, sigmas } => {
-                let later = (1..sigmas.len()).map(|step| self.noise(step as u64, *index, &noise.size()));
+            Sampler::Student { generator, times } => {
+                let later = (1..times.len()).map(|step| self.noise(step as u64, *index, &noise.size()));
                 let noises: Vec<Tensor> = std::iter::once(noise.shallow_clone()).chain(later).collect();
-                generator::generate(generator, &noises, condition, sigmas, 0, Mode::Eval)
+                generator::generate(generator, &noises, condition, times, 0, Mode::Eval)
             }
         })
     }
@@ -102,7 +102,7 @@ impl SampleSet {
     pub fn evaluations(&self, sampler: Sampler<'_>) -> u64 {
         match sampler {
             Sampler::Teacher(_) => self.heun().evaluations(),
-            Sampler::Student { sigmas, .. } => sigmas.len() as u64,
+            Sampler::Student { times, .. } => times.len() as u64,
         }
     }
 

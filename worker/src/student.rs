@@ -1,10 +1,9 @@
-//! A finished student: the averaged generator and its noise levels, from a run's checkpoint or from an exported file.
+//! A finished student: the averaged generator and the times of its steps, from a run's checkpoint or from an exported file.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
-use potstill_distill::state::State;
 use potstill_models::{Denoiser, EdmNetwork, weights::Archive};
 use potstill_proto::spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
@@ -12,74 +11,110 @@ use tch::Device;
 
 use crate::{checkpoint, training::load_teacher};
 
-/// Header key of an exported file under which the generator's noise levels lie, as JSON.
-const SIGMAS_KEY: &str = "sigmas";
+/// Header key of an exported file under which the times of the generator's steps lie, as JSON.
+const TIMES_KEY: &str = "times";
 
 /// Where the student comes from.
 #[derive(Args)]
-#[group(required = true, multiple = true)]
 pub struct Source {
-    /// An exported generator
-    #[arg(conflicts_with_all = ["run_id", "iteration"])]
-    file: Option<PathBuf>,
-    /// Take it from a checkpoint of this run
-    #[arg(long, value_name = "NAME")]
-    run_id: Option<String>,
-    /// Where the run is kept
-    #[arg(long, value_name = "URL", default_value = ".")]
-    storage: String,
-    /// Which checkpoint; by default the newest
-    #[arg(long, value_name = "N", requires = "run_id")]
-    iteration: Option<u64>,
+    /// An exported generator (a .safetensors file), or a run, or a checkpoint of one: <storage>/runs/<run> takes the newest,
+    /// <storage>/runs/<run>/checkpoints/<iteration> that one
+    #[arg(long, value_name = "URL")]
+    checkpoint: String,
+    /// Run only the first so many steps of the generator; by default all
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    steps: Option<u32>,
 }
 
 /// A generator that is ready to sample from.
 pub struct Student {
     /// G_ema.
     pub network: Box<dyn Denoiser>,
-    /// Noise level of each step.
-    pub sigmas: Vec<f64>,
+    /// Time of each step.
+    pub times: Vec<f64>,
     /// Where it comes from, for people.
     pub origin: String,
 }
 
-impl Student {
+/// A checkpoint's place in a storage.
+#[derive(Debug, PartialEq)]
+struct Place {
+    storage: String,
+    run: RunId,
+    /// The newest, if there is none.
+    iteration: Option<u64>,
+}
+
+impl Place {
+    /// Takes `<storage>/runs/<run>[/checkpoints/<iteration>[/manifest.json]]` apart.
+    fn parse(location: &str) -> anyhow::Result<Self> {
+        let expected = "expected an exported .safetensors file, <storage>/runs/<run> or \
+                        <storage>/runs/<run>/checkpoints/<iteration>";
+        let (storage, rest) = match location.rsplit_once("/runs/") {
+            Some((storage, rest)) => (if storage.is_empty() { "/" } else { storage }, rest),
+            None => (".", location.strip_prefix("runs/").with_context(|| format!("{location}: {expected}"))?),
+        };
+        let parts: Vec<&str> = rest.split('/').filter(|part| !part.is_empty()).collect();
+        let (run, iteration) = match parts[..] {
+            [run] => (run, None),
+            [run, "checkpoints", iteration] | [run, "checkpoints", iteration, "manifest.json"] => {
+                (run, Some(iteration.parse().with_context(|| format!("{location}: {expected}"))?))
+            }
+            _ => bail!("{location}: {expected}"),
+        };
+        Ok(Self { storage: storage.to_owned(), run: run.parse()?, iteration })
+    }
+}
+
+impl Source {
     /// Loads it.
     ///
     /// # Errors
-    /// There is no such file or checkpoint, or it is damaged.
-    pub fn load(source: &Source, device: Device) -> anyhow::Result<Self> {
-        match (&source.file, &source.run_id) {
-            (Some(file), _) => Self::from_file(file, device),
-            (None, Some(run_id)) => {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-                runtime.block_on(Self::from_run(&source.storage, run_id, source.iteration, device))
-            }
-            (None, None) => anyhow::bail!("name an exported file, or a run with --run-id"),
+    /// There is no such file or checkpoint, it is damaged, or it has fewer steps than asked for.
+    pub fn load(&self, device: Device) -> anyhow::Result<Student> {
+        let mut student = if self.checkpoint.ends_with(".safetensors") {
+            Student::from_file(Path::new(&self.checkpoint), device)?
+        } else {
+            let place = Place::parse(&self.checkpoint)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(Student::from_run(place, device))?
+        };
+        if let Some(steps) = self.steps {
+            ensure!(
+                steps as usize <= student.times.len(),
+                "{}: has {} step(s), at {:?}; --steps {steps} is more than it was trained for",
+                student.origin,
+                student.times.len(),
+                student.times
+            );
+            student.times.truncate(steps as usize);
         }
+        Ok(student)
     }
+}
 
-    fn from_file(path: &PathBuf, device: Device) -> anyhow::Result<Self> {
+impl Student {
+    /// An exported one.
+    ///
+    /// # Errors
+    /// The file is missing, damaged, or no exported generator.
+    pub fn from_file(path: &Path, device: Device) -> anyhow::Result<Self> {
         let archive = Archive::read(path)?;
-        let sigmas = archive.metadata.get(SIGMAS_KEY).with_context(|| {
-            format!("{} is not an exported generator: its header has no `{SIGMAS_KEY}`", path.display())
+        let times = archive.metadata.get(TIMES_KEY).with_context(|| {
+            format!("{} is not an exported generator: its header has no `{TIMES_KEY}`", path.display())
         })?;
-        let sigmas: Vec<f64> = serde_json::from_str(sigmas)
-            .with_context(|| format!("{}: `{SIGMAS_KEY}` in the header", path.display()))?;
-        ensure!(!sigmas.is_empty(), "{}: a generator has at least one step", path.display());
+        let times: Vec<f64> = serde_json::from_str(times)
+            .with_context(|| format!("{}: `{TIMES_KEY}` in the header", path.display()))?;
+        ensure!(!times.is_empty(), "{}: a generator has at least one step", path.display());
         let network = EdmNetwork::load(path, device)?.frozen();
-        Ok(Self { network, sigmas, origin: path.display().to_string() })
+        Ok(Self { network, times, origin: path.display().to_string() })
     }
 
-    async fn from_run(
-        storage: &str,
-        run_id: &str,
-        iteration: Option<u64>,
-        device: Device,
-    ) -> anyhow::Result<Self> {
-        let run = Root::open(storage)?.run(&run_id.parse::<RunId>()?);
+    async fn from_run(place: Place, device: Device) -> anyhow::Result<Self> {
+        let Place { storage, run: id, iteration } = place;
+        let run = Root::open(&storage)?.run(&id);
         let specification = run.specification().await?.with_context(|| {
-            format!("there is no run {run_id} in {storage}: {} is missing", run.describe("run.toml"))
+            format!("there is no run {id} in {storage}: {} is missing", run.describe("run.toml"))
         })?;
         let spec = RunSpec::from_toml(&specification)?;
         let committed = run.checkpoints().await?;
@@ -87,17 +122,17 @@ impl Student {
             Some(iteration) => {
                 ensure!(
                     committed.contains(&iteration),
-                    "run {run_id} has no checkpoint of iteration {iteration}; it has {committed:?}"
+                    "run {id} has no checkpoint of iteration {iteration}; it has {committed:?}"
                 );
                 iteration
             }
-            None => *committed.last().with_context(|| format!("run {run_id} has no checkpoint yet"))?,
+            None => *committed.last().with_context(|| format!("run {id} has no checkpoint yet"))?,
         };
         let teacher = load_teacher(&spec.teacher.weights, spec.teacher.sha256.as_deref(), device)?;
-        let mut state = State::from_teacher(&teacher);
+        let mut network = teacher.frozen();
         let key = layout::manifest_key(iteration);
-        checkpoint::restore(&run, &key, &mut state).await?;
-        Ok(Self { network: state.generator_ema, sigmas: spec.generator.sigmas, origin: run.describe(&key) })
+        checkpoint::restore_generator(&run, &key, network.as_mut()).await?;
+        Ok(Self { network, times: spec.generator.sigmas, origin: run.describe(&key) })
     }
 
     /// The generator alone, with everything needed to sample from it, as one safetensors file.
@@ -106,9 +141,31 @@ impl Student {
     /// The serialiser's.
     pub fn to_safetensors(&self) -> anyhow::Result<Vec<u8>> {
         let metadata = BTreeMap::from([
-            (SIGMAS_KEY.to_owned(), serde_json::to_string(&self.sigmas)?),
+            (TIMES_KEY.to_owned(), serde_json::to_string(&self.times)?),
             ("exported_by".to_owned(), "potstill export".to_owned()),
         ]);
         Ok(self.network.to_safetensors(&metadata)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_taken_apart() {
+        let place =
+            |location: &str| Place::parse(location).map(|p| (p.storage, p.run.to_string(), p.iteration)).ok();
+        let expected = |s: &str, r: &str, i| Some((s.to_owned(), r.to_owned(), i));
+        assert_eq!(place("s3://b/x/runs/demo"), expected("s3://b/x", "demo", None));
+        assert_eq!(place("runs/demo/"), expected(".", "demo", None));
+        assert_eq!(place("/runs/demo"), expected("/", "demo", None));
+        assert_eq!(
+            place("/data/runs/runs/demo/checkpoints/000000000400/manifest.json"),
+            expected("/data/runs", "demo", Some(400))
+        );
+        for wrong in ["demo", "runs/demo/checkpoints/last", "runs/demo/samples", "file:///tmp", "runs/"] {
+            assert_eq!(place(wrong), None, "{wrong}");
+        }
     }
 }

@@ -19,8 +19,8 @@ use potstill_distill::{
     ema,
     gradient::Gradient,
     loss,
-    noise::LogNormal,
     random::{Purpose, Stream},
+    time::TimeLaw,
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
 use potstill_proto::{
@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    dataset::Dataset,
+    dataset::{Dataset, Shape},
     evaluation::Evaluator,
     logging::LogFormat,
     pictures,
@@ -192,7 +192,10 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
     let device = Device::Cpu;
     let network = EdmNetwork::initialise(config.network.clone(), config.training.seed, device)?;
-    let data = Dataset::load(&config.training.images, network.sample_shape(), network.classes())?;
+    let data = Dataset::load(
+        &config.training.images.to_string_lossy(),
+        Shape { sample: network.sample_shape(), classes: network.classes() },
+    )?;
     let evaluator = Evaluator::load(&config.evaluation, &network, device)?;
     tracing::info!(
         parameters = network.parameters().flat().numel(),
@@ -222,7 +225,7 @@ fn train(
     data: &Dataset,
 ) -> anyhow::Result<Box<dyn Denoiser>> {
     let t = &config.training;
-    let noise = LogNormal { mean: t.noise.mean, std: t.noise.std };
+    let law = TimeLaw::LogNormal { mean: t.noise.mean, std: t.noise.std };
     let batch = i64::from(t.batch);
     let flat = network.parameters().flat();
     let average = network.duplicate().frozen();
@@ -235,22 +238,24 @@ fn train(
         ProgressStyle::with_template("{bar:30} {pos}/{len} loss {msg}, {eta} left")
             .expect("the template is valid"),
     );
+    let images = data.images();
     let mut shown = 0.0;
     for iteration in 0..t.iterations {
         let mut stream = Stream::new(t.seed, iteration, Purpose::TeacherTraining, 0, Device::Cpu);
         let picks = Tensor::from_slice(&stream.integers(batch, data.len()));
-        let clean = data.images.index_select(0, &picks);
+        let clean = images.index_select(0, &picks);
         let condition = one_hot.as_ref().map_or(Condition::None, |labels| {
             let kept: Vec<f32> =
                 stream.uniform(batch).iter().map(|u| f32::from(*u >= t.label_dropout)).collect();
             Condition::Class(labels.index_select(0, &picks) * Tensor::from_slice(&kept).unsqueeze(1))
         });
-        let sigma = noise.draw(&mut stream, batch, Device::Cpu);
-        let noisy = &clean + stream.normal(&clean.size()) * sigma.view([-1, 1, 1, 1]);
+        let sigma = law.draw(&mut stream, batch, Device::Cpu);
+        let noisy = network.process().add_noise(&clean, &stream.normal(&clean.size()), &sigma);
         stream.seed_dropout();
 
         let denoised = network.denoise(&noisy, &sigma, &condition, Mode::Train);
-        let loss = loss::denoising(&denoised, &clean, &sigma, network.config().sigma_data).mean(Kind::Float);
+        let weight = network.process().loss_weight(&sigma);
+        let loss = loss::denoising(&denoised, &clean, &weight).mean(Kind::Float);
         loss.backward();
         let gradient = Gradient::repaired(network.parameters().flat_grad());
         ensure!(

@@ -84,6 +84,12 @@ pub struct IterationTotals {
     pub non_finite_samples: u32,
     /// Gradient elements that were not finite and became 0.
     pub non_finite_gradients: u64,
+    /// Mean over samples of the discriminator's loss; none before the adversarial loss has started.
+    pub discriminator_loss: Option<f64>,
+    /// Mean over samples of the generator's adversarial loss.
+    pub generator_adversarial_loss: Option<f64>,
+    /// fp16's loss scales, of fake score and generator; 1 otherwise.
+    pub loss_scales: [f64; 2],
     /// Where the slowest rank's time went.
     pub seconds: wire::StepSeconds,
 }

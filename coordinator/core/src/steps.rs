@@ -143,6 +143,9 @@ impl Steps {
     fn totals(&self, iteration: u64, reports: &BTreeMap<u32, StepReport>) -> IterationTotals {
         let sum = |of: fn(&StepReport) -> f64| reports.values().map(of).sum::<f64>();
         let samples = sum(|r| f64::from(r.samples)).max(1.0);
+        let optional = |of: fn(&StepReport) -> Option<f64>| {
+            reports.values().map(of).sum::<Option<f64>>().map(|sum| sum / samples)
+        };
         // Reduced gradients are equal on every rank: the lowest one speaks for all.
         let lowest = reports.values().next();
         let slowest = reports
@@ -161,6 +164,9 @@ impl Steps {
             generator_grad_norm: lowest.map_or(0.0, |r| r.generator_grad_norm),
             non_finite_samples: reports.values().map(|r| r.non_finite_samples).sum(),
             non_finite_gradients: lowest.map_or(0, |r| r.non_finite_gradients),
+            discriminator_loss: optional(|r| r.discriminator_loss_sum),
+            generator_adversarial_loss: optional(|r| r.generator_adversarial_loss_sum),
+            loss_scales: lowest.map_or([1.0; 2], |r| [r.fake_score_loss_scale, r.generator_loss_scale]),
             seconds: slowest,
         }
     }

@@ -26,6 +26,9 @@ pub fn totals(iteration: u64) -> IterationTotals {
         generator_grad_norm: 7.0,
         non_finite_samples: 0,
         non_finite_gradients: 0,
+        discriminator_loss: None,
+        generator_adversarial_loss: None,
+        loss_scales: [1.0; 2],
         seconds: wire::StepSeconds { compute: 0.25, communication: 0.04, optimiser: 0.02, total: 0.31 },
     }
 }

@@ -58,6 +58,15 @@ pub struct Training {
     pub images_per_second: f64,
     /// Mean seconds of an iteration, by part, of the slowest rank.
     pub seconds: Seconds,
+    /// Mean over samples of the discriminator's loss; absent without the adversarial loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discriminator_loss: Option<f64>,
+    /// Mean over samples of the generator's adversarial loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generator_adversarial_loss: Option<f64>,
+    /// fp16's loss scales at the end of the window, of fake score and generator; absent where both are 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scales: Option<[f64; 2]>,
     /// Samples dropped in the window because something in them was not finite.
     pub non_finite_samples: u64,
     /// Gradient elements in the window that were not finite.
@@ -244,6 +253,11 @@ impl Metrics {
         let iteration = last.iteration + 1;
         let weight = 1.0 / window.len() as f64;
         let mean = |of: fn(&IterationTotals) -> f64| window.iter().map(of).sum::<f64>() * weight;
+        // In the window in which the adversarial loss starts, over the iterations that have it.
+        let optional = |of: fn(&IterationTotals) -> Option<f64>| {
+            let values: Vec<f64> = window.iter().filter_map(of).collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
         let mut seconds = Seconds::default();
         for totals in &window {
             seconds.add(&totals.seconds, weight);
@@ -260,6 +274,9 @@ impl Metrics {
             generator_grad_norm: mean(|t| t.generator_grad_norm),
             images_per_second: mean(|t| f64::from(t.samples)) / seconds.total,
             seconds,
+            discriminator_loss: optional(|t| t.discriminator_loss),
+            generator_adversarial_loss: optional(|t| t.generator_adversarial_loss),
+            loss_scales: Some(last.loss_scales).filter(|scales| *scales != [1.0; 2]),
             non_finite_samples: window.iter().map(|t| u64::from(t.non_finite_samples)).sum(),
             non_finite_gradients: window.iter().map(|t| t.non_finite_gradients).sum(),
             wall_seconds,

@@ -4,6 +4,7 @@
 #include "guard.h"
 #include "nccl_library.h"
 
+#include <ATen/autocast_mode.h>
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
@@ -360,6 +361,19 @@ bool potstill_clear_gradients(at::Tensor* const* params, size_t count, potstill_
     for (size_t i = 0; i < count; ++i) {
       params[i]->mutable_grad().reset();
     }
+  });
+}
+
+// Turns automatic mixed precision on for this thread, or off again. Its cache of cast weights stays off: a cast made
+// without gradient would be taken for one with gradient later in the same scope.
+bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {
+  return failed(error, [&] {
+    auto device = cuda ? at::kCUDA : at::kCPU;
+    if (on) {
+      at::autocast::set_autocast_dtype(device, half ? at::kHalf : at::kBFloat16);
+      at::autocast::set_autocast_cache_enabled(false);
+    }
+    at::autocast::set_autocast_enabled(device, on);
   });
 }
 

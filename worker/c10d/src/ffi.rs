@@ -124,6 +124,8 @@ unsafe extern "C" {
     ) -> bool;
     pub fn potstill_reducer_free(reducer: *mut Reducer);
 
+    pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
+
     pub fn potstill_clear_gradients(
         params: *const *const C_tensor,
         count: usize,

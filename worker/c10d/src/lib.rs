@@ -24,12 +24,14 @@
 //! # }
 //! ```
 
+mod autocast;
 mod error;
 mod ffi;
 mod group;
 mod reducer;
 mod store;
 
+pub use autocast::{Autocast, LowerPrecision};
 pub use error::{Error, ErrorKind, Member};
 pub use group::{Backend, ProcessGroup, ReduceOp, Work};
 pub use reducer::{Reducer, ReducerOptions, clear_gradients};

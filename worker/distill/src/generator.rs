@@ -1,5 +1,5 @@
-//! The K-step generator (2505.12674; ALGORITHM §2): D_0 = 0; step i adds noise of level σ_i to D_i and denoises it. One step
-//! is SiD's `G(z) = f_θ(σ_init·z, σ_init)` (2404.04057, eq. 8).
+//! The K-step generator (2505.12674; ALGORITHM §2): D_0 = 0; step i diffuses D_i to time t_i and denoises it. One step on
+//! EDM's process is SiD's `G(z) = f_θ(σ_init·z, σ_init)` (2404.04057, eq. 8).
 
 use potstill_models::{Condition, Denoiser, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -7,11 +7,15 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::random::{Purpose, Stream};
 
 /// Which outputs are trained to match the data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Matching {
-    /// One step in each iteration, chosen uniformly; gradients flow through that step alone. The matched distribution is
-    /// then the uniform mixture of all steps' outputs.
-    UniformStep,
+    /// One step in each iteration, chosen with these weights; gradients flow through that step alone. The matched
+    /// distribution is then the mixture of all steps' outputs with the same weights: equal ones are the published
+    /// uniform-step matching.
+    OneStep {
+        /// One for each step.
+        weights: Vec<f64>,
+    },
     /// The last step; gradients flow through all (2406.01561).
     FinalStep,
 }
@@ -28,45 +32,60 @@ pub struct Unroll {
 impl Unroll {
     /// The unroll of an iteration of a generator of `steps` steps.
     #[must_use]
-    pub fn of(matching: Matching, steps: usize, seed: u64, iteration: u64) -> Self {
+    pub fn of(matching: &Matching, steps: usize, seed: u64, iteration: u64) -> Self {
         match matching {
             Matching::FinalStep => Self { steps, trained_from: 0 },
-            Matching::UniformStep => {
+            Matching::OneStep { weights } => {
                 let mut stream = Stream::new(seed, iteration, Purpose::Iteration, 0, Device::Cpu);
-                let last = stream.integers(1, steps as i64)[0] as usize;
+                let mut left = stream.uniform(1)[0] * weights.iter().sum::<f64>();
+                // The first step whose share of the whole reaches the drawn place. Rounding can leave the last a crumb.
+                let last = weights.iter().position(|weight| {
+                    left -= weight;
+                    left < 0.0
+                });
+                let last = last.unwrap_or(steps - 1);
                 Self { steps: last + 1, trained_from: last }
             }
         }
     }
 }
 
-/// Runs the generator: one step for each of `noises`, each N(0, 1) of shape [N, C, H, W], at the first of `sigmas`. Steps
+/// t_i = ⌊t_init·(1 − i/K)⌋: the timesteps of a K-step generator on a DDPM process (2406.01561: t_init = 625).
+#[must_use]
+pub fn ddpm_times(initial: u32, steps: u32) -> Vec<f64> {
+    (0..steps).map(|i| (f64::from(initial) * (1.0 - f64::from(i) / f64::from(steps))).floor()).collect()
+}
+
+/// t_i = 1 − i/K: the times of a K-step generator on a flow (2509.25127).
+#[must_use]
+pub fn flow_times(steps: u32) -> Vec<f64> {
+    (0..steps).map(|i| 1.0 - f64::from(i) / f64::from(steps)).collect()
+}
+
+/// Runs the generator: one step for each of `noises`, each N(0, 1) of shape [N, C, H, W], at the first of `times`. Steps
 /// before `trained_from` run without gradient and without dropout.
 ///
-/// There must be at least one noise, and not more than noise levels.
+/// There must be at least one noise, and not more than times.
 pub fn generate(
     generator: &dyn Denoiser,
     noises: &[Tensor],
     condition: &Condition,
-    sigmas: &[f64],
+    times: &[f64],
     trained_from: usize,
     mode: Mode,
 ) -> Tensor {
-    let step = |denoised: Option<&Tensor>, noise: &Tensor, sigma: f64, mode: Mode| {
-        let time = Tensor::full([noise.size()[0]], sigma, (Kind::Float, noise.device()));
-        let noise = noise * sigma;
-        let noisy = match denoised {
-            Some(denoised) => denoised + noise,
-            None => noise,
-        };
+    let step = |denoised: Option<&Tensor>, noise: &Tensor, time: f64, mode: Mode| {
+        let time = Tensor::full([noise.size()[0]], time, (Kind::Float, noise.device()));
+        let nothing = noise.zeros_like();
+        let noisy = generator.process().add_noise(denoised.unwrap_or(&nothing), noise, &time);
         generator.denoise(&noisy, &time, condition, mode)
     };
     let mut denoised: Option<Tensor> = None;
-    for (index, (noise, sigma)) in noises.iter().zip(sigmas).enumerate() {
+    for (index, (noise, time)) in noises.iter().zip(times).enumerate() {
         denoised = Some(if index < trained_from {
-            no_grad(|| step(denoised.as_ref(), noise, *sigma, Mode::Eval))
+            no_grad(|| step(denoised.as_ref(), noise, *time, Mode::Eval))
         } else {
-            step(denoised.as_ref(), noise, *sigma, mode)
+            step(denoised.as_ref(), noise, *time, mode)
         });
     }
     denoised.expect("a generator has at least one step")
@@ -77,16 +96,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_grids_are_the_published_ones() {
+        assert_eq!(ddpm_times(625, 4), [625.0, 468.0, 312.0, 156.0]);
+        assert_eq!(ddpm_times(625, 1), [625.0]);
+        assert_eq!(flow_times(4), [1.0, 0.75, 0.5, 0.25]);
+    }
+
+    fn uniform(steps: usize) -> Matching {
+        Matching::OneStep { weights: vec![1.0; steps] }
+    }
+
+    #[test]
+    fn steps_are_chosen_by_weight() {
+        let matching = Matching::OneStep { weights: vec![1.0, 0.0, 3.0] };
+        let mut counts = [0; 3];
+        for iteration in 0..4000 {
+            counts[Unroll::of(&matching, 3, 1, iteration).trained_from] += 1;
+        }
+        assert!((900..1100).contains(&counts[0]) && counts[1] == 0, "{counts:?}");
+    }
+
+    #[test]
     fn every_step_is_chosen_equally_often_and_by_the_iteration_alone() {
         let mut counts = [0; 4];
         for iteration in 0..4000 {
-            let unroll = Unroll::of(Matching::UniformStep, 4, 1, iteration);
-            assert_eq!(unroll, Unroll::of(Matching::UniformStep, 4, 1, iteration));
+            let unroll = Unroll::of(&uniform(4), 4, 1, iteration);
+            assert_eq!(unroll, Unroll::of(&uniform(4), 4, 1, iteration));
             assert_eq!(unroll.trained_from + 1, unroll.steps, "gradients flow through the last step run");
             counts[unroll.trained_from] += 1;
         }
         assert!(counts.iter().all(|count| (900..1100).contains(count)), "{counts:?}");
-        assert_eq!(Unroll::of(Matching::FinalStep, 4, 1, 0), Unroll { steps: 4, trained_from: 0 });
-        assert_eq!(Unroll::of(Matching::UniformStep, 1, 1, 0), Unroll { steps: 1, trained_from: 0 });
+        assert_eq!(Unroll::of(&Matching::FinalStep, 4, 1, 0), Unroll { steps: 4, trained_from: 0 });
+        assert_eq!(Unroll::of(&uniform(1), 1, 1, 0), Unroll { steps: 1, trained_from: 0 });
     }
 }

@@ -39,17 +39,34 @@ pub fn denoise(
     scale: f64,
     mode: Mode,
 ) -> Tensor {
-    let Condition::Class(labels) = condition else {
-        return network.denoise(x_t, time, condition, mode);
-    };
-    if scale == 1.0 {
-        return network.denoise(x_t, time, condition, mode);
-    }
     if scale == 0.0 {
         return network.denoise(x_t, time, &Condition::None, mode);
     }
+    denoise_and_encode(network, x_t, time, condition, scale, mode).0
+}
+
+/// [`denoise`], and the bottleneck of the **conditional** half: a discriminator's logits keep the condition whatever κ is
+/// (2505.12674). At κ = 0 the conditional half runs through the encoder only.
+pub fn denoise_and_encode(
+    network: &dyn Denoiser,
+    x_t: &Tensor,
+    time: &Tensor,
+    condition: &Condition,
+    scale: f64,
+    mode: Mode,
+) -> (Tensor, Tensor) {
+    let labels = match condition {
+        Condition::Class(labels) if scale != 1.0 => labels,
+        _ => return network.denoise_and_encode(x_t, time, condition, mode),
+    };
+    if scale == 0.0 {
+        let unconditional = network.denoise(x_t, time, &Condition::None, mode);
+        return (unconditional, network.encode(x_t, time, condition, mode));
+    }
     let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
     let labels = Condition::Class(Tensor::cat(&[&labels.zeros_like(), labels], 0));
-    let halves = network.denoise(&twice(x_t), &twice(time), &labels, mode).chunk(2, 0);
-    &halves[0] + (&halves[1] - &halves[0]) * scale
+    let (denoised, bottleneck) = network.denoise_and_encode(&twice(x_t), &twice(time), &labels, mode);
+    let halves = denoised.chunk(2, 0);
+    let guided = &halves[0] + (&halves[1] - &halves[0]) * scale;
+    (guided, bottleneck.chunk(2, 0).swap_remove(1))
 }

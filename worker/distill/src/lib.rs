@@ -4,23 +4,27 @@
 //! asks for the loss of one micro-batch, back-propagates and reduces as it likes, and hands the gradient to [`adam`].
 //!
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
-//! - [`noise`]: the laws of the noise level σ.
+//! - [`time`]: the laws of the diffusion time.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
 //! - [`guidance`]: predictions between and beyond conditional and unconditional.
 //! - [`loss`]: the two losses, as plain functions of tensors.
+//! - [`adversarial`]: the third one, with real samples.
+//! - [`loss_scale`]: fp16's.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
 //! - [`adam`], [`ema`], [`gradient`]: the optimiser step.
 //! - [`score`]: FID, precision, recall, agreement.
 
 pub mod adam;
+pub mod adversarial;
 pub mod ema;
 pub mod generator;
 pub mod gradient;
 pub mod guidance;
 pub mod loss;
-pub mod noise;
+pub mod loss_scale;
 pub mod phase;
 pub mod random;
 pub mod score;
 pub mod state;
+pub mod time;

@@ -1,6 +1,7 @@
-//! The two losses of SiD, as plain functions of tensors. Both return one number per sample, summed over its elements;
-//! dividing by the batch is the caller's, since only it knows the global batch.
+//! The losses, as plain functions of tensors. Each returns one number per sample; dividing by the batch is the caller's, since
+//! only it knows the global batch.
 
+use potstill_models::ForwardProcess;
 use tch::{Kind, Tensor};
 
 /// Sums over everything but the batch: [N, …] → `[N]`.
@@ -8,28 +9,70 @@ fn sum_elements(x: &Tensor) -> Tensor {
     x.flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
 }
 
-/// EDM's weighted denoising loss (2206.00364, table 1): `(σ² + σ_d²)/(σ·σ_d)² · |D(x + σn, σ) − x|²`, per sample.
+/// The denoising loss `w(t)·|D − x|²`, per sample, summed over its elements; `weight` is
+/// [`ForwardProcess::loss_weight`](potstill_models::ForwardProcess::loss_weight).
 ///
-/// Trains the fake score on generated images, and a teacher on real ones. `denoised` and `clean` are [N, C, H, W],
-/// `sigma` is `[N]`.
-pub fn denoising(denoised: &Tensor, clean: &Tensor, sigma: &Tensor, sigma_data: f64) -> Tensor {
-    let weight = (sigma.square() + sigma_data * sigma_data) / (sigma * sigma_data).square();
+/// Trains the fake score on generated images, and a teacher on real ones. `denoised` and `clean` are [N, C, H, W], `weight`
+/// is `[N]`.
+pub fn denoising(denoised: &Tensor, clean: &Tensor, weight: &Tensor) -> Tensor {
     sum_elements(&(denoised - clean).square()) * weight
 }
 
-/// The generator's score identity loss (2404.04057, eq. 23) per sample: with δ = f_φ − f_ψ,
-/// `ω · δ · [(f_φ − x_g) − α·δ]`, where ω = 1 / max(mean|x_g − f_φ|, 1e-5) takes no gradient.
-///
-/// All three tensors are [N, C, H, W]; gradients flow through each of them into the generator.
-pub fn score_identity(generated: &Tensor, teacher: &Tensor, fake_score: &Tensor, alpha: f64) -> Tensor {
-    let weight = tch::no_grad(|| {
+/// ω: how much a sample counts in the generator's loss, given its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weighting {
+    /// 1 / max(mean|x_g − f_φ|, 1e-5) (2404.04057).
+    ScoreIdentity,
+    /// 1 − t, for flows (2509.25127).
+    OneMinusT,
+    /// The process's signal-to-noise ratio.
+    Snr,
+    /// Its root.
+    SqrtSnr,
+}
+
+impl Weighting {
+    /// ω, `[N]`; takes no gradient.
+    #[must_use]
+    pub fn weight(
+        self,
+        process: &ForwardProcess,
+        time: &Tensor,
+        generated: &Tensor,
+        teacher: &Tensor,
+    ) -> Tensor {
+        match self {
+            Self::ScoreIdentity => score_identity_weight(generated, teacher),
+            Self::OneMinusT => 1.0 - time.to_kind(Kind::Float).view([-1]),
+            Self::Snr => process.snr(time),
+            Self::SqrtSnr => process.snr(time).sqrt(),
+        }
+    }
+}
+
+/// SiD's weight ω = 1 / max(mean|x_g − f_φ|, 1e-5) per sample (2404.04057, eq. 23). Takes no gradient.
+pub fn score_identity_weight(generated: &Tensor, teacher: &Tensor) -> Tensor {
+    tch::no_grad(|| {
         (generated - teacher)
             .abs()
             .flatten(1, -1)
             .mean_dim([1i64].as_slice(), false, Kind::Float)
             .clamp_min(1e-5)
             .reciprocal()
-    });
+    })
+}
+
+/// The generator's score identity loss (2404.04057, eq. 23) per sample, summed over its elements: with δ = f_φ − f_ψ,
+/// `ω · δ · [(f_φ − x_g) − α·δ]`.
+///
+/// The images are [N, C, H, W] and `weight`, ω, is `[N]`; gradients flow through each of the images into the generator.
+pub fn score_identity(
+    generated: &Tensor,
+    teacher: &Tensor,
+    fake_score: &Tensor,
+    alpha: f64,
+    weight: &Tensor,
+) -> Tensor {
     let difference = teacher - fake_score;
     // The bracket, with fewer operations where terms cancel.
     let residual =

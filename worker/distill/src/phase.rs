@@ -7,11 +7,12 @@ use potstill_models::{Condition, Denoiser, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
+    adversarial::{self, Adversarial, RealSamples},
     generator::{Matching, Unroll, generate},
     guidance::{self, Guidance},
-    loss,
-    noise::{Karras, LogNormal},
+    loss::{self, Weighting},
     random::{Purpose, Stream},
+    time::TimeLaw,
 };
 
 /// What decides a micro-batch besides the networks.
@@ -21,20 +22,22 @@ pub struct Settings {
     pub seed: u64,
     /// Samples per micro-batch.
     pub micro_batch: i64,
-    /// Noise level of each of the generator's steps.
-    pub sigmas: Vec<f64>,
+    /// Time of each of the generator's steps.
+    pub times: Vec<f64>,
     /// Which of its outputs are matched.
     pub matching: Matching,
     /// α of the generator loss.
     pub alpha: f64,
-    /// σ_data of the teacher's preconditioning, which also weighs the fake score's loss.
-    pub sigma_data: f64,
-    /// Noise law of the fake-score phase.
-    pub fake_score_noise: LogNormal,
-    /// Noise law of the generator phase.
-    pub generator_noise: Karras,
+    /// ω of the generator loss.
+    pub weighting: Weighting,
+    /// Law of the times at which the fake score learns.
+    pub fake_score_times: TimeLaw,
+    /// Law of the times at which the generator phase compares scores.
+    pub generator_times: TimeLaw,
     /// Scales of the predictions.
     pub guidance: Guidance,
+    /// The adversarial loss, if there is one.
+    pub adversarial: Option<Adversarial>,
     /// Dropout on or off in the network that trains.
     pub training_mode: Mode,
     /// Where the networks are.
@@ -43,15 +46,25 @@ pub struct Settings {
 
 impl Settings {
     fn unroll(&self, iteration: u64) -> Unroll {
-        Unroll::of(self.matching, self.sigmas.len(), self.seed, iteration)
+        Unroll::of(&self.matching, self.times.len(), self.seed, iteration)
+    }
+
+    /// The adversarial loss, once it has started.
+    fn adversarial(&self, iteration: u64) -> Option<&Adversarial> {
+        self.adversarial.as_ref().filter(|a| iteration >= a.start_iteration)
     }
 }
 
 /// One micro-batch's loss with its graph, and what is to be reported of it. All are scalars on the device, so that
 /// nothing waits for the device before the backward pass is queued.
 pub struct MicroBatchLoss {
-    /// Sum over samples; back-propagate this, scaled.
+    /// Sum over samples of the whole loss; back-propagate this, scaled.
     pub loss: Tensor,
+    /// Sum over samples of the denoising loss (fake-score phase) or the score identity loss (generator phase), unweighted;
+    /// no graph.
+    pub score_loss: Tensor,
+    /// Sum over samples of the discriminator's or the generator's adversarial loss, unweighted; no graph.
+    pub adversarial_loss: Option<Tensor>,
     /// Sum over samples of |f_φ − f_ψ|²; only in the generator phase.
     pub score_difference: Option<Tensor>,
     /// How many samples were left out because something in them was not finite; int64.
@@ -63,7 +76,7 @@ struct Draw {
     condition: Condition,
     /// One for each step of the generator that is run.
     latents: Vec<Tensor>,
-    sigma: Tensor,
+    time: Tensor,
     noise: Tensor,
 }
 
@@ -73,7 +86,7 @@ impl Draw {
         network: &dyn Denoiser,
         settings: &Settings,
         steps: usize,
-        law: impl FnOnce(&mut Stream) -> Tensor,
+        law: TimeLaw,
     ) -> Self {
         let n = settings.micro_batch;
         let [channels, height, width] = network.sample_shape();
@@ -82,16 +95,11 @@ impl Draw {
         let draw = Self {
             condition,
             latents: (0..steps).map(|_| stream.normal(&shape)).collect(),
-            sigma: law(stream),
+            time: law.draw(stream, n, settings.device),
             noise: stream.normal(&shape),
         };
         stream.seed_dropout();
         draw
-    }
-
-    /// x + σ·n
-    fn diffuse(&self, x: &Tensor) -> Tensor {
-        x + &self.noise * self.sigma.view([-1, 1, 1, 1])
     }
 }
 
@@ -104,22 +112,36 @@ pub fn draw_condition(stream: &mut Stream, n: i64, classes: i64, device: Device)
     Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
 }
 
-/// The condition with a share of its samples made unconditional, where guidance asks for that.
-fn drop_conditions(stream: &mut Stream, condition: &Condition, settings: &Settings) -> Condition {
-    let Condition::Class(labels) = condition else { return Condition::None };
+/// Which samples keep their condition, fp32 [N, 1] of 0 and 1, where guidance asks to drop some.
+fn kept_conditions(stream: &mut Stream, settings: &Settings) -> Option<Tensor> {
     let share = settings.guidance.dropped_share();
-    if share == 0.0 {
-        return Condition::Class(labels.shallow_clone());
-    }
-    let kept: Vec<f32> =
-        stream.uniform(settings.micro_batch).iter().map(|u| f32::from(u8::from(*u >= share))).collect();
-    Condition::Class(labels * Tensor::from_slice(&kept).to_device(settings.device).unsqueeze(1))
+    (share > 0.0).then(|| {
+        let kept: Vec<f32> =
+            stream.uniform(settings.micro_batch).iter().map(|u| f32::from(u8::from(*u >= share))).collect();
+        Tensor::from_slice(&kept).to_device(settings.device).unsqueeze(1)
+    })
 }
 
-/// The fake-score phase: f_ψ learns to denoise what G makes. `generator` takes no gradient.
+/// The condition of the samples that keep theirs.
+fn keep(condition: &Condition, kept: Option<&Tensor>) -> Condition {
+    match (condition, kept) {
+        (Condition::Class(labels), Some(kept)) => Condition::Class(labels * kept),
+        (Condition::Class(labels), None) => Condition::Class(labels.shallow_clone()),
+        (Condition::None, _) => Condition::None,
+    }
+}
+
+/// Elements of a sample: by this SiDA scales a loss that is a mean over a map, beside one that is a sum over elements.
+fn elements(x: &Tensor) -> f64 {
+    x.size()[1..].iter().product::<i64>() as f64
+}
+
+/// The fake-score phase: f_ψ learns to denoise what G makes, and to tell it from `real` once the adversarial loss has
+/// started. `generator` takes no gradient.
 pub fn fake_score(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
+    real: Option<&RealSamples>,
     settings: &Settings,
     iteration: u64,
     micro_batch: u32,
@@ -127,25 +149,62 @@ pub fn fake_score(
     let purpose = Purpose::FakeScorePhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
     let unroll = settings.unroll(iteration);
-    let draw = Draw::new(&mut stream, fake_score, settings, unroll.steps, |s| {
-        settings.fake_score_noise.draw(s, settings.micro_batch, settings.device)
-    });
+    let draw = Draw::new(&mut stream, fake_score, settings, unroll.steps, settings.fake_score_times);
     // Without dropout: here the generator is a source of samples, not the network that trains.
     let generated = no_grad(|| {
-        generate(generator, &draw.latents, &draw.condition, &settings.sigmas, unroll.trained_from, Mode::Eval)
+        generate(generator, &draw.latents, &draw.condition, &settings.times, unroll.trained_from, Mode::Eval)
     });
     let (generated, finite) = finite_samples(&generated);
-    let Guidance { fake_score_training: scale, .. } = settings.guidance;
-    let (noisy, mode) = (draw.diffuse(&generated), settings.training_mode);
-    let condition = drop_conditions(&mut stream, &draw.condition, settings);
-    let denoised = guidance::denoise(fake_score, &noisy, &draw.sigma, &condition, scale, mode);
-    let losses = loss::denoising(&denoised, &generated, &draw.sigma, settings.sigma_data);
+    let (process, mode) = (fake_score.process(), settings.training_mode);
+    let noisy = process.add_noise(&generated, &draw.noise, &draw.time);
+    let kept = kept_conditions(&mut stream, settings);
+    let condition = keep(&draw.condition, kept.as_ref());
+    let scale = settings.guidance.fake_score_training;
+    let weight = process.loss_weight(&draw.time);
+    let denoising = |denoised: &Tensor| loss::denoising(denoised, &generated, &weight);
+
+    let Some((settings_of, real)) = settings.adversarial(iteration).zip(real) else {
+        let denoised = guidance::denoise(fake_score, &noisy, &draw.time, &condition, scale, mode);
+        let (loss, dropped) = sum_finite(&denoising(&denoised), &finite);
+        return MicroBatchLoss {
+            score_loss: loss.detach(),
+            loss,
+            adversarial_loss: None,
+            score_difference: None,
+            dropped,
+        };
+    };
+    let (denoised, bottleneck) =
+        guidance::denoise_and_encode(fake_score, &noisy, &draw.time, &condition, scale, mode);
+    let score_losses = denoising(&denoised);
+    let (samples, conditions) =
+        real.draw(&mut stream, settings.micro_batch, fake_score.classes(), settings.device);
+    // At κ₁ = 0 the generated samples' logits keep every condition, so the real ones' do too.
+    let conditions = if scale == 0.0 { conditions } else { keep(&conditions, kept.as_ref()) };
+    let noisy_real = process.add_noise(&samples, &draw.noise, &draw.time);
+    let logits = |x: &Tensor| adversarial::logits(&fake_score.encode(x, &draw.time, &conditions, mode));
+    let on_real = logits(&noisy_real);
+    let adversarial_losses = adversarial::discriminator_loss(&on_real, &adversarial::logits(&bottleneck));
+    let mut adversarial_total = &adversarial_losses * &weight * settings_of.discriminator_weight;
+    if settings_of.approximate_r1 > 0.0 {
+        let shift = stream.normal(&noisy_real.size()) * settings_of.approximate_r1_sigma;
+        let penalty = adversarial::approximate_r1(&on_real, &logits(&(&noisy_real + shift)));
+        adversarial_total = adversarial_total + penalty * &weight * settings_of.approximate_r1;
+    }
+    let losses = &score_losses + adversarial_total * elements(&generated);
     let (loss, dropped) = sum_finite(&losses, &finite);
-    MicroBatchLoss { loss, score_difference: None, dropped }
+    MicroBatchLoss {
+        loss,
+        score_loss: sum_finite(&score_losses.detach(), &finite).0,
+        adversarial_loss: Some(sum_finite(&adversarial_losses.detach(), &finite).0),
+        score_difference: None,
+        dropped,
+    }
 }
 
-/// The generator phase: G steps along the difference of the scores. `teacher` and `fake_score` must be frozen: their
-/// weights take no gradient, but gradients flow through their inputs into G.
+/// The generator phase: G steps along the difference of the scores, and towards what the discriminator takes for real once
+/// the adversarial loss has started. `teacher` and `fake_score` must be frozen: their weights take no gradient, but
+/// gradients flow through their inputs into G.
 pub fn generator(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
@@ -157,26 +216,52 @@ pub fn generator(
     let purpose = Purpose::GeneratorPhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
     let unroll = settings.unroll(iteration);
-    let draw = Draw::new(&mut stream, generator, settings, unroll.steps, |s| {
-        settings.generator_noise.draw(s, settings.micro_batch, settings.device)
-    });
+    let draw = Draw::new(&mut stream, generator, settings, unroll.steps, settings.generator_times);
     let (from, mode) = (unroll.trained_from, settings.training_mode);
-    let generated = generate(generator, &draw.latents, &draw.condition, &settings.sigmas, from, mode);
+    let generated = generate(generator, &draw.latents, &draw.condition, &settings.times, from, mode);
     let (generated, finite) = finite_samples(&generated);
-    let noisy = draw.diffuse(&generated);
-    let guided = |network: &dyn Denoiser, scale: f64| {
-        guidance::denoise(network, &noisy, &draw.sigma, &draw.condition, scale, Mode::Eval)
+    let process = teacher.process();
+    let noisy = process.add_noise(&generated, &draw.noise, &draw.time);
+    let Guidance { teacher: teacher_scale, fake_score: fake_scale, .. } = settings.guidance;
+    let (time, condition) = (&draw.time, &draw.condition);
+    let real = guidance::denoise(teacher, &noisy, time, condition, teacher_scale, Mode::Eval);
+    let adversarial = settings.adversarial(iteration);
+    let (fake, bottleneck) = match adversarial {
+        None => (guidance::denoise(fake_score, &noisy, time, condition, fake_scale, Mode::Eval), None),
+        Some(_) => {
+            let (fake, bottleneck) =
+                guidance::denoise_and_encode(fake_score, &noisy, time, condition, fake_scale, Mode::Eval);
+            (fake, Some(bottleneck))
+        }
     };
-    let real = guided(teacher, settings.guidance.teacher);
-    let fake = guided(fake_score, settings.guidance.fake_score);
-    let losses = loss::score_identity(&generated, &real, &fake, settings.alpha);
-    let (loss, dropped) = sum_finite(&losses, &finite);
+    let weight = settings.weighting.weight(process, time, &generated, &real);
+    let score_losses = loss::score_identity(&generated, &real, &fake, settings.alpha, &weight);
     let score_difference = no_grad(|| {
         let squares =
             (&real - &fake).square().flatten(1, -1).sum_dim_intlist([1i64].as_slice(), false, Kind::Float);
         sum_finite(&squares, &finite).0
     });
-    MicroBatchLoss { loss, score_difference: Some(score_difference), dropped }
+    let Some((adversarial, bottleneck)) = adversarial.zip(bottleneck) else {
+        let (loss, dropped) = sum_finite(&score_losses, &finite);
+        return MicroBatchLoss {
+            score_loss: loss.detach(),
+            loss,
+            adversarial_loss: None,
+            score_difference: Some(score_difference),
+            dropped,
+        };
+    };
+    let adversarial_losses = adversarial::generator_loss(&adversarial::logits(&bottleneck));
+    let losses = &score_losses * (0.5 * adversarial.score_identity_weight)
+        + &adversarial_losses * &weight * (0.5 * adversarial.generator_weight * elements(&generated));
+    let (loss, dropped) = sum_finite(&losses, &finite);
+    MicroBatchLoss {
+        loss,
+        score_loss: sum_finite(&score_losses.detach(), &finite).0,
+        adversarial_loss: Some(sum_finite(&adversarial_losses.detach(), &finite).0),
+        score_difference: Some(score_difference),
+        dropped,
+    }
 }
 
 /// The samples with those that are not finite replaced by 0, and which ones are finite, `[N]` bool. The shape stays, so

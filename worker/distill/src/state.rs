@@ -1,15 +1,16 @@
 //! The state of a run: everything that an iteration changes, and all that a checkpoint holds.
 
-use potstill_models::Denoiser;
+use potstill_models::{Denoiser, Entry};
 use tch::Tensor;
 
 use crate::{
     adam::{Adam, AdamSettings},
     ema,
     gradient::Gradient,
+    loss_scale::LossScales,
 };
 
-/// Generator, its average, fake score, and both Adam moments. Seven flat fp32 vectors; nothing else has to be saved or
+/// Generator, its average, fake score, both Adam moments, loss scales. Flat fp32 vectors; nothing else has to be saved or
 /// sent, since all randomness is named by the iteration.
 pub struct State {
     /// G_θ.
@@ -22,14 +23,20 @@ pub struct State {
     pub generator_adam: Adam,
     /// Moments of f_ψ.
     pub fake_score_adam: Adam,
+    /// Factors of both losses; 1 unless the run computes in fp16.
+    pub loss_scales: LossScales,
+    loss_scales_layout: [Entry; 1],
 }
+
+/// Name of the averaged generator among the [parts](State::parts).
+pub const GENERATOR_EMA: &str = "generator_ema";
 
 /// One of the state's vectors.
 pub struct Part<'a> {
     /// Stable name: part of the checkpoint format.
     pub name: &'static str,
-    /// The network whose layout gives its elements their names and shapes.
-    pub network: &'a dyn Denoiser,
+    /// Names and shapes of its elements.
+    pub entries: &'a [Entry],
     /// The elements, fp32, flat.
     pub flat: &'a Tensor,
 }
@@ -38,30 +45,42 @@ impl State {
     /// The state before the first iteration: three copies of the teacher.
     #[must_use]
     pub fn from_teacher(teacher: &dyn Denoiser) -> Self {
-        let (generator, fake_score) = (teacher.duplicate(), teacher.duplicate());
+        Self::starting_from(teacher, teacher, LossScales::new(false, teacher.parameters().flat().device()))
+    }
+
+    /// The state before the first iteration: the fake score is a copy of the teacher, the generator and its average are
+    /// copies of `generator`, which has the same parameters.
+    #[must_use]
+    pub fn starting_from(teacher: &dyn Denoiser, generator: &dyn Denoiser, loss_scales: LossScales) -> Self {
+        let fake_score = teacher.duplicate();
+        let generator_ema = generator.duplicate().frozen();
+        let generator = generator.duplicate();
         Self {
             generator_adam: Adam::new(generator.parameters().flat()),
             fake_score_adam: Adam::new(fake_score.parameters().flat()),
-            generator_ema: teacher.duplicate().frozen(),
+            generator_ema,
             generator,
             fake_score,
+            loss_scales,
+            loss_scales_layout: [Entry { name: "scale_and_steps".to_owned(), shape: vec![2, 2], offset: 0 }],
         }
     }
 
     /// Every vector, in a fixed order.
     #[must_use]
-    pub fn parts(&self) -> [Part<'_>; 7] {
-        let part = |name, network, flat| Part { name, network, flat };
-        let (generator, fake_score) = (self.generator.as_ref(), self.fake_score.as_ref());
-        let ema = self.generator_ema.as_ref();
+    pub fn parts(&self) -> [Part<'_>; 8] {
+        let part = |name, entries, flat| Part { name, entries, flat };
+        let [g, ema, f] = [&self.generator, &self.generator_ema, &self.fake_score].map(|n| n.parameters());
+        let (generator, fake_score) = (g.entries(), f.entries());
         [
-            part("generator", generator, generator.parameters().flat()),
-            part("generator_ema", ema, ema.parameters().flat()),
-            part("fake_score", fake_score, fake_score.parameters().flat()),
+            part("generator", generator, g.flat()),
+            part(GENERATOR_EMA, generator, ema.flat()),
+            part("fake_score", fake_score, f.flat()),
             part("generator_adam.exp_avg", generator, &self.generator_adam.exp_avg),
             part("generator_adam.exp_avg_sq", generator, &self.generator_adam.exp_avg_sq),
             part("fake_score_adam.exp_avg", fake_score, &self.fake_score_adam.exp_avg),
             part("fake_score_adam.exp_avg_sq", fake_score, &self.fake_score_adam.exp_avg_sq),
+            part("loss_scales", &self.loss_scales_layout, self.loss_scales.values()),
         ]
     }
 

@@ -51,7 +51,8 @@ fn both_losses_agree_with_the_official_code() {
 
         let (noisy, sigma) = diffuse(&images, "fake_phase");
         let denoised = fake_score.denoise(&noisy, &sigma, &condition, Mode::Eval);
-        let value = loss::denoising(&denoised, &images, &sigma, config.sigma_data).sum(Kind::Float) / batch;
+        let weight = fake_score.process().loss_weight(&sigma);
+        let value = loss::denoising(&denoised, &images, &weight).sum(Kind::Float) / batch;
         value.backward();
         let error = relative(&value.detach().view([1]), &tensor("fake_phase.loss"));
         assert!(error <= 1e-5, "{}: fake-score loss {error}", path.display());
@@ -84,7 +85,9 @@ fn both_losses_agree_with_the_official_code() {
             let (teacher, fake_score) = (teacher.frozen(), fake_score.frozen());
             let real = teacher.denoise(&noisy, &sigma, &condition, Mode::Eval);
             let fake = fake_score.denoise(&noisy, &sigma, &condition, Mode::Eval);
-            let value = loss::score_identity(&generated, &real, &fake, alpha).sum(Kind::Float) / batch;
+            let weight = loss::score_identity_weight(&generated, &real);
+            let losses = loss::score_identity(&generated, &real, &fake, alpha, &weight);
+            let value = losses.sum(Kind::Float) / batch;
             value.backward();
             let error = relative(&value.detach().view([1]), &tensor(&format!("{phase}.loss")));
             let gradient = relative(&generated.grad(), &tensor(&format!("{phase}.grad_images")));

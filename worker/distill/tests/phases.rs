@@ -5,14 +5,16 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
+    adversarial::{Adversarial, RealSamples},
     generator::{Matching, generate},
     guidance::{self, Guidance},
-    noise::{Karras, LogNormal},
+    loss::Weighting,
     phase::{self, Settings},
     random::{Purpose, Stream},
     state::State,
+    time::TimeLaw,
 };
-use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
+use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, ForwardProcess, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
 /// Dropout draws from libtorch's one generator: these tests take turns.
@@ -46,13 +48,14 @@ fn settings(training_mode: Mode) -> Settings {
     Settings {
         seed: 5,
         micro_batch: 6,
-        sigmas: vec![2.5],
-        matching: Matching::UniformStep,
+        times: vec![2.5],
+        matching: Matching::OneStep { weights: vec![1.0] },
         alpha: 1.2,
-        sigma_data: 0.5,
-        fake_score_noise: LogNormal { mean: -1.2, std: 1.2 },
-        generator_noise: Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        weighting: Weighting::ScoreIdentity,
+        fake_score_times: TimeLaw::LogNormal { mean: -1.2, std: 1.2 },
+        generator_times: TimeLaw::Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
         guidance: Guidance::NONE,
+        adversarial: None,
         training_mode,
         device: Device::Cpu,
     }
@@ -73,6 +76,7 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
             let batch = phase::fake_score(
                 state.generator.as_ref(),
                 state.fake_score.as_ref(),
+                None,
                 &settings,
                 iteration,
                 index,
@@ -99,7 +103,9 @@ fn each_phase_trains_its_own_network_only() {
     let settings = settings(Mode::Eval);
     let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
 
-    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), &settings, 0, 0).loss.backward();
+    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), None, &settings, 0, 0)
+        .loss
+        .backward();
     assert!(gradient(state.fake_score.as_ref()) > 0.0);
     assert_eq!(gradient(state.generator.as_ref()), 0.0);
 
@@ -136,7 +142,7 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let settings = settings(Mode::Eval);
     let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
-    let batch = phase::fake_score(generator, fake, &settings, 0, 0);
+    let batch = phase::fake_score(generator, fake, None, &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
     let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
@@ -177,12 +183,26 @@ fn only_the_chosen_step_is_trained_through() {
 struct Counting {
     network: Box<dyn Denoiser>,
     rows: std::cell::RefCell<Vec<i64>>,
+    encoded: std::cell::RefCell<Vec<i64>>,
 }
 
 impl Denoiser for Counting {
-    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+    fn denoise_and_encode(
+        &self,
+        x_t: &Tensor,
+        time: &Tensor,
+        condition: &Condition,
+        mode: Mode,
+    ) -> (Tensor, Tensor) {
         self.rows.borrow_mut().push(x_t.size()[0]);
-        self.network.denoise(x_t, time, condition, mode)
+        self.network.denoise_and_encode(x_t, time, condition, mode)
+    }
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        self.encoded.borrow_mut().push(x_t.size()[0]);
+        self.network.encode(x_t, time, condition, mode)
+    }
+    fn process(&self) -> &ForwardProcess {
+        self.network.process()
     }
     fn parameters(&self) -> &potstill_models::Parameters {
         self.network.parameters()
@@ -219,10 +239,21 @@ fn guidance_mixes_the_halves_and_skips_the_one_that_does_not_count() {
         )
     });
     for (scale, rows) in [(1.0, 2), (0.0, 2), (1.5, 4), (-1.0, 4)] {
-        let counting = Counting { network: teacher.frozen(), rows: Vec::new().into() };
+        let counting =
+            Counting { network: teacher.frozen(), rows: Vec::new().into(), encoded: Vec::new().into() };
         let guided = no_grad(|| guidance::denoise(&counting, &x, &sigma, &condition, scale, Mode::Eval));
         assert!(guided.allclose(&(&u + (&c - &u) * scale), 1e-5, 1e-6, false), "scale {scale}");
         assert_eq!(*counting.rows.borrow(), [rows], "one call at scale {scale}");
+        assert!(counting.encoded.borrow().is_empty());
+
+        // With a discriminator: the conditional half's bottleneck, whatever the scale.
+        let expected = no_grad(|| teacher.encode(&x, &sigma, &condition, Mode::Eval));
+        let (again, bottleneck) =
+            no_grad(|| guidance::denoise_and_encode(&counting, &x, &sigma, &condition, scale, Mode::Eval));
+        assert!(again.allclose(&guided, 1e-5, 1e-6, false));
+        assert!(bottleneck.allclose(&expected, 1e-5, 1e-6, false), "scale {scale}");
+        let encoded: &[i64] = if scale == 0.0 { &[2] } else { &[] };
+        assert_eq!(*counting.encoded.borrow(), encoded);
     }
 }
 
@@ -238,7 +269,7 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let losses = |guidance: Guidance| {
         let settings = Settings { guidance, ..settings(Mode::Eval) };
-        let first = phase::fake_score(generator, fake, &settings, 0, 0).loss;
+        let first = phase::fake_score(generator, fake, None, &settings, 0, 0).loss;
         let second =
             phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0).loss;
         (value(&first), value(&second))
@@ -252,4 +283,152 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
     }
     // Where nothing is guided, no condition is dropped.
     assert_eq!(losses(Guidance { condition_dropout: 0.9, ..Guidance::NONE }), none);
+}
+
+/// Three real samples, one of each class.
+fn real_samples() -> RealSamples {
+    let pixels: Vec<u8> = (0..3 * 16).map(|i| (i * 5 % 17) as u8).collect();
+    let pixels = Tensor::from_slice(&pixels).reshape([3, 1, 4, 4]);
+    RealSamples::new(pixels, 16.0, Tensor::from_slice(&[0i64, 1, 2]))
+}
+
+fn adversarial() -> Adversarial {
+    Adversarial {
+        score_identity_weight: 100.0,
+        generator_weight: 0.01,
+        discriminator_weight: 1.0,
+        start_iteration: 10,
+        approximate_r1: 0.0,
+        approximate_r1_sigma: 0.1,
+    }
+}
+
+#[test]
+fn the_adversarial_loss_waits_for_its_start_and_then_joins_both_phases() {
+    let _turn = turn();
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3));
+    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let real = real_samples();
+    let plain = settings(Mode::Eval);
+    for scale in [1.0, 0.0, -1.0, 2.0] {
+        let guidance =
+            Guidance { fake_score_training: scale, fake_score: scale, teacher: 1.0, condition_dropout: 0.3 };
+        let plain = Settings { guidance, ..plain.clone() };
+        let with = Settings { adversarial: Some(adversarial()), ..plain.clone() };
+        for iteration in [9, 10] {
+            let first = phase::fake_score(generator, fake, Some(&real), &with, iteration, 0);
+            let (teacher, frozen) = (frozen_teacher.as_ref(), frozen_fake.as_ref());
+            let second = phase::generator(generator, frozen, teacher, &with, iteration, 0);
+            let without = phase::fake_score(generator, fake, None, &plain, iteration, 0);
+            let relative = value(&first.score_loss) / value(&without.loss) - 1.0;
+            assert!(relative.abs() < 1e-5, "the score's part stays what it is: {relative}");
+            let joined = iteration >= 10;
+            assert_eq!(first.adversarial_loss.is_some(), joined);
+            assert_eq!(second.adversarial_loss.is_some(), joined);
+            assert_eq!(value(&first.loss) > value(&first.score_loss) + 1.0, joined, "scale {scale}");
+            if joined {
+                // Logits near 0 know nothing: six samples of about ln 2.
+                let d = value(&first.adversarial_loss.unwrap());
+                assert!(d > 0.5 && d < 60.0, "{d}");
+                let half = 0.5 * 100.0 * value(&second.score_loss);
+                assert!(value(&second.loss) > half, "G's adversarial loss is positive");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_approximate_r1_penalty_adds_to_the_discriminators_loss() {
+    let _turn = turn();
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    let real = real_samples();
+    let loss = |approximate_r1: f64| {
+        let adversarial = Some(Adversarial { approximate_r1, start_iteration: 0, ..adversarial() });
+        let settings = Settings { adversarial, ..settings(Mode::Eval) };
+        let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+        value(&phase::fake_score(generator, fake, Some(&real), &settings, 0, 0).loss)
+    };
+    let (none, once, twice) = (loss(0.0), loss(100.0), loss(200.0));
+    assert!(once > none);
+    assert!(((twice - none) / (once - none) - 2.0).abs() < 1e-2);
+}
+
+/// Both phases against the formulas of ALGORITHM §3–5 written out, for one micro-batch whose random numbers are those of
+/// its stream; gradients too.
+#[test]
+fn both_phases_are_their_formulas_written_out() {
+    let _turn = turn();
+    let teacher = teacher();
+    let state = State::from_teacher(&teacher);
+    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let real = real_samples();
+    let adversarial = Adversarial { start_iteration: 0, generator_weight: 3.0, ..adversarial() };
+    let settings = Settings { adversarial: Some(adversarial), ..settings(Mode::Eval) };
+    let (n, d) = (6, 16.0);
+    let draw = |purpose, law: TimeLaw| {
+        let mut stream = Stream::new(5, 0, purpose, 0, Device::Cpu);
+        let labels = Tensor::from_slice(&stream.integers(n, 3)).one_hot(3).to_kind(Kind::Float);
+        let z = stream.normal(&[n, 1, 4, 4]);
+        let sigma = law.draw(&mut stream, n, Device::Cpu).view([-1, 1, 1, 1]);
+        let noise = stream.normal(&[n, 1, 4, 4]);
+        stream.seed_dropout();
+        (stream, Condition::Class(labels), z, sigma, noise)
+    };
+    let start = Tensor::full([n], 2.5, (Kind::Float, Device::Cpu));
+    let flat_sigma = |sigma: &Tensor| sigma.view([-1]);
+    let per_sample = |x: &Tensor| x.sum_dim_intlist([1i64, 2, 3].as_slice(), false, Kind::Float);
+    let log_sigmoid_mean = |logits: &Tensor| {
+        let map = logits.mean_dim([1i64].as_slice(), false, Kind::Float).clamp(-10.0, 10.0);
+        -map.sigmoid().log().mean_dim([1i64, 2].as_slice(), false, Kind::Float)
+    };
+
+    // Fake score.
+    let (mut stream, condition, z, sigma, noise) = draw(Purpose::FakeScorePhase, settings.fake_score_times);
+    let generated = no_grad(|| state.generator.denoise(&(z * 2.5), &start, &condition, Mode::Eval));
+    let (samples, own) = real.draw(&mut stream, n, 3, Device::Cpu);
+    let fake = state.fake_score.as_ref();
+    let time = flat_sigma(&sigma);
+    let (denoised, bottleneck) =
+        fake.denoise_and_encode(&(&generated + &noise * &sigma), &time, &condition, Mode::Eval);
+    let on_real = fake.encode(&(samples + &noise * &sigma), &time, &own, Mode::Eval);
+    let weight = ((sigma.square() + 0.25) / (&sigma * 0.5).square()).view([-1]);
+    let discriminator = (log_sigmoid_mean(&on_real) + log_sigmoid_mean(&-bottleneck)) * 0.5;
+    let expected = (per_sample(&(denoised - &generated).square()) * &weight + discriminator * &weight * d)
+        .sum(Kind::Float);
+    expected.backward();
+    let gradient = fake.parameters().flat_grad();
+    fake.parameters().zero_grad();
+    let batch = phase::fake_score(state.generator.as_ref(), fake, Some(&real), &settings, 0, 0);
+    batch.loss.backward();
+    assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-5);
+    let apart = (fake.parameters().flat_grad() - &gradient).norm() / gradient.norm();
+    assert!(value(&apart) < 1e-4, "{}", value(&apart));
+
+    // Generator.
+    let (_, condition, z, sigma, noise) = draw(Purpose::GeneratorPhase, settings.generator_times);
+    let generator = state.generator.as_ref();
+    let generated = generator.denoise(&(z * 2.5), &start, &condition, Mode::Eval);
+    let (noisy, time) = (&generated + &noise * &sigma, flat_sigma(&sigma));
+    let f_phi = frozen_teacher.denoise(&noisy, &time, &condition, Mode::Eval);
+    let (f_psi, bottleneck) = frozen_fake.denoise_and_encode(&noisy, &time, &condition, Mode::Eval);
+    let omega = no_grad(|| {
+        let mean = (&generated - &f_phi).abs().mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float);
+        mean.clamp_min(1e-5).reciprocal()
+    });
+    let delta = &f_phi - &f_psi;
+    let sid = per_sample(&(&delta * (&f_phi - &generated - &delta * 1.2))) * &omega;
+    let expected = (sid * 50.0 + log_sigmoid_mean(&bottleneck) * &omega * (0.5 * 3.0 * d)).sum(Kind::Float);
+    expected.backward();
+    let gradient = generator.parameters().flat_grad();
+    generator.parameters().zero_grad();
+    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    batch.loss.backward();
+    assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-4);
+    let apart = (generator.parameters().flat_grad() - &gradient).norm() / gradient.norm();
+    assert!(value(&apart) < 1e-4, "{}", value(&apart));
 }

@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use crate::{
     parameters::Parameters,
+    process::ForwardProcess,
     weights::{self, SaveError},
 };
 
@@ -30,13 +31,37 @@ pub enum Mode {
 pub trait Denoiser: Send {
     /// Predicts x0, fp32 [N, C, H, W].
     ///
-    /// `x_t` [N, C, H, W] is the noisy sample, `time` `[N]` or `[1]` the network's own time (σ for EDM); both may be of any
-    /// floating kind. Gradients flow to `x_t`, and to the parameters unless the network is [frozen](Self::frozen).
+    /// `x_t` [N, C, H, W] is the noisy sample, `time` `[N]` or `[1]` the time of the network's [process](Self::process)
+    /// (σ for EDM); both may be of any floating kind. Gradients flow to `x_t`, and to the parameters unless the network is [frozen](Self::frozen).
     /// Every parameter takes part in every call, so that none is ever left without a gradient.
     ///
     /// # Panics
     /// When shapes or devices do not fit, or when a network without classes gets some.
-    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor;
+    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        self.denoise_and_encode(x_t, time, condition, mode).0
+    }
+
+    /// [`denoise`](Self::denoise), and the encoder's output at the bottleneck, [N, channels, height, width], of the same
+    /// pass.
+    ///
+    /// # Panics
+    /// As `denoise`.
+    fn denoise_and_encode(
+        &self,
+        x_t: &Tensor,
+        time: &Tensor,
+        condition: &Condition,
+        mode: Mode,
+    ) -> (Tensor, Tensor);
+
+    /// The bottleneck alone: what [`denoise_and_encode`](Self::denoise_and_encode) gives beside x0, without the decoder.
+    ///
+    /// # Panics
+    /// As `denoise`.
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor;
+
+    /// The forward process that the network was trained on.
+    fn process(&self) -> &ForwardProcess;
 
     /// The weights.
     fn parameters(&self) -> &Parameters;

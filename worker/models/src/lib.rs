@@ -3,6 +3,7 @@
 //! - [`Denoiser`]: what distillation, sampling and evaluation see of a network.
 //! - [`Parameters`]: a network's weights, views into one flat fp32 vector.
 //! - [`EdmNetwork`]: EDM preconditioning around a DDPM++, NCSN++ or ADM U-Net, compatible with the public checkpoints.
+//! - [`ForwardProcess`]: how data become noise, one interface over EDM, DDPM and flow matching.
 //! - [`sampler`]: EDM's deterministic Heun sampler.
 //! - [`weights`]: reading and writing safetensors.
 //!
@@ -13,6 +14,7 @@ mod builder;
 mod denoiser;
 pub mod edm;
 mod parameters;
+pub mod process;
 pub mod sampler;
 pub mod weights;
 
@@ -22,4 +24,5 @@ pub use edm::{
     config::{ConfigError, EdmConfig},
 };
 pub use parameters::{Entry, Parameters};
+pub use process::ForwardProcess;
 pub use weights::{LoadError, SaveError};

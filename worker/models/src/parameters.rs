@@ -35,6 +35,30 @@ pub struct Parameters {
 }
 
 impl Parameters {
+    /// The parameters of a network that is not one of this crate's: named fp32 tensors of one device, which are copied.
+    #[must_use]
+    pub fn from_named(tensors: &[(&str, Tensor)], trainable: bool) -> Self {
+        let mut offset = 0;
+        let entries: Vec<Entry> = tensors
+            .iter()
+            .map(|(name, tensor)| {
+                let entry = Entry { name: (*name).to_owned(), shape: tensor.size(), offset };
+                offset += entry.numel();
+                entry
+            })
+            .collect();
+        let flat: Vec<Tensor> =
+            tensors.iter().map(|(_, tensor)| tensor.to_kind(Kind::Float).reshape([-1])).collect();
+        Self::new(entries.into(), Tensor::cat(&flat, 0), BTreeMap::new(), trainable)
+    }
+
+    /// The same parameters as views into another vector, laid out like [`flat`](Self::flat).
+    #[must_use]
+    pub fn over(&self, flat: Tensor, trainable: bool) -> Self {
+        let buffers = self.buffers.iter().map(|(name, b)| (name.clone(), b.shallow_clone()));
+        Self::new(self.shared_entries(), flat, buffers.collect(), trainable)
+    }
+
     /// Views into `flat`, which must have exactly the elements of `entries`.
     pub(crate) fn new(
         entries: Arc<[Entry]>,

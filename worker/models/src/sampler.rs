@@ -1,4 +1,4 @@
-//! EDM's deterministic sampler.
+//! Deterministic samplers of the probability-flow ODE: EDM's for EDM networks, DDIM for any process.
 
 use tch::{Kind, Tensor, no_grad};
 
@@ -65,5 +65,29 @@ pub fn heun(network: &dyn Denoiser, z: &Tensor, condition: &Condition, settings:
             x = if to > 0.0 { &x + (slope_from + slope(&euler, to)) * (0.5 * step) } else { euler };
         }
         x.to_kind(Kind::Float)
+    })
+}
+
+/// DDIM (2010.02502, eq. 12 with η = 0) over falling `times` of the network's process: x0 and the noise that it leaves are
+/// predicted at each time and put together again at the next; after the last time, x0 is the result.
+///
+/// `z` [N, C, H, W] is N(0, 1); the result is fp32 of that shape. No gradients are recorded.
+///
+/// # Panics
+/// Without times.
+pub fn ddim(network: &dyn Denoiser, z: &Tensor, condition: &Condition, times: &[f64]) -> Tensor {
+    assert!(!times.is_empty(), "a sampler needs at least one time");
+    let process = network.process();
+    let at = |time: f64| Tensor::full([1], time, (Kind::Float, z.device()));
+    no_grad(|| {
+        let mut x = process.coefficients(&at(times[0])).1 * z;
+        for (index, time) in times.iter().enumerate() {
+            let x0 = network.denoise(&x, &at(*time), condition, Mode::Eval);
+            let Some(next) = times.get(index + 1) else { return x0 };
+            let (a, b) = process.coefficients(&at(*time));
+            let noise = (&x - a * &x0) / b;
+            x = process.add_noise(&x0, &noise, &at(*next));
+        }
+        unreachable!("the last time returns")
     })
 }

@@ -208,29 +208,41 @@ pub(crate) fn to_safetensors(
     if metadata.contains_key(CONFIG_KEY) {
         return Err(SaveError::ReservedKey);
     }
-    let names = parameters.entries().iter().map(|entry| &entry.name);
-    let leaves = names.zip(parameters.leaves());
-    let tensors: Vec<(&String, Vec<usize>, Vec<u8>)> = leaves
-        .chain(parameters.buffers())
+    let names = parameters.entries().iter().map(|entry| entry.name.as_str());
+    let buffers = parameters.buffers().iter().map(|(name, tensor)| (name.as_str(), tensor));
+    let tensors: Vec<(&str, &Tensor)> = names.zip(parameters.leaves()).chain(buffers).collect();
+    let mut header = metadata.clone();
+    header.insert(CONFIG_KEY.to_owned(), config.to_owned());
+    archive(&tensors, &header)
+}
+
+/// Named fp32 tensors and metadata as one safetensors file. Equal input gives equal bytes.
+///
+/// # Errors
+/// [`SaveError::Format`] when the format cannot hold them.
+pub fn archive(
+    tensors: &[(&str, &Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, SaveError> {
+    let tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
+        .iter()
         .map(|(name, tensor)| {
             let shape = tensor.size().iter().map(|d| *d as usize).collect();
-            let host = tensor.detach().to_device(Device::Cpu).contiguous();
+            let host = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
             let mut bytes = vec![0; host.numel() * 4];
             host.copy_data_u8(&mut bytes, host.numel());
-            (name, shape, bytes)
+            (*name, shape, bytes)
         })
         .collect();
     let views = tensors
         .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, SafeTensorError>>()?;
-    let mut header: BTreeMap<String, String> = metadata.clone();
-    header.insert(CONFIG_KEY.to_owned(), config.to_owned());
-    let unordered: HashMap<String, String> = header.clone().into_iter().collect();
+    let unordered: HashMap<String, String> = metadata.clone().into_iter().collect();
     // The writer takes metadata in a hash map and writes it in the map's order, which changes from run to run. Its length
     // does not, so the same in sorted order fits in its place.
     let found = serde_json::to_string(&unordered).map_err(SafeTensorError::from)?;
-    let sorted = serde_json::to_string(&header).map_err(SafeTensorError::from)?;
+    let sorted = serde_json::to_string(metadata).map_err(SafeTensorError::from)?;
     let mut bytes = safetensors::serialize(views, Some(unordered))?;
     let start = bytes.windows(found.len()).position(|window| window == found.as_bytes());
     if let Some(start) = start {

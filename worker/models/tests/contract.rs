@@ -5,7 +5,7 @@
 mod common;
 
 use common::{equal, small};
-use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
+use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode, edm::config::ModelType};
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -104,6 +104,22 @@ fn a_frozen_network_shares_its_weights_and_passes_gradients_to_its_input() {
     let after = run(frozen.as_ref(), &b, Mode::Eval);
     assert!(!equal(&before, &after));
     assert!(equal(&after, &run(&network, &b, Mode::Eval)));
+}
+
+#[test]
+fn the_bottleneck_is_the_same_with_and_without_the_decoder() {
+    for config in [small(), EdmConfig { model_type: ModelType::DhariwalUNet, ..small() }] {
+        let network = EdmNetwork::initialise(config.clone(), 0, Device::Cpu).unwrap();
+        let x = Tensor::randn([2, 2, 8, 8], (Kind::Float, Device::Cpu));
+        let sigma = Tensor::from_slice(&[0.3f32, 2.0]);
+        let condition = Condition::Class(Tensor::eye(3, (Kind::Float, Device::Cpu)).narrow(0, 0, 2));
+        let (x0, bottleneck) = network.denoise_and_encode(&x, &sigma, &condition, Mode::Eval);
+        assert_eq!(x0.size(), x.size());
+        let halvings = config.channel_mult.len() as i64 - 1;
+        assert_eq!(bottleneck.size()[2..], [8 >> halvings, 8 >> halvings]);
+        let alone = network.encode(&x, &sigma, &condition, Mode::Eval);
+        assert!(alone.allclose(&bottleneck, 0.0, 0.0, false));
+    }
 }
 
 #[test]

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use potstill_c10d::Autocast;
 use potstill_distill::{
     gradient::Gradient,
+    loss_scale::Network,
     phase::{self, MicroBatchLoss},
     state::State,
 };
@@ -18,13 +20,34 @@ use tch::Tensor;
 use super::{Interruption, Member};
 use crate::control_lane::{Flags, Lane};
 
-/// Sums of one rank's share of one iteration.
+/// Sums of one rank's share of one phase.
 #[derive(Default)]
 struct Totals {
-    fake_score_loss: f64,
-    generator_loss: f64,
+    score_loss: f64,
+    adversarial_loss: Option<f64>,
     score_difference: f64,
     dropped: u32,
+}
+
+/// What a phase came to.
+struct Trained {
+    totals: Totals,
+    /// L2 norm of the reduced gradient.
+    norm: f64,
+    /// Its elements that were not finite.
+    non_finite: u64,
+    /// What its loss was multiplied with.
+    loss_scale: f64,
+    /// Whether something was wrong that a smaller loss scale will not mend.
+    sick: bool,
+}
+
+impl Trained {
+    /// A phase that was not run here and now.
+    fn nothing() -> Self {
+        let totals = Totals { score_loss: f64::NAN, ..Totals::default() };
+        Self { totals, norm: f64::NAN, non_finite: 0, loss_scale: 1.0, sick: false }
+    }
 }
 
 impl Member<'_> {
@@ -38,96 +61,139 @@ impl Member<'_> {
         let flags =
             Flags { stop: orders.stop_wanted(generation), checkpoint: orders.take_checkpoint(generation) };
         let lane = Lane::issue(&self.group, flags)?;
-
-        let mut totals = Totals::default();
         let mut seconds = StepSeconds::default();
-        let mut fake_score_gradient = (f64::NAN, 0);
-        let d = &self.job.spec.distillation;
-        let o = &self.job.spec.optimiser;
 
-        if cursor.phase == Phase::FakeScore {
-            let gradient = self.accumulate(state, Phase::FakeScore, iteration, &mut totals, &mut seconds)?;
-            let step = Instant::now();
-            let gradient = Gradient::repaired(gradient);
-            state.step_fake_score(&gradient, iteration, &self.job.adam(o.fake_score_learning_rate));
-            self.fake_score.zero_grad()?;
-            seconds.optimiser += step.elapsed().as_secs_f64();
-            fake_score_gradient = (gradient.norm, gradient.non_finite);
-            cursor.phase = Phase::Generator;
-            self.session.progress.set_cursor(*cursor);
-        } else {
-            // The first half was done in another generation, whose sums are not at hand.
-            totals.fake_score_loss = f64::NAN;
-        }
-
-        let gradient = self.accumulate(state, Phase::Generator, iteration, &mut totals, &mut seconds)?;
-        let step = Instant::now();
-        let gradient = Gradient::repaired(gradient);
-        let adam = self.job.adam(o.generator_learning_rate);
-        state.step_generator(&gradient, iteration, &adam, o.ema_half_life_images, d.global_batch);
-        self.generator.zero_grad()?;
-        seconds.optimiser += step.elapsed().as_secs_f64();
+        let fake_score = match cursor.phase {
+            Phase::FakeScore => {
+                let trained = self.train(state, Phase::FakeScore, iteration, &mut seconds)?;
+                cursor.phase = Phase::Generator;
+                self.session.progress.set_cursor(*cursor);
+                trained
+            }
+            // Done in another generation, whose sums are not at hand.
+            Phase::Generator => Trained::nothing(),
+        };
+        let generator = match self.job.trains_generator(iteration) {
+            true => self.train(state, Phase::Generator, iteration, &mut seconds)?,
+            false => Trained::nothing(),
+        };
         *cursor = Cursor::boundary(iteration + 1);
         self.session.progress.set_cursor(*cursor);
 
-        let non_finite_gradients = fake_score_gradient.1 + gradient.non_finite;
         let share = self.assignment.micro_batches;
+        let samples = share.count * self.job.spec.distillation.micro_batch;
         seconds.total = started.elapsed().as_secs_f64();
         self.session.send(FromWorker::StepReport(StepReport {
             generation: generation.0,
             iteration,
             first_micro_batch: share.first,
             micro_batches: share.count,
-            samples: share.count * d.micro_batch,
-            fake_score_loss_sum: totals.fake_score_loss,
-            generator_loss_sum: totals.generator_loss,
-            score_difference_sum: totals.score_difference,
-            fake_score_grad_norm: fake_score_gradient.0,
-            generator_grad_norm: gradient.norm,
-            non_finite_samples: totals.dropped,
-            non_finite_gradients,
+            samples,
+            fake_score_loss_sum: fake_score.totals.score_loss,
+            generator_loss_sum: generator.totals.score_loss,
+            score_difference_sum: generator.totals.score_difference,
+            fake_score_grad_norm: fake_score.norm,
+            generator_grad_norm: generator.norm,
+            non_finite_samples: fake_score.totals.dropped + generator.totals.dropped,
+            non_finite_gradients: fake_score.non_finite + generator.non_finite,
             seconds: Some(seconds),
+            discriminator_loss_sum: fake_score.totals.adversarial_loss,
+            generator_adversarial_loss_sum: generator.totals.adversarial_loss,
+            fake_score_loss_scale: fake_score.loss_scale,
+            generator_loss_scale: generator.loss_scale,
         }));
-        self.watch_finiteness(iteration, non_finite_gradients)?;
+        self.watch_health(iteration, samples, &[fake_score, generator])?;
         // Read only now: the iteration is done and reported, whatever becomes of the group.
         Ok(lane.read()?)
     }
 
-    /// Ends the run when gradients have not been finite for too long. Gradients are equal on all ranks, so all ranks
-    /// come to the same end.
-    fn watch_finiteness(&mut self, iteration: u64, non_finite: u64) -> anyhow::Result<()> {
-        self.non_finite_streak = if non_finite > 0 { self.non_finite_streak + 1 } else { 0 };
+    /// Ends the run when too many iterations in a row had gradients that were not finite, or nothing but samples that were
+    /// not.
+    fn watch_health(&mut self, iteration: u64, samples: u32, phases: &[Trained]) -> anyhow::Result<()> {
+        let sick = phases.iter().any(|phase| phase.sick || phase.totals.dropped >= samples);
+        self.non_finite_streak = if sick { self.non_finite_streak + 1 } else { 0 };
         let limit = self.job.spec.distillation.non_finite_limit;
+        let elements: u64 = phases.iter().map(|phase| phase.non_finite).sum();
+        let dropped: u32 = phases.iter().map(|phase| phase.totals.dropped).sum();
         anyhow::ensure!(
             self.non_finite_streak < limit,
-            "{limit} iterations in a row, up to iteration {iteration}, had gradients that were not finite ({non_finite} \
-             elements in the last): the run has diverged. Nothing was saved since; lower the learning rates and resume from \
-             the newest checkpoint, or start again"
+            "{limit} iterations in a row, up to iteration {iteration}, had gradients or samples that were not finite \
+             ({elements} elements of the gradients and {dropped} samples of this rank in the last): the run has diverged. \
+             Nothing was saved since; lower the learning rates and resume from the newest checkpoint, or start again"
         );
         Ok(())
     }
 
-    /// Runs this rank's micro-batches of one phase and returns the gradient of the mean loss over the global batch, equal
-    /// on all ranks. Adds to the totals and to the times.
+    /// One phase: its gradient over the global batch, and the step of the network that it trains.
+    fn train(
+        &mut self,
+        state: &mut State,
+        phase: Phase,
+        iteration: u64,
+        seconds: &mut StepSeconds,
+    ) -> Result<Trained, Interruption> {
+        let network = match phase {
+            Phase::FakeScore => Network::FakeScore,
+            Phase::Generator => Network::Generator,
+        };
+        let loss_scale = state.loss_scales.scale(network);
+        let mut totals = Totals::default();
+        let mut flat = self.accumulate(state, phase, iteration, loss_scale, &mut totals, seconds)?;
+        let step = Instant::now();
+        if loss_scale != 1.0 {
+            let _ = flat.g_mul_scalar_(loss_scale.recip());
+        }
+        let gradient = Gradient::repaired(flat);
+        let overflowed = gradient.non_finite > 0;
+        let sick = overflowed && !state.loss_scales.can_shrink(network);
+        let trained =
+            Trained { totals, norm: gradient.norm, non_finite: gradient.non_finite, loss_scale, sick };
+        let accepted = state.loss_scales.accept(network, !overflowed);
+        let (o, batch) = (&self.job.spec.optimiser, self.job.spec.distillation.global_batch);
+        let gradient = gradient.clipped(self.job.clip());
+        match phase {
+            Phase::FakeScore => {
+                if accepted {
+                    let adam = self.job.adam(o.fake_score_learning_rate, iteration);
+                    state.step_fake_score(&gradient, iteration, &adam);
+                }
+                self.fake_score.zero_grad()?;
+            }
+            Phase::Generator => {
+                if accepted {
+                    let adam = self.job.adam(o.generator_learning_rate, iteration);
+                    state.step_generator(&gradient, iteration, &adam, o.ema_half_life_images, batch);
+                }
+                self.generator.zero_grad()?;
+            }
+        }
+        seconds.optimiser += step.elapsed().as_secs_f64();
+        Ok(trained)
+    }
+
+    /// Runs this rank's micro-batches of one phase and returns the gradient of the mean loss over the global batch, times
+    /// `loss_scale`, equal on all ranks. Adds to the totals and to the times.
     fn accumulate(
         &mut self,
         state: &State,
         phase: Phase,
         iteration: u64,
+        loss_scale: f64,
         totals: &mut Totals,
         seconds: &mut StepSeconds,
     ) -> Result<Tensor, Interruption> {
         let started = Instant::now();
         // The reducer takes the mean over ranks; this makes it the sum over samples divided by the global batch.
-        let scale =
+        let share =
             f64::from(self.assignment.world_size) / f64::from(self.job.spec.distillation.global_batch);
+        let scale = share * loss_scale;
         let indices = self.assignment.micro_batches.indices();
         let last = indices.end - 1;
         let mut exposed = Duration::ZERO;
         let mut reported = Vec::with_capacity(indices.len());
         for index in indices {
             self.heed()?;
-            let micro_batch = self.micro_batch(state, phase, iteration, index);
+            let micro_batch = self.micro_batch(state, phase, iteration, index)?;
             let scaled = &micro_batch.loss * scale;
             if index == last {
                 let reducer = match phase {
@@ -138,16 +204,15 @@ impl Member<'_> {
             } else {
                 scaled.f_backward().context("backward pass")?;
             }
-            let MicroBatchLoss { loss, score_difference, dropped } = micro_batch;
-            reported.push((loss.detach(), score_difference, dropped));
+            let MicroBatchLoss { score_loss, adversarial_loss, score_difference, dropped, .. } = micro_batch;
+            reported.push((score_loss, adversarial_loss, score_difference, dropped));
             self.session.progress.tick();
         }
-        for (loss, score_difference, dropped) in reported {
-            let total = match phase {
-                Phase::FakeScore => &mut totals.fake_score_loss,
-                Phase::Generator => &mut totals.generator_loss,
-            };
-            *total += loss.double_value(&[]);
+        for (score_loss, adversarial_loss, score_difference, dropped) in reported {
+            totals.score_loss += score_loss.double_value(&[]);
+            if let Some(loss) = adversarial_loss {
+                *totals.adversarial_loss.get_or_insert(0.0) += loss.double_value(&[]);
+            }
             totals.score_difference += score_difference.map_or(0.0, |s| s.double_value(&[]));
             totals.dropped += dropped.int64_value(&[]) as u32;
         }
@@ -161,17 +226,28 @@ impl Member<'_> {
         Ok(gradient)
     }
 
-    fn micro_batch(&self, state: &State, phase: Phase, iteration: u64, index: u32) -> MicroBatchLoss {
+    fn micro_batch(
+        &self,
+        state: &State,
+        phase: Phase,
+        iteration: u64,
+        index: u32,
+    ) -> Result<MicroBatchLoss, Interruption> {
         let settings = &self.job.settings;
         let generator = state.generator.as_ref();
-        match phase {
+        let _autocast = match self.job.lower_precision() {
+            Some(precision) => Some(Autocast::enter(settings.device, precision)?),
+            None => None,
+        };
+        Ok(match phase {
             Phase::FakeScore => {
-                phase::fake_score(generator, state.fake_score.as_ref(), settings, iteration, index)
+                let (fake_score, real) = (state.fake_score.as_ref(), self.job.real.as_ref());
+                phase::fake_score(generator, fake_score, real, settings, iteration, index)
             }
             Phase::Generator => {
                 let (fake_score, teacher) = (self.frozen_fake_score.as_ref(), self.job.teacher.as_ref());
                 phase::generator(generator, fake_score, teacher, settings, iteration, index)
             }
-        }
+        })
     }
 }

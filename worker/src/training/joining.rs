@@ -68,16 +68,16 @@ pub(super) fn obtain_state(
 ) -> Result<(State, Cursor), Interruption> {
     let held = std::mem::take(holding);
     match &assignment.source {
-        Source::Fresh => Ok((State::from_teacher(job.teacher.as_ref()), Cursor::default())),
+        Source::Fresh => Ok((job.first_state(), Cursor::default())),
         Source::Checkpoint { manifest_key } => {
             session.progress.set_activity("loading a checkpoint");
-            let mut state = held.state.unwrap_or_else(|| State::from_teacher(job.teacher.as_ref()));
+            let mut state = held.state.unwrap_or_else(|| job.first_state());
             let iteration = job.runtime.block_on(checkpoint::restore(&job.run, manifest_key, &mut state))?;
             Ok((state, Cursor::boundary(iteration)))
         }
         Source::Peer { rank } => {
             session.progress.set_activity("taking the state from a peer");
-            let state = held.state.unwrap_or_else(|| State::from_teacher(job.teacher.as_ref()));
+            let state = held.state.unwrap_or_else(|| job.first_state());
             match transfer::broadcast(group, *rank as usize, &state, held.cursor) {
                 Ok(cursor) => Ok((state, cursor)),
                 Err(error) => {

@@ -148,15 +148,16 @@ impl Member<'_> {
             self.evaluate(state, cursor.iteration, Subject::Teacher)?;
         }
         let iterations = self.job.spec.distillation.iterations;
-        let mut stop = false;
+        let (mut stop, mut save) = (false, false);
         loop {
             let at_boundary = cursor.phase == Phase::FakeScore;
             let last = at_boundary && cursor.iteration >= iterations;
-            if last || stop {
-                self.save(state, cursor.iteration)?;
-            }
+            // Scored before it is saved: what has collapsed is not kept.
             if at_boundary && !stop && self.job.evaluation_due(cursor.iteration) {
                 self.evaluate(state, cursor.iteration, Subject::Student)?;
+            }
+            if last || stop || save {
+                self.save(state, cursor.iteration)?;
             }
             if last && self.assignment.rank == 0 {
                 self.draw(state)?;
@@ -167,10 +168,7 @@ impl Member<'_> {
             self.session.progress.set_activity("training");
             let flags = self.iterate(state, cursor)?;
             stop = flags.stop;
-            let due = cursor.iteration.is_multiple_of(self.job.spec.checkpoint.every);
-            if !stop && cursor.iteration < iterations && (due || flags.checkpoint) {
-                self.save(state, cursor.iteration)?;
-            }
+            save = flags.checkpoint || cursor.iteration.is_multiple_of(self.job.spec.checkpoint.every);
         }
     }
 
@@ -202,7 +200,7 @@ impl Member<'_> {
     }
 
     fn student<'s>(&'s self, state: &'s State) -> Sampler<'s> {
-        Sampler::Student { generator: state.generator_ema.as_ref(), sigmas: &self.job.settings.sigmas }
+        Sampler::Student { generator: state.generator_ema.as_ref(), times: &self.job.settings.times }
     }
 
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {

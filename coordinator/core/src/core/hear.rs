@@ -166,9 +166,41 @@ impl Core {
 
     fn evaluated(&mut self, report: wire::EvaluationReport, actions: &mut Actions) {
         let evaluation = Evaluation::from(&report);
-        self.score_teacher &= !evaluation.of_teacher;
+        if evaluation.of_teacher {
+            self.score_teacher = false;
+            self.teacher_diversity = Some(evaluation.diversity);
+        }
+        let collapse = self.collapse(&evaluation);
         actions.push(Action::Persist(Record::Evaluated(evaluation)));
         actions.push(Action::Observe(Observation::Evaluated(report)));
+        if let Some(reason) = collapse {
+            self.fail(reason, actions);
+        }
+    }
+
+    /// Why a student that was scored should not be trained on: its samples of one condition have become alike. Before the
+    /// first iteration it is not a student yet.
+    fn collapse(&self, evaluation: &Evaluation) -> Option<String> {
+        let least = self.teacher_diversity.filter(|d| d.is_finite())? * self.collapse_share;
+        if evaluation.of_teacher || evaluation.iteration == 0 || evaluation.diversity >= least {
+            return None;
+        }
+        let newest = match self.ledger.newest() {
+            Some(checkpoint) => {
+                format!("the newest checkpoint, of iteration {}, is from before", checkpoint.iteration)
+            }
+            None => "there is no checkpoint from before".to_owned(),
+        };
+        Some(format!(
+            "the student has collapsed: after iteration {} its diversity is {:.3}, below {:.3} (evaluation.collapse_share \
+             {} of the teacher's {:.3}); {newest}. Lower the learning rates or the guidance, or set \
+             evaluation.collapse_share",
+            evaluation.iteration,
+            evaluation.diversity,
+            least,
+            self.collapse_share,
+            self.teacher_diversity.unwrap_or(f64::NAN)
+        ))
     }
 
     fn collective_failed(

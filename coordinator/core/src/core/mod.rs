@@ -64,6 +64,9 @@ pub struct Core {
     resumed: bool,
     /// Whether the teacher has still to be scored.
     score_teacher: bool,
+    /// Of the teacher, once it was scored.
+    teacher_diversity: Option<f64>,
+    collapse_share: f64,
 
     now: Tick,
     members: Members,
@@ -154,7 +157,10 @@ impl Core {
             Record::GenerationOpened { generation, .. } => Some(*generation),
             _ => None,
         });
-        let teacher_scored = history.iter().any(|r| matches!(r, Record::Evaluated(e) if e.of_teacher));
+        let teacher_diversity = history.iter().rev().find_map(|record| match record {
+            Record::Evaluated(evaluation) if evaluation.of_teacher => Some(evaluation.diversity),
+            _ => None,
+        });
         let saved = newest.as_ref().map_or(0, |checkpoint| checkpoint.iteration);
         let start = Start { cursor: Cursor::boundary(saved), exact: true };
         Self {
@@ -168,7 +174,9 @@ impl Core {
             max_workers: spec.cluster.max_workers,
             timeouts,
             resumed: !history.is_empty(),
-            score_teacher: !teacher_scored && spec.evaluation.features.is_some(),
+            score_teacher: teacher_diversity.is_none() && spec.evaluation.features.is_some(),
+            teacher_diversity,
+            collapse_share: spec.evaluation.collapse_share,
             now: Tick::default(),
             members: Members::new(timeouts),
             generation: generation.max().unwrap_or_default(),

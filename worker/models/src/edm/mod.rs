@@ -23,12 +23,14 @@ use crate::{
     builder::{Binding, Scope},
     denoiser::{Condition, Denoiser, Mode},
     parameters::Parameters,
+    process::ForwardProcess,
     weights::{self, Archive, LoadError},
 };
 
 /// An EDM network: `D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4)` with a U-Net `F` (2206.00364, eq. 7). Time is σ.
 pub struct EdmNetwork {
     config: EdmConfig,
+    process: ForwardProcess,
     parameters: Parameters,
     unet: UNet,
 }
@@ -83,13 +85,12 @@ impl EdmNetwork {
     fn bind(config: EdmConfig, parameters: Parameters) -> Self {
         let mut binding = Binding::new(&parameters);
         let unet = UNet::new(&mut Scope::root(&mut binding).child("model"), &config);
-        Self { config, parameters, unet }
+        let process = ForwardProcess::Edm { sigma_data: config.sigma_data };
+        Self { config, process, parameters, unet }
     }
 
     fn rebind(&self, flat: Tensor, trainable: bool) -> Self {
-        let buffers = self.parameters.buffers().iter().map(|(name, b)| (name.clone(), b.shallow_clone()));
-        let entries = self.parameters.shared_entries();
-        Self::bind(self.config.clone(), Parameters::new(entries, flat, buffers.collect(), trainable))
+        Self::bind(self.config.clone(), self.parameters.over(flat, trainable))
     }
 
     /// The architecture.
@@ -98,8 +99,8 @@ impl EdmNetwork {
         &self.config
     }
 
-    /// [`denoise`](Denoiser::denoise) with augmentation labels [N, `augment_dim`] (2206.00364, appendix F.2). Without them
-    /// a sample counts as not augmented, which is what all-zero labels say.
+    /// [`denoise_and_encode`](Denoiser::denoise_and_encode) with augmentation labels [N, `augment_dim`] (2206.00364,
+    /// appendix F.2). Without them a sample counts as not augmented, which is what all-zero labels say.
     ///
     /// # Panics
     /// As `denoise`, and when a network without augmentation labels gets some.
@@ -110,22 +111,36 @@ impl EdmNetwork {
         condition: &Condition,
         augment_labels: Option<&Tensor>,
         mode: Mode,
-    ) -> Tensor {
+    ) -> (Tensor, Tensor) {
         let x = x_t.to_kind(Kind::Float);
-        let sigma = time.to_kind(Kind::Float).reshape([-1]);
+        let coefficients = self.coefficients(time);
+        let inputs = self.inputs(&coefficients, condition, augment_labels, mode);
+        let (output, bottleneck) = self.unet.forward(&coefficients.network_input(&x), &inputs);
+        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
+        (coefficients.denoised(&x, &output.to_kind(Kind::Float)), bottleneck.to_kind(Kind::Float))
+    }
+
+    fn coefficients(&self, time: &Tensor) -> Coefficients {
+        Coefficients::new(&time.to_kind(Kind::Float).reshape([-1]), self.config.sigma_data)
+    }
+
+    fn inputs<'a>(
+        &self,
+        coefficients: &'a Coefficients,
+        condition: &Condition,
+        augment_labels: Option<&Tensor>,
+        mode: Mode,
+    ) -> Inputs<'a> {
         let labels = match condition {
             Condition::None => None,
             Condition::Class(labels) => Some(labels),
         };
-        let coefficients = Coefficients::new(&sigma, self.config.sigma_data);
-        let inputs = Inputs {
+        Inputs {
             noise: &coefficients.noise,
             labels: self.side_input("class", labels, self.config.label_dim),
             augment: self.side_input("augmentation", augment_labels, self.config.augment_dim),
             mode,
-        };
-        let output = self.unet.forward(&coefficients.network_input(&x), &inputs);
-        coefficients.denoised(&x, &output)
+        }
     }
 
     /// Given or all-zero labels of a network that takes some. Zeros, and not nothing, so that the layer which maps them
@@ -143,8 +158,25 @@ impl EdmNetwork {
 }
 
 impl Denoiser for EdmNetwork {
-    fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+    fn denoise_and_encode(
+        &self,
+        x_t: &Tensor,
+        time: &Tensor,
+        condition: &Condition,
+        mode: Mode,
+    ) -> (Tensor, Tensor) {
         self.denoise_augmented(x_t, time, condition, None, mode)
+    }
+
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        let coefficients = self.coefficients(time);
+        let inputs = self.inputs(&coefficients, condition, None, mode);
+        let input = coefficients.network_input(&x_t.to_kind(Kind::Float));
+        self.unet.bottleneck(&input, &inputs).to_kind(Kind::Float)
+    }
+
+    fn process(&self) -> &ForwardProcess {
+        &self.process
     }
 
     fn parameters(&self) -> &Parameters {

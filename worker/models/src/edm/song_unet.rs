@@ -163,10 +163,19 @@ impl SongUNet {
         Self { mapping, encoder, decoder }
     }
 
-    pub fn forward(&self, x: &Tensor, inputs: &Inputs) -> Tensor {
+    /// The output and the bottleneck.
+    pub fn forward(&self, x: &Tensor, inputs: &Inputs) -> (Tensor, Tensor) {
         let embedding = self.mapping.forward(x.size()[0], inputs);
         let features = self.encode(x, &embedding, inputs);
-        self.decode(features, &embedding, inputs)
+        let bottleneck = features[features.len() - 1].shallow_clone();
+        (self.decode(features, &embedding, inputs), bottleneck)
+    }
+
+    /// The bottleneck alone.
+    pub fn bottleneck(&self, x: &Tensor, inputs: &Inputs) -> Tensor {
+        let embedding = self.mapping.forward(x.size()[0], inputs);
+        let mut features = self.encode(x, &embedding, inputs);
+        features.swap_remove(features.len() - 1)
     }
 
     /// The outputs of the encoder's steps; the last one is the bottleneck.

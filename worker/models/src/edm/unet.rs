@@ -33,10 +33,19 @@ impl UNet {
         }
     }
 
-    pub fn forward(&self, x: &Tensor, inputs: &Inputs) -> Tensor {
+    /// The output and the bottleneck.
+    pub fn forward(&self, x: &Tensor, inputs: &Inputs) -> (Tensor, Tensor) {
         match self {
             Self::Song(unet) => unet.forward(x, inputs),
             Self::Dhariwal(unet) => unet.forward(x, inputs),
+        }
+    }
+
+    /// The bottleneck alone.
+    pub fn bottleneck(&self, x: &Tensor, inputs: &Inputs) -> Tensor {
+        match self {
+            Self::Song(unet) => unet.bottleneck(x, inputs),
+            Self::Dhariwal(unet) => unet.bottleneck(x, inputs),
         }
     }
 }

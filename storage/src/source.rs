@@ -1,0 +1,109 @@
+//! Objects that are only read: training data, wherever they lie.
+
+use std::{path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
+
+use crate::{Error, root::Root};
+
+/// One object, or a folder of them, on a local path or in an object store. Nothing is ever written or created.
+#[derive(Clone, Debug)]
+pub struct Source {
+    store: Arc<dyn ObjectStore>,
+    path: Path,
+    location: String,
+}
+
+impl Source {
+    /// Opens a path, or a URL of `file://`, `s3://`, `gs://` or `az://`, with credentials as for [`Root::open`].
+    ///
+    /// # Errors
+    /// The location is not one of these, or a local one does not exist.
+    pub fn open(location: &str) -> Result<Self, Error> {
+        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let local = match location.strip_prefix("file://") {
+            Some(path) => Some(PathBuf::from(path)),
+            None if !location.contains("://") => Some(PathBuf::from(location)),
+            None => None,
+        };
+        let Some(local) = local else {
+            let (store, path) = Root::open_store(location)?;
+            return Ok(Self { store, path, location: location.to_owned() });
+        };
+        let absolute = local.canonicalize().map_err(|e| bad(e.to_string()))?;
+        let path = Path::from_absolute_path(&absolute).map_err(|e| bad(e.to_string()))?;
+        Ok(Self { store: Arc::new(LocalFileSystem::new()), path, location: location.to_owned() })
+    }
+
+    /// As it was given.
+    #[must_use]
+    pub fn location(&self) -> &str {
+        &self.location
+    }
+
+    /// Its last part: a file's or folder's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.path.filename().unwrap_or_default()
+    }
+
+    /// The objects below it, as paths relative to it, sorted; itself, as the empty path, if it is an object.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn list(&self) -> Result<Vec<String>, Error> {
+        let failed = |source| self.failed("list", source);
+        match self.store.head(&self.path).await {
+            Ok(_) => return Ok(vec![String::new()]),
+            Err(object_store::Error::NotFound { .. }) => {}
+            // A local folder is not an object; listing it will tell.
+            Err(object_store::Error::Generic { .. }) => {}
+            Err(source) => return Err(failed(source)),
+        }
+        let mut names: Vec<String> = self
+            .store
+            .list(Some(&self.path))
+            .map(|object| object.map(|o| self.relative(&o.location)))
+            .try_collect()
+            .await
+            .map_err(failed)?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The bytes of one of the listed objects.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn read(&self, name: &str) -> Result<Bytes, Error> {
+        let path = match name {
+            "" => self.path.clone(),
+            name => Path::from_iter(self.path.parts().chain(Path::from(name).parts())),
+        };
+        let got = self.store.get(&path).await.map_err(|source| self.failed("read", source))?;
+        got.bytes().await.map_err(|source| self.failed("read", source))
+    }
+
+    /// Several objects in the order of `names`, a few at a time.
+    ///
+    /// # Errors
+    /// The store's, on the first object that fails.
+    pub async fn read_all(&self, names: &[String]) -> Result<Vec<Bytes>, Error> {
+        const AT_ONCE: usize = 16;
+        futures::stream::iter(names).map(|name| self.read(name)).buffered(AT_ONCE).try_collect().await
+    }
+
+    fn relative(&self, path: &Path) -> String {
+        path.as_ref()
+            .strip_prefix(self.path.as_ref())
+            .unwrap_or(path.as_ref())
+            .trim_start_matches('/')
+            .to_owned()
+    }
+
+    fn failed(&self, operation: &'static str, source: object_store::Error) -> Error {
+        Error::Store { operation, place: self.location.clone(), source }
+    }
+}

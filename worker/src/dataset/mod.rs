@@ -1,0 +1,113 @@
+//! Real images with their classes, in memory: what a teacher learns from, what scores compare with, and what the adversarial
+//! loss shows its discriminator.
+//!
+//! They come from one of:
+//! - a safetensors file: `images` u8 [N, C, H, W], `labels` u8 `[N]`, and in the metadata `pixel_max`, the value that stands
+//!   for white;
+//! - a folder with one sub-folder of images (PNG, JPEG, WebP) per class: the sub-folder's name if all of them are numbers,
+//!   else its place in the sorted order;
+//! - a tar in the WebDataset layout, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`) under one key.
+//!
+//! Pixels become x = 2·v/white − 1, in [−1, 1].
+
+mod images;
+mod tensors;
+
+use anyhow::{Context, ensure};
+use potstill_distill::adversarial::RealSamples;
+use potstill_storage::Source;
+use tch::{Kind, Tensor};
+
+/// Images and their classes, on the host.
+pub struct Dataset {
+    /// u8 [N, C, H, W].
+    pixels: Tensor,
+    white: f64,
+    /// int64 `[N]`.
+    pub labels: Tensor,
+}
+
+/// Of what a network needs.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Channels, height, width.
+    pub sample: [i64; 3],
+    /// Labels must lie below this; 0: they are not looked at.
+    pub classes: i64,
+}
+
+impl Dataset {
+    /// Reads everything at `location`, a path or a URL, and checks that it fits.
+    ///
+    /// # Errors
+    /// What does not fit, with the place.
+    pub fn load(location: &str, shape: Shape) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(Self::read(location, shape)).with_context(|| format!("images at {location}"))
+    }
+
+    async fn read(location: &str, shape: Shape) -> anyhow::Result<Self> {
+        let source = Source::open(location)?;
+        let names = source.list().await?;
+        let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
+            Some("safetensors") => tensors::parse(&source.read("").await?)?,
+            Some("tar") => images::from_tars(&source, &[String::new()], shape.sample).await?,
+            _ if !names.is_empty() && names.iter().all(|name| name.ends_with(".tar")) => {
+                images::from_tars(&source, &names, shape.sample).await?
+            }
+            _ => images::from_folder(&source, &names, shape.sample).await?,
+        };
+        dataset.check(shape)?;
+        Ok(dataset)
+    }
+
+    fn check(&self, shape: Shape) -> anyhow::Result<()> {
+        let size = self.pixels.size();
+        ensure!(
+            size[1..] == shape.sample,
+            "has images of {:?}, but the network makes {:?} (C, H, W)",
+            &size[1..],
+            shape.sample
+        );
+        ensure!(size[0] > 1, "has {} images; at least 2 are needed", size[0]);
+        if shape.classes > 0 {
+            let outside = self.labels.lt(0).logical_or(&self.labels.ge(shape.classes));
+            if let Some(index) = Vec::<i64>::try_from(outside.nonzero().reshape([-1]))?.first() {
+                anyhow::bail!(
+                    "label {} of image {index} is out of range: the network knows classes 0 to {}",
+                    self.labels.int64_value(&[*index]),
+                    shape.classes - 1
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps `count` images, spread evenly over the whole, if there are more.
+    pub fn limit(self, count: u64) -> Self {
+        let n = self.len();
+        let count = i64::try_from(count).unwrap_or(n).min(n);
+        let indices: Vec<i64> = (0..count).map(|i| i * n / count).collect();
+        let indices = Tensor::from_slice(&indices);
+        Self {
+            pixels: self.pixels.index_select(0, &indices),
+            white: self.white,
+            labels: self.labels.index_select(0, &indices),
+        }
+    }
+
+    /// How many images there are.
+    pub fn len(&self) -> i64 {
+        self.pixels.size()[0]
+    }
+
+    /// All images, fp32 [N, C, H, W] in [−1, 1].
+    pub fn images(&self) -> Tensor {
+        self.pixels.to_kind(Kind::Float) * (2.0 / self.white) - 1.0
+    }
+
+    /// For the adversarial loss.
+    pub fn into_real_samples(self) -> RealSamples {
+        RealSamples::new(self.pixels, self.white, self.labels)
+    }
+}

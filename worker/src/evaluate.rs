@@ -1,0 +1,249 @@
+//! `evaluate`: scores a finished student, or a teacher, beside real images, with as many processes as wanted.
+//!
+//! The scores are those of a run's own evaluations: the same samples, the same code, spread over the processes in the same
+//! way. The first process is rank 0; it starts the others and prints.
+
+use std::{
+    path::PathBuf,
+    process::{Child, Command, ExitCode, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_models::Denoiser;
+use potstill_proto::{spec::EvaluationSpec, wire::Scores};
+use serde::Serialize;
+use tch::Device;
+
+use crate::{
+    evaluation::Evaluator,
+    lifeline,
+    samples::{CHUNK, Sampler},
+    student::{Source, Student},
+    training::load_teacher,
+};
+
+/// Everything happens on this machine.
+const HOST: &str = "127.0.0.1";
+/// For one collective: the slowest process may still be sampling.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    student: Option<Source>,
+    /// Score this network with its own sampler instead of a student
+    #[arg(long, value_name = "FILE", conflicts_with = "Source")]
+    teacher: Option<PathBuf>,
+    /// TorchScript extractor: images in [−1, 1] → features [N, D], or (features, logits [N, classes])
+    #[arg(long, value_name = "FILE")]
+    features: PathBuf,
+    /// Real images (see adversarial.data in a run file for the forms), or statistics of them that --save-statistics wrote
+    #[arg(long, value_name = "FILE")]
+    reference: PathBuf,
+    /// Images to score
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(2..))]
+    samples: u32,
+    /// Decides the noise: a run scores with 1000000007
+    #[arg(long, value_name = "N", default_value_t = EvaluationSpec::default().seed)]
+    seed: u64,
+    /// k of the k-nearest-neighbour manifolds behind precision and recall
+    #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    neighbours: u32,
+    /// Steps of the teacher's Heun sampler
+    #[arg(long, value_name = "N", default_value_t = 18, value_parser = clap::value_parser!(u32).range(2..))]
+    teacher_steps: u32,
+    /// Processes to spread the sampling over
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
+    /// Threads of each process [default: the machine's cores divided by the processes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// Write the reference's features to this file, which can be given as --reference from then on
+    #[arg(long, value_name = "FILE")]
+    save_statistics: Option<PathBuf>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Set for the processes that the first one starts: rank, and port of its store
+    #[arg(long, hide = true, num_args = 2, value_names = ["RANK", "PORT"])]
+    join: Option<Vec<u16>>,
+}
+
+/// The scores as JSON. What was not measured is null.
+#[derive(Serialize)]
+struct Record {
+    subject: String,
+    fid: Option<f64>,
+    precision: Option<f64>,
+    recall: Option<f64>,
+    agreement: Option<f64>,
+    diversity: Option<f64>,
+    evaluations_per_image: f64,
+    images_per_second: f64,
+    samples: u64,
+    seed: u64,
+    workers: u32,
+}
+
+impl Record {
+    fn new(subject: String, scores: &Scores, arguments: &Arguments) -> Self {
+        let measured = |x: f64| Some(x).filter(|x| x.is_finite());
+        Self {
+            subject,
+            fid: measured(scores.fid),
+            precision: measured(scores.precision),
+            recall: measured(scores.recall),
+            agreement: measured(scores.agreement),
+            diversity: measured(scores.diversity),
+            evaluations_per_image: scores.evaluations_per_image,
+            images_per_second: scores.images_per_second,
+            samples: scores.samples,
+            seed: arguments.seed,
+            workers: arguments.workers,
+        }
+    }
+
+    fn print(&self) {
+        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
+        println!("{}", self.subject);
+        for (name, value) in [
+            ("FID", number(self.fid)),
+            ("precision", number(self.precision)),
+            ("recall", number(self.recall)),
+            ("class agreement", number(self.agreement)),
+            ("diversity", number(self.diversity)),
+            ("evaluations per image", self.evaluations_per_image.to_string()),
+            ("images/s", format!("{:.1}", self.images_per_second)),
+            ("samples", self.samples.to_string()),
+        ] {
+            println!("  {name:<22}{value:>10}");
+        }
+    }
+}
+
+/// What is scored, loaded.
+enum Subject {
+    Student(Student),
+    Teacher(Box<dyn Denoiser>, String),
+}
+
+impl Subject {
+    fn load(arguments: &Arguments, device: Device) -> anyhow::Result<Self> {
+        match (&arguments.student, &arguments.teacher) {
+            (Some(source), None) => Ok(Self::Student(source.load(device)?)),
+            (None, Some(path)) => {
+                let teacher = load_teacher(path, None, device)?;
+                Ok(Self::Teacher(teacher.frozen(), path.display().to_string()))
+            }
+            _ => bail!("name a student with --checkpoint, or a network with --teacher"),
+        }
+    }
+
+    fn sampler(&self) -> Sampler<'_> {
+        match self {
+            Self::Student(s) => Sampler::Student { generator: s.network.as_ref(), times: &s.times },
+            Self::Teacher(network, _) => Sampler::Teacher(network.as_ref()),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Student(student) => format!("{}, {} step(s)", student.origin, student.times.len()),
+            Self::Teacher(_, path) => path.clone(),
+        }
+    }
+}
+
+pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let threads = arguments.threads.unwrap_or((cores / arguments.workers).max(1));
+    tch::set_num_threads(threads as i32);
+    let (rank, port) = match arguments.join.as_deref() {
+        Some([rank, port]) => {
+            lifeline::hold();
+            (*rank, Some(*port))
+        }
+        _ => (0, None),
+    };
+
+    let subject = Subject::load(&arguments, Device::Cpu)?;
+    let spec = EvaluationSpec {
+        samples: arguments.samples,
+        seed: arguments.seed,
+        features: Some(arguments.features.clone()),
+        reference: Some(arguments.reference.clone()),
+        teacher_steps: arguments.teacher_steps,
+        neighbours: arguments.neighbours,
+        ..EvaluationSpec::default()
+    };
+    ensure!(
+        spec.samples > spec.neighbours,
+        "--samples {} must exceed --neighbours {}",
+        spec.samples,
+        spec.neighbours
+    );
+    let evaluator = Evaluator::load(&spec, subject.sampler().network(), Device::Cpu)?
+        .context("an evaluation needs --features and --reference")?;
+    if let (0, Some(path)) = (rank, &arguments.save_statistics) {
+        std::fs::write(path, evaluator.reference().to_safetensors()?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+
+    // Only now, when everything has been found good: the others load the same.
+    let store = match port {
+        Some(port) => TcpStore::connect(HOST, port, PATIENCE)?,
+        None => TcpStore::serve(HOST, 0, PATIENCE)?,
+    };
+    let others = match port {
+        Some(_) => Vec::new(),
+        None => (1..arguments.workers)
+            .map(|rank| start(rank, store.port(), threads))
+            .collect::<anyhow::Result<Vec<_>>>()?,
+    };
+    let backend = Backend::Gloo { host: HOST.to_owned() };
+    let world = arguments.workers as usize;
+    let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
+    let bar = progress(&spec, rank);
+    let scores = evaluator.score(subject.sampler(), &group, || bar.inc(u64::from(arguments.workers)))??;
+    bar.finish_and_clear();
+    for mut other in others {
+        let status = other.wait().context("cannot wait for a process")?;
+        ensure!(status.success(), "a process ended with {status}");
+    }
+    if rank == 0 {
+        let record = Record::new(subject.name(), &scores, &arguments);
+        if arguments.json {
+            println!("{}", serde_json::to_string_pretty(&record)?);
+        } else {
+            record.print();
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A bar over chunks of samples, on the screen of the first process.
+fn progress(spec: &EvaluationSpec, rank: u16) -> ProgressBar {
+    if rank != 0 {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} chunks, {eta} left")
+        .expect("the template is valid");
+    ProgressBar::new(u64::from(spec.samples).div_ceil(CHUNK as u64)).with_style(style)
+}
+
+/// Starts another process like this one; it ends when this one does.
+fn start(rank: u32, port: u16, threads: u32) -> anyhow::Result<Child> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .args(["--join", &rank.to_string(), &port.to_string()])
+        .env("OMP_NUM_THREADS", threads.to_string())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot start a process")
+}
