@@ -131,7 +131,8 @@ fn keep(condition: &Condition, kept: Option<&Tensor>) -> Condition {
     }
 }
 
-/// Elements of a sample: by this SiDA scales a loss that is a mean over a map, beside one that is a sum over elements.
+/// Elements of a sample: what a loss that is a mean over a map is scaled by, beside one that is a sum over elements (2509.25127's
+/// code; SiDA's scales the discriminator's by the denoising loss's weight instead, which small noise levels dominate).
 fn elements(x: &Tensor) -> f64 {
     x.size()[1..].iter().product::<i64>() as f64
 }
@@ -185,11 +186,11 @@ pub fn fake_score(
     let logits = |x: &Tensor| adversarial::logits(&fake_score.encode(x, &draw.time, &conditions, mode));
     let on_real = logits(&noisy_real);
     let adversarial_losses = adversarial::discriminator_loss(&on_real, &adversarial::logits(&bottleneck));
-    let mut adversarial_total = &adversarial_losses * &weight * settings_of.discriminator_weight;
+    let mut adversarial_total = &adversarial_losses * settings_of.discriminator_weight;
     if settings_of.approximate_r1 > 0.0 {
         let shift = stream.normal(&noisy_real.size()) * settings_of.approximate_r1_sigma;
         let penalty = adversarial::approximate_r1(&on_real, &logits(&(&noisy_real + shift)));
-        adversarial_total = adversarial_total + penalty * &weight * settings_of.approximate_r1;
+        adversarial_total = adversarial_total + penalty * settings_of.approximate_r1;
     }
     let losses = &score_losses + adversarial_total * elements(&generated);
     let (loss, dropped) = sum_finite(&losses, &finite);

@@ -398,8 +398,8 @@ fn both_phases_are_their_formulas_written_out() {
     let on_real = fake.encode(&(samples + &noise * &sigma), &time, &own, Mode::Eval);
     let weight = ((sigma.square() + 0.25) / (&sigma * 0.5).square()).view([-1]);
     let discriminator = (log_sigmoid_mean(&on_real) + log_sigmoid_mean(&-bottleneck)) * 0.5;
-    let expected = (per_sample(&(denoised - &generated).square()) * &weight + discriminator * &weight * d)
-        .sum(Kind::Float);
+    let expected =
+        (per_sample(&(denoised - &generated).square()) * &weight + discriminator * d).sum(Kind::Float);
     expected.backward();
     let gradient = fake.parameters().flat_grad();
     fake.parameters().zero_grad();

@@ -182,7 +182,8 @@ impl Core {
     /// first iteration it is not a student yet.
     fn collapse(&self, evaluation: &Evaluation) -> Option<String> {
         let least = self.teacher_diversity.filter(|d| d.is_finite())? * self.collapse_share;
-        if evaluation.of_teacher || evaluation.iteration == 0 || evaluation.diversity >= least {
+        let low = evaluation.diversity < least;
+        if evaluation.of_teacher || evaluation.iteration == 0 || !low {
             return None;
         }
         let newest = match self.ledger.newest() {

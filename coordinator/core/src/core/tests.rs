@@ -356,6 +356,53 @@ fn the_teacher_is_scored_once_in_a_run() {
     assert!(assignments(&actions).iter().all(|(_, a)| !a.score_teacher));
 }
 
+#[test]
+fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
+    let mut setup = setup(1, 1);
+    setup.spec.evaluation.features = Some("f.pt".into());
+    setup.spec.evaluation.collapse_share = 0.5;
+    let scored = |of_teacher: bool, iteration: u64, diversity: f64| {
+        let subject = if of_teacher { wire::Subject::Teacher } else { wire::Subject::Student };
+        let scores = Some(wire::Scores { diversity, ..Default::default() });
+        FromWorker::Evaluation(wire::EvaluationReport {
+            generation: 1,
+            iteration,
+            subject: subject.into(),
+            scores,
+        })
+    };
+    let failure = |actions: &[Action]| {
+        actions.iter().find_map(|action| match action {
+            Action::End(Outcome::Failed { reason }) => Some(reason.clone()),
+            _ => None,
+        })
+    };
+    let mut world = World::new(setup.clone());
+    world.attach(0);
+    world.says(0, scored(true, 0, 6.0));
+    for (iteration, diversity) in [(0, 1.0), (1, 3.1), (2, f64::NAN)] {
+        assert_eq!(failure(&world.says(0, scored(false, iteration, diversity))), None);
+    }
+    let reason = failure(&world.says(0, scored(false, 2, 2.9))).unwrap();
+    for part in ["collapsed", "iteration 2", "2.900", "3.000", "no checkpoint"] {
+        assert!(reason.contains(part), "{reason}");
+    }
+    assert!(world.receipt(0, 2).is_empty(), "what has collapsed is not committed");
+
+    // A resumed run knows the teacher from its journal.
+    let teacher = wire::EvaluationReport {
+        subject: wire::Subject::Teacher.into(),
+        scores: Some(wire::Scores { diversity: 6.0, ..Default::default() }),
+        ..Default::default()
+    };
+    setup.history = vec![Record::Evaluated((&teacher).into())];
+    setup.newest = Some(CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() });
+    let mut world = World::new(setup);
+    world.attach(0);
+    let reason = failure(&world.says(0, scored(false, 3, 2.9))).unwrap();
+    assert!(reason.contains("the newest checkpoint, of iteration 2"), "{reason}");
+}
+
 // ------------------------------------------------------------------------------------------------ failures
 
 #[test]
