@@ -88,6 +88,117 @@ fn evaluation_data() {
 }
 
 #[test]
+fn distillation_settings_that_do_not_fit() {
+    let cluster = Cluster::default();
+    let refused = |sets: &[&str]| refused(&cluster, sets, &[]);
+    says(&refused(&["generator.steps=4"]), &["generator.sigmas has 1", "generator.steps is 4"]);
+    let rising = refused(&["generator.steps=2", "generator.sigmas=[0.5, 2.5]"]);
+    says(&rising, &["generator.sigmas", "fall from step to step"]);
+    says(&refused(&["generator.step_weights=[1, 2]"]), &["generator.step_weights", "each of the 1 steps"]);
+    says(&refused(&["adversarial.limit=5"]), &["adversarial.data is missing"]);
+    says(&refused(&["adversarial.data=/nowhere/real"]), &["adversarial.data", "/nowhere/real"]);
+    let weighting = refused(&["distillation.weighting=one-minus-t"]);
+    says(&weighting, &["distillation.weighting", "flow-matching"]);
+    says(&refused(&["distillation.precision=fp8"]), &["distillation.precision", "fp16"]);
+    says(&refused(&["optimiser.clip_norm=0.0"]), &["optimiser.clip_norm"]);
+    let decay = refused(&["optimiser.decay={start_images=10,end_images=20}"]);
+    says(&decay, &["optimiser.decay.end_images is 20"]);
+    let teacher = repository().join("configs/digits/teacher.safetensors");
+    let start = refused(&[&format!("generator.start_from={}", teacher.display())]);
+    says(&start, &["generator.start_from", "not an exported generator"]);
+}
+
+#[test]
+fn real_samples_of_another_shape() {
+    let cluster = Cluster::default();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("3")).unwrap();
+    for index in 0..3 {
+        let image = image::GrayImage::new(8, 9);
+        image.save(folder.path().join(format!("3/{index}.png"))).unwrap();
+    }
+    let message = refused(&cluster, &[&format!("adversarial.data={}", folder.path().display())], &[]);
+    says(&message, &["adversarial.data", "9×8", "8×8"]);
+}
+
+#[test]
+fn guidance_without_an_unconditional_class() {
+    let cluster = Cluster::default();
+    let folder = tempfile::tempdir().unwrap();
+    // A teacher without classes, trained for one iteration.
+    let config = folder.path().join("unconditional.toml");
+    let text = std::fs::read_to_string(repository().join("configs/digits/teacher.toml")).unwrap();
+    let images = repository().join("configs/digits/digits.safetensors");
+    let text = text.replace("\"digits.safetensors\"", &format!("{:?}", images.display().to_string()));
+    std::fs::write(&config, text).unwrap();
+    let output = folder.path().join("teacher.safetensors");
+    let trained = Command::new(binary("potstill"))
+        .args(["train-teacher", config.to_str().unwrap(), "--set", "training.iterations=1"])
+        .args(["--set", "network.label_dim=0", "--set", "network.label_dropout=0.0"])
+        .args(["--set", "evaluation.samples=20", "--set", "evaluation.teacher_steps=2"])
+        .args(["--set", &format!("output={}", output.display())])
+        .args([
+            "--set",
+            &format!("evaluation.features={}", repository().join("configs/digits/features.pt").display()),
+        ])
+        .args(["--set", &format!("evaluation.reference={}", images.display())])
+        .output()
+        .unwrap();
+    assert!(trained.status.success(), "{}", potstill_tests::text(&trained.stderr));
+    let weights = format!("teacher.weights={}", output.display());
+    let message = refused(&cluster, &[&weights, "guidance.preset=lsg", "guidance.scale=2.0"], &[]);
+    says(&message, &["guidance", "unconditional"]);
+}
+
+#[test]
+fn a_generator_that_makes_nothing_finite_stops_the_run_with_a_reason() {
+    let cluster = Cluster::default();
+    cluster.succeed("good", 1, &["distillation.iterations=2"], &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("student.safetensors");
+    let run = cluster.run("good");
+    let exported = Command::new(binary("potstill"))
+        .args(["export", "--checkpoint", run.to_str().unwrap(), "--out", path.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(exported.status.success(), "{}", text(&exported.stderr));
+    let start = format!("generator.start_from={}", path.display());
+    let sets = [start.as_str(), "distillation.iterations=30", "distillation.non_finite_limit=4"];
+    cluster.succeed("from-good", 1, &[&start, "distillation.iterations=2"], &[]);
+
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    // Without scores: those of such samples would be refused before the first iteration.
+    let sets = [&sets[..], &["checkpoint.every=1"]].concat();
+    let output = cluster.unscored("diverged", 1, &sets);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    says(&message, &["4 iterations in a row", "not finite", "diverged"]);
+}
+
+#[test]
+fn a_student_that_collapses_stops_the_run_and_leaves_the_checkpoint_before() {
+    let cluster = Cluster::default();
+    let sets = [
+        "distillation.iterations=4",
+        "checkpoint.every=1",
+        "evaluation.every=2",
+        "evaluation.teacher_steps=8",
+        // So early the student's samples of one class are still much alike.
+        "evaluation.collapse_share=0.9",
+    ];
+    let output = cluster.run_to_end("collapsed", 2, &sets, &[]);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    says(&message, &["the student has collapsed", "iteration 2", "evaluation.collapse_share"]);
+    let manifest =
+        |iteration: u64| cluster.run("collapsed").join(format!("checkpoints/{iteration:012}/manifest.json"));
+    assert!(manifest(1).exists() && !manifest(2).exists());
+}
+
+#[test]
 fn storage() {
     let refused = |storage: &str| {
         let output = Cluster::launch_anywhere("bad", 2, &[], &["--storage", storage]).output().unwrap();

@@ -73,11 +73,36 @@ impl Cluster {
             .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1"])
             .args(["--set", "distillation.global_batch=32", "--set", "distillation.micro_batch=16"])
             .args(["--set", "evaluation.every=0", "--set", "evaluation.samples=100"])
-            .args(["--set", "evaluation.teacher_steps=2"])
+            // Two steps give no images, whose diversity says nothing of the student's.
+            .args(["--set", "evaluation.teacher_steps=2", "--set", "evaluation.collapse_share=0.0"])
             .args(sets.iter().flat_map(|set| ["--set", set]))
             .args(flags)
             .stdin(Stdio::null());
         command
+    }
+
+    /// Runs [`launch`](Self::launch) to its end with a run file that names no extractor.
+    ///
+    /// # Panics
+    /// The run file cannot be written.
+    #[must_use]
+    pub fn unscored(&self, run: &str, workers: u32, sets: &[&str]) -> Output {
+        let digits = repository().join("configs/digits");
+        let config = self.folder.path().join("unscored.toml");
+        let text = format!(
+            "[teacher]\nweights = {:?}\n[distillation]\nglobal_batch = 32\nmicro_batch = 16",
+            digits.join("teacher.safetensors").display().to_string()
+        );
+        std::fs::write(&config, text).expect("the run file can be written");
+        Command::new(binary("potstill"))
+            .arg("launch")
+            .arg(config)
+            .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1", "--storage"])
+            .arg(self.storage())
+            .args(sets.iter().flat_map(|set| ["--set", set]))
+            .stdin(Stdio::null())
+            .output()
+            .expect("potstill starts")
     }
 
     /// Runs [`launch`](Self::launch) to its end.
@@ -93,6 +118,16 @@ impl Cluster {
     pub fn succeed(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) {
         let output = self.run_to_end(run, workers, sets, flags);
         assert!(output.status.success(), "{}: {}", output.status, text(&output.stderr));
+    }
+
+    /// The lines of `metrics.jsonl`.
+    ///
+    /// # Panics
+    /// The run has none.
+    #[must_use]
+    pub fn metrics(&self, run: &str) -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(self.run(run).join("metrics.jsonl")).expect("the run has metrics");
+        text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
     }
 
     /// Every tensor of a committed checkpoint, by name, whoever wrote it.

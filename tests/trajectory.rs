@@ -63,6 +63,91 @@ fn guided_generators_of_two_steps_follow_the_same_trajectory_too() {
 }
 
 #[test]
+fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
+    let cluster = Cluster::default();
+    let sets = |iterations: &'static str| {
+        [
+            iterations,
+            "adversarial.data=digits.safetensors",
+            "adversarial.limit=100",
+            // Joins after iteration 3; the generator moves from iteration 2 on.
+            "adversarial.start_images=96",
+            "adversarial.approximate_r1=1",
+            "distillation.generator_start_images=64",
+            "guidance.preset=zero-cfg",
+            "optimiser.clip_norm=1000.0",
+            "optimiser.decay={start_images=100,end_images=400}",
+        ]
+    };
+    cluster.succeed("w1", 1, &sets("distillation.iterations=8"), &[]);
+    cluster.succeed("w2", 2, &sets("distillation.iterations=4"), &[]);
+    cluster.succeed("w2", 2, &sets("distillation.iterations=8"), &["--resume"]);
+    cluster.succeed("straight", 2, &sets("distillation.iterations=8"), &[]);
+    let (halves, straight) = (cluster.checkpoint("w2", 8), cluster.checkpoint("straight", 8));
+    assert!(halves == straight, "a resumed run differs");
+    for part in ["generator/", "fake_score/"] {
+        let difference = relative_difference(&straight, &cluster.checkpoint("w1", 8), part);
+        assert!(difference <= 1e-4, "{part}: {difference}");
+    }
+    let rows = cluster.metrics("straight");
+    let last = rows.iter().rfind(|row| row["kind"] == "iteration").expect("iterations were measured");
+    assert!(last["discriminator_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
+    assert!(last["generator_adversarial_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
+}
+
+#[test]
+fn a_frozen_generator_stays_the_teacher_while_the_fake_score_learns() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=2", "distillation.generator_start_images=1000"];
+    cluster.succeed("frozen", 1, &sets, &[]);
+    cluster.succeed("other", 1, &["distillation.iterations=2"], &[]);
+    let (frozen, other) = (cluster.checkpoint("frozen", 2), cluster.checkpoint("other", 2));
+    assert_eq!(
+        relative_difference(&frozen, &with_names_of(&frozen, "generator/", "generator_ema/"), "generator/"),
+        0.0
+    );
+    assert!(relative_difference(&frozen, &other, "generator/") > 0.0);
+    assert!(
+        relative_difference(&frozen, &with_names_of(&frozen, "generator/", "fake_score/"), "generator/")
+            > 0.0
+    );
+}
+
+/// The tensors that begin with `from`, under names that begin with `to` instead.
+fn with_names_of(
+    tensors: &std::collections::BTreeMap<String, Vec<f32>>,
+    to: &str,
+    from: &str,
+) -> std::collections::BTreeMap<String, Vec<f32>> {
+    let renamed = tensors
+        .iter()
+        .filter_map(|(name, values)| Some((format!("{to}{}", name.strip_prefix(from)?), values.clone())));
+    renamed.collect()
+}
+
+#[test]
+fn lower_precisions_stay_close_and_resume_bit_by_bit() {
+    let cluster = Cluster::default();
+    cluster.succeed("fp32", 1, &["distillation.iterations=6"], &[]);
+    let reference = cluster.checkpoint("fp32", 6);
+    for precision in ["bf16", "fp16"] {
+        let set = format!("distillation.precision={precision}");
+        let halves = format!("{precision}-halves");
+        cluster.succeed(precision, 1, &["distillation.iterations=6", &set], &[]);
+        cluster.succeed(&halves, 1, &["distillation.iterations=3", &set], &[]);
+        cluster.succeed(&halves, 1, &["distillation.iterations=6", &set], &["--resume"]);
+        let lower = cluster.checkpoint(precision, 6);
+        assert!(lower == cluster.checkpoint(&halves, 6), "{precision}: a resumed run differs");
+        for part in ["generator/", "fake_score/"] {
+            let difference = relative_difference(&lower, &reference, part);
+            assert!(difference > 0.0 && difference < 0.01, "{precision}: {part}: {difference}");
+        }
+        let scale = lower["loss_scales/scale_and_steps"][0];
+        assert_eq!(scale > 1.0, precision == "fp16", "{precision}: {scale}");
+    }
+}
+
+#[test]
 fn another_seed_gives_another_result() {
     let cluster = Cluster::default();
     cluster.succeed("a", 1, &["distillation.iterations=3"], &[]);

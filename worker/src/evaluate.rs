@@ -198,22 +198,17 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Some(port) => TcpStore::connect(HOST, port, PATIENCE)?,
         None => TcpStore::serve(HOST, 0, PATIENCE)?,
     };
-    let others = match port {
-        Some(_) => Vec::new(),
-        None => (1..arguments.workers)
-            .map(|rank| start(rank, store.port(), threads))
-            .collect::<anyhow::Result<Vec<_>>>()?,
-    };
+    if port.is_none() {
+        for rank in 1..arguments.workers {
+            supervise(start(rank, store.port(), threads)?);
+        }
+    }
     let backend = Backend::Gloo { host: HOST.to_owned() };
     let world = arguments.workers as usize;
     let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
     let bar = progress(&spec, rank);
     let scores = evaluator.score(subject.sampler(), &group, || bar.inc(u64::from(arguments.workers)))??;
     bar.finish_and_clear();
-    for mut other in others {
-        let status = other.wait().context("cannot wait for a process")?;
-        ensure!(status.success(), "a process ended with {status}");
-    }
     if rank == 0 {
         let record = Record::new(subject.name(), &scores, &arguments);
         if arguments.json {
@@ -246,4 +241,20 @@ fn start(rank: u32, port: u16, threads: u32) -> anyhow::Result<Child> {
         .stdout(Stdio::null())
         .spawn()
         .context("cannot start a process")
+}
+
+/// Ends this process when another one fails: a collective would wait for it for long.
+fn supervise(mut child: Child) {
+    // Waiting closes the child's stdin, its lifeline, unless somebody else holds it.
+    let held = child.stdin.take();
+    std::thread::spawn(move || {
+        let how = match child.wait() {
+            Ok(status) if status.success() => return,
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        eprintln!("error: process {} of this evaluation ended early: {how}", child.id());
+        drop(held);
+        std::process::exit(1);
+    });
 }
