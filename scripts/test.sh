@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
 .venv/bin/python scripts/train_features.py --check
+.venv/bin/python -m unittest discover -s scripts/tests
 # Test programs run one after the other; within one, two at a time: each of the cluster's tests has two ranks of its own.
 # One thread for libtorch: beside other processes, threads that wait for each other by spinning are many times slower.
 export OMP_NUM_THREADS=1

@@ -12,6 +12,7 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use potstill_coordinator::{
+    decision::{self, Price, Threshold},
     launch::{self, Exit, Job, agent::AgentPlan, worker},
     report::screen::LogFormat,
 };
@@ -29,6 +30,16 @@ Exit codes:
 The first Ctrl-C or SIGTERM makes the workers save and the run stop; the second ends it at once.
 RUST_LOG chooses what is logged, as in RUST_LOG=debug.";
 
+const AFTER_REPORT_HELP: &str = "\
+Thresholds compare a number of summary.json with a number or with a multiple of another:
+  --require 'student.fid<=0.3' --require 'student.recall>=0.9*teacher.recall'
+
+Exit codes:
+  0  the page is written, and every threshold is met
+  1  the run cannot be read, or the page cannot be written
+  2  the command line is not acceptable
+  3  the page is written, and a threshold is not met or was not measured";
+
 /// Distills a diffusion model into a one-step generator, on one machine or on a cluster.
 #[derive(Debug, Parser)]
 #[command(name = "potstill", version, after_help = AFTER_HELP)]
@@ -45,6 +56,9 @@ enum Command {
     /// Run the coordinator alone; workers attach from other machines
     #[command(after_help = AFTER_HELP)]
     Serve(Serve),
+    /// Write a page that sets teacher and student side by side, and judge the student by thresholds
+    #[command(after_help = AFTER_REPORT_HELP)]
+    Report(ReportArguments),
     /// Keep the workers of one machine alive (potstill-worker)
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
@@ -78,6 +92,34 @@ struct Serve {
     /// Address at which workers attach
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
     listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct ReportArguments {
+    /// The run's name
+    run: String,
+    /// Where runs are kept
+    #[arg(long, value_name = "URL", default_value = ".")]
+    storage: String,
+    /// Folder for report.html and report.md [default: the run's own]
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// What an hour of one device costs
+    #[arg(long, value_name = "PRICE", value_parser = price)]
+    price_per_device_hour: Option<f64>,
+    /// Its currency
+    #[arg(long, value_name = "NAME", default_value = "EUR")]
+    currency: String,
+    /// What the student must fulfil; can be repeated
+    #[arg(long, value_name = "THRESHOLD")]
+    require: Vec<Threshold>,
+}
+
+fn price(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(price) if price.is_finite() && price >= 0.0 => Ok(price),
+        _ => Err("expected a number that is not negative".to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -117,6 +159,7 @@ pub fn main(cli: Cli) -> ExitCode {
     let job = match cli.command {
         Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads }),
         Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
+        Command::Report(arguments) => return arguments.write(),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
@@ -193,6 +236,35 @@ impl RunArguments {
             log_format: self.log_format,
             agent,
         })
+    }
+}
+
+impl ReportArguments {
+    fn write(self) -> ExitCode {
+        match self.try_write() {
+            Ok(code) => code,
+            Err(error) => complain(&error, Exit::Failed),
+        }
+    }
+
+    fn try_write(self) -> anyhow::Result<ExitCode> {
+        /// A threshold is not met.
+        const MISSED: u8 = 3;
+        let run = self.run.parse()?;
+        let currency = self.currency;
+        let price = self.price_per_device_hour.map(|per_device_hour| Price { per_device_hour, currency });
+        let storage = Root::open(&self.storage).context("--storage")?;
+        let request = decision::Request { run, storage, out: self.out, price, thresholds: self.require };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let reported = runtime.block_on(decision::report(request))?;
+        for place in reported.places {
+            println!("{place}");
+        }
+        let missed: Vec<_> = reported.judged.iter().filter(|judged| !judged.holds).collect();
+        for judged in &missed {
+            eprintln!("not met: {}: {}", judged.text, judged.explanation);
+        }
+        Ok(if missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(MISSED) })
     }
 }
 

@@ -28,11 +28,14 @@ use progress::Progress;
 use screen::Screen;
 use summary::Summary;
 
-const METRICS: &str = "metrics.jsonl";
-const CURVES: &str = "curves.png";
-const SUMMARY: &str = "summary.json";
+/// One JSON object a line.
+pub const METRICS: &str = "metrics.jsonl";
+/// FID and losses as a picture.
+pub const CURVES: &str = "curves.png";
+/// What the run came to.
+pub const SUMMARY: &str = "summary.json";
 /// Written by a worker at evaluations.
-const SAMPLES: &str = "samples.png";
+pub const SAMPLES: &str = "samples.png";
 
 /// Follows a run and tells people about it. Trouble with its own files is logged and never ends the run.
 pub struct Report {

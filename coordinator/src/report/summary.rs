@@ -1,12 +1,12 @@
 //! `summary.json`, and the table of teacher and student that ends a run.
 
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::metrics::{Metrics, Scores, Subject};
 
 /// What a run came to. A value that was not measured is `null`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// The run's name.
     pub run: String,
@@ -30,7 +30,8 @@ pub struct Summary {
 }
 
 /// The scores of a sampler.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Scored {
     /// See [`Scores::fid`].
     pub fid: Option<f64>,
@@ -49,7 +50,7 @@ pub struct Scored {
 }
 
 /// Where the student started.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Initial {
     /// See [`Scores::fid`].
     pub fid: Option<f64>,

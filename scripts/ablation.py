@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""The ablation behind docs/RESULTS.md. Started by scripts/ablation.sh, which builds first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "RESULTS.md"
+PICTURES = ROOT / "docs" / "results"
+POTSTILL = ROOT / "target" / "debug" / "potstill"
+
+ITERATIONS = 1000
+# The same for every run, so that rows differ only in what they are named after. The learning rates fall in the second half.
+COMMON = {
+    "distillation.iterations": ITERATIONS,
+    "optimiser.decay": "{start_images=64000,end_images=128000}",
+    "optimiser.ema_half_life_images": 10_000,
+    "checkpoint.every": 500,
+    "evaluation.every": 250,
+    # More than a run's usual 2,000, so that rows can be told apart.
+    "evaluation.samples": 5000,
+    # Guidance may cost diversity here; that is what is measured.
+    "evaluation.collapse_share": 0.0,
+}
+STEPS = {"one-step": 1, "four-step": 4}
+GUIDANCE = {
+    "none": {},
+    "lsg 1.5": {"guidance.preset": "lsg", "guidance.scale": 1.5},
+    "lsg 3": {"guidance.preset": "lsg", "guidance.scale": 3.0},
+    "zero-cfg": {"guidance.preset": "zero-cfg"},
+    "anti-cfg": {"guidance.preset": "anti-cfg"},
+}
+# The adversarial loss joins after a tenth of the run, with the weights of configs/digits/four-step-gan.toml.
+REAL = ROOT / "configs" / "digits" / "digits.safetensors"
+
+
+def adversarial(weight: float, limit: int | None) -> dict[str, str]:
+    some = f",limit={limit}" if limit else ""
+    return {"adversarial": f"{{data='{REAL}',start_images=12800,generator_weight={weight}{some}}}"}
+
+
+@dataclass(frozen=True)
+class Row:
+    preset: str
+    guidance: str
+    # None: data-free; 0: all real digits; otherwise so many.
+    real: int | None
+
+    @property
+    def name(self) -> str:
+        data = "free" if self.real is None else f"gan-{self.real}" if self.real else "gan"
+        return f"{self.preset}-{self.guidance.replace(' ', '-').replace('.', '_')}-{data}"
+
+    @property
+    def data(self) -> str:
+        return "none" if self.real is None else f"{self.real or 1797:,}"
+
+    def settings(self, weight: float) -> dict[str, object]:
+        real = {} if self.real is None else adversarial(weight, self.real)
+        return COMMON | GUIDANCE[self.guidance] | real
+
+
+# Those that say most come first: whoever stops early has them.
+ROWS = [Row(p, g, r) for r in (None, 0) for p in STEPS for g in GUIDANCE]
+ROWS += [Row("four-step", g, 100) for g in ("none", "zero-cfg")]
+
+
+def launch(row: Row, storage: Path, weight: float) -> None:
+    folder = storage / "runs" / row.name
+    command = [POTSTILL, "launch", ROOT / "configs" / "digits" / f"{row.preset}.toml"]
+    command += ["--workers", "2", "--storage", storage, "--run-id", row.name]
+    for key, value in row.settings(weight).items():
+        command += ["--set", f"{key}={value}"]
+    if any((folder / "checkpoints").glob("*/manifest.json")):
+        command.append("--resume")
+    elif folder.exists():
+        # It was stopped before its first checkpoint: there is nothing to go on from.
+        shutil.rmtree(folder)
+    with open(storage / f"{row.name}.log", "ab") as log:
+        subprocess.run([str(part) for part in command], stdout=log, stderr=log, check=True)
+
+
+def scores(row: Row, storage: Path) -> dict | None:
+    path = storage / "runs" / row.name / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["student"]["fid"] is not None else None
+
+
+def table(rows: list[Row], found: dict[Row, dict], teacher: dict) -> list[str]:
+    lines = ["| steps | guidance | real digits | FID | agreement | recall | precision | diversity |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+
+    def line(first: str, s: dict) -> str:
+        share = f"{s['agreement'] * 100:.1f} %"
+        numbers = f"{s['fid']:.3f} | {share} | {s['recall']:.3f} | {s['precision']:.3f} | {s['diversity']:.2f}"
+        return f"| {first} | {numbers} |"
+
+    lines.append(line("teacher (35) | – | 1,797", teacher))
+    for row in rows:
+        if row in found:
+            lines.append(line(f"{STEPS[row.preset]} | {row.guidance} | {row.data}", found[row]["student"]))
+    return lines
+
+
+def compare(found: dict[Row, dict], key: str, pairs: list[tuple[Row, Row]]) -> str:
+    """How often the first of a pair has more of something, and by how much on average."""
+    differences = [found[a]["student"][key] - found[b]["student"][key] for a, b in pairs if a in found and b in found]
+    if not differences:
+        return "not measured"
+    more = sum(d > 0 for d in differences)
+    return f"{sum(differences) / len(differences):+.3f} on average, up in {more} of {len(differences)}"
+
+
+def trends(found: dict[Row, dict]) -> list[str]:
+    def pairs(change, keep=lambda row: True) -> list[tuple[Row, Row]]:
+        return [(change(row), row) for row in ROWS if keep(row) and change(row) != row]
+
+    to = lambda **new: lambda row: Row(**{**row.__dict__, **new})  # noqa: E731
+    base = lambda row: row.guidance == "none" and row.real is None  # noqa: E731
+    free = lambda row: row.real is None  # noqa: E731
+    one = lambda row: row.preset == "one-step" and row.real != 100  # noqa: E731
+    lines = ["| change | FID | agreement | recall | diversity |", "|---|---|---|---|---|"]
+    for what, couples in [
+        ("no guidance → lsg 1.5, data-free", pairs(to(guidance="lsg 1.5"), base)),
+        ("no guidance → lsg 3, data-free", pairs(to(guidance="lsg 3"), base)),
+        ("no guidance → zero-cfg, data-free", pairs(to(guidance="zero-cfg"), base)),
+        ("no guidance → anti-cfg, data-free", pairs(to(guidance="anti-cfg"), base)),
+        ("data-free → adversarial loss", pairs(to(real=0), free)),
+        ("… with zero-cfg", pairs(to(real=0), lambda r: free(r) and r.guidance == "zero-cfg")),
+        ("… with anti-cfg", pairs(to(real=0), lambda r: free(r) and r.guidance == "anti-cfg")),
+        ("one step → four steps", pairs(to(preset="four-step"), one)),
+        (
+            "1,797 → 100 real digits",
+            [(Row("four-step", g, 100), Row("four-step", g, 0)) for g in ("none", "zero-cfg")],
+        ),
+    ]:
+        cells = [compare(found, key, couples) for key in ("fid", "agreement", "recall", "diversity")]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
+
+
+def write(storage: Path) -> None:
+    found = {row: summary for row in ROWS if (summary := scores(row, storage))}
+    if not found:
+        sys.exit(f"no finished runs in {storage}")
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for row in found:
+        for name in ("samples.png", "curves.png"):
+            shutil.copy(storage / "runs" / row.name / name, PICTURES / f"{row.name}-{name}")
+    teacher = next(iter(found.values()))["teacher"]
+    marker = "<!-- everything below is written by scripts/ablation.sh -->"
+    head = DOCUMENT.read_text().split(marker)[0] if DOCUMENT.exists() else "# Results on the digits\n\n"
+    seconds = sum(s["wall_seconds"] for s in found.values())
+    lines = [head + marker, ""]
+    lines += [
+        f"{len(found)} of {len(ROWS)} runs, {ITERATIONS:,} iterations each with a global batch of 128, two workers,"
+        f" {seconds / 60:.0f} minutes together; scores on {next(iter(found.values()))['student'].get('samples', 5000)} samples."
+        " One seed: differences in FID below about 0.03 say nothing.",
+        "",
+    ]
+    lines += table(ROWS, found, teacher)
+    lines += ["", "What each change does, over all pairs of rows that differ in it alone:", ""]
+    lines += trends(found)
+    lines += ["", "## Pictures", "", "Above: the teacher. Below: the student, same noise, same classes.", ""]
+    for row in found:
+        lines.append(f"**{STEPS[row.preset]} step(s), {row.guidance}, real digits: {row.data}**")
+        lines += ["", f"![samples](results/{row.name}-samples.png)", ""]
+    DOCUMENT.write_text("\n".join(lines))
+    print(f"{DOCUMENT.relative_to(ROOT)}: {len(found)} of {len(ROWS)} runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", type=Path, default=ROOT / "ablation")
+    parser.add_argument("--only", default="", help="only runs whose names contain this")
+    parser.add_argument("--report", action="store_true", help="only write the document anew")
+    arguments = parser.parse_args()
+    storage = arguments.storage.resolve()
+    storage.mkdir(parents=True, exist_ok=True)
+    import tomllib
+
+    with open(ROOT / "configs" / "digits" / "four-step-gan.toml", "rb") as file:
+        weight = tomllib.load(file)["adversarial"]["generator_weight"]
+    rows = [row for row in ROWS if arguments.only in row.name]
+    if not arguments.report:
+        for number, row in enumerate(rows, 1):
+            if scores(row, storage) is None:
+                started = time.monotonic()
+                print(f"{number}/{len(rows)} {row.name} …", end=" ", flush=True)
+                launch(row, storage, weight)
+                print(f"{time.monotonic() - started:.0f} s", flush=True)
+    write(storage)
+
+
+if __name__ == "__main__":
+    main()
