@@ -17,8 +17,8 @@ const TIMES_KEY: &str = "times";
 /// Where the student comes from.
 #[derive(Args)]
 pub struct Source {
-    /// An exported generator (a .safetensors file), or a run, or a checkpoint of one: <storage>/runs/<run> takes the newest,
-    /// <storage>/runs/<run>/checkpoints/<iteration> that one
+    /// An exported generator (a .safetensors file), or a run (STORAGE/runs/RUN, whose newest checkpoint it takes), or one
+    /// checkpoint of it (STORAGE/runs/RUN/checkpoints/ITERATION)
     #[arg(long, value_name = "URL")]
     checkpoint: String,
     /// Run only the first so many steps of the generator; by default all

@@ -35,27 +35,23 @@ fn mean_map(x: &Tensor) -> Tensor {
 }
 
 /// The bottleneck [N, channels, height, width] as logits [N, height, width].
-#[must_use]
 pub fn logits(bottleneck: &Tensor) -> Tensor {
     bottleneck.mean_dim([1i64].as_slice(), false, Kind::Float).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 }
 
 /// The discriminator's loss ½·(BCE(real, 1) + BCE(fake, 0)), per sample, mean over the map.
-#[must_use]
 pub fn discriminator_loss(real: &Tensor, fake: &Tensor) -> Tensor {
     // BCE of a logit l with target 1 is softplus(−l), with target 0 softplus(l).
     mean_map(&((-real).softplus() + fake.softplus())) * 0.5
 }
 
 /// The generator's loss BCE(fake, 1), per sample, mean over the map.
-#[must_use]
 pub fn generator_loss(fake: &Tensor) -> Tensor {
     mean_map(&(-fake).softplus())
 }
 
 /// Approximate R1 (2501.08316): |D(x) − D(x + s·n)|², per sample, mean over the map. It stands in for the gradient penalty
 /// without a second derivative.
-#[must_use]
 pub fn approximate_r1(real: &Tensor, perturbed: &Tensor) -> Tensor {
     mean_map(&(real - perturbed).square())
 }
@@ -96,7 +92,6 @@ impl RealSamples {
     }
 
     /// `count` samples drawn with replacement, fp32 [count, C, H, W] in [−1, 1], with their own conditions.
-    #[must_use]
     pub fn draw(&self, stream: &mut Stream, count: i64, classes: i64, device: Device) -> (Tensor, Condition) {
         let indices = Tensor::from_slice(&stream.integers(count, self.len()));
         let pixels = self.pixels.index_select(0, &indices).to_device(device).to_kind(Kind::Float);

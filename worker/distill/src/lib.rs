@@ -9,7 +9,7 @@
 //! - [`guidance`]: predictions between and beyond conditional and unconditional.
 //! - [`loss`]: the two losses, as plain functions of tensors.
 //! - [`adversarial`]: the third one, with real samples.
-//! - [`loss_scale`]: fp16's.
+//! - [`loss_scale`] keeps fp16's gradients above 0.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
 //! - [`adam`], [`ema`], [`gradient`]: the optimiser step.

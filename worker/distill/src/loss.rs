@@ -33,7 +33,6 @@ pub enum Weighting {
 
 impl Weighting {
     /// ω, `[N]`; takes no gradient.
-    #[must_use]
     pub fn weight(
         self,
         process: &ForwardProcess,

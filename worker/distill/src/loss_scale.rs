@@ -34,7 +34,6 @@ impl LossScales {
     }
 
     /// The values, to be saved and sent; changed in place when they are taken from elsewhere.
-    #[must_use]
     pub fn values(&self) -> &Tensor {
         &self.values
     }

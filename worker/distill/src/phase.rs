@@ -190,7 +190,7 @@ pub fn fake_score(
     if settings_of.approximate_r1 > 0.0 {
         let shift = stream.normal(&noisy_real.size()) * settings_of.approximate_r1_sigma;
         let penalty = adversarial::approximate_r1(&on_real, &logits(&(&noisy_real + shift)));
-        adversarial_total = adversarial_total + penalty * settings_of.approximate_r1;
+        adversarial_total += penalty * settings_of.approximate_r1;
     }
     let losses = &score_losses + adversarial_total * elements(&generated);
     let (loss, dropped) = sum_finite(&losses, &finite);

@@ -52,7 +52,6 @@ impl ForwardProcess {
     }
 
     /// a(t) and b(t), fp32, each [N, 1, 1, 1], for `time` `[N]`. A DDPM time is rounded to its index.
-    #[must_use]
     pub fn coefficients(&self, time: &Tensor) -> (Tensor, Tensor) {
         let t = time.to_kind(Kind::Float).view([-1, 1, 1, 1]);
         match self {
@@ -71,7 +70,6 @@ impl ForwardProcess {
     }
 
     /// x_t = a·x + b·n for `x` and `noise` [N, C, H, W] and `time` `[N]`.
-    #[must_use]
     pub fn add_noise(&self, x: &Tensor, noise: &Tensor, time: &Tensor) -> Tensor {
         match self {
             Self::Edm { .. } => x + noise * time.view([-1, 1, 1, 1]),
@@ -83,14 +81,12 @@ impl ForwardProcess {
     }
 
     /// Signal-to-noise ratio a²/b², `[N]`.
-    #[must_use]
     pub fn snr(&self, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         (a / b).square().view([-1])
     }
 
     /// x0 from a native prediction at (x_t, time).
-    #[must_use]
     pub fn to_x0(&self, native: &Tensor, x_t: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
@@ -102,7 +98,6 @@ impl ForwardProcess {
     }
 
     /// The native prediction that says `x0` at (x_t, time): the inverse of [`to_x0`](Self::to_x0).
-    #[must_use]
     pub fn to_native(&self, x0: &Tensor, x_t: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
@@ -114,7 +109,6 @@ impl ForwardProcess {
     }
 
     /// What a perfect network would natively predict for `x` diffused with `noise`.
-    #[must_use]
     pub fn target(&self, x: &Tensor, noise: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
@@ -131,7 +125,6 @@ impl ForwardProcess {
     /// - DDPM-ε: |ε_ψ − n|², so w = a²/b² = snr
     /// - DDPM-v: |v_ψ − v|²·snr/(snr + 1), so again snr
     /// - flow: |v_ψ − v|², so w = 1/t²
-    #[must_use]
     pub fn loss_weight(&self, time: &Tensor) -> Tensor {
         match self {
             Self::Edm { sigma_data } => {
