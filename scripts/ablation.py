@@ -22,7 +22,6 @@ ITERATIONS = 1000
 COMMON = {
     "distillation.iterations": ITERATIONS,
     "optimiser.decay": "{start_images=64000,end_images=128000}",
-    "optimiser.ema_half_life_images": 10_000,
     "checkpoint.every": 500,
     "evaluation.every": 250,
     # More than a run's usual 2,000, so that rows can be told apart.
