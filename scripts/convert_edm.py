@@ -257,6 +257,10 @@ def save(weights: dict[str, torch.Tensor], settings: dict[str, object], output: 
         save_file(weights, part, {"config": json.dumps(settings)})
         with open(part, "rb") as file:
             found = digest(file)
+        # It comes readable for its owner alone; as other files it is to be read by whom the user's mask lets.
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
         os.replace(part, output)
     return found
 

@@ -805,6 +805,28 @@ mod tests {
     }
 
     #[test]
+    fn learning_rates_fall_between_two_points() {
+        let decay = DecaySpec { start_images: 100, end_images: 300 };
+        let factors = [0, 100, 150, 200, 300, 400].map(|images| decay.factor(images));
+        assert_eq!(factors, [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn what_the_adversarial_loss_is_shown_counts_but_not_where_it_lies() {
+        let mut here = valid();
+        here.adversarial =
+            Some(AdversarialSpec { data: "/here/real.tar".into(), ..AdversarialSpec::default() });
+        let mut there = here.clone();
+        there.adversarial.as_mut().unwrap().data = "s3://there/real.tar".into();
+        assert!(here.differences(&there).is_empty());
+        there.adversarial.as_mut().unwrap().limit = Some(100);
+        assert_eq!(here.differences(&there), ["adversarial.limit: null there, 100 here"]);
+        there.adversarial = None;
+        assert_eq!(there.differences(&here).len(), 1);
+        assert_eq!(RunSpec::from_toml(&here.to_toml().unwrap()).unwrap(), here);
+    }
+
+    #[test]
     fn only_what_decides_the_trajectory_counts_as_a_difference() {
         let here = valid();
         let mut there = here.clone();

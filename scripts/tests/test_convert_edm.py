@@ -198,6 +198,7 @@ class Convert(unittest.TestCase):
         self.assertEqual(ran.returncode, 0, ran.stderr)
         numbers = sum(tensor.numel() for tensor in self.tensors.values())
         self.assertIn(f"{len(self.tensors)} tensors, {numbers:,} numbers", ran.stdout)
+        self.assertEqual(self.out.stat().st_mode, (self.folder / "in.pkl").stat().st_mode)
         config, tensors = self.read()
         # ∞ is null there and absent here, and both are read as ∞.
         self.assertEqual(config, {k: v for k, v in self.config.items() if k != "sigma_max"})
