@@ -10,7 +10,7 @@ use potstill_tests::{Cluster, binary, repository, text};
 fn refused(cluster: &Cluster, sets: &[&str], flags: &[&str]) -> String {
     let output = cluster.run_to_end("bad", 2, sets, flags);
     let message = text(&output.stderr);
-    assert!(!output.status.success(), "{sets:?} {flags:?} was accepted: {message}");
+    assert_eq!(output.status.code(), Some(2), "{sets:?} {flags:?}: {message}");
     assert!(message.contains("error: "), "{message}");
     assert!(!cluster.run("bad").exists(), "{sets:?} {flags:?} left something behind: {message}");
     message

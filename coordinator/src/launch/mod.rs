@@ -192,6 +192,9 @@ async fn until_ended(
 #[must_use]
 pub fn exit_for(error: &anyhow::Error) -> Exit {
     use StartError as E;
+    if let Some(worker::WorkerError::Unfit(_)) = error.downcast_ref() {
+        return Exit::Usage;
+    }
     match error.downcast_ref() {
         Some(
             E::Listen { .. }

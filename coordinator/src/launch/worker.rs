@@ -18,6 +18,9 @@ pub const OVERRIDE: &str = "POTSTILL_WORKER";
 /// The worker program cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
+    /// What the run reads does not fit, in the worker program's words.
+    #[error("{0}")]
+    Unfit(String),
     /// It is nowhere.
     #[error(
         "{PROGRAM} was not found beside this program or on PATH; build it with `cargo build -p potstill-worker`, or \
@@ -60,7 +63,7 @@ pub fn find() -> Result<PathBuf, WorkerError> {
 ///
 /// # Errors
 /// What the worker program says of them.
-pub async fn check(program: &Path, specification: String) -> anyhow::Result<()> {
+pub async fn check(program: &Path, specification: String) -> Result<(), WorkerError> {
     let refused = |source| WorkerError::Refused { program: program.to_owned(), source };
     let mut child = tokio::process::Command::new(program)
         .arg("check")
@@ -77,8 +80,10 @@ pub async fn check(program: &Path, specification: String) -> anyhow::Result<()> 
     let output = child.wait_with_output().await.map_err(refused)?;
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.trim();
-    anyhow::ensure!(output.status.success(), "{}", said.strip_prefix("error: ").unwrap_or(said));
-    Ok(())
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(WorkerError::Unfit(said.strip_prefix("error: ").unwrap_or(said).to_owned())),
+    }
 }
 
 /// Becomes the worker program, with these arguments. Returns only if that fails.
