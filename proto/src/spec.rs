@@ -329,15 +329,18 @@ pub struct OptimiserSpec {
     pub decay: Option<DecaySpec>,
 }
 
-/// Learning rates fall linearly to 0 between two points of the run, counted in images so that more iterations or another
+/// Learning rates fall linearly between two points of the run, counted in images so that more iterations or another
 /// number of workers leave the trajectory before them as it is. Not in SiD: ours, for runs that end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DecaySpec {
     /// Images seen when the fall begins.
     pub start_images: u64,
-    /// Images seen when the learning rates are 0.
+    /// Images seen when the fall ends.
     pub end_images: u64,
+    /// What is left of the learning rates from then on; 0: nothing, so a run cannot go on beyond it.
+    #[serde(default)]
+    pub end_factor: f64,
 }
 
 impl DecaySpec {
@@ -346,7 +349,7 @@ impl DecaySpec {
     pub fn factor(&self, images: u64) -> f64 {
         let length = (self.end_images - self.start_images) as f64;
         let left = self.end_images.saturating_sub(images) as f64;
-        (left / length).min(1.0)
+        self.end_factor + (1.0 - self.end_factor) * (left / length).min(1.0)
     }
 }
 
@@ -663,10 +666,14 @@ impl RunSpec {
                 ),
             );
             require(
-                decay.end_images >= end,
+                (0.0..1.0).contains(&decay.end_factor),
+                format!("optimiser.decay.end_factor is {}; it must lie in [0, 1)", decay.end_factor),
+            );
+            require(
+                decay.end_factor > 0.0 || decay.end_images >= end,
                 format!(
                     "optimiser.decay.end_images is {}, but the run sees {end} images (iterations × global_batch): nothing \
-                     would be learned in the rest",
+                     would be learned in the rest; move it, or leave something with optimiser.decay.end_factor",
                     decay.end_images
                 ),
             );
@@ -806,9 +813,11 @@ mod tests {
 
     #[test]
     fn learning_rates_fall_between_two_points() {
-        let decay = DecaySpec { start_images: 100, end_images: 300 };
+        let decay = DecaySpec { start_images: 100, end_images: 300, end_factor: 0.0 };
         let factors = [0, 100, 150, 200, 300, 400].map(|images| decay.factor(images));
         assert_eq!(factors, [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]);
+        let decay = DecaySpec { end_factor: 0.5, ..decay };
+        assert_eq!([0, 200, 300, 400].map(|images| decay.factor(images)), [1.0, 0.75, 0.5, 0.5]);
     }
 
     #[test]
