@@ -128,14 +128,16 @@ fn with_names_of(
 #[test]
 fn lower_precisions_stay_close_and_resume_bit_by_bit() {
     let cluster = Cluster::default();
-    cluster.succeed("fp32", 1, &["distillation.iterations=6"], &[]);
+    // Small steps, so that one which fp16 leaves out while its loss scale settles makes no great difference.
+    let slow = "optimiser.fake_score_learning_rate=5e-5";
+    cluster.succeed("fp32", 1, &["distillation.iterations=6", slow], &[]);
     let reference = cluster.checkpoint("fp32", 6);
     for precision in ["bf16", "fp16"] {
         let set = format!("distillation.precision={precision}");
         let halves = format!("{precision}-halves");
-        cluster.succeed(precision, 1, &["distillation.iterations=6", &set], &[]);
-        cluster.succeed(&halves, 1, &["distillation.iterations=3", &set], &[]);
-        cluster.succeed(&halves, 1, &["distillation.iterations=6", &set], &["--resume"]);
+        cluster.succeed(precision, 1, &["distillation.iterations=6", slow, &set], &[]);
+        cluster.succeed(&halves, 1, &["distillation.iterations=3", slow, &set], &[]);
+        cluster.succeed(&halves, 1, &["distillation.iterations=6", slow, &set], &["--resume"]);
         let lower = cluster.checkpoint(precision, 6);
         assert!(lower == cluster.checkpoint(&halves, 6), "{precision}: a resumed run differs");
         for part in ["generator/", "fake_score/"] {
