@@ -12,6 +12,7 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use clap::{Args, Parser, Subcommand};
 use potstill_coordinator::{
+    checkpoints,
     decision::{self, Price, Threshold},
     launch::{self, Exit, Job, agent::AgentPlan, worker},
     report::screen::LogFormat,
@@ -40,6 +41,13 @@ Exit codes:
   2  the command line is not acceptable
   3  the page is written, and a threshold is not met or was not measured";
 
+const AFTER_CHECKPOINTS_HELP: &str = "\
+Exit codes:
+  0  every checkpoint is whole, as far as was looked
+  1  the run cannot be read
+  2  the command line is not acceptable
+  3  a checkpoint is damaged";
+
 /// Distills a diffusion model into a one-step generator, on one machine or on a cluster.
 #[derive(Debug, Parser)]
 #[command(name = "potstill", version, after_help = AFTER_HELP)]
@@ -59,6 +67,9 @@ enum Command {
     /// Write a page that sets teacher and student side by side, and judge the student by thresholds
     #[command(after_help = AFTER_REPORT_HELP)]
     Report(ReportArguments),
+    /// List a run's checkpoints, and look whether they are whole
+    #[command(after_help = AFTER_CHECKPOINTS_HELP)]
+    Checkpoints(CheckpointsArguments),
     /// Keep the workers of one machine alive (potstill-worker)
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
@@ -92,6 +103,21 @@ struct Serve {
     /// Address at which workers attach
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
     listen: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct CheckpointsArguments {
+    /// The run's name
+    run: String,
+    /// Where runs are kept
+    #[arg(long, value_name = "URL", default_value = ".")]
+    storage: String,
+    /// Read every shard and compare its checksum
+    #[arg(long)]
+    verify: bool,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -159,7 +185,8 @@ pub fn main(cli: Cli) -> ExitCode {
     let job = match cli.command {
         Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads }),
         Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
-        Command::Report(arguments) => return arguments.write(),
+        Command::Report(arguments) => return ended(arguments.write()),
+        Command::Checkpoints(arguments) => return ended(arguments.list()),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
@@ -239,17 +266,31 @@ impl RunArguments {
     }
 }
 
-impl ReportArguments {
-    fn write(self) -> ExitCode {
-        match self.try_write() {
-            Ok(code) => code,
-            Err(error) => complain(&error, Exit::Failed),
-        }
-    }
+/// What was looked at is not good enough: a threshold is not met, a checkpoint is damaged.
+const NOT_GOOD: u8 = 3;
 
-    fn try_write(self) -> anyhow::Result<ExitCode> {
-        /// A threshold is not met.
-        const MISSED: u8 = 3;
+/// The exit code of a command that does not run anything.
+fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| complain(&error, Exit::Failed))
+}
+
+impl CheckpointsArguments {
+    fn list(self) -> anyhow::Result<ExitCode> {
+        let run = Root::open(&self.storage).context("--storage")?.run(&self.run.parse()?);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let entries = runtime.block_on(checkpoints::list(&run, self.verify))?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&entries)?);
+        } else {
+            println!("{}", checkpoints::table(&entries));
+        }
+        let damaged = entries.iter().any(|entry| entry.problem.is_some());
+        Ok(if damaged { ExitCode::from(NOT_GOOD) } else { ExitCode::SUCCESS })
+    }
+}
+
+impl ReportArguments {
+    fn write(self) -> anyhow::Result<ExitCode> {
         let run = self.run.parse()?;
         let currency = self.currency;
         let price = self.price_per_device_hour.map(|per_device_hour| Price { per_device_hour, currency });
@@ -264,7 +305,7 @@ impl ReportArguments {
         for judged in &missed {
             eprintln!("not met: {}: {}", judged.text, judged.explanation);
         }
-        Ok(if missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(MISSED) })
+        Ok(if missed.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(NOT_GOOD) })
     }
 }
 

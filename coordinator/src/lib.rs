@@ -1,5 +1,6 @@
 //! The coordinator of Potstill and the parts of the `potstill` command.
 
+pub mod checkpoints;
 pub mod decision;
 pub mod launch;
 pub mod report;
