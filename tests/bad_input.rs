@@ -101,7 +101,7 @@ fn distillation_settings_that_do_not_fit() {
     says(&weighting, &["distillation.weighting", "flow-matching"]);
     says(&refused(&["distillation.precision=fp8"]), &["distillation.precision", "fp16"]);
     says(&refused(&["optimiser.clip_norm=0.0"]), &["optimiser.clip_norm"]);
-    let decay = refused(&["optimiser.decay={start_images=10,end_images=20}"]);
+    let decay = refused(&["optimiser.decay={start_images=10,end_images=20,end_factor=0.0}"]);
     says(&decay, &["optimiser.decay.end_images is 20"]);
     let teacher = repository().join("configs/digits/teacher.safetensors");
     let start = refused(&[&format!("generator.start_from={}", teacher.display())]);
