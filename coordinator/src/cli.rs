@@ -6,29 +6,34 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context;
 use chrono::{DateTime, Utc};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use potstill_coordinator::{
     checkpoints,
+    client::Client,
     decision::{self, Price, Threshold},
     launch::{self, Exit, Job, agent::AgentPlan, worker},
     report::screen::LogFormat,
+    server::Resume,
+    status,
 };
 use potstill_proto::spec::RunSpec;
-use potstill_storage::Root;
+use potstill_storage::{Root, Run, layout};
 
 const AFTER_HELP: &str = "\
 Exit codes:
   0    the run succeeded
   1    it failed, or was stopped before it had a checkpoint
   2    the command line or the configuration is not acceptable; nothing was started
-  75   it was asked to stop and has saved a checkpoint: --resume goes on from there
+  75   it was asked to stop and there is a checkpoint: --resume goes on from there
   130  it was interrupted a second time, and ended at once
 
-The first Ctrl-C or SIGTERM makes the workers save and the run stop; the second ends it at once.
+The first Ctrl-C, SIGTERM or SIGUSR1 makes the workers save and the run stop; the second, or the end of the grace period,
+ends it at once: what was not saved is said, and the exit code is 75 if there is a checkpoint to go on from.
 RUST_LOG chooses what is logged, as in RUST_LOG=debug.";
 
 const AFTER_REPORT_HELP: &str = "\
@@ -70,6 +75,12 @@ enum Command {
     /// List a run's checkpoints, and look whether they are whole
     #[command(after_help = AFTER_CHECKPOINTS_HELP)]
     Checkpoints(CheckpointsArguments),
+    /// Say what a run is doing: its workers, its progress, what it waits for
+    Status(StatusArguments),
+    /// Have a run save a checkpoint now, and wait until it exists
+    Checkpoint(RunName),
+    /// Have a run save a checkpoint and stop; --resume goes on from there
+    Cancel(RunName),
     /// Keep the workers of one machine alive (potstill-worker)
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
@@ -91,6 +102,9 @@ struct Launch {
     /// Threads of each worker [default: the machine's cores divided by the workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Workers beyond these that stand by with everything loaded, to take the place of one that dies
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    spares: u32,
     /// Address of the coordinator; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -106,12 +120,27 @@ struct Serve {
 }
 
 #[derive(Debug, Args)]
-struct CheckpointsArguments {
+struct RunName {
     /// The run's name
     run: String,
     /// Where runs are kept
     #[arg(long, value_name = "URL", default_value = ".")]
     storage: String,
+}
+
+#[derive(Debug, Args)]
+struct StatusArguments {
+    #[command(flatten)]
+    run: RunName,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct CheckpointsArguments {
+    #[command(flatten)]
+    run: RunName,
     /// Read every shard and compare its checksum
     #[arg(long)]
     verify: bool,
@@ -122,11 +151,8 @@ struct CheckpointsArguments {
 
 #[derive(Debug, Args)]
 struct ReportArguments {
-    /// The run's name
-    run: String,
-    /// Where runs are kept
-    #[arg(long, value_name = "URL", default_value = ".")]
-    storage: String,
+    #[command(flatten)]
+    run: RunName,
     /// Folder for report.html and report.md [default: the run's own]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
@@ -164,12 +190,24 @@ struct RunArguments {
     /// Change a value of the run file, as in --set distillation.iterations=200
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Go on with the run of this name from its newest checkpoint
-    #[arg(long, requires = "run_id")]
-    resume: bool,
+    /// Go on with the run of this name, from its newest checkpoint or with the workers that still hold its state; auto:
+    /// if it exists, and start it otherwise
+    #[arg(long, requires = "run_id", value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
+        default_missing_value = "always", hide_possible_values = true)]
+    resume: Option<ResumeWhen>,
+    /// Seconds that the workers have to save after the first Ctrl-C, SIGTERM or SIGUSR1
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    grace: u64,
     /// How log lines look
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     log_format: LogFormat,
+}
+
+/// See [`RunArguments::resume`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ResumeWhen {
+    Always,
+    Auto,
 }
 
 /// A subcommand that needs libtorch: `potstill-worker` reads its arguments, `--help` among them.
@@ -183,10 +221,13 @@ struct HandedOn {
 /// Does what the command line asks for.
 pub fn main(cli: Cli) -> ExitCode {
     let job = match cli.command {
-        Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads }),
+        Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads, spares: a.spares }),
         Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
         Command::Report(arguments) => return ended(arguments.write()),
         Command::Checkpoints(arguments) => return ended(arguments.list()),
+        Command::Status(arguments) => return ended(arguments.show()),
+        Command::Checkpoint(run) => return ended(run.checkpoint()),
+        Command::Cancel(run) => return ended(run.cancel()),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
@@ -232,7 +273,7 @@ fn run(job: Job) -> anyhow::Result<Exit> {
 /// Where a run's workers come from.
 enum Workers {
     /// An agent on this machine.
-    Local { threads: Option<u32> },
+    Local { threads: Option<u32>, spares: u32 },
     /// Agents that somebody else starts.
     Elsewhere,
 }
@@ -248,9 +289,12 @@ impl RunArguments {
         let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
         let run_id = run_id.parse().context("--run-id")?;
         let agent = match from {
-            Workers::Local { threads } => {
-                Some(AgentPlan { program: worker::find()?, ranks: workers, threads: *threads })
-            }
+            Workers::Local { threads, spares } => Some(AgentPlan {
+                program: worker::find()?,
+                ranks: workers,
+                spares: *spares,
+                threads: *threads,
+            }),
             Workers::Elsewhere => None,
         };
         Ok(Job {
@@ -258,8 +302,13 @@ impl RunArguments {
             run_id,
             // Last: it creates the folder.
             storage: Root::open(&self.storage).context("--storage")?,
-            resume: self.resume,
+            resume: match self.resume {
+                None => Resume::Never,
+                Some(ResumeWhen::Always) => Resume::Always,
+                Some(ResumeWhen::Auto) => Resume::Auto,
+            },
             listen,
+            grace: Duration::from_secs(self.grace),
             log_format: self.log_format,
             agent,
         })
@@ -274,11 +323,49 @@ fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| complain(&error, Exit::Failed))
 }
 
+impl RunName {
+    fn open(&self) -> anyhow::Result<Run> {
+        Ok(Root::open(&self.storage).context("--storage")?.run(&self.run.parse()?))
+    }
+
+    fn checkpoint(self) -> anyhow::Result<ExitCode> {
+        let run = self.open()?;
+        let iteration = runtime()?.block_on(async { Client::of(&run).await?.checkpoint().await })?;
+        println!("{}", run.describe(&layout::manifest_key(iteration)));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn cancel(self) -> anyhow::Result<ExitCode> {
+        let run = self.open()?;
+        let reason = "potstill cancel".to_owned();
+        runtime()?.block_on(async { Client::of(&run).await?.cancel(reason).await })?;
+        println!("run {} saves and stops; to go on, start it with --run-id {} --resume", run.id(), run.id());
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// For commands that only ask and read.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+impl StatusArguments {
+    fn show(self) -> anyhow::Result<ExitCode> {
+        let run = self.run.open()?;
+        let status = runtime()?.block_on(status::of(&run))?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        } else {
+            println!("{}", status.text());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 impl CheckpointsArguments {
     fn list(self) -> anyhow::Result<ExitCode> {
-        let run = Root::open(&self.storage).context("--storage")?.run(&self.run.parse()?);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let entries = runtime.block_on(checkpoints::list(&run, self.verify))?;
+        let run = self.run.open()?;
+        let entries = runtime()?.block_on(checkpoints::list(&run, self.verify))?;
         if self.json {
             println!("{}", serde_json::to_string_pretty(&entries)?);
         } else {
@@ -291,13 +378,13 @@ impl CheckpointsArguments {
 
 impl ReportArguments {
     fn write(self) -> anyhow::Result<ExitCode> {
-        let run = self.run.parse()?;
+        let RunName { run, storage } = self.run;
+        let run = run.parse()?;
         let currency = self.currency;
         let price = self.price_per_device_hour.map(|per_device_hour| Price { per_device_hour, currency });
-        let storage = Root::open(&self.storage).context("--storage")?;
+        let storage = Root::open(&storage).context("--storage")?;
         let request = decision::Request { run, storage, out: self.out, price, thresholds: self.require };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let reported = runtime.block_on(decision::report(request))?;
+        let reported = runtime()?.block_on(decision::report(request))?;
         for place in reported.places {
             println!("{place}");
         }

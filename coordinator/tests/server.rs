@@ -4,17 +4,21 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use potstill_coordinator::server::{self, Options, Running, StartError};
+use potstill_coordinator::server::{
+    self, Options,
+    Resume::{self, Always, Auto, Never},
+    Running, StartError,
+};
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{
     PROTOCOL,
     cursor::Cursor,
-    message::{Assignment, FromWorker, Hello, Source, ToWorker, WorkerId},
+    message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
     shard::MicroBatches,
     spec::RunSpec,
     wire::{self, coordinator_client::CoordinatorClient},
 };
-use potstill_storage::{Root, RunId, layout};
+use potstill_storage::{Root, RunId, journal::Journal, layout};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::mpsc,
@@ -51,21 +55,22 @@ impl Lab {
         Self { _folder: folder, storage, spec }
     }
 
-    fn options(&self, resume: bool) -> Options {
+    fn options(&self, resume: Resume) -> Options {
         Options {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             spec: self.spec.clone(),
             run_id: run_id(),
             storage: self.storage.clone(),
             resume,
+            ranks_may_live: true,
         }
     }
 
-    async fn start(&self, resume: bool) -> Running {
+    async fn start(&self, resume: Resume) -> Running {
         server::start(self.options(resume)).await.unwrap()
     }
 
-    async fn refused(&self, resume: bool) -> StartError {
+    async fn refused(&self, resume: Resume) -> StartError {
         match server::start(self.options(resume)).await {
             Ok(_) => panic!("it started"),
             Err(error) => error,
@@ -73,7 +78,7 @@ impl Lab {
     }
 
     /// Trains a run to its end and leaves its checkpoint.
-    async fn train(&self, resume: bool) -> Outcome {
+    async fn train(&self, resume: Resume) -> Outcome {
         let mut running = self.start(resume).await;
         let mut worker = Worker::attach(&running, "a").await;
         let assignment = worker.assignment().await;
@@ -129,6 +134,19 @@ impl Worker {
             }
             other => panic!("{other:?}"),
         }
+        worker.say(FromWorker::Ready).await;
+        worker
+    }
+
+    /// Comes back, after its stream was lost, with the place that it has.
+    async fn come_back(running: &Running, id: &str, place: &Assignment, iteration: u64) -> Self {
+        let mut hello = hello(id);
+        hello.held = Some(Cursor::boundary(iteration));
+        hello.place = Some(Place { generation: place.generation, rank: place.rank });
+        let mut worker = Self::open(running, hello.into()).await;
+        worker.id = id.into();
+        assert!(matches!(worker.next().await, ToWorker::Welcome { .. }));
+        worker.say(FromWorker::Ready).await;
         worker
     }
 
@@ -183,6 +201,12 @@ impl Worker {
     }
 
     async fn saves_and_finishes(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
+        self.saves(lab, assignment, iteration).await;
+        let generation = assignment.generation;
+        self.say(FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) }).await;
+    }
+
+    async fn saves(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
         let Assignment { rank, world_size, generation, .. } = *assignment;
         let key = layout::shard_key(iteration, &self.id, rank, world_size);
         let bytes = bytes::Bytes::from_static(b"state");
@@ -196,7 +220,6 @@ impl Worker {
             sha256: shard.sha256,
         }))
         .await;
-        self.say(FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) }).await;
     }
 }
 
@@ -210,6 +233,7 @@ fn hello(id: &str) -> Hello {
         device: "cpu".into(),
         store_address: "127.0.0.1:1".into(),
         held: None,
+        place: None,
     }
 }
 
@@ -226,7 +250,7 @@ async fn observed<T>(running: &mut Running, mut what: impl FnMut(Observation) ->
 #[tokio::test]
 async fn two_workers_train_a_run_to_its_end() {
     let lab = Lab::new(2);
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
     let (first, second) = (a.assignment().await, b.assignment().await);
     assert_eq!((first.rank, second.rank, first.world_size), (0, 1, 2));
@@ -260,7 +284,7 @@ async fn two_workers_train_a_run_to_its_end() {
 #[tokio::test]
 async fn a_worker_that_dies_is_replaced_in_a_new_generation() {
     let lab = Lab::new(2);
-    let running = lab.start(false).await;
+    let running = lab.start(Never).await;
     let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
     let (first, second) = (a.assignment().await, b.assignment().await);
     a.reports(&first, 0).await;
@@ -282,7 +306,7 @@ async fn a_worker_that_dies_is_replaced_in_a_new_generation() {
 #[tokio::test]
 async fn what_an_old_generation_says_changes_nothing() {
     let lab = Lab::new(1);
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     let mut a = Worker::attach(&running, "a").await;
     let old = a.assignment().await;
     let failed = FromWorker::CollectiveFailed {
@@ -308,7 +332,7 @@ async fn what_an_old_generation_says_changes_nothing() {
 #[tokio::test]
 async fn a_run_can_be_stopped_and_failed_from_outside() {
     let lab = Lab::new(1);
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     let mut a = Worker::attach(&running, "a").await;
     let assignment = a.assignment().await;
     running.stop("SIGTERM".into());
@@ -319,7 +343,7 @@ async fn a_run_can_be_stopped_and_failed_from_outside() {
     assert_eq!(running.outcome().await, Outcome::Stopped { iteration: 1, reason: "SIGTERM".into() });
 
     let lab = Lab::new(1);
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     running.fail("no such device".into());
     assert_eq!(running.outcome().await, Outcome::Failed { reason: "no such device".into() });
 }
@@ -329,7 +353,7 @@ async fn too_few_workers_for_too_long_is_an_error() {
     let mut lab = Lab::new(2);
     lab.spec.cluster.failure_timeout_seconds = 0.1;
     lab.spec.cluster.wait_timeout_seconds = 0.1;
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     let Outcome::Failed { reason } = running.outcome().await else { panic!() };
     assert!(reason.contains("0 of the 2 workers"), "{reason}");
 }
@@ -338,7 +362,7 @@ async fn too_few_workers_for_too_long_is_an_error() {
 async fn a_silent_worker_is_given_up() {
     let mut lab = Lab::new(1);
     lab.spec.cluster.failure_timeout_seconds = 0.1;
-    let running = lab.start(false).await;
+    let running = lab.start(Never).await;
     let mut a = Worker::attach(&running, "a").await;
     let _silence = a.outgoing.clone();
     assert!(a.ending().await.is_none());
@@ -350,7 +374,7 @@ async fn a_silent_worker_is_given_up() {
 async fn bad_streams_end_with_a_reason_and_harm_nobody() {
     use wire::worker_message::Kind;
     let lab = Lab::new(1);
-    let running = lab.start(false).await;
+    let running = lab.start(Never).await;
     let mut good = Worker::attach(&running, "good").await;
     let assignment = good.assignment().await;
 
@@ -391,7 +415,7 @@ async fn bad_streams_end_with_a_reason_and_harm_nobody() {
 #[tokio::test]
 async fn a_worker_of_another_run_is_refused() {
     let lab = Lab::new(1);
-    let running = lab.start(false).await;
+    let running = lab.start(Never).await;
     let mut stranger = hello("a");
     stranger.run_id = "another".into();
     let mut worker = Worker::open(&running, stranger.into()).await;
@@ -405,35 +429,52 @@ async fn a_worker_of_another_run_is_refused() {
 #[tokio::test]
 async fn a_run_that_exists_is_only_continued_on_request() {
     let mut lab = Lab::new(1);
-    assert!(matches!(lab.refused(true).await, StartError::NothingToResume { .. }));
-    assert_eq!(lab.train(false).await, Outcome::Succeeded { iteration: ITERATIONS });
+    assert!(matches!(lab.refused(Always).await, StartError::NothingToResume { .. }));
+    assert_eq!(lab.train(Never).await, Outcome::Succeeded { iteration: ITERATIONS });
 
-    let error = lab.refused(false).await.to_string();
+    let error = lab.refused(Never).await.to_string();
     assert!(error.contains("test-run exists; give --resume"), "{error}");
-    let error = lab.refused(true).await.to_string();
+    let error = lab.refused(Always).await.to_string();
     assert!(error.contains("already complete (2 iterations); raise distillation.iterations"), "{error}");
 
     lab.spec.distillation.iterations = ITERATIONS + 1;
-    assert_eq!(lab.train(true).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
+    assert_eq!(lab.train(Always).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
 }
 
 #[tokio::test]
-async fn a_run_without_a_checkpoint_cannot_be_resumed() {
+async fn a_run_without_a_checkpoint_begins_again() {
     let lab = Lab::new(1);
-    drop(lab.start(false).await);
-    let error = lab.refused(true).await.to_string();
-    assert!(error.contains("nothing to resume") && error.contains("no checkpoint"), "{error}");
+    drop(lab.start(Never).await);
+    assert_eq!(lab.train(Always).await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+#[tokio::test]
+async fn a_run_may_be_started_or_gone_on_with_by_the_same_command() {
+    let mut lab = Lab::new(1);
+    assert_eq!(lab.train(Auto).await, Outcome::Succeeded { iteration: ITERATIONS });
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    assert_eq!(lab.train(Auto).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
+}
+
+#[tokio::test]
+async fn a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence() {
+    let lab = Lab::new(1);
+    lab.train(Never).await;
+    let run = lab.storage.run(&run_id());
+    run.put(&layout::manifest_key(ITERATIONS), "{".into()).await.unwrap();
+    let error = lab.refused(Always).await.to_string();
+    assert!(error.contains("nothing to resume") && error.contains("1 checkpoints can be read"), "{error}");
 }
 
 #[tokio::test]
 async fn a_run_is_not_resumed_with_other_values() {
     let mut lab = Lab::new(1);
-    lab.train(false).await;
+    lab.train(Never).await;
     lab.spec.distillation.iterations = ITERATIONS + 1;
     lab.spec.distillation.seed = 5;
     lab.spec.distillation.alpha = 1.0;
     std::fs::write(&lab.spec.teacher.weights, b"other weights").unwrap();
-    let error = lab.refused(true).await.to_string();
+    let error = lab.refused(Always).await.to_string();
     for says in ["distillation.seed: 0 there, 5 here", "distillation.alpha", "teacher.sha256"] {
         assert!(error.contains(says), "{error}");
     }
@@ -443,9 +484,9 @@ async fn a_run_is_not_resumed_with_other_values() {
 async fn the_teachers_file_is_read_and_compared() {
     let mut lab = Lab::new(1);
     lab.spec.teacher.sha256 = Some("00".into());
-    assert!(matches!(lab.refused(false).await, StartError::OtherTeacher { .. }));
+    assert!(matches!(lab.refused(Never).await, StartError::OtherTeacher { .. }));
     lab.spec.teacher.weights = "/nowhere/teacher.safetensors".into();
-    let error = lab.refused(false).await.to_string();
+    let error = lab.refused(Never).await.to_string();
     assert!(error.contains("/nowhere/teacher.safetensors"), "{error}");
     // Neither left a run behind.
     assert!(lab.storage.run(&run_id()).specification().await.unwrap().is_none());
@@ -455,7 +496,7 @@ async fn the_teachers_file_is_read_and_compared() {
 async fn an_address_in_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let lab = Lab::new(1);
-    let mut options = lab.options(false);
+    let mut options = lab.options(Never);
     options.listen = taken.local_addr().unwrap();
     let Err(error) = server::start(options).await else { panic!() };
     let error = error.to_string();
@@ -465,10 +506,13 @@ async fn an_address_in_use_is_named() {
 #[tokio::test]
 async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
     let mut lab = Lab::new(1);
-    lab.train(false).await;
+    lab.train(Never).await;
     lab.spec.distillation.iterations = ITERATIONS + 1;
-    let mut old = lab.start(true).await;
-    let _new = lab.start(true).await;
+    let mut old = lab.start(Always).await;
+    // Another one, which did not find this one, writes its first record.
+    let run = lab.storage.run(&run_id());
+    let (mut journal, _) = Journal::open(&run).await.unwrap();
+    journal.append("another".into()).await.unwrap();
     // The next thing that the old one has to write down shows it that it is not alone.
     let mut worker = Worker::attach(&old, "a").await;
     let Outcome::Failed { reason } = old.outcome().await else { panic!() };
@@ -478,9 +522,76 @@ async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
 }
 
 #[tokio::test]
+async fn a_run_that_is_being_served_is_not_taken_over() {
+    let lab = Lab::new(1);
+    let old = lab.start(Never).await;
+    let error = lab.refused(Always).await.to_string();
+    assert!(error.contains(&old.address.to_string()) && error.contains("is being served"), "{error}");
+}
+
+// ------------------------------------------------------------------------------------------------ a successor
+
+#[tokio::test]
+async fn workers_come_back_to_a_successor_and_nothing_changes() {
+    let lab = Lab::new(2);
+    let old = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&old, "a").await, Worker::attach(&old, "b").await);
+    let (first, second) = (a.assignment().await, b.assignment().await);
+    a.reports(&first, 0).await;
+    b.reports(&second, 0).await;
+    drop(old);
+    assert!(a.ending().await.is_some() && b.ending().await.is_some());
+
+    let mut running = lab.start(Always).await;
+    // They say again what the old one may not have heard.
+    let a = Worker::come_back(&running, "a", &first, 1).await;
+    let mut b = Worker::come_back(&running, "b", &second, 2).await;
+    for iteration in 0..ITERATIONS {
+        a.reports(&first, iteration).await;
+        b.reports(&second, iteration).await;
+    }
+    a.saves_and_finishes(&lab, &first, ITERATIONS).await;
+    b.saves_and_finishes(&lab, &second, ITERATIONS).await;
+    // Not an assignment: the generation lives on.
+    assert!(matches!(b.next().await, ToWorker::Committed { iteration: ITERATIONS }));
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+// ------------------------------------------------------------------------------------------------ requests
+
+#[tokio::test]
+async fn a_checkpoint_on_demand_is_answered_when_it_exists() {
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    let mut client = Worker::connect(running.address).await;
+    let refused = client.checkpoint(wire::CheckpointRequest {}).await.unwrap_err();
+    assert!(refused.message().contains("nothing is training"), "{refused:?}");
+
+    let mut a = Worker::attach(&running, "a").await;
+    let assignment = a.assignment().await;
+    let asking = tokio::spawn(async move { client.checkpoint(wire::CheckpointRequest {}).await });
+    assert!(matches!(a.next().await, ToWorker::Request { what: Request::Checkpoint, .. }));
+    a.reports(&assignment, 0).await;
+    a.saves(&lab, &assignment, 1).await;
+    assert_eq!(asking.await.unwrap().unwrap().into_inner().iteration, 1);
+
+    let mut client = Worker::connect(running.address).await;
+    client.cancel(wire::CancelRequest { reason: "enough".into() }).await.unwrap();
+    let what = loop {
+        if let ToWorker::Request { what, .. } = a.next().await {
+            break what;
+        }
+    };
+    assert_eq!(what, Request::CheckpointAndStop);
+    a.reports(&assignment, 1).await;
+    a.saves_and_finishes(&lab, &assignment, 2).await;
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: 2 });
+}
+
+#[tokio::test]
 async fn the_end_does_not_wait_for_a_worker_that_stays() {
     let lab = Lab::new(1);
-    let mut running = lab.start(false).await;
+    let mut running = lab.start(Never).await;
     let worker = Worker::attach(&running, "a").await;
     running.fail("enough".into());
     tokio::time::timeout(Duration::from_secs(60), running.outcome()).await.unwrap();

@@ -18,7 +18,7 @@ pub mod wire {
 }
 
 /// Version of the stream's language. A worker that speaks another one is refused at its hello.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The largest gRPC message either side accepts, in bytes. The biggest honest one is a `Welcome` with a run
 /// specification of a few kilobytes; tensors never travel this way.

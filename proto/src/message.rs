@@ -54,17 +54,19 @@ pub struct Hello {
     pub device: String,
     /// `host:port` of its own TCPStore server.
     pub store_address: String,
-    /// The state it holds; `None` for a fresh process.
-    pub held: Option<HeldState>,
+    /// How far the state is that it holds whole; `None` for a fresh process.
+    pub held: Option<Cursor>,
+    /// Its newest place; `None` for a fresh process. It may have left that generation since.
+    pub place: Option<Place>,
 }
 
-/// A training state that a worker has in memory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeldState {
-    /// How far it is.
-    pub cursor: Cursor,
-    /// SHA-256 over its tensors, hexadecimal.
-    pub digest: String,
+/// Where a worker stands in a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The generation.
+    pub generation: Generation,
+    /// The rank in it.
+    pub rank: u32,
 }
 
 /// What a worker says after its hello.
@@ -80,7 +82,11 @@ pub enum FromWorker {
         progress: u64,
         /// What it is doing, for people.
         activity: String,
+        /// It waits for its peers in a collective.
+        waiting: bool,
     },
+    /// It has loaded what the run reads and can be given a place.
+    Ready,
     /// One finished iteration of one rank.
     StepReport(wire::StepReport),
     /// Scores of the teacher or of the student, from rank 0.
@@ -96,6 +102,27 @@ pub enum FromWorker {
         /// The state it kept.
         cursor: Cursor,
         /// Operation, rank and cause.
+        error: String,
+    },
+    /// It left the group at a boundary, as agreed, and waits.
+    Yielded {
+        /// The generation it left.
+        generation: Generation,
+        /// The state it kept.
+        cursor: Cursor,
+    },
+    /// Its machine is wanted for something else: it would like to save and go.
+    Leaving {
+        /// Who wants it, for people.
+        reason: String,
+    },
+    /// The checkpoint that its assignment names cannot be read: it left the group and holds no state.
+    CheckpointDamaged {
+        /// The generation it left.
+        generation: Generation,
+        /// Key of the checkpoint's manifest.
+        manifest_key: String,
+        /// Which object, and what is wrong with it.
         error: String,
     },
     /// It has nothing left to compute.
@@ -158,6 +185,10 @@ pub enum Request {
     Checkpoint,
     /// Save a checkpoint at the next boundary and finish.
     CheckpointAndStop,
+    /// Leave the group at the next boundary and wait for a place.
+    Yield,
+    /// Save a checkpoint at the next boundary, then the same.
+    CheckpointAndYield,
 }
 
 /// What the coordinator says.
@@ -175,6 +206,8 @@ pub enum ToWorker {
         heartbeat_millis: u64,
         /// Bound for one collective.
         collective_timeout_millis: u64,
+        /// How long to go on without a coordinator.
+        patience_millis: u64,
     },
     /// A place in a generation.
     Assignment(Assignment),
@@ -209,6 +242,11 @@ pub enum ToWorker {
         /// Why.
         reason: String,
     },
+    /// The worker does not move: its process is to end at once, and to be started again.
+    Restart {
+        /// Since when it has not moved, and where.
+        reason: String,
+    },
 }
 
 // ------------------------------------------------------------------------------------------------ cursor
@@ -223,21 +261,30 @@ impl From<Cursor> for wire::Cursor {
     }
 }
 
+impl TryFrom<wire::Cursor> for Cursor {
+    type Error = Malformed;
+
+    fn try_from(cursor: wire::Cursor) -> Result<Self, Malformed> {
+        let phase = match wire::Phase::try_from(cursor.phase) {
+            Ok(wire::Phase::FakeScore) => Phase::FakeScore,
+            Ok(wire::Phase::Generator) => Phase::Generator,
+            Err(_) => return malformed("Cursor", format!("unknown phase {}", cursor.phase)),
+        };
+        Ok(Self { iteration: cursor.iteration, phase })
+    }
+}
+
 fn cursor(message: &'static str, cursor: Option<wire::Cursor>) -> Result<Cursor, Malformed> {
-    let Some(cursor) = cursor else { return malformed(message, "no cursor") };
-    let phase = match wire::Phase::try_from(cursor.phase) {
-        Ok(wire::Phase::FakeScore) => Phase::FakeScore,
-        Ok(wire::Phase::Generator) => Phase::Generator,
-        Err(_) => return malformed(message, format!("unknown phase {}", cursor.phase)),
-    };
-    Ok(Cursor { iteration: cursor.iteration, phase })
+    match cursor {
+        Some(cursor) => cursor.try_into(),
+        None => malformed(message, "no cursor"),
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ worker → coordinator
 
 impl From<Hello> for wire::WorkerMessage {
     fn from(hello: Hello) -> Self {
-        let held = hello.held.map(|h| wire::HeldState { cursor: Some(h.cursor.into()), digest: h.digest });
         wire::WorkerMessage {
             kind: Some(wire::worker_message::Kind::Hello(wire::Hello {
                 protocol: hello.protocol,
@@ -247,7 +294,8 @@ impl From<Hello> for wire::WorkerMessage {
                 pid: hello.pid,
                 device: hello.device,
                 store_address: hello.store_address,
-                held,
+                held: hello.held.map(Into::into),
+                place: hello.place.map(|p| wire::Place { generation: p.generation.0, rank: p.rank }),
             })),
         }
     }
@@ -269,7 +317,7 @@ impl TryFrom<wire::WorkerMessage> for Hello {
         }
         let held = match hello.held {
             None => None,
-            Some(h) => Some(HeldState { cursor: cursor("Hello", h.cursor)?, digest: h.digest }),
+            held => Some(cursor("Hello", held)?),
         };
         Ok(Self {
             protocol: hello.protocol,
@@ -280,6 +328,7 @@ impl TryFrom<wire::WorkerMessage> for Hello {
             device: hello.device,
             store_address: hello.store_address,
             held,
+            place: hello.place.map(|p| Place { generation: Generation(p.generation), rank: p.rank }),
         })
     }
 }
@@ -288,14 +337,16 @@ impl From<FromWorker> for wire::WorkerMessage {
     fn from(message: FromWorker) -> Self {
         use wire::worker_message::Kind;
         let kind = match message {
-            FromWorker::Heartbeat { generation, cursor, progress, activity } => {
+            FromWorker::Heartbeat { generation, cursor, progress, activity, waiting } => {
                 Kind::Heartbeat(wire::Heartbeat {
                     generation: generation.0,
                     cursor: Some(cursor.into()),
                     progress,
                     activity,
+                    waiting,
                 })
             }
+            FromWorker::Ready => Kind::Ready(wire::Ready {}),
             FromWorker::StepReport(report) => Kind::StepReport(report),
             FromWorker::Evaluation(report) => Kind::Evaluation(report),
             FromWorker::ShardReceipt(receipt) => Kind::ShardReceipt(receipt),
@@ -306,6 +357,14 @@ impl From<FromWorker> for wire::WorkerMessage {
                     cursor: Some(cursor.into()),
                     error,
                 })
+            }
+            FromWorker::Yielded { generation, cursor } => {
+                Kind::Yielded(wire::Yielded { generation: generation.0, cursor: Some(cursor.into()) })
+            }
+            FromWorker::Leaving { reason } => Kind::Leaving(wire::Leaving { reason }),
+            FromWorker::CheckpointDamaged { generation, manifest_key, error } => {
+                let generation = generation.0;
+                Kind::CheckpointDamaged(wire::CheckpointDamaged { generation, manifest_key, error })
             }
             FromWorker::Finished { generation, cursor } => {
                 Kind::Finished(wire::Finished { generation: generation.0, cursor: Some(cursor.into()) })
@@ -333,7 +392,9 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
                 cursor: cursor("Heartbeat", m.cursor)?,
                 progress: m.progress,
                 activity: m.activity,
+                waiting: m.waiting,
             },
+            Kind::Ready(_) => FromWorker::Ready,
             Kind::StepReport(report) => FromWorker::StepReport(report),
             Kind::Evaluation(report) => {
                 if report.scores.is_none() {
@@ -352,6 +413,16 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
                 cursor: cursor("CollectiveFailed", m.cursor)?,
                 error: m.error,
             },
+            Kind::Yielded(m) => FromWorker::Yielded {
+                generation: Generation(m.generation),
+                cursor: cursor("Yielded", m.cursor)?,
+            },
+            Kind::CheckpointDamaged(m) => FromWorker::CheckpointDamaged {
+                generation: Generation(m.generation),
+                manifest_key: m.manifest_key,
+                error: m.error,
+            },
+            Kind::Leaving(m) => FromWorker::Leaving { reason: m.reason },
             Kind::Finished(m) => FromWorker::Finished {
                 generation: Generation(m.generation),
                 cursor: cursor("Finished", m.cursor)?,
@@ -373,12 +444,14 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 storage_url,
                 heartbeat_millis,
                 collective_timeout_millis,
+                patience_millis,
             } => Kind::Welcome(wire::Welcome {
                 run_id,
                 specification,
                 storage_url,
                 heartbeat_millis,
                 collective_timeout_millis,
+                patience_millis,
             }),
             ToWorker::Assignment(a) => Kind::Assignment(wire::Assignment {
                 generation: a.generation.0,
@@ -405,11 +478,14 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 what: match what {
                     Request::Checkpoint => wire::request::What::Checkpoint,
                     Request::CheckpointAndStop => wire::request::What::CheckpointAndStop,
+                    Request::Yield => wire::request::What::Yield,
+                    Request::CheckpointAndYield => wire::request::What::CheckpointAndYield,
                 }
                 .into(),
             }),
             ToWorker::Stop { success, reason } => Kind::Stop(wire::Stop { success, reason }),
             ToWorker::Refused { reason } => Kind::Refused(wire::Refused { reason }),
+            ToWorker::Restart { reason } => Kind::Restart(wire::Restart { reason }),
         };
         Self { kind: Some(kind) }
     }
@@ -431,6 +507,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                 storage_url: m.storage_url,
                 heartbeat_millis: m.heartbeat_millis,
                 collective_timeout_millis: m.collective_timeout_millis,
+                patience_millis: m.patience_millis,
             },
             Kind::Assignment(m) => {
                 if m.rank >= m.world_size {
@@ -462,11 +539,14 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                 what: match wire::request::What::try_from(m.what) {
                     Ok(wire::request::What::Checkpoint) => Request::Checkpoint,
                     Ok(wire::request::What::CheckpointAndStop) => Request::CheckpointAndStop,
+                    Ok(wire::request::What::Yield) => Request::Yield,
+                    Ok(wire::request::What::CheckpointAndYield) => Request::CheckpointAndYield,
                     Err(_) => return malformed("Request", format!("unknown request {}", m.what)),
                 },
             },
             Kind::Stop(m) => ToWorker::Stop { success: m.success, reason: m.reason },
             Kind::Refused(m) => ToWorker::Refused { reason: m.reason },
+            Kind::Restart(m) => ToWorker::Restart { reason: m.reason },
         })
     }
 }
@@ -487,13 +567,18 @@ mod tests {
             pid: 5,
             device: "cpu".into(),
             store_address: "127.0.0.1:80".into(),
-            held: Some(HeldState { cursor, digest: "d".into() }),
+            held: Some(cursor),
+            place: Some(Place { generation, rank: 4 }),
         };
         assert_eq!(Hello::try_from(wire::WorkerMessage::from(hello.clone())), Ok(hello));
         for message in [
-            FromWorker::Heartbeat { generation, cursor, progress: 9, activity: "a".into() },
+            FromWorker::Heartbeat { generation, cursor, progress: 9, activity: "a".into(), waiting: true },
+            FromWorker::Ready,
+            FromWorker::Yielded { generation, cursor },
+            FromWorker::Leaving { reason: "r".into() },
             FromWorker::StepReport(wire::StepReport { iteration: 4, ..Default::default() }),
             FromWorker::CollectiveFailed { generation, cursor, error: "e".into() },
+            FromWorker::CheckpointDamaged { generation, manifest_key: "k".into(), error: "e".into() },
             FromWorker::Finished { generation, cursor },
             FromWorker::Failed { generation, error: "e".into() },
         ] {
@@ -513,7 +598,9 @@ mod tests {
             });
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
         }
-        for what in [Request::Checkpoint, Request::CheckpointAndStop] {
+        for what in
+            [Request::Checkpoint, Request::CheckpointAndStop, Request::Yield, Request::CheckpointAndYield]
+        {
             let message = ToWorker::Request { generation, what };
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
         }

@@ -374,11 +374,17 @@ impl Default for OptimiserSpec {
 pub struct CheckpointSpec {
     /// Save after every so many iterations; the last iteration always saves.
     pub every: u64,
+    /// Keep so many of the newest; 0: all.
+    pub keep_last: u64,
+    /// Besides these keep every checkpoint whose iteration is a multiple of this; 0: none.
+    pub keep_every: u64,
+    /// Stop the run after so many failed saves in a row; 0: go on whatever fails.
+    pub stop_after_failures: u32,
 }
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        Self { every: 500 }
+        Self { every: 500, keep_last: 5, keep_every: 0, stop_after_failures: 0 }
     }
 }
 
@@ -450,7 +456,11 @@ pub struct Timeouts {
     pub unknown_millis: u64,
     /// Silent for so long: dead.
     pub dead_millis: u64,
-    /// Bound for one collective: longer than it takes to declare a silent peer dead, so that the coordinator speaks first.
+    /// Without progress for so long although it breathes: hung. Four times as patient as with the silent: one unit of work,
+    /// such as a micro-batch, may take a while.
+    pub hang_millis: u64,
+    /// Bound for one collective: longer than it takes to find the peer that is dead or hung, so that the coordinator speaks
+    /// first.
     pub collective_millis: u64,
     /// How long to wait for workers.
     pub wait_millis: u64,
@@ -466,6 +476,7 @@ impl ClusterSpec {
             heartbeat_millis: millis(failure / 10.0).max(20),
             unknown_millis: millis(failure / 3.0),
             dead_millis: millis(failure),
+            hang_millis: millis(failure * 4.0),
             collective_millis: millis(failure * 6.0),
             wait_millis: millis(self.wait_timeout_seconds),
         }

@@ -75,7 +75,7 @@ impl Snapshot {
     /// Writes the share and reports the receipt, or the failure, to the coordinator. Runs in the background.
     pub async fn upload(self, run: Run, generation: Generation, rank: u32, world_size: u32, outbox: Outbox) {
         let iteration = self.iteration;
-        let key = layout::shard_key(iteration, &generation.store_prefix(), rank, world_size);
+        let key = shard_key(iteration, generation, rank, world_size);
         let message = match self.write(&run, &key, rank).await {
             Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
                 generation: generation.0,
@@ -104,6 +104,11 @@ impl Snapshot {
         .await??;
         Ok(run.write_shard(key, rank, Bytes::from(bytes)).await?)
     }
+}
+
+/// Where a rank's share lies below the run's folder.
+pub fn shard_key(iteration: u64, generation: Generation, rank: u32, world_size: u32) -> String {
+    layout::shard_key(iteration, &generation.store_prefix(), rank, world_size)
 }
 
 /// Fills `state` from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.

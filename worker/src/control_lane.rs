@@ -11,6 +11,8 @@ pub struct Flags {
     pub checkpoint: bool,
     /// Save at the end of this iteration and leave.
     pub stop: bool,
+    /// Leave the group at the end of this iteration.
+    pub part: bool,
 }
 
 /// An exchange under way.
@@ -25,7 +27,7 @@ impl Lane {
     /// # Errors
     /// The collective could not be issued.
     pub fn issue(group: &ProcessGroup, flags: Flags) -> Result<Self, Error> {
-        let flags = Tensor::from_slice(&[i64::from(flags.checkpoint), i64::from(flags.stop)])
+        let flags = Tensor::from_slice(&[flags.checkpoint, flags.stop, flags.part].map(i64::from))
             .to_device(group.device());
         let work = group.all_reduce(&flags, ReduceOp::Max)?;
         Ok(Self { work, flags })
@@ -38,6 +40,7 @@ impl Lane {
     pub fn read(self) -> Result<Flags, Error> {
         self.work.wait(None)?;
         let flags = self.flags.to_device(tch::Device::Cpu).to_kind(Kind::Int64);
-        Ok(Flags { checkpoint: flags.int64_value(&[0]) > 0, stop: flags.int64_value(&[1]) > 0 })
+        let raised = |index: i64| flags.int64_value(&[index]) > 0;
+        Ok(Flags { checkpoint: raised(0), stop: raised(1), part: raised(2) })
     }
 }

@@ -19,7 +19,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::{
-    evaluation::Evaluator,
+    evaluation::{Evaluator, Scoring},
     lifeline,
     samples::{CHUNK, Sampler},
     student::{Source, Student},
@@ -207,7 +207,11 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let world = arguments.workers as usize;
     let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
     let bar = progress(&spec, rank);
-    let scores = evaluator.score(subject.sampler(), &group, || bar.inc(u64::from(arguments.workers)))??;
+    let scores = evaluator.score(subject.sampler(), &group, |what| {
+        if what == Scoring::Sample {
+            bar.inc(u64::from(arguments.workers));
+        }
+    })??;
     bar.finish_and_clear();
     if rank == 0 {
         let record = Record::new(subject.name(), &scores, &arguments);

@@ -98,6 +98,17 @@ pub struct Evaluator {
     samples: SampleSet,
 }
 
+/// What a scoring is about to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// The next chunk of samples: the one before is done.
+    Sample,
+    /// To wait for the other ranks' features.
+    Gather,
+    /// To compare with the reference.
+    Compare,
+}
+
 impl Evaluator {
     /// Loads extractor and reference, if the specification has them.
     ///
@@ -123,7 +134,7 @@ impl Evaluator {
         &self.reference
     }
 
-    /// Scores a sampler; every rank of the group takes part and gets the same scores. `tick` is called after each chunk.
+    /// Scores a sampler; every rank of the group takes part and gets the same scores. `tell` hears what it is about to do.
     ///
     /// # Errors
     /// A collective failed, or the extractor did.
@@ -131,7 +142,7 @@ impl Evaluator {
         &self,
         sampler: Sampler<'_>,
         group: &ProcessGroup,
-        mut tick: impl FnMut(),
+        mut tell: impl FnMut(Scoring),
     ) -> anyhow::Result<Result<Scores, Error>> {
         let model = sampler.network();
         let member = group.member();
@@ -158,7 +169,7 @@ impl Evaluator {
             if let (Some(all), Some(logits)) = (all_logits, logits) {
                 all.narrow(0, first, count).copy_(&logits);
             }
-            tick();
+            tell(Scoring::Sample);
         }
         let (features, logits) = match rows {
             Some(rows) => rows,
@@ -172,9 +183,11 @@ impl Evaluator {
         };
         // All ranks sample side by side; the slowest one's time is the sampling's.
         let seconds = Tensor::from_slice(&[sampling]).to_kind(Kind::Float).to_device(group.device());
+        tell(Scoring::Gather);
         if let Err(error) = gather(group, &features, logits.as_ref(), &seconds) {
             return Ok(Err(error));
         }
+        tell(Scoring::Compare);
         let features = features.to_device(Device::Cpu);
         ensure!(
             bool::try_from(features.isfinite().all())?,
@@ -182,7 +195,7 @@ impl Evaluator {
         );
         let (precision, recall) =
             score::precision_recall(&self.reference.features, &features, self.spec.neighbours.into());
-        tick();
+        tell(Scoring::Compare);
         let agreement = match logits {
             Some(logits) if model.classes() > 0 => {
                 score::agreement(&logits.to_device(Device::Cpu), &Tensor::cat(&labels, 0))

@@ -18,7 +18,11 @@ pub fn hold() {
         while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted)
         {
         }
-        // Not exit(): its handlers may wait for threads that are inside a collective.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+        end_now();
     });
+}
+
+/// Ends this process at once. Not by exit(): its handlers may wait for threads that are inside a collective.
+pub fn end_now() {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
 }

@@ -100,12 +100,14 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
         device: "cpu".to_owned(),
         store_address: format!("{host}:{}", store.port()),
         held: None,
+        place: None,
     };
     let (mut session, terms) = runtime.block_on(Session::attach(&service.coordinator, hello))?;
     let job = match prepare(&terms, &run_id, runtime, device) {
         Ok(job) => job,
         Err(error) => return give_up(&mut session, Generation::default(), error),
     };
+    session.send(FromWorker::Ready);
 
     let mut holding = Holding::default();
     loop {
@@ -127,10 +129,19 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
             let (generation, cursor) = (assignment.generation, holding.cursor);
             match ending {
                 Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),
+                Ok(Ending::Parted) => {
+                    tracing::info!(%generation, %cursor, "parted at a boundary; waiting for a place");
+                    session.progress.set_activity("waiting for an assignment");
+                    session.send(FromWorker::Yielded { generation, cursor });
+                }
+                Ok(Ending::Damaged { manifest_key, error }) => {
+                    tracing::error!(%generation, manifest_key, error, "the checkpoint is damaged");
+                    session.progress.set_activity("waiting for an assignment");
+                    session.send(FromWorker::CheckpointDamaged { generation, manifest_key, error });
+                }
                 Ok(Ending::Left(error)) => {
                     tracing::warn!(%generation, %cursor, error, "left the group; keeping the state, waiting for a place");
                     session.progress.set_activity("waiting for an assignment");
-                    session.progress.set_cursor(cursor);
                     session.send(FromWorker::CollectiveFailed { generation, cursor, error });
                 }
                 Err(error) => return give_up(&mut session, generation, error),

@@ -296,7 +296,7 @@ fn score(evaluator: &Evaluator, teacher: &dyn Denoiser) -> anyhow::Result<Scores
     let store = TcpStore::serve(host, 0, patience)?;
     let backend = Backend::Gloo { host: host.to_owned() };
     let group = ProcessGroup::new(&backend, &store.prefix("scores")?, 0, 1, patience)?;
-    Ok(evaluator.score(Sampler::Teacher(teacher), &group, || {})??)
+    Ok(evaluator.score(Sampler::Teacher(teacher), &group, |_| {})??)
 }
 
 /// Writes the weights and, beside them, the scores.

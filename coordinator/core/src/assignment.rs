@@ -30,13 +30,13 @@ pub struct Plan {
     pub start: Start,
 }
 
-/// Chooses at most `max_workers` of the members. Whoever had a rank keeps the order of ranks; then come those that hold
+/// Chooses at most `max_workers` of those that can be given a place. Whoever had a rank keeps the order of ranks; then come those that hold
 /// the most, then all others by id. The state is that of the member that is furthest, so that no finished step is lost,
 /// unless the newest checkpoint is beyond it.
 #[must_use]
 pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>) -> Plan {
     let mut candidates: Vec<_> = members
-        .iter()
+        .eligible()
         .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
         .collect();
     candidates.sort();
@@ -93,16 +93,17 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::{cursor::Phase, spec::ClusterSpec};
+    use potstill_proto::{cursor::Phase, message::Place, spec::ClusterSpec};
 
     use super::*;
-    use crate::{Tick, core::fixtures::hello, membership::Place};
+    use crate::{Tick, core::fixtures::hello};
 
     /// Members given as (id, rank in an earlier generation, held iteration).
     fn members(of: &[(&str, Option<u32>, Option<u64>)]) -> Members {
         let mut members = Members::new(ClusterSpec::default().timeouts());
         for (n, (id, rank, held)) in (0..).zip(of) {
             members.attach(Tick(0), StreamId(n), hello(id));
+            members.set_ready(StreamId(n));
             let member = members.get_mut(StreamId(n)).unwrap();
             member.place = rank.map(|rank| Place { generation: Generation(1), rank });
             member.hold(Cursor::boundary(held.unwrap_or(0)));

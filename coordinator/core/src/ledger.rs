@@ -38,7 +38,8 @@ pub struct CommittedCheckpoint {
 /// The ledger of one run.
 #[derive(Debug)]
 pub struct Ledger {
-    newest: Option<CommittedCheckpoint>,
+    /// Oldest first.
+    committed: Vec<CommittedCheckpoint>,
     generation: Generation,
     world_size: u32,
     collecting: BTreeMap<u64, BTreeMap<u32, ShardReceipt>>,
@@ -49,9 +50,9 @@ pub struct Ledger {
 impl Ledger {
     /// A ledger that starts with what storage holds.
     #[must_use]
-    pub fn new(newest: Option<CommittedCheckpoint>) -> Self {
+    pub fn new(committed: Vec<CommittedCheckpoint>) -> Self {
         Self {
-            newest,
+            committed,
             generation: Generation(0),
             world_size: 0,
             collecting: BTreeMap::new(),
@@ -100,7 +101,7 @@ impl Ledger {
     pub fn committed(&mut self, iteration: u64, manifest_key: String) -> Option<Checkpoint> {
         let checkpoint = self.committing.remove(&iteration)?;
         if !self.has(iteration) {
-            self.newest = Some(CommittedCheckpoint { iteration, manifest_key });
+            self.committed.push(CommittedCheckpoint { iteration, manifest_key });
         }
         self.collecting.retain(|i, _| *i > iteration);
         self.failed.retain(|i, _| *i > iteration);
@@ -126,19 +127,32 @@ impl Ledger {
     /// The newest checkpoint that exists.
     #[must_use]
     pub fn newest(&self) -> Option<&CommittedCheckpoint> {
-        self.newest.as_ref()
+        self.committed.last()
+    }
+
+    /// A checkpoint cannot be read after all: from now on the one before it is the newest. False when there was none.
+    pub fn condemn(&mut self, manifest_key: &str) -> bool {
+        let before = self.committed.len();
+        self.committed.retain(|checkpoint| checkpoint.manifest_key != manifest_key);
+        self.committed.len() < before
     }
 
     /// Whether a checkpoint of `iteration` or later exists.
     #[must_use]
     pub fn has(&self, iteration: u64) -> bool {
-        self.newest.as_ref().is_some_and(|newest| newest.iteration >= iteration)
+        self.newest().is_some_and(|newest| newest.iteration >= iteration)
     }
 
     /// Whether the manifest of `iteration` is being written.
     #[must_use]
     pub fn is_committing(&self, iteration: u64) -> bool {
         self.committing.contains_key(&iteration)
+    }
+
+    /// The newest checkpoint whose manifest is being written.
+    #[must_use]
+    pub fn committing(&self) -> Option<u64> {
+        self.committing.keys().next_back().copied()
     }
 
     /// Why the live generation has no checkpoint of `iteration`, if it tried.
@@ -157,7 +171,7 @@ mod tests {
     }
 
     fn ledger() -> Ledger {
-        let mut ledger = Ledger::new(None);
+        let mut ledger = Ledger::new(Vec::new());
         ledger.open(Generation(1), 2);
         ledger
     }
@@ -187,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_commit_that_fails_is_tried_again_only_with_another_generations_shards() {
-        let mut ledger = Ledger::new(None);
+        let mut ledger = Ledger::new(Vec::new());
         ledger.open(Generation(1), 1);
         assert!(ledger.receipt(0, receipt(5, 0)).unwrap().is_some());
         ledger.open(Generation(2), 1);

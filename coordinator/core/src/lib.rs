@@ -16,7 +16,10 @@ pub mod observation;
 pub mod record;
 pub mod steps;
 
-use potstill_proto::message::{FromWorker, Hello, ToWorker};
+use potstill_proto::{
+    cursor::Generation,
+    message::{FromWorker, Hello, ToWorker},
+};
 
 pub use crate::core::{Core, Setup};
 use crate::{
@@ -41,6 +44,10 @@ impl Tick {
 /// be taken for the word of its successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StreamId(pub u64);
+
+/// Somebody who waits for an answer. Never repeats within a coordinator's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClientId(pub u64);
 
 /// What happens to the coordinator.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +83,11 @@ pub enum Event {
         iteration: u64,
         /// The manifest's key below the run's folder, or why there is no manifest.
         result: Result<String, String>,
+    },
+    /// Somebody asked for a checkpoint; the answer is [`Action::Answer`].
+    CheckpointRequested {
+        /// Who waits for the answer.
+        client: ClientId,
     },
     /// Somebody asked the run to save and stop.
     StopRequested {
@@ -113,6 +125,20 @@ pub enum Action {
     Persist(Record),
     /// Write a checkpoint's manifest; the answer comes as [`Event::CommitAnswered`].
     Commit(Checkpoint),
+    /// Remove the checkpoints that nobody needs any more, and what generations before this one left unfinished.
+    Retain {
+        /// The newest generation.
+        generation: Generation,
+        /// The checkpoint that its ranks may be reading.
+        in_use: Option<u64>,
+    },
+    /// Answer a request for a checkpoint: the iteration of one that exists now, or why there is none.
+    Answer {
+        /// Who asked.
+        client: ClientId,
+        /// The answer.
+        result: Result<u64, String>,
+    },
     /// Tell people.
     Observe(Observation),
     /// Log a decision that is no transition, such as a message that was ignored, with its reason.

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use potstill_proto::{
-    cursor::{Cursor, Generation},
-    message::{Hello, WorkerId},
+    cursor::Cursor,
+    message::{Hello, Place, WorkerId},
     spec::Timeouts,
 };
 
@@ -31,15 +31,6 @@ pub struct Silence {
     pub dead: bool,
 }
 
-/// Where a worker stands in a generation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// The generation.
-    pub generation: Generation,
-    /// The rank in it.
-    pub rank: u32,
-}
-
 /// An attached worker.
 #[derive(Clone, Debug)]
 pub struct Member {
@@ -51,14 +42,22 @@ pub struct Member {
     pub cursor: Cursor,
     /// Grows as it works.
     pub progress: u64,
+    /// When that last grew, or its place changed.
+    pub moved: Tick,
     /// What it does, in its own words.
     pub activity: String,
+    /// Whether it waits for its peers in a collective.
+    pub waiting: bool,
     /// Alive or unknown.
     pub liveness: Liveness,
     /// Its newest place. Kept when that generation is over, so that ranks stay stable.
     pub place: Option<Place>,
     /// Whether it is known to have taken the state of its place whole. Until then its heartbeats prove nothing.
     pub loaded: bool,
+    /// Whether it has loaded what the run reads.
+    ready: bool,
+    /// Who wants its machine for something else.
+    leaving: Option<String>,
     heard: Tick,
     deadline: Tick,
 }
@@ -82,6 +81,23 @@ impl Member {
         self.cursor = cursor;
         self.held = Some(cursor).filter(|c| *c > Cursor::default());
     }
+
+    /// Whether it can be given a place.
+    fn is_eligible(&self) -> bool {
+        self.ready && self.leaving.is_none()
+    }
+
+    /// Who wants its machine for something else, if somebody does.
+    #[must_use]
+    pub fn leaving(&self) -> Option<&str> {
+        self.leaving.as_deref()
+    }
+
+    /// Whether it has loaded what the run reads.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
 }
 
 /// Everybody attached.
@@ -90,6 +106,8 @@ pub struct Members {
     timeouts: Timeouts,
     by_stream: BTreeMap<StreamId, Member>,
     by_id: BTreeMap<WorkerId, StreamId>,
+    /// Those that can be given a place.
+    eligible: BTreeSet<StreamId>,
     /// When each member's liveness changes next, soonest first.
     deadlines: BTreeSet<(Tick, StreamId)>,
 }
@@ -98,7 +116,13 @@ impl Members {
     /// Nobody.
     #[must_use]
     pub fn new(timeouts: Timeouts) -> Self {
-        Self { timeouts, by_stream: BTreeMap::new(), by_id: BTreeMap::new(), deadlines: BTreeSet::new() }
+        Self {
+            timeouts,
+            by_stream: BTreeMap::new(),
+            by_id: BTreeMap::new(),
+            eligible: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+        }
     }
 
     /// Takes a worker in.
@@ -106,16 +130,20 @@ impl Members {
         let deadline = now.after(self.timeouts.unknown_millis);
         self.deadlines.insert((deadline, stream));
         self.by_id.insert(hello.worker.clone(), stream);
-        let held = hello.held.as_ref().map(|held| held.cursor);
+        let (held, place) = (hello.held, hello.place);
         let mut member = Member {
             hello,
             held: None,
             cursor: Cursor::default(),
             progress: 0,
+            moved: now,
             activity: String::new(),
+            waiting: false,
             liveness: Liveness::Alive,
-            place: None,
-            loaded: false,
+            place,
+            loaded: held.is_some(),
+            ready: false,
+            leaving: None,
             heard: now,
             deadline,
         };
@@ -134,10 +162,29 @@ impl Members {
         Some(member)
     }
 
+    /// A worker has loaded what the run reads.
+    pub fn set_ready(&mut self, stream: StreamId) {
+        if let Some(member) = self.by_stream.get_mut(&stream) {
+            member.ready = true;
+            if member.is_eligible() {
+                self.eligible.insert(stream);
+            }
+        }
+    }
+
+    /// A worker's machine is wanted for something else.
+    pub fn set_leaving(&mut self, stream: StreamId, reason: String) {
+        if let Some(member) = self.by_stream.get_mut(&stream) {
+            member.leaving = Some(reason);
+            self.eligible.remove(&stream);
+        }
+    }
+
     /// Lets a worker go.
     pub fn remove(&mut self, stream: StreamId) -> Option<Member> {
         let member = self.by_stream.remove(&stream)?;
         self.by_id.remove(member.id());
+        self.eligible.remove(&stream);
         self.deadlines.remove(&(member.deadline, stream));
         Some(member)
     }
@@ -182,10 +229,15 @@ impl Members {
         self.by_stream.iter().map(|(stream, member)| (*stream, member))
     }
 
-    /// How many there are.
+    /// Those that can be given a place, in the order in which they attached.
+    pub fn eligible(&self) -> impl Iterator<Item = (StreamId, &Member)> {
+        self.eligible.iter().filter_map(|stream| Some((*stream, self.by_stream.get(stream)?)))
+    }
+
+    /// How many can be given a place.
     #[must_use]
     pub fn count(&self) -> u32 {
-        u32::try_from(self.by_stream.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.eligible.len()).unwrap_or(u32::MAX)
     }
 }
 

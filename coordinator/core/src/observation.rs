@@ -6,6 +6,15 @@ use serde::{Deserialize, Serialize};
 /// Something that happened, with its reason where there was a choice.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Observation {
+    /// A coordinator took the run in hand.
+    Started {
+        /// Iterations that earlier coordinators' generations computed again.
+        repeated: u64,
+        /// Where workers and people reach it.
+        address: String,
+        /// Whether there was one before it.
+        resumed: bool,
+    },
     /// The run cannot train now.
     Waiting {
         /// Workers attached.
@@ -35,6 +44,8 @@ pub enum Observation {
         world_size: u32,
         /// Where its state comes from.
         source: Source,
+        /// Iterations that were, or will be, computed again, over the whole run so far.
+        repeated: u64,
         /// Why it was formed.
         reason: String,
     },

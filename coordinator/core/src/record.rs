@@ -22,6 +22,9 @@ pub enum Record {
         coordinator: String,
         /// The run's name.
         run_id: String,
+        /// Where it can be reached.
+        #[serde(default)]
+        address: String,
     },
     /// A coordinator took the run over.
     Resumed {
@@ -31,6 +34,9 @@ pub enum Record {
         iteration: u64,
         /// Iterations the run is now to reach.
         iterations: u64,
+        /// Where it can be reached.
+        #[serde(default)]
+        address: String,
     },
     /// A generation exists; written before any member hears of it.
     GenerationOpened {
@@ -40,6 +46,12 @@ pub enum Record {
         members: Vec<String>,
         /// Where its state comes from.
         source: Source,
+        /// Iterations behind that state; a peer may have moved on since it last spoke.
+        #[serde(default)]
+        start: u64,
+        /// Iterations that will be computed again, because nobody holds what they gave any more.
+        #[serde(default)]
+        repeats: u64,
         /// Why it was formed.
         reason: String,
     },
@@ -91,6 +103,14 @@ pub struct Evaluation {
     pub images_per_second: f64,
     /// Images scored.
     pub samples: u64,
+}
+
+impl Evaluation {
+    /// Grows from one evaluation of a run to the next: a generation scores the teacher before its students.
+    #[must_use]
+    pub fn order(&self) -> (Generation, u64, bool) {
+        (self.generation, self.iteration, !self.of_teacher)
+    }
 }
 
 impl From<&EvaluationReport> for Evaluation {
@@ -178,12 +198,14 @@ mod tests {
     fn records_read_back_as_they_were_written() {
         let evaluation = EvaluationReport { iteration: 4, ..Default::default() };
         for record in [
-            Record::RunStarted { coordinator: "c".into(), run_id: "r".into() },
-            Record::Resumed { coordinator: "c".into(), iteration: 3, iterations: 9 },
+            Record::RunStarted { coordinator: "c".into(), run_id: "r".into(), address: "a:1".into() },
+            Record::Resumed { coordinator: "c".into(), iteration: 3, iterations: 9, address: "a:1".into() },
             Record::GenerationOpened {
                 generation: Generation(2),
                 members: vec!["a".into()],
                 source: Source::Checkpoint { manifest_key: "k".into() },
+                start: 5,
+                repeats: 2,
                 reason: "b died".into(),
             },
             Record::Evaluated((&evaluation).into()),

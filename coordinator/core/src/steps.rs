@@ -39,6 +39,8 @@ pub struct Steps {
     micro_batch: u32,
     world_size: u32,
     start: Start,
+    /// Whether another coordinator opened this generation.
+    reopened: bool,
     /// The first iteration that this generation reports, once a rank has.
     first: Option<u64>,
     /// The iteration that each rank reports next, once it has reported one.
@@ -56,6 +58,7 @@ impl Steps {
             micro_batch,
             world_size: 0,
             start,
+            reopened: false,
             first: None,
             next: BTreeMap::new(),
             pending: BTreeMap::new(),
@@ -85,10 +88,18 @@ impl Steps {
             closed.into_iter().map(|(iteration, reports)| self.totals(iteration, &reports)).collect();
         self.world_size = world_size;
         self.start = start;
+        self.reopened = false;
         self.first = None;
         self.next.clear();
         self.finished = start.cursor.iteration;
         closed
+    }
+
+    /// A generation that another coordinator opened goes on. Its ranks report again what they had reported there, some from
+    /// further back than others: what lies before `start` is accounted for.
+    pub fn reopen(&mut self, world_size: u32, start: Start) {
+        self.open(world_size, start);
+        self.reopened = true;
     }
 
     /// Takes the report of a rank of the live generation.
@@ -105,6 +116,9 @@ impl Steps {
             Some(expected) if iteration < expected => return Ok(Reported::Repeated),
             Some(expected) if iteration > expected => {
                 return violation(format!("it should have reported iteration {expected} first"));
+            }
+            None if self.reopened && iteration < self.start.cursor.iteration => {
+                return Ok(Reported::Repeated);
             }
             None if iteration < self.start.cursor.iteration
                 || (self.start.exact && iteration > self.start.cursor.iteration) =>

@@ -16,7 +16,7 @@ use potstill_core::{
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation},
-    message::{Assignment, FromWorker, Hello, Source, ToWorker, WorkerId},
+    message::{Assignment, FromWorker, Hello, Request, Source, ToWorker, WorkerId},
     spec::RunSpec,
     wire,
 };
@@ -79,6 +79,8 @@ struct Process {
     joined: bool,
     left: bool,
     finished: bool,
+    /// Whether it was asked to part at the next boundary.
+    part: bool,
 }
 
 /// What the ranks of a generation share through their collectives.
@@ -90,6 +92,10 @@ struct Group {
     contributed: BTreeMap<u32, u64>,
     /// Ranks that left or died.
     gone: BTreeSet<u32>,
+    /// The iteration in which somebody raised the flag to part, once that iteration is complete.
+    parts_after: Option<u64>,
+    /// Iterations in which somebody raised it.
+    raised: BTreeSet<u64>,
 }
 
 struct World {
@@ -122,12 +128,14 @@ impl World {
         spec.cluster.wait_timeout_seconds = 1e6;
         let setup = Setup {
             coordinator: "c".into(),
+            address: "here:1".into(),
             run_id: "run".into(),
             spec,
             specification: String::new(),
             storage_url: String::new(),
             history: Vec::new(),
-            newest: None,
+            checkpoints: Vec::new(),
+            ranks_may_live: false,
         };
         let mut world = Self {
             core: Core::new(setup),
@@ -232,7 +240,11 @@ impl World {
                 Source::Peer { .. } => {}
             },
             Action::End(outcome) => self.outcome = Some(outcome),
-            Action::Persist(_) | Action::Observe(_) | Action::Log(_) => {}
+            Action::Persist(_)
+            | Action::Observe(_)
+            | Action::Log(_)
+            | Action::Retain { .. }
+            | Action::Answer { .. } => {}
         }
     }
 
@@ -301,6 +313,7 @@ impl World {
             joined: false,
             left: false,
             finished: false,
+            part: false,
         });
         let hello = Hello {
             protocol: PROTOCOL,
@@ -311,8 +324,10 @@ impl World {
             device: "cpu".into(),
             store_address: "host:1".into(),
             held: None,
+            place: None,
         };
         self.step(Event::Attached { stream, hello });
+        self.step(Event::Received { stream, message: FromWorker::Ready });
     }
 
     fn deliver(&mut self, slot: usize, twice: bool) {
@@ -326,6 +341,7 @@ impl World {
                 cursor: Cursor::boundary(process.state.unwrap_or(ITERATIONS)),
                 progress: 0,
                 activity: String::new(),
+                waiting: false,
             },
             None => return,
         };
@@ -350,6 +366,10 @@ impl World {
                 process.joined = false;
                 process.left = false;
                 process.finished = false;
+                process.part = false;
+            }
+            Some(ToWorker::Request { generation, what: Request::Yield }) => {
+                process.part = process.place.as_ref().is_some_and(|p| p.generation == generation);
             }
             Some(ToWorker::Abandon { generation, .. }) => {
                 let current = process.place.as_ref().is_some_and(|p| p.generation == generation);
@@ -418,13 +438,25 @@ impl World {
             }
             return;
         }
-        group.contributed.insert(place.rank, state);
+        if group.parts_after.is_some_and(|last| state > last) {
+            process.left = true;
+            let (generation, cursor) = (place.generation, Cursor::boundary(state));
+            process.to_core.push_back(FromWorker::Yielded { generation, cursor });
+            return;
+        }
+        // The flags travel with the first contribution to an iteration, and are the same for all who read them.
+        if group.contributed.insert(place.rank, state) != Some(state) && process.part {
+            group.raised.insert(state);
+        }
         let waits_for: Vec<u32> = (0..place.world_size)
             .filter(|rank| group.contributed.get(rank).is_none_or(|iteration| *iteration < state))
             .collect();
         if waits_for.iter().any(|rank| group.gone.contains(rank)) {
             self.leave(slot, true);
         } else if waits_for.is_empty() {
+            if group.raised.contains(&state) && state + 1 < ITERATIONS {
+                group.parts_after = Some(state);
+            }
             process.state = Some(state + 1);
             process.to_core.push_back(FromWorker::StepReport(wire::StepReport {
                 generation: place.generation.0,

@@ -36,6 +36,8 @@ pub struct AgentPlan {
     pub program: PathBuf,
     /// Ranks on this machine.
     pub ranks: u32,
+    /// Processes beyond these that stand by.
+    pub spares: u32,
     /// Threads of each rank; the agent's choice without.
     pub threads: Option<u32>,
 }
@@ -47,7 +49,7 @@ impl AgentPlan {
             .arg("agent")
             .args(["--coordinator", &format!("http://{coordinator}")])
             .args(["--run-id", run_id])
-            .args(["--ranks", &self.ranks.to_string()])
+            .args(["--ranks", &self.ranks.to_string(), "--spares", &self.spares.to_string()])
             .args(["--log-format", format.name()])
             .arg("--lifeline");
         if let Some(threads) = self.threads {

@@ -3,13 +3,7 @@
 pub mod agent;
 pub mod worker;
 
-use std::{
-    future,
-    io::Write,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{future, io::Write, net::SocketAddr, process::ExitCode, time::Duration};
 
 use agent::{Agent, AgentPlan};
 use anyhow::Context;
@@ -19,15 +13,17 @@ use potstill_storage::{Root, RunId};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc::{self, UnboundedSender},
+    time::Instant,
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
+    address::{advertised, local},
     report::{
         Ending, Report,
         screen::{LogFormat, Screen},
     },
-    server::{self, Running, StartError},
+    server::{self, Resume, Running, StartError},
 };
 
 /// How long an agent may take to leave after the run's end.
@@ -43,7 +39,7 @@ pub enum Exit {
     Failed = 1,
     /// The command line or the configuration is not acceptable; nothing was started. Also what clap exits with.
     Usage = 2,
-    /// The run was asked to stop and has saved: `--resume` goes on. EX_TEMPFAIL of sysexits.h, on which a scheduler can
+    /// The run was asked to stop and there is a checkpoint: `--resume` goes on. EX_TEMPFAIL of sysexits.h, on which a scheduler can
     /// requeue a job.
     Stopped = 75,
     /// Interrupted twice: 128 + SIGINT, as a shell reports it.
@@ -64,10 +60,12 @@ pub struct Job {
     pub run_id: RunId,
     /// Where it is kept.
     pub storage: Root,
-    /// Go on with a run that exists.
-    pub resume: bool,
+    /// Whether to go on with a run that exists.
+    pub resume: Resume,
     /// Where workers attach.
     pub listen: SocketAddr,
+    /// How long the workers have to save when the run is asked to stop.
+    pub grace: Duration,
     /// How log lines look.
     pub log_format: LogFormat,
     /// The local agent; without one, workers come from elsewhere.
@@ -82,17 +80,22 @@ pub async fn run(job: Job) -> anyhow::Result<Exit> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let screen = Screen::new(job.log_format);
     let run_id = job.run_id.to_string();
+    let run = job.storage.run(&job.run_id);
     let starting = async {
         if let Some(plan) = &job.agent {
             worker::check(&plan.program, job.spec.to_toml()?).await?;
         }
-        let report = Report::open(job.storage.run(&job.run_id), &job.spec, job.resume, &screen).await?;
+        let report =
+            Report::open(job.storage.run(&job.run_id), &job.spec, job.resume != Resume::Never, &screen)
+                .await?;
         let options = server::Options {
             listen: job.listen,
             spec: job.spec,
             run_id: job.run_id,
             storage: job.storage,
             resume: job.resume,
+            // The launcher's agent ends with the launcher.
+            ranks_may_live: job.agent.is_none(),
         };
         anyhow::Ok((report, server::start(options).await?))
     };
@@ -120,8 +123,18 @@ pub async fn run(job: Job) -> anyhow::Result<Exit> {
     // A task of its own, so that a slow upload of the metrics holds up neither the log nor a signal.
     let (observed, observations) = mpsc::unbounded_channel();
     let reporting = tokio::spawn(report.follow(observations));
-    let outcome = until_ended(&mut running, &mut agent, &mut signals, observed).await;
-    let Some(outcome) = outcome else { return Ok(interrupted(&mut agent, &screen).await) };
+    let outcome = until_ended(&mut running, &mut agent, &mut signals, job.grace, observed).await;
+    let outcome = match outcome {
+        Ended::As(outcome) => outcome,
+        Ended::Insisted => return Ok(interrupted(&mut agent, &screen).await),
+        Ended::Late => {
+            let unfinished = running.unfinished().await;
+            interrupted(&mut agent, &screen).await;
+            error!("not saved within {} s: {unfinished}", job.grace.as_secs());
+            let resumable = run.checkpoints().await.is_ok_and(|checkpoints| !checkpoints.is_empty());
+            return Ok(if resumable { Exit::Stopped } else { Exit::Failed });
+        }
+    };
 
     let closing = async {
         running.outcome().await;
@@ -148,15 +161,33 @@ pub async fn run(job: Job) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
+/// How the wait for a run's end ended.
+enum Ended {
+    /// With the run's end.
+    As(Outcome),
+    /// With a second signal.
+    Insisted,
+    /// With the end of the grace period.
+    Late,
+}
+
 /// Passes on what is observed until the run has ended; asks it to stop at a first signal and fails it when the agent
-/// exits. `None` after a second signal.
+/// exits.
 async fn until_ended(
     running: &mut Running,
     agent: &mut Option<Agent>,
     signals: &mut Signals,
+    grace: Duration,
     observed: UnboundedSender<Observation>,
-) -> Option<Outcome> {
+) -> Ended {
+    let mut deadline: Option<Instant> = None;
     loop {
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => future::pending().await,
+            }
+        };
         tokio::select! {
             // In this order: the agent leaves after the run's end, which must not be taken for a failure.
             biased;
@@ -169,18 +200,23 @@ async fn until_ended(
                     // Fails only if the reporting task panicked, which is found out when it is joined.
                     let _ = observed.send(observation);
                     if let Some(outcome) = ended {
-                        return Some(outcome);
+                        return Ended::As(outcome);
                     }
                 }
-                None => return Some(running.outcome().await),
+                None => return Ended::As(running.outcome().await),
             },
             name = signals.next() => {
                 if signals.insisted() {
-                    return None;
+                    return Ended::Insisted;
                 }
-                warn!("{name}: the workers save and stop; once more ends everything at once, without saving");
+                warn!(
+                    "{name}: the workers save and stop; they have {} s; once more ends everything at once, without saving",
+                    grace.as_secs()
+                );
+                deadline = Some(Instant::now() + grace);
                 running.stop(format!("{name} received"));
             }
+            () = late => return Ended::Late,
             how = exit_of(agent) => {
                 running.fail(format!("the worker agent exited ({how}) before the run's end; see its messages above"));
             }
@@ -201,6 +237,7 @@ pub fn exit_for(error: &anyhow::Error) -> Exit {
             | E::Teacher { .. }
             | E::OtherTeacher { .. }
             | E::RunExists { .. }
+            | E::Served { .. }
             | E::NothingToResume { .. }
             | E::Differs { .. }
             | E::Complete { .. }
@@ -231,6 +268,7 @@ async fn interrupted(agent: &mut Option<Agent>, screen: &Screen) -> Exit {
 struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    user: Signal,
     count: u32,
 }
 
@@ -239,6 +277,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            user: signal(SignalKind::user_defined1())?,
             count: 0,
         })
     }
@@ -248,6 +287,7 @@ impl Signals {
         let name = tokio::select! {
             _ = self.interrupt.recv() => "Ctrl-C",
             _ = self.terminate.recv() => "SIGTERM",
+            _ = self.user.recv() => "SIGUSR1",
         };
         self.count += 1;
         name
@@ -266,44 +306,5 @@ impl Signals {
                 warn!("{name}: the run has ended and is being summed up; once more ends everything at once");
             }
         }
-    }
-}
-
-/// The address at which this machine reaches a coordinator that listens on `address`.
-fn local(mut address: SocketAddr) -> SocketAddr {
-    if address.ip().is_unspecified() {
-        address.set_ip(match address {
-            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    address
-}
-
-/// The same for other machines, as far as this one can tell: by its host name.
-fn advertised(address: SocketAddr) -> String {
-    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    match host {
-        Some(host) if address.ip().is_unspecified() => format!("{host}:{}", address.port()),
-        _ => address.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_unspecified_address_is_reached_locally() {
-        let of = |text: &str| local(text.parse().unwrap()).to_string();
-        assert_eq!(of("0.0.0.0:7070"), "127.0.0.1:7070");
-        assert_eq!(of("[::]:7070"), "[::1]:7070");
-        assert_eq!(of("10.0.0.1:7070"), "10.0.0.1:7070");
-    }
-
-    #[test]
-    fn workers_are_told_an_address_that_they_can_use() {
-        assert_eq!(advertised("10.0.0.1:7070".parse().unwrap()), "10.0.0.1:7070");
-        assert!(!advertised("0.0.0.0:7070".parse().unwrap()).starts_with("0.0.0.0"));
     }
 }

@@ -7,16 +7,17 @@ use tracing::{debug, error, info, warn};
 /// Writes one log line about `observation`, with its reason. Iterations are logged at `debug`: the progress shows them.
 pub fn observation(observation: &Observation) {
     match observation {
+        Observation::Started { address, resumed, .. } => info!(%address, resumed, "coordinator started"),
         Observation::Waiting { have, need, reason } => info!(have, need, %reason, "waiting for workers"),
         Observation::Attached { worker } => info!(%worker, "worker attached"),
         Observation::Lost { worker, reason } => warn!(%worker, %reason, "worker lost"),
-        Observation::GenerationOpened { generation, world_size, source, reason } => {
+        Observation::GenerationOpened { generation, world_size, source, repeated, reason } => {
             let source = match source {
                 Source::Fresh => "the teacher".to_owned(),
                 Source::Checkpoint { manifest_key } => manifest_key.clone(),
                 Source::Peer { rank } => format!("rank {rank}"),
             };
-            info!(generation = generation.0, world_size, state_from = %source, %reason, "generation opened");
+            info!(generation = generation.0, world_size, state_from = %source, repeated, %reason, "generation opened");
         }
         Observation::Iteration(t) => debug!(
             iteration = t.iteration,

@@ -237,6 +237,9 @@ impl Metrics {
     /// Adds an iteration; ends the window where one ends.
     pub fn iteration(&mut self, totals: IterationTotals, wall_seconds: f64) {
         let completed = totals.iteration + 1;
+        // A coordinator that took over is told again what its predecessor had written down; scores it is not told again.
+        let begun = totals.iteration;
+        self.rows.retain(|row| !matches!(row, Row::Iteration(training) if training.iteration > begun));
         self.window.push(totals);
         if completed.is_multiple_of(self.window_length)
             || completed.is_multiple_of(self.checkpoint_every)

@@ -48,6 +48,8 @@ pub struct Report {
     /// Wall time of earlier attempts.
     earlier_seconds: f64,
     world_size: Option<u32>,
+    /// Iterations that were computed again.
+    repeated: u64,
 }
 
 /// What there is to say when a run has ended.
@@ -83,6 +85,7 @@ impl Report {
             started: Instant::now(),
             ended: None,
             world_size: None,
+            repeated: 0,
         })
     }
 
@@ -99,8 +102,10 @@ impl Report {
         self.progress.observe(&observation, Instant::now());
         let wall_seconds = self.wall_seconds();
         match observation {
-            Observation::GenerationOpened { world_size, source, .. } => {
+            Observation::Started { repeated, .. } => self.repeated = repeated,
+            Observation::GenerationOpened { world_size, source, repeated, .. } => {
                 self.world_size = Some(world_size);
+                self.repeated = repeated;
                 match source {
                     Source::Fresh => self.metrics.rewind(0),
                     Source::Checkpoint { manifest_key } => match manifest_iteration(&manifest_key) {
@@ -109,6 +114,9 @@ impl Report {
                     },
                     Source::Peer { .. } => {}
                 }
+                // A coordinator that takes over counts on from here.
+                self.metrics.close_window(wall_seconds);
+                self.save_metrics().await;
             }
             Observation::Iteration(totals) => self.metrics.iteration(totals, wall_seconds),
             Observation::Evaluated(report) => {
@@ -132,7 +140,10 @@ impl Report {
         self.save_curves().await;
         let mut keys = vec![];
         if let Outcome::Succeeded { iteration } | Outcome::Stopped { iteration, .. } = outcome {
-            let summary = Summary::new(&self.name, &self.metrics, *iteration, self.world_size, wall_seconds);
+            let summary = Summary {
+                repeated_iterations: self.repeated,
+                ..Summary::new(&self.name, &self.metrics, *iteration, self.world_size, wall_seconds)
+            };
             match serde_json::to_vec_pretty(&summary) {
                 Ok(json) => self.save(SUMMARY, json).await,
                 Err(error) => warn!(%error, "cannot write {SUMMARY}"),
@@ -219,6 +230,7 @@ mod tests {
             generation: Generation(1),
             world_size: 2,
             source,
+            repeated: 0,
             reason: "2 workers attached".into(),
         }
     }

@@ -14,6 +14,9 @@ pub struct Summary {
     pub world_size: Option<u32>,
     /// Iterations behind the final state, over all attempts.
     pub iterations: u64,
+    /// Iterations that were computed more than once, because everybody who held what they gave was lost.
+    #[serde(default)]
+    pub repeated_iterations: u64,
     /// Images behind the final state: `iterations` times the global batch. Work that was lost and repeated counts once.
     pub images: u64,
     /// Images over the time of the iterations that `metrics.jsonl` holds, of all attempts: no evaluations, no waiting.
@@ -92,6 +95,7 @@ impl Summary {
             run: run.to_owned(),
             world_size: world_size.or_else(|| metrics.training().last().map(|t| t.world_size)),
             iterations,
+            repeated_iterations: 0,
             images: iterations * metrics.global_batch(),
             images_per_second: (seconds > 0.0).then(|| (trained * metrics.global_batch()) as f64 / seconds),
             wall_seconds,
@@ -170,6 +174,7 @@ mod tests {
             "run",
             "world_size",
             "iterations",
+            "repeated_iterations",
             "images",
             "images_per_second",
             "wall_seconds",

@@ -49,6 +49,16 @@ pub enum StartError {
         /// What is missing.
         problem: String,
     },
+    /// Another coordinator serves the run.
+    #[error(
+        "run {run} is being served at {address}: stop that coordinator first (potstill cancel {run}), or wait for its end"
+    )]
+    Served {
+        /// Its name.
+        run: String,
+        /// Where.
+        address: String,
+    },
     /// The run was started with other values.
     #[error(
         "run {run} was started with another specification, which decides its result:{}",

@@ -29,6 +29,7 @@ use self::{
     service::{Clock, Service},
     shell::{Control, Shell},
 };
+use crate::address;
 
 /// Events that may wait for the shell before the streams they come from are held back.
 const INBOX: usize = 4096;
@@ -45,8 +46,21 @@ pub struct Options {
     pub run_id: RunId,
     /// Where it is kept.
     pub storage: Root,
-    /// Go on with a run that exists, from its newest checkpoint.
-    pub resume: bool,
+    /// Whether it exists.
+    pub resume: Resume,
+    /// Whether workers may have outlived an earlier coordinator of this run; not where they live and die with it.
+    pub ranks_may_live: bool,
+}
+
+/// Whether to go on with a run that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// It must not exist.
+    Never,
+    /// It must exist.
+    Always,
+    /// Go on with it if it exists; start it otherwise.
+    Auto,
 }
 
 /// A coordinator at work. Dropping it ends it at once, as a crash would.
@@ -70,10 +84,10 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let address = options.listen;
     let bind = |source| StartError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(bind)?;
-    let address = listener.local_addr().map_err(bind)?;
+    let listening = listener.local_addr().map_err(bind)?;
 
     let timeouts = options.spec.cluster.timeouts();
-    let opened = opening::open(options).await?;
+    let opened = opening::open(options, &address::advertised(listening)).await?;
 
     let clock = Clock::start();
     let (inbox_sender, inbox) = mpsc::channel(INBOX);
@@ -113,8 +127,7 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
         };
         decide.send_replace(Some(outcome));
     });
-    tracing::info!(%address, "listening for workers");
-    Ok(Running { address, observations, control, outcome, _tasks: tasks })
+    Ok(Running { address: listening, observations, control, outcome, _tasks: tasks })
 }
 
 impl Running {
@@ -127,6 +140,22 @@ impl Running {
     /// Says that the run cannot go on: its workers cannot be kept alive.
     pub fn fail(&self, reason: String) {
         let _ = self.control.send(Control::Fail(reason));
+    }
+
+    /// What is lost if everything ends now, for people.
+    pub async fn unfinished(&self) -> String {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.control.send(Control::Status(reply));
+        match answer.await {
+            Ok(status) => {
+                let saved = match status.committed_iteration {
+                    Some(iteration) => format!("the newest checkpoint is of iteration {iteration}"),
+                    None => "there is no checkpoint".to_owned(),
+                };
+                format!("{saved}, the run has done {} ({} {})", status.iteration, status.state, status.reason)
+            }
+            Err(_) => "the coordinator's task has ended".to_owned(),
+        }
     }
 
     /// Waits for the run's end and for its workers to have heard of it.

@@ -1,6 +1,6 @@
 //! A run's folder, its journal and what they hold, before anything is served.
 
-use std::{io::Read, path::Path};
+use std::{io::Read, path::Path, time::Duration};
 
 use potstill_core::{
     Setup,
@@ -18,7 +18,11 @@ use potstill_storage::{
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::{Options, StartError};
+use super::{Options, Resume, StartError};
+use crate::client::{self, Client};
+
+/// How long another coordinator of the run may take to show that it lives.
+const OTHERS: Duration = Duration::from_secs(2);
 
 /// A run that is ready to be served.
 pub struct Opened {
@@ -31,8 +35,8 @@ pub struct Opened {
 }
 
 /// Opens a new run, or one to be resumed.
-pub async fn open(options: Options) -> Result<Opened, StartError> {
-    let Options { mut spec, run_id, storage, resume, .. } = options;
+pub async fn open(options: Options, address: &str) -> Result<Opened, StartError> {
+    let Options { mut spec, run_id, storage, resume, ranks_may_live, .. } = options;
     storage.probe().await?;
     let digest = teacher_digest(&spec).await?;
     spec.teacher.sha256 = Some(digest);
@@ -41,26 +45,29 @@ pub async fn open(options: Options) -> Result<Opened, StartError> {
     let specification = spec.to_toml()?;
 
     match (resume, run.specification().await?) {
-        (false, Some(_)) => return Err(StartError::RunExists { run: name }),
-        (false, None) => run.freeze(&specification).await.map_err(|error| match error {
-            potstill_storage::Error::AlreadyExists { .. } => StartError::RunExists { run: name.clone() },
-            other => other.into(),
-        })?,
-        (true, None) => {
+        (Resume::Never, Some(_)) => return Err(StartError::RunExists { run: name }),
+        (Resume::Never | Resume::Auto, None) => {
+            run.freeze(&specification).await.map_err(|error| match error {
+                potstill_storage::Error::AlreadyExists { .. } => StartError::RunExists { run: name.clone() },
+                other => other.into(),
+            })?
+        }
+        (Resume::Always, None) => {
             let problem = format!("there is no run {name} in {}", storage.url());
             return Err(StartError::NothingToResume { problem });
         }
-        (true, Some(frozen)) => {
+        (Resume::Always | Resume::Auto, Some(frozen)) => {
             let differences = RunSpec::from_toml(&frozen)?.differences(&spec);
             if !differences.is_empty() {
                 return Err(StartError::Differs { run: name, differences });
             }
         }
     }
-    let newest = newest_checkpoint(&run).await?;
-    if resume && newest.is_none() {
-        let problem =
-            format!("run {name} has no checkpoint that can be read; start anew with another --run-id");
+    let (checkpoints, damaged) = whole_checkpoints(&run).await?;
+    if checkpoints.is_empty() && damaged > 0 {
+        let problem = format!(
+            "none of run {name}'s {damaged} checkpoints can be read; start anew with another --run-id"
+        );
         return Err(StartError::NothingToResume { problem });
     }
 
@@ -74,10 +81,26 @@ pub async fn open(options: Options) -> Result<Opened, StartError> {
     {
         return Err(StartError::Complete { run: name, iteration: *iteration });
     }
+    if let Some(served) = served_at(&history, &name).await {
+        return Err(StartError::Served { run: name, address: served });
+    }
+    if resume != Resume::Never && checkpoints.is_empty() {
+        tracing::warn!("no checkpoint yet: unless a worker brings a state, the run begins with the teacher");
+    }
     let storage_url = storage.url().to_owned();
     let coordinator = Uuid::new_v4().to_string();
     Ok(Opened {
-        setup: Setup { coordinator, run_id: name, spec, specification, storage_url, history, newest },
+        setup: Setup {
+            coordinator,
+            address: address.to_owned(),
+            run_id: name,
+            spec,
+            specification,
+            storage_url,
+            history,
+            checkpoints,
+            ranks_may_live,
+        },
         run,
         journal,
     })
@@ -111,19 +134,34 @@ fn sha256(path: &Path) -> std::io::Result<String> {
     Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// The newest checkpoint whose manifest can be read. A damaged one is named and passed over.
-async fn newest_checkpoint(run: &Run) -> Result<Option<CommittedCheckpoint>, StartError> {
-    for iteration in run.checkpoints().await?.into_iter().rev() {
+/// Where another coordinator serves this run, if one does. Should it live without being found here, the journal still
+/// tells the two apart.
+async fn served_at(history: &[Record], run: &str) -> Option<String> {
+    let address = client::newest_address(history)?;
+    if matches!(history.last(), Some(Record::Ended { .. })) {
+        return None;
+    }
+    let asking = async { Client::connect(address, OTHERS).await?.status().await };
+    let reply = tokio::time::timeout(OTHERS, asking).await.ok()?.ok()?;
+    let over = ["succeeded", "stopped", "failed"].contains(&reply.state.as_str());
+    (reply.run_id == run && !over).then(|| address.to_owned())
+}
+
+/// The checkpoints whose manifests can be read, oldest first, and how many cannot: those are named and passed over.
+async fn whole_checkpoints(run: &Run) -> Result<(Vec<CommittedCheckpoint>, usize), StartError> {
+    let (mut whole, mut damaged) = (Vec::new(), 0);
+    for iteration in run.checkpoints().await? {
         let manifest_key = layout::manifest_key(iteration);
         match run.manifest(&manifest_key).await {
-            Ok(_) => return Ok(Some(CommittedCheckpoint { iteration, manifest_key })),
+            Ok(_) => whole.push(CommittedCheckpoint { iteration, manifest_key }),
             Err(error @ potstill_storage::Error::Damaged { .. }) => {
                 tracing::error!(iteration, %error, "a damaged checkpoint is passed over for the one before it");
+                damaged += 1;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(None)
+    Ok((whole, damaged))
 }
 
 /// A checkpoint as storage writes it down.

@@ -85,6 +85,13 @@ pub enum Input {
     },
     /// Somebody asks for the status.
     Status(oneshot::Sender<wire::StatusReply>),
+    /// Somebody asks for a checkpoint, and wants its iteration, or to hear why there is none.
+    Checkpoint(oneshot::Sender<Result<u64, String>>),
+    /// Somebody asks the run to save and stop.
+    Cancel {
+        /// Who, and why.
+        reason: String,
+    },
 }
 
 /// The service.
@@ -98,6 +105,11 @@ impl Service {
     /// A service that reports to `inbox`.
     pub fn new(clock: Clock, inbox: mpsc::Sender<Arrival>) -> Self {
         Self { clock, inbox, streams: AtomicU64::new(0) }
+    }
+
+    async fn ask(&self, input: Input) -> Result<(), Status> {
+        let arrival = Arrival { at: self.clock.now(), input };
+        self.inbox.send(arrival).await.map_err(|_| over())
     }
 }
 
@@ -136,11 +148,31 @@ impl Coordinator for Service {
         _request: Request<wire::StatusRequest>,
     ) -> Result<Response<wire::StatusReply>, Status> {
         let (reply, answer) = oneshot::channel();
-        let over = || Status::unavailable("the run is over");
-        let arrival = Arrival { at: self.clock.now(), input: Input::Status(reply) };
-        self.inbox.send(arrival).await.map_err(|_| over())?;
+        self.ask(Input::Status(reply)).await?;
         answer.await.map(Response::new).map_err(|_| over())
     }
+
+    async fn checkpoint(
+        &self,
+        _request: Request<wire::CheckpointRequest>,
+    ) -> Result<Response<wire::CheckpointReply>, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Input::Checkpoint(reply)).await?;
+        let iteration = answer.await.map_err(|_| over())?.map_err(Status::failed_precondition)?;
+        Ok(Response::new(wire::CheckpointReply { iteration }))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<wire::CancelRequest>,
+    ) -> Result<Response<wire::CancelReply>, Status> {
+        self.ask(Input::Cancel { reason: request.into_inner().reason }).await?;
+        Ok(Response::new(wire::CancelReply {}))
+    }
+}
+
+fn over() -> Status {
+    Status::unavailable("the run is over")
 }
 
 /// What a worker is sent. Its end, or its connection's, ends the reader too.

@@ -3,14 +3,18 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use potstill_core::{
-    Action, Core, Event, StreamId, Tick,
+    Action, ClientId, Core, Event, StreamId, Tick,
     ledger::Checkpoint,
     observation::{Observation, Outcome},
     record::Record,
 };
+use potstill_proto::wire;
 use potstill_storage::{Run, journal::Journal};
 use tokio::{
-    sync::mpsc::{self, error::TrySendError},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
     task::JoinSet,
 };
 
@@ -26,6 +30,8 @@ pub enum Control {
     Stop(String),
     /// End with an error.
     Fail(String),
+    /// Say what the run is doing.
+    Status(oneshot::Sender<wire::StatusReply>),
 }
 
 /// See the module's documentation.
@@ -36,6 +42,9 @@ pub struct Shell {
     journal: Journal,
     streams: BTreeMap<StreamId, Outbox>,
     commits: JoinSet<(u64, Result<String, String>)>,
+    /// Who waits for a checkpoint.
+    clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
+    next_client: u64,
     observations: mpsc::UnboundedSender<Observation>,
     /// Events that acting on an earlier one has led to.
     events: VecDeque<Event>,
@@ -53,6 +62,8 @@ impl Shell {
             journal,
             streams: BTreeMap::new(),
             commits: JoinSet::new(),
+            clients: BTreeMap::new(),
+            next_client: 0,
             observations,
             events: VecDeque::new(),
             outcome: None,
@@ -89,11 +100,17 @@ impl Shell {
             tokio::select! {
                 biased;
                 Some(control) = controls.recv() => {
-                    let event = match control {
-                        Control::Stop(reason) => Event::StopRequested { reason },
-                        Control::Fail(reason) => Event::WorkersUnavailable { reason },
-                    };
-                    self.step(self.clock.now(), event).await;
+                    match control {
+                        Control::Stop(reason) => {
+                            self.step(self.clock.now(), Event::StopRequested { reason }).await;
+                        }
+                        Control::Fail(reason) => {
+                            self.step(self.clock.now(), Event::WorkersUnavailable { reason }).await;
+                        }
+                        Control::Status(reply) => {
+                            let _ = reply.send(self.core.status());
+                        }
+                    }
                 }
                 Some(Ok((iteration, result))) = self.commits.join_next() => {
                     self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
@@ -122,6 +139,13 @@ impl Shell {
                 // Whoever asked may have gone.
                 let _ = reply.send(self.core.status());
             }
+            Input::Checkpoint(reply) => {
+                let client = ClientId(self.next_client);
+                self.next_client += 1;
+                self.clients.insert(client, reply);
+                self.step(at, Event::CheckpointRequested { client }).await;
+            }
+            Input::Cancel { reason } => self.step(at, Event::StopRequested { reason }).await,
         }
     }
 
@@ -162,6 +186,13 @@ impl Shell {
             }
             Action::Persist(record) => self.persist(&record).await?,
             Action::Commit(checkpoint) => self.commit(checkpoint),
+            Action::Retain { .. } => {}
+            Action::Answer { client, result } => {
+                if let Some(reply) = self.clients.remove(&client) {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(result);
+                }
+            }
             Action::Observe(observation) => {
                 // Whoever started the coordinator may not care.
                 let _ = self.observations.send(observation);

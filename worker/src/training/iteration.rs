@@ -58,8 +58,11 @@ impl Member<'_> {
         let generation = self.assignment.generation;
         self.heed()?;
         let orders = self.session.orders()?;
-        let flags =
-            Flags { stop: orders.stop_wanted(generation), checkpoint: orders.take_checkpoint(generation) };
+        let flags = Flags {
+            checkpoint: orders.take_checkpoint(generation),
+            stop: orders.stop_wanted(generation),
+            part: orders.parting_wanted(generation),
+        };
         let lane = Lane::issue(&self.group, flags)?;
         let mut seconds = StepSeconds::default();
 
@@ -104,7 +107,7 @@ impl Member<'_> {
         }));
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         // Read only now: the iteration is done and reported, whatever becomes of the group.
-        Ok(lane.read()?)
+        Ok(self.session.progress.while_waiting(|| lane.read())?)
     }
 
     /// Ends the run when too many iterations in a row had gradients that were not finite, or nothing but samples that were
@@ -200,7 +203,8 @@ impl Member<'_> {
                     Phase::FakeScore => &self.fake_score,
                     Phase::Generator => &self.generator,
                 };
-                exposed = reducer.backward(&scaled)?;
+                // It ends when the gradients of all ranks are in.
+                exposed = self.session.progress.while_waiting(|| reducer.backward(&scaled))?;
             } else {
                 scaled.f_backward().context("backward pass")?;
             }

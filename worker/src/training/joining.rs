@@ -12,7 +12,7 @@ use potstill_proto::{
 use tch::Device;
 
 use super::{Holding, Interruption, Job};
-use crate::{checkpoint, session::Session, transfer};
+use crate::{chain::chain, checkpoint, session::Session, transfer};
 
 /// How often a rank that waits to join looks for other orders.
 const LOOK: Duration = Duration::from_millis(20);
@@ -71,14 +71,29 @@ pub(super) fn obtain_state(
         Source::Fresh => Ok((job.first_state(), Cursor::default())),
         Source::Checkpoint { manifest_key } => {
             session.progress.set_activity("loading a checkpoint");
+            session.progress.state_is_torn();
             let mut state = held.state.unwrap_or_else(|| job.first_state());
-            let iteration = job.runtime.block_on(checkpoint::restore(&job.run, manifest_key, &mut state))?;
-            Ok((state, Cursor::boundary(iteration)))
+            let restoring = checkpoint::restore(&job.run, manifest_key, &mut state);
+            match job.runtime.block_on(session.progress.while_busy(restoring)) {
+                Ok(iteration) => Ok((state, Cursor::boundary(iteration))),
+                Err(error) => Err(match error.downcast_ref() {
+                    Some(potstill_storage::Error::Damaged { .. }) => {
+                        Interruption::Damaged { manifest_key: manifest_key.clone(), error: chain(&error) }
+                    }
+                    _ => Interruption::Fatal(error),
+                }),
+            }
         }
         Source::Peer { rank } => {
             session.progress.set_activity("taking the state from a peer");
             let state = held.state.unwrap_or_else(|| job.first_state());
-            match transfer::broadcast(group, *rank as usize, &state, held.cursor) {
+            if *rank != assignment.rank {
+                session.progress.state_is_torn();
+            }
+            let sent = session
+                .progress
+                .while_waiting(|| transfer::broadcast(group, *rank as usize, &state, held.cursor));
+            match sent {
                 Ok(cursor) => Ok((state, cursor)),
                 Err(error) => {
                     if *rank == assignment.rank {

@@ -13,13 +13,20 @@ use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::{Cursor, Phase},
     message::{Assignment, FromWorker},
-    wire::{EvaluationReport, Subject},
+    wire::{EvaluationReport, ShardFailed, Subject},
 };
 use tokio::task::JoinHandle;
 
 pub use self::job::{Inputs, Job, load_teacher};
 use self::joining::{join, obtain_state};
-use crate::{checkpoint::Snapshot, pictures, samples::Sampler, session::Session};
+use crate::{
+    checkpoint::{self, Snapshot},
+    control_lane::Flags,
+    evaluation::Scoring,
+    pictures,
+    samples::Sampler,
+    session::Session,
+};
 
 /// Columns and rows of each half of `samples.png`.
 const PICTURE: (u32, u32) = (10, 4);
@@ -28,6 +35,15 @@ const PICTURE: (u32, u32) = (10, 4);
 pub enum Ending {
     /// Nothing left to compute.
     Finished,
+    /// As all ranks agreed, it has left the group at a boundary.
+    Parted,
+    /// What it was to start from cannot be read.
+    Damaged {
+        /// The checkpoint.
+        manifest_key: String,
+        /// Which object, and what is wrong with it.
+        error: String,
+    },
     /// It has left the group: it was told to, or a collective failed.
     Left(String),
 }
@@ -35,6 +51,7 @@ pub enum Ending {
 /// Why the work of a generation stops before its end.
 enum Interruption {
     Left(String),
+    Damaged { manifest_key: String, error: String },
     Collective(potstill_c10d::Error),
     Fatal(anyhow::Error),
 }
@@ -87,11 +104,13 @@ pub fn run_generation(
     collective_timeout: Duration,
 ) -> anyhow::Result<Ending> {
     session.progress.set_generation(assignment.generation);
+    session.progress.set_waiting(false);
     let result = take_part(job, session, holding, assignment, host, collective_timeout);
     session.leave_group();
     match result {
-        Ok(()) => Ok(Ending::Finished),
+        Ok(ending) => Ok(ending),
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
+        Err(Interruption::Damaged { manifest_key, error }) => Ok(Ending::Damaged { manifest_key, error }),
         Err(Interruption::Collective(error)) => {
             // It may have failed only because the session aborted it.
             let called_away = session.orders()?.interruption(assignment.generation);
@@ -108,9 +127,11 @@ fn take_part(
     assignment: &Assignment,
     host: &str,
     timeout: Duration,
-) -> Result<(), Interruption> {
+) -> Result<Ending, Interruption> {
     session.progress.set_activity("joining");
+    session.progress.set_waiting(true);
     let group = join(job, session, assignment, host, timeout)?;
+    session.progress.set_waiting(false);
     // From here on an order to leave ends every collective at once.
     session.enter_group(assignment.generation, &group);
     if let Some(reason) = session.orders()?.interruption(assignment.generation) {
@@ -119,6 +140,7 @@ fn take_part(
 
     let (state, cursor) = obtain_state(job, session, holding, assignment, &group)?;
     // Held from here on, so that no failure below loses it.
+    session.progress.set_cursor(cursor);
     holding.cursor = cursor;
     let state = holding.state.insert(state);
     let reducer = |network: &dyn Denoiser| {
@@ -142,32 +164,40 @@ fn take_part(
 }
 
 impl Member<'_> {
-    fn work(&mut self, state: &mut State, cursor: &mut Cursor) -> Result<(), Interruption> {
-        self.session.progress.set_cursor(*cursor);
+    fn work(&mut self, state: &mut State, cursor: &mut Cursor) -> Result<Ending, Interruption> {
         if self.assignment.score_teacher {
             self.evaluate(state, cursor.iteration, Subject::Teacher)?;
         }
         let iterations = self.job.spec.distillation.iterations;
-        let (mut stop, mut save) = (false, false);
+        let mut flags = Flags::default();
+        let mut save = false;
         loop {
+            let stop = flags.stop;
             let at_boundary = cursor.phase == Phase::FakeScore;
             let last = at_boundary && cursor.iteration >= iterations;
             // Scored before it is saved: what has collapsed is not kept.
             if at_boundary && !stop && self.job.evaluation_due(cursor.iteration) {
                 self.evaluate(state, cursor.iteration, Subject::Student)?;
             }
-            if last || stop || save {
-                self.save(state, cursor.iteration)?;
+            if last || stop {
+                self.finish_upload()?;
+                self.save(state, cursor.iteration);
+            } else if save {
+                self.save(state, cursor.iteration);
             }
             if last && self.assignment.rank == 0 {
                 self.draw(state)?;
             }
             if last || stop {
-                return Ok(());
+                return Ok(Ending::Finished);
+            }
+            if flags.part {
+                // Whoever is leaving must have saved.
+                self.finish_upload()?;
+                return Ok(Ending::Parted);
             }
             self.session.progress.set_activity("training");
-            let flags = self.iterate(state, cursor)?;
-            stop = flags.stop;
+            flags = self.iterate(state, cursor)?;
             save = flags.checkpoint || cursor.iteration.is_multiple_of(self.job.spec.checkpoint.every);
         }
     }
@@ -181,20 +211,32 @@ impl Member<'_> {
         }
     }
 
-    /// Snapshots this rank's share and starts its upload. Waits for the one before, so that at most one is in memory.
-    fn save(&mut self, state: &State, iteration: u64) -> Result<(), Interruption> {
-        self.finish_upload()?;
+    /// Snapshots this rank's share and starts its upload. At most one is under way, so that memory is bounded: where the one
+    /// before still is, this one is given up, and training goes on.
+    fn save(&mut self, state: &State, iteration: u64) {
         let a = self.assignment;
+        if self.upload.as_ref().is_some_and(|upload| !upload.is_finished()) {
+            let error = "skipped: the checkpoint before is still being written; save less often".to_owned();
+            return self.session.send(FromWorker::ShardFailed(ShardFailed {
+                generation: a.generation.0,
+                iteration,
+                rank: a.rank,
+                key: checkpoint::shard_key(iteration, a.generation, a.rank, a.world_size),
+                error,
+            }));
+        }
         let snapshot = Snapshot::take(state, iteration, a.rank, a.world_size);
         let upload =
             snapshot.upload(self.job.run.clone(), a.generation, a.rank, a.world_size, self.session.outbox());
         self.upload = Some(self.job.runtime.spawn(upload));
-        Ok(())
     }
 
     fn finish_upload(&mut self) -> anyhow::Result<()> {
         match self.upload.take() {
-            Some(upload) => self.job.runtime.block_on(upload).context("the upload's task ended"),
+            Some(upload) => {
+                let progress = &self.session.progress;
+                self.job.runtime.block_on(progress.while_busy(upload)).context("the upload's task ended")
+            }
             None => Ok(()),
         }
     }
@@ -210,7 +252,12 @@ impl Member<'_> {
             Subject::Student => ("scoring the student", self.student(state)),
         };
         self.session.progress.set_activity(activity);
-        let scores = evaluator.score(sampler, &self.group, || self.session.progress.tick())??;
+        let progress = &self.session.progress;
+        let scores = evaluator.score(sampler, &self.group, |what| {
+            progress.set_waiting(what == Scoring::Gather);
+        });
+        progress.set_waiting(false);
+        let scores = scores??;
         if self.assignment.rank == 0 {
             self.session.send(FromWorker::Evaluation(EvaluationReport {
                 generation: self.assignment.generation.0,

@@ -2,23 +2,27 @@
 
 use potstill_proto::{
     PROTOCOL,
-    message::{Hello, ToWorker},
+    message::{Hello, Request, ToWorker},
 };
 
-use super::{Actions, Core, Stage, ending::stop_message, log, send};
+use super::{Actions, Cause, Core, Stage, ending::stop_message, log, send};
 use crate::{Action, StreamId, observation::Observation, record::Record};
 
 impl Core {
     pub(super) fn started(&mut self, actions: &mut Actions) {
-        let coordinator = self.coordinator.clone();
+        let (coordinator, address) = (self.coordinator.clone(), self.address.clone());
         actions.push(Action::Persist(if self.resumed {
-            Record::Resumed { coordinator, iteration: self.steps.finished(), iterations: self.iterations }
+            let iteration = self.steps.finished();
+            Record::Resumed { coordinator, iteration, iterations: self.iterations, address }
         } else {
-            Record::RunStarted { coordinator, run_id: self.run_id.clone() }
+            Record::RunStarted { coordinator, run_id: self.run_id.clone(), address }
         }));
+        let (address, resumed) = (self.address.clone(), self.resumed);
+        actions.push(Action::Observe(Observation::Started { repeated: self.repeated, address, resumed }));
         if let Stage::Gathering(gathering) = &mut self.stage {
             gathering.short_since = self.now;
         }
+        self.start_waiting(actions);
         self.recount(actions);
     }
 
@@ -34,6 +38,11 @@ impl Core {
             actions.push(Action::Close { stream });
             return;
         }
+        if let Some(old) = self.members.stream_of(&hello.worker) {
+            self.lost(old, "it came back on a new stream", actions);
+            actions.push(Action::Close { stream: old });
+        }
+        let (id, place) = (hello.worker.clone(), hello.place);
         let worker = self.members.attach(self.now, stream, hello).describe();
         send(
             actions,
@@ -44,21 +53,94 @@ impl Core {
                 storage_url: self.storage_url.clone(),
                 heartbeat_millis: self.timeouts.heartbeat_millis,
                 collective_timeout_millis: self.timeouts.collective_millis,
+                patience_millis: self.timeouts.wait_millis,
             },
         );
-        actions.push(Action::Observe(Observation::Attached { worker: worker.clone() }));
-        match &self.stage {
-            Stage::Training(training) => {
-                let full = self.steps.world_size() >= self.max_workers;
-                if full || self.stop.is_some() || !training.finished.is_empty() {
-                    log(actions, format!("worker {worker} stands by"));
-                } else {
-                    self.abandon(format!("worker {worker} joins"), None, actions);
-                }
-            }
-            Stage::Gathering(_) => self.recount(actions),
-            Stage::Settling(_) | Stage::Ended(_) => {}
+        actions.push(Action::Observe(Observation::Attached { worker }));
+        if let Some(place) = place
+            && !self.came_back(stream, &id, place)
+        {
+            let reason = "it goes on without this worker, which was taken for lost".to_owned();
+            send(actions, stream, ToWorker::Abandon { generation: place.generation, reason });
         }
+        self.reattach(actions);
+    }
+
+    /// A worker has loaded what the run reads.
+    pub(super) fn ready(&mut self, stream: StreamId, actions: &mut Actions) {
+        self.members.set_ready(stream);
+        match &self.stage {
+            Stage::Training(_) if self.rank(stream).is_none() => self.welcome_joiners(actions),
+            Stage::Gathering(_) => self.recount(actions),
+            _ => {}
+        }
+    }
+
+    /// Asks the ranks to part at the next boundary if somebody could join them.
+    pub(super) fn welcome_joiners(&mut self, actions: &mut Actions) {
+        let room =
+            self.max_workers > self.steps.world_size() && self.members.count() > self.steps.world_size();
+        if room {
+            let joiner = self.members.eligible().find(|(stream, _)| self.rank(*stream).is_none());
+            if let Some((_, joiner)) = joiner {
+                let reason = format!("worker {} joins", joiner.describe());
+                self.part(Cause::Agreed, reason, actions);
+            }
+        }
+    }
+
+    /// Asks the ranks to part at the next boundary, unless they are about to end anyway.
+    fn part(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
+        let Stage::Training(training) = &mut self.stage else { return };
+        let asked = training.parting.as_ref().map(|(cause, _)| *cause);
+        if self.stop.is_some() || !training.finished.is_empty() || asked >= Some(cause) {
+            return;
+        }
+        let what = match cause {
+            Cause::AgreedAndSaving => Request::CheckpointAndYield,
+            _ => Request::Yield,
+        };
+        for stream in &training.ranks {
+            send(actions, *stream, ToWorker::Request { generation: self.generation, what });
+        }
+        log(actions, format!("{} is asked to part at the next boundary: {reason}", self.generation));
+        training.parting = Some((cause, reason));
+    }
+
+    /// A worker's machine is wanted for something else: it saves its share and goes at the next boundary, or at once where
+    /// it has no place.
+    pub(super) fn leaving(&mut self, stream: StreamId, reason: String, actions: &mut Actions) {
+        let Some(member) = self.members.get(stream) else { return };
+        if member.leaving().is_some() {
+            return;
+        }
+        let worker = member.describe();
+        log(actions, format!("worker {worker} would like to leave: {reason}"));
+        self.members.set_leaving(stream, reason.clone());
+        let placed = self.rank(stream).is_some();
+        match &self.stage {
+            Stage::Training(_) if placed => {
+                let reason = format!("worker {worker} leaves: {reason}");
+                self.part(Cause::AgreedAndSaving, reason, actions);
+            }
+            Stage::Settling(_) if placed => {}
+            Stage::Reattaching(_) if placed => {}
+            _ => self.let_go(stream, actions),
+        }
+    }
+
+    /// Sends a worker home that is leaving and holds no place any more.
+    pub(super) fn let_go(&mut self, stream: StreamId, actions: &mut Actions) {
+        let Some(member) = self.members.get(stream) else { return };
+        let Some(reason) = member.leaving() else { return };
+        let saved = match self.ledger.newest() {
+            Some(newest) => format!("iteration {} is saved", newest.iteration),
+            None => "nothing is saved yet".to_owned(),
+        };
+        let reason = format!("{reason}; {saved}");
+        send(actions, stream, ToWorker::Stop { success: true, reason: reason.clone() });
+        self.lost(stream, &reason, actions);
+        actions.push(Action::Close { stream });
     }
 
     fn refusal(&self, hello: &Hello) -> Option<String> {
@@ -74,9 +156,7 @@ impl Core {
                 hello.run_id, self.run_id
             ));
         }
-        self.members
-            .stream_of(&hello.worker)
-            .map(|_| format!("a worker with the id {} is attached already", hello.worker))
+        None
     }
 
     /// A stream is gone, or its worker's lease is over.
@@ -102,10 +182,15 @@ impl Core {
                     self.abandon(lost, None, actions);
                 }
             }
+            // Others may come back in its place.
+            Stage::Reattaching(reattaching) => {
+                reattaching.here.retain(|_, here| *here != stream);
+                reattaching.left.remove(&stream);
+            }
             Stage::Settling(settling) => {
                 settling.keepers.remove(&stream);
                 if settling.awaiting.remove(&stream) || rank.is_some() {
-                    settling.explained = true;
+                    settling.cause = Cause::Known;
                     settling.since = self.now;
                     settling.reason = lost;
                 }

@@ -6,7 +6,7 @@ use potstill_proto::message::{Request, ToWorker};
 
 use super::{Actions, Core, Stage, Training, log, send};
 use crate::{
-    Action,
+    Action, ClientId,
     observation::{Observation, Outcome},
     record::Record,
 };
@@ -30,6 +30,13 @@ impl Core {
                 for (stream, _) in self.members.iter() {
                     send(actions, stream, ToWorker::Committed { iteration });
                 }
+                self.failures = 0;
+                let reading = self.start.exact && self.steps.finished() == self.start.cursor.iteration;
+                actions.push(Action::Retain {
+                    generation: self.generation,
+                    in_use: reading.then_some(self.start.cursor.iteration),
+                });
+                self.answer(&Ok(iteration), actions);
                 self.conclude(actions);
             }
             Err(reason) => {
@@ -44,10 +51,56 @@ impl Core {
 
     pub(super) fn checkpoint_failed(&mut self, iteration: u64, reason: String, actions: &mut Actions) {
         actions.push(Action::Observe(Observation::CheckpointFailed { iteration, reason: reason.clone() }));
+        self.answer(&Err(format!("the checkpoint of iteration {iteration} failed: {reason}")), actions);
+        self.failures += 1;
         if iteration >= self.iterations {
             self.fail(format!("the last checkpoint, of iteration {iteration}, failed: {reason}"), actions);
+        } else if self.failures == self.stop_after_failures {
+            let newest = match self.ledger.newest() {
+                Some(newest) => format!("the newest one is of iteration {}", newest.iteration),
+                None => "there is none yet".to_owned(),
+            };
+            let reason = format!(
+                "{} checkpoints in a row failed (checkpoint.stop_after_failures), and {newest}; the last: {reason}",
+                self.failures
+            );
+            self.fail(reason, actions);
         } else {
             self.conclude(actions);
+        }
+    }
+
+    pub(super) fn checkpoint_requested(&mut self, client: ClientId, actions: &mut Actions) {
+        let refusal = match &self.stage {
+            Stage::Ended(_) => Some("the run is over"),
+            Stage::Gathering(_) => Some("nothing is training: there is nothing new to save"),
+            Stage::Training(training) if !training.finished.is_empty() => {
+                Some("the run is ending, and saves anyway")
+            }
+            _ if self.stop.is_some() => Some("the run is stopping, and saves anyway"),
+            _ => None,
+        };
+        if let Some(refusal) = refusal {
+            return actions.push(Action::Answer { client, result: Err(refusal.to_owned()) });
+        }
+        self.clients.insert(client);
+        // Otherwise the next generation is asked.
+        if let Stage::Training(training) = &self.stage {
+            self.request_checkpoint(training, actions);
+        }
+    }
+
+    pub(super) fn request_checkpoint(&self, training: &Training, actions: &mut Actions) {
+        for stream in &training.ranks {
+            let generation = self.generation;
+            send(actions, *stream, ToWorker::Request { generation, what: Request::Checkpoint });
+        }
+    }
+
+    /// Answers everybody who waits for a checkpoint.
+    fn answer(&mut self, result: &Result<u64, String>, actions: &mut Actions) {
+        for client in std::mem::take(&mut self.clients) {
+            actions.push(Action::Answer { client, result: result.clone() });
         }
     }
 
@@ -63,7 +116,7 @@ impl Core {
         match &self.stage {
             Stage::Training(training) => self.request_stop(training, actions),
             Stage::Gathering(_) => self.stop_without_generation(reason, actions),
-            Stage::Settling(_) | Stage::Ended(_) => {}
+            Stage::Reattaching(_) | Stage::Settling(_) | Stage::Ended(_) => {}
         }
     }
 
@@ -138,6 +191,7 @@ impl Core {
     }
 
     fn announce_end(&mut self, outcome: Outcome, actions: &mut Actions) {
+        self.answer(&Err("the run has ended".to_owned()), actions);
         actions.push(Action::Observe(Observation::Ended(outcome.clone())));
         actions.push(Action::End(outcome.clone()));
         self.stage = Stage::Ended(outcome);

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use potstill_proto::{
     cursor::Cursor,
-    message::{Source, ToWorker},
+    message::{Place, Source, ToWorker},
 };
 
-use super::{Actions, BARREN_GENERATIONS, Core, Gathering, Settling, Stage, Training, log, seconds, send};
-use crate::{
-    Action, StreamId, Tick, assignment, membership::Place, observation::Observation, record::Record,
+use super::{
+    Actions, BARREN_GENERATIONS, Cause, Core, Gathering, Settling, Stage, Training, log, seconds, send,
 };
+use crate::{Action, StreamId, Tick, assignment, observation::Observation, record::Record};
 
 impl Core {
     /// Ends the live generation. `spoken` is the survivor that has said where it stands, if its word is why.
@@ -23,13 +23,46 @@ impl Core {
             held.unwrap_or_default() >= self.start.cursor
         };
         let keepers = survivors().filter(holds).collect();
-        for stream in &awaiting {
-            let generation = self.generation;
-            send(actions, *stream, ToWorker::Abandon { generation, reason: reason.clone() });
+        self.tell_to_abandon(&awaiting, &reason, actions);
+        let cause = if spoken.is_none() { Cause::Known } else { Cause::Unexplained };
+        self.stage = Stage::Settling(Settling { awaiting, keepers, cause, since: self.now, reason });
+    }
+
+    pub(super) fn tell_to_abandon(&self, members: &BTreeSet<StreamId>, reason: &str, actions: &mut Actions) {
+        let generation = self.generation;
+        for stream in members {
+            send(actions, *stream, ToWorker::Abandon { generation, reason: reason.to_owned() });
         }
-        log(actions, format!("{} is abandoned: {reason}", self.generation));
-        let explained = spoken.is_none();
-        self.stage = Stage::Settling(Settling { awaiting, keepers, explained, since: self.now, reason });
+        log(actions, format!("{generation} is abandoned: {reason}"));
+    }
+
+    /// A rank has parted from the others, as all of them agreed to: the others are about to say the same.
+    pub(super) fn parted(&mut self, stream: StreamId, cursor: Cursor, actions: &mut Actions) {
+        if let Stage::Training(training) = &mut self.stage {
+            let (cause, reason) = training
+                .parting
+                .take()
+                .unwrap_or_else(|| (Cause::Agreed, "its ranks agreed to part".to_owned()));
+            let awaiting = training.ranks.iter().copied().collect();
+            log(actions, format!("{} parts at {cursor}: {reason}", self.generation));
+            let keepers = BTreeSet::new();
+            self.stage = Stage::Settling(Settling { awaiting, keepers, cause, since: self.now, reason });
+        }
+        self.spoke(stream, cursor);
+    }
+
+    /// A survivor of the newest generation has said where it stands.
+    pub(super) fn spoke(&mut self, stream: StreamId, cursor: Cursor) {
+        match &mut self.stage {
+            Stage::Settling(settling) => {
+                settling.awaiting.remove(&stream);
+                self.keeps(stream, cursor);
+            }
+            Stage::Reattaching(reattaching) => {
+                reattaching.left.insert(stream);
+            }
+            Stage::Training(_) | Stage::Gathering(_) | Stage::Ended(_) => {}
+        }
     }
 
     /// How long survivors have to say where they stand. What is known of them may be a heartbeat old, so they get a moment;
@@ -37,12 +70,19 @@ impl Core {
     /// failure yet.
     pub(super) fn settled_by(&self, settling: &Settling) -> Tick {
         let safe = !settling.keepers.is_empty() || self.start.cursor == Cursor::default();
-        let patience = if settling.explained && safe {
-            self.timeouts.heartbeat_millis / 4
-        } else {
-            self.timeouts.dead_millis
+        let patience = match settling.cause {
+            Cause::Known if safe => self.timeouts.heartbeat_millis / 4,
+            Cause::Known | Cause::Unexplained | Cause::Agreed => self.timeouts.dead_millis,
+            // Storage may be slow; whoever dies meanwhile is noticed.
+            Cause::AgreedAndSaving => self.timeouts.wait_millis,
         };
         settling.since.after(patience)
+    }
+
+    /// Whether a checkpoint is about to exist that holds more than anybody who could go on.
+    pub(super) fn awaits_commit(&self) -> bool {
+        let Some(iteration) = self.ledger.committing() else { return false };
+        self.members.eligible().all(|(_, member)| member.held < Some(Cursor::boundary(iteration)))
     }
 
     /// Makes the decisions that time or numbers call for. Costs nothing when none does.
@@ -60,10 +100,12 @@ impl Core {
             }
         }
         match &self.stage {
+            Stage::Reattaching(_) => self.reattach(actions),
             Stage::Settling(settling) => {
-                if settling.awaiting.is_empty() || self.settled_by(settling) <= self.now {
-                    let (reason, explained) = (settling.reason.clone(), settling.explained);
-                    self.settled(reason, explained, actions);
+                let settled = settling.awaiting.is_empty() || self.settled_by(settling) <= self.now;
+                if settled && !self.awaits_commit() {
+                    let (reason, cause) = (settling.reason.clone(), settling.cause);
+                    self.settled(reason, cause, actions);
                 }
             }
             Stage::Gathering(gathering) => match gathering.enough_since {
@@ -87,13 +129,28 @@ impl Core {
                 }
                 None => {}
             },
-            Stage::Training(_) | Stage::Ended(_) => {}
+            Stage::Training(_) => self.look_for_hangs(actions),
+            Stage::Ended(_) => {}
         }
     }
 
     /// The survivors have spoken, or had their time.
-    fn settled(&mut self, reason: String, explained: bool, actions: &mut Actions) {
-        let barren = !explained && self.steps.finished() <= self.start.cursor.iteration;
+    fn settled(&mut self, reason: String, cause: Cause, actions: &mut Actions) {
+        let leaving: Vec<_> =
+            self.members.iter().filter(|(_, m)| m.leaving().is_some()).map(|(stream, _)| stream).collect();
+        if !leaving.is_empty() {
+            // Its ranks' places are history: losing one of them is no event any more.
+            self.stage = Stage::Gathering(Gathering {
+                short_since: self.now,
+                enough_since: None,
+                patient: false,
+                reason: reason.clone(),
+            });
+            for stream in leaving {
+                self.let_go(stream, actions);
+            }
+        }
+        let barren = cause == Cause::Unexplained && self.steps.finished() <= self.start.cursor.iteration;
         self.barren = if barren { self.barren + 1 } else { 0 };
         if self.barren >= BARREN_GENERATIONS {
             let reason = format!(
@@ -157,13 +214,18 @@ impl Core {
         let world_size = plan.world_size();
         self.generation = self.generation.next();
         self.start = plan.start;
-        let generation = self.generation;
+        let (generation, now) = (self.generation, self.now);
+        let start = plan.start.cursor.iteration;
+        let repeats = self.steps.finished().saturating_sub(start);
+        self.repeated += repeats;
 
         let mut names = Vec::with_capacity(plan.ranks.len());
         for (rank, stream) in (0u32..).zip(&plan.ranks) {
             let Some(member) = self.members.get_mut(*stream) else { continue };
             names.push(member.id().to_string());
             member.place = Some(Place { generation, rank });
+            member.moved = now;
+            member.waiting = false;
             // All others are about to be overwritten: their state counts again when they say so.
             member.loaded = plan.source == Source::Peer { rank };
             member.held = member.held.filter(|_| member.loaded);
@@ -172,13 +234,15 @@ impl Core {
             generation,
             members: names,
             source: plan.source.clone(),
+            start,
+            repeats,
             reason: reason.clone(),
         }));
-        if plan.start.cursor.iteration < self.steps.finished() {
-            let (from, to) = (plan.start.cursor.iteration, self.steps.finished());
+        if repeats > 0 {
+            let last = self.steps.finished() - 1;
             log(
                 actions,
-                format!("nobody holds what iterations {from} to {to} gave: they are computed again"),
+                format!("nobody holds what iterations {start} to {last} gave: they are computed again"),
             );
         }
         let closed = self.steps.open(world_size, plan.start);
@@ -188,6 +252,7 @@ impl Core {
             generation,
             world_size,
             source: plan.source.clone(),
+            repeated: self.repeated,
             reason,
         }));
         for (stream, assignment) in
@@ -195,9 +260,16 @@ impl Core {
         {
             send(actions, stream, ToWorker::Assignment(assignment));
         }
-        let training = Training { ranks: plan.ranks, finished: BTreeMap::new() };
+        let training = Training {
+            ranks: plan.ranks,
+            finished: BTreeMap::new(),
+            parting: None,
+            look: now.after(self.timeouts.hang_millis),
+        };
         if self.stop.is_some() {
             self.request_stop(&training, actions);
+        } else if !self.clients.is_empty() {
+            self.request_checkpoint(&training, actions);
         }
         self.stage = Stage::Training(training);
     }

@@ -22,8 +22,29 @@ impl Core {
             return;
         }
         match message {
-            FromWorker::Heartbeat { generation, cursor, progress, activity } => {
-                self.heartbeat(stream, generation, cursor, progress, activity);
+            FromWorker::Heartbeat { generation, cursor, progress, activity, waiting } => {
+                let current = self.rank(stream).is_some() && generation == self.generation;
+                let now = self.now;
+                if let Some(member) = self.members.get_mut(stream) {
+                    if member.progress != progress {
+                        member.moved = now;
+                    }
+                    member.progress = progress;
+                    member.activity = activity;
+                    member.cursor = cursor;
+                    member.waiting = waiting;
+                    if current && member.loaded {
+                        self.reached(stream, cursor);
+                    }
+                }
+            }
+            FromWorker::Ready => self.ready(stream, actions),
+            FromWorker::Leaving { reason } => self.leaving(stream, reason, actions),
+            FromWorker::Yielded { generation, cursor } => {
+                if self.spoken_rank(stream, generation, "a parting", actions).is_some() {
+                    self.reached(stream, cursor);
+                    self.parted(stream, cursor, actions);
+                }
             }
             FromWorker::StepReport(report) => {
                 let generation = Generation(report.generation);
@@ -62,10 +83,21 @@ impl Core {
             FromWorker::Finished { generation, cursor } => {
                 if let Some(rank) = self.spoken_rank(stream, generation, "an end", actions) {
                     self.reached(stream, cursor);
-                    if let Stage::Training(training) = &mut self.stage {
-                        training.finished.insert(rank, cursor);
+                    match &mut self.stage {
+                        Stage::Training(training) => {
+                            training.finished.insert(rank, cursor);
+                        }
+                        Stage::Reattaching(reattaching) => {
+                            reattaching.finished.insert(rank, cursor);
+                        }
+                        _ => {}
                     }
                     self.conclude(actions);
+                }
+            }
+            FromWorker::CheckpointDamaged { generation, manifest_key, error } => {
+                if self.spoken_rank(stream, generation, "a damaged checkpoint", actions).is_some() {
+                    self.checkpoint_damaged(stream, &manifest_key, &error, actions);
                 }
             }
             FromWorker::Failed { generation, error } => {
@@ -90,25 +122,6 @@ impl Core {
         rank
     }
 
-    fn heartbeat(
-        &mut self,
-        stream: StreamId,
-        generation: Generation,
-        cursor: Cursor,
-        progress: u64,
-        activity: String,
-    ) {
-        let current = self.rank(stream).is_some() && generation == self.generation;
-        if let Some(member) = self.members.get_mut(stream) {
-            member.progress = progress;
-            member.activity = activity;
-            member.cursor = cursor;
-        }
-        if current && self.members.get(stream).is_some_and(|member| member.loaded) {
-            self.reached(stream, cursor);
-        }
-    }
-
     /// A member of the newest generation is known to hold this state whole.
     fn reached(&mut self, stream: StreamId, cursor: Cursor) {
         if let Some(member) = self.members.get_mut(stream) {
@@ -122,7 +135,7 @@ impl Core {
     }
 
     /// Notes whether a survivor of an abandoned generation still holds what that had reached.
-    fn keeps(&mut self, stream: StreamId, cursor: Cursor) {
+    pub(super) fn keeps(&mut self, stream: StreamId, cursor: Cursor) {
         if let Stage::Settling(settling) = &mut self.stage {
             if cursor >= self.start.cursor {
                 settling.keepers.insert(stream);
@@ -160,12 +173,42 @@ impl Core {
                 format!("ignored: {reason}; iteration {iteration} has all its shards already"),
             );
         }
+        // The others' shares are of no use then, and that they fail too is no news.
+        let known = self.ledger.failure(iteration).is_some();
         self.ledger.shard_failed(iteration, reason.clone());
-        self.checkpoint_failed(iteration, reason, actions);
+        if known {
+            log(actions, format!("iteration {iteration} again: {reason}"));
+        } else {
+            self.checkpoint_failed(iteration, reason, actions);
+        }
+    }
+
+    /// What the generation was to start from cannot be read: the checkpoint before it is next.
+    fn checkpoint_damaged(
+        &mut self,
+        stream: StreamId,
+        manifest_key: &str,
+        error: &str,
+        actions: &mut Actions,
+    ) {
+        let reason = format!("checkpoint {manifest_key} is damaged: {error}");
+        if self.ledger.condemn(manifest_key) {
+            log(actions, format!("{reason}; the one before it is used"));
+        }
+        if let Some(member) = self.members.get_mut(stream) {
+            member.hold(Cursor::default());
+        }
+        self.abandon(reason, None, actions);
+        self.spoke(stream, Cursor::default());
     }
 
     fn evaluated(&mut self, report: wire::EvaluationReport, actions: &mut Actions) {
         let evaluation = Evaluation::from(&report);
+        let scored = evaluation.order();
+        if self.scored.is_some_and(|newest| newest >= scored) {
+            return log(actions, "ignored: an evaluation that is in the journal already".to_owned());
+        }
+        self.scored = Some(scored);
         if evaluation.of_teacher {
             self.score_teacher = false;
             self.teacher_diversity = Some(evaluation.diversity);
@@ -220,16 +263,11 @@ impl Core {
         // Its explicit word replaces what was known of it, also where it holds less.
         member.hold(cursor);
         let worker = member.describe();
-        match &mut self.stage {
-            Stage::Training(_) => {
-                let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");
-                self.abandon(reason, Some(stream), actions);
-            }
-            Stage::Settling(settling) => {
-                settling.awaiting.remove(&stream);
-                self.keeps(stream, cursor);
-            }
-            Stage::Gathering(_) | Stage::Ended(_) => {}
+        if matches!(self.stage, Stage::Training(_)) {
+            let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");
+            self.abandon(reason, Some(stream), actions);
+        } else {
+            self.spoke(stream, cursor);
         }
     }
 

@@ -3,7 +3,9 @@
 mod attach;
 mod ending;
 mod generations;
+mod hangs;
 mod hear;
+mod reattaching;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -16,8 +18,9 @@ use potstill_proto::{
     spec::{RunSpec, Timeouts},
 };
 
+use self::reattaching::Reattaching;
 use crate::{
-    Action, Event, StreamId, Tick,
+    Action, ClientId, Event, StreamId, Tick,
     assignment::Start,
     ledger::{CommittedCheckpoint, Ledger},
     membership::Members,
@@ -34,6 +37,8 @@ const BARREN_GENERATIONS: u32 = 8;
 pub struct Setup {
     /// This coordinator, unique for ever: no two can write the same record, so the journal tells them apart.
     pub coordinator: String,
+    /// Where it can be reached.
+    pub address: String,
     /// The run's name.
     pub run_id: String,
     /// What the run does, validated.
@@ -44,14 +49,17 @@ pub struct Setup {
     pub storage_url: String,
     /// The journal so far.
     pub history: Vec<Record>,
-    /// The newest checkpoint in storage.
-    pub newest: Option<CommittedCheckpoint>,
+    /// The checkpoints in storage that are whole, oldest first.
+    pub checkpoints: Vec<CommittedCheckpoint>,
+    /// Whether ranks that an earlier coordinator had may still be at work; not where they live and die with it.
+    pub ranks_may_live: bool,
 }
 
 /// The coordinator's state machine; see the crate's documentation.
 #[derive(Debug)]
 pub struct Core {
     coordinator: String,
+    address: String,
     run_id: String,
     specification: String,
     storage_url: String,
@@ -67,6 +75,10 @@ pub struct Core {
     /// Of the teacher, once it was scored.
     teacher_diversity: Option<f64>,
     collapse_share: f64,
+    /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest one in the journal.
+    scored: Option<(Generation, u64, bool)>,
+    /// The run ends after so many failed checkpoints in a row; 0: never.
+    stop_after_failures: u32,
 
     now: Tick,
     members: Members,
@@ -78,13 +90,21 @@ pub struct Core {
     barren: u32,
     stage: Stage,
     steps: Steps,
+    /// Iterations that were computed again, over the whole run.
+    repeated: u64,
     ledger: Ledger,
+    /// Failed checkpoints since the last one that exists.
+    failures: u32,
+    /// Who asked for a checkpoint.
+    clients: BTreeSet<ClientId>,
     /// Who asked the run to stop.
     stop: Option<String>,
 }
 
 #[derive(Debug)]
 enum Stage {
+    /// An earlier coordinator's generation may live on: its ranks are awaited.
+    Reattaching(Reattaching),
     /// No generation lives: workers are too few, or more may come.
     Gathering(Gathering),
     /// A generation was abandoned; its survivors say where they stand.
@@ -113,10 +133,23 @@ struct Settling {
     awaiting: BTreeSet<StreamId>,
     /// Survivors known to hold what the generation had reached, or more.
     keepers: BTreeSet<StreamId>,
-    /// Whether it is known why the generation ended. A failed collective alone explains nothing.
-    explained: bool,
+    /// How the generation ended.
+    cause: Cause,
     since: Tick,
     reason: String,
+}
+
+/// How a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Cause {
+    /// A collective failed, which explains nothing: who died may not be known yet.
+    Unexplained,
+    /// It is known who died, or who does not move.
+    Known,
+    /// Its ranks agreed to part at a boundary.
+    Agreed,
+    /// The same, with a checkpoint before.
+    AgreedAndSaving,
 }
 
 #[derive(Debug)]
@@ -125,6 +158,10 @@ struct Training {
     ranks: Vec<StreamId>,
     /// Ranks that have nothing left to compute, and where they stand.
     finished: BTreeMap<u32, Cursor>,
+    /// Why its ranks were asked to part at the next boundary, and how.
+    parting: Option<(Cause, String)>,
+    /// When to look next whether everybody moves.
+    look: Tick,
 }
 
 impl Training {
@@ -151,20 +188,35 @@ impl Core {
     /// The state machine of a run that nobody is attached to. Feed it [`Event::Started`] first.
     #[must_use]
     pub fn new(setup: Setup) -> Self {
-        let Setup { coordinator, run_id, spec, specification, storage_url, history, newest } = setup;
+        let Setup {
+            coordinator,
+            address,
+            run_id,
+            spec,
+            specification,
+            storage_url,
+            history,
+            checkpoints,
+            ranks_may_live,
+        } = setup;
         let timeouts = spec.cluster.timeouts();
-        let generation = history.iter().filter_map(|record| match record {
-            Record::GenerationOpened { generation, .. } => Some(*generation),
-            _ => None,
-        });
         let teacher_diversity = history.iter().rev().find_map(|record| match record {
             Record::Evaluated(evaluation) if evaluation.of_teacher => Some(evaluation.diversity),
             _ => None,
         });
-        let saved = newest.as_ref().map_or(0, |checkpoint| checkpoint.iteration);
+        let mut generation = Generation::default();
+        let mut repeated = 0;
+        for record in &history {
+            if let Record::GenerationOpened { generation: opened, repeats, .. } = record {
+                generation = *opened;
+                repeated += repeats;
+            }
+        }
+        let saved = checkpoints.last().map_or(0, |checkpoint| checkpoint.iteration);
         let start = Start { cursor: Cursor::boundary(saved), exact: true };
-        Self {
+        let mut core = Self {
             coordinator,
+            address,
             run_id,
             specification,
             storage_url,
@@ -177,9 +229,14 @@ impl Core {
             score_teacher: teacher_diversity.is_none() && spec.evaluation.features.is_some(),
             teacher_diversity,
             collapse_share: spec.evaluation.collapse_share,
+            scored: history.iter().rev().find_map(|record| match record {
+                Record::Evaluated(evaluation) => Some(evaluation.order()),
+                _ => None,
+            }),
+            stop_after_failures: spec.checkpoint.stop_after_failures,
             now: Tick::default(),
             members: Members::new(timeouts),
-            generation: generation.max().unwrap_or_default(),
+            generation,
             start,
             barren: 0,
             stage: Stage::Gathering(Gathering {
@@ -189,9 +246,16 @@ impl Core {
                 reason: "the run starts".into(),
             }),
             steps: Steps::new(spec.micro_batches(), spec.distillation.micro_batch, start),
-            ledger: Ledger::new(newest),
+            repeated,
+            ledger: Ledger::new(checkpoints),
+            failures: 0,
+            clients: BTreeSet::new(),
             stop: None,
+        };
+        if ranks_may_live {
+            core.await_generation(&history);
         }
+        core
     }
 
     /// Takes an event in and appends what is to be done about it. `now` must not run backwards.
@@ -204,6 +268,7 @@ impl Core {
             Event::Closed { stream, reason } => self.lost(stream, &reason, actions),
             Event::Timer => {}
             Event::CommitAnswered { iteration, result } => self.commit_answered(iteration, result, actions),
+            Event::CheckpointRequested { client } => self.checkpoint_requested(client, actions),
             Event::StopRequested { reason } => self.stop_requested(reason, actions),
             Event::WorkersUnavailable { reason } => self.fail(reason, actions),
             Event::JournalLost { reason } => self.journal_lost(reason, actions),
@@ -216,7 +281,10 @@ impl Core {
     pub fn next_deadline(&self) -> Option<Tick> {
         let stage = match &self.stage {
             Stage::Ended(_) => return None,
-            Stage::Training(_) => None,
+            Stage::Training(training) => Some(training.look),
+            Stage::Reattaching(reattaching) => Some(self.reattached_by(reattaching)),
+            // What it waits for then is an event.
+            Stage::Settling(_) if self.awaits_commit() => None,
             Stage::Settling(settling) => Some(self.settled_by(settling)),
             Stage::Gathering(Gathering { enough_since: Some(since), .. }) => {
                 Some(since.after(self.timeouts.dead_millis))
@@ -247,6 +315,7 @@ pub(crate) mod fixtures {
             device: "cpu".into(),
             store_address: format!("{id}:1"),
             held: None,
+            place: None,
         }
     }
 }

@@ -15,6 +15,7 @@ impl Core {
     pub fn status(&self) -> wire::StatusReply {
         let (state, reason) = match &self.stage {
             Stage::Gathering(gathering) => ("waiting", self.waiting_reason(gathering)),
+            Stage::Reattaching(reattaching) => ("waiting", self.missing_ranks(reattaching)),
             Stage::Settling(settling) => ("waiting", settling.reason.clone()),
             Stage::Training(training) => match &self.stop {
                 Some(reason) => ("finishing", reason.clone()),
@@ -48,6 +49,7 @@ impl Core {
             members: self.members.iter().map(member).collect(),
             iteration: self.steps.finished(),
             iterations: self.iterations,
+            repeated_iterations: self.repeated,
             committed_iteration: self.ledger.newest().map(|checkpoint| checkpoint.iteration),
         }
     }

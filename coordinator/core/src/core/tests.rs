@@ -3,14 +3,14 @@
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation, Phase},
-    message::{Assignment, FromWorker, HeldState, Request, Source, ToWorker},
+    message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker},
     spec::RunSpec,
     wire,
 };
 
 use super::{Core, Setup, fixtures::hello};
 use crate::{
-    Action, Event, StreamId, Tick,
+    Action, ClientId, Event, StreamId, Tick,
     ledger::CommittedCheckpoint,
     observation::{Observation, Outcome},
     record::Record,
@@ -32,12 +32,14 @@ fn setup(min: u32, max: u32) -> Setup {
     spec.cluster.wait_timeout_seconds = WAIT as f64 / 1000.0;
     Setup {
         coordinator: "c".into(),
+        address: "here:1".into(),
         run_id: "run".into(),
         spec,
         specification: "toml".into(),
         storage_url: "memory:///".into(),
         history: Vec::new(),
-        newest: None,
+        checkpoints: Vec::new(),
+        ranks_may_live: true,
     }
 }
 
@@ -75,8 +77,15 @@ impl World {
         actions
     }
 
+    /// A fresh worker attaches and has loaded what the run reads.
     fn attach(&mut self, stream: u64) -> Vec<Action> {
-        self.step(Event::Attached { stream: StreamId(stream), hello: hello(&format!("w{stream}")) })
+        self.attach_with(stream, hello(&format!("w{stream}")))
+    }
+
+    fn attach_with(&mut self, stream: u64, hello: Hello) -> Vec<Action> {
+        let mut actions = self.step(Event::Attached { stream: StreamId(stream), hello });
+        actions.extend(self.says(stream, FromWorker::Ready));
+        actions
     }
 
     fn close(&mut self, stream: u64) -> Vec<Action> {
@@ -122,6 +131,11 @@ impl World {
         self.says(stream, FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) })
     }
 
+    fn yields(&mut self, stream: u64, iteration: u64) -> Vec<Action> {
+        let generation = self.core.generation;
+        self.says(stream, FromWorker::Yielded { generation, cursor: Cursor::boundary(iteration) })
+    }
+
     fn committed(&mut self, iteration: u64) -> Vec<Action> {
         self.step(Event::CommitAnswered { iteration, result: Ok(format!("m{iteration}")) })
     }
@@ -133,6 +147,7 @@ fn heartbeat(generation: u64, cursor: Cursor) -> FromWorker {
         cursor,
         progress: 0,
         activity: "training".into(),
+        waiting: false,
     }
 }
 
@@ -188,6 +203,16 @@ fn abandoned(actions: &[Action]) -> Vec<u64> {
         .collect()
 }
 
+fn requests(actions: &[Action]) -> Vec<(u64, Request)> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Send { stream, message: ToWorker::Request { what, .. } } => Some((stream.0, *what)),
+            _ => None,
+        })
+        .collect()
+}
+
 fn outcome(actions: &[Action]) -> Option<Outcome> {
     actions.iter().find_map(|action| match action {
         Action::End(outcome) => Some(outcome.clone()),
@@ -237,9 +262,7 @@ fn a_worker_is_welcomed_or_refused_with_a_reason() {
     other_protocol.protocol = PROTOCOL + 1;
     let mut other_run = hello("b");
     other_run.run_id = "another".into();
-    for (stream, hello, says) in
-        [(1, other_protocol, "protocol"), (2, other_run, "\"another\""), (3, hello("w0"), "attached already")]
-    {
+    for (stream, hello, says) in [(1, other_protocol, "protocol"), (2, other_run, "\"another\"")] {
         let stream = StreamId(stream);
         let actions = world.step(Event::Attached { stream, hello });
         let [ToWorker::Refused { reason }] = told(&actions)[..] else { panic!("{actions:?}") };
@@ -302,15 +325,18 @@ fn too_few_workers_for_too_long_ends_the_run() {
 fn generations_go_on_from_the_journal() {
     let mut setup = setup(1, 1);
     setup.history = vec![
-        Record::RunStarted { coordinator: "b".into(), run_id: "run".into() },
+        Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
         Record::GenerationOpened {
             generation: Generation(6),
             members: vec!["old".into()],
             source: Source::Fresh,
+            start: 0,
+            repeats: 0,
             reason: "the run starts".into(),
         },
     ];
-    setup.newest = Some(CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() });
+    setup.ranks_may_live = false;
+    setup.checkpoints = vec![CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() }];
     let mut world = World::new(setup);
     let actions = world.attach(0);
     assert_eq!(places(&actions), [(0, 7, 0)]);
@@ -323,9 +349,9 @@ fn a_worker_that_brings_state_is_the_source() {
     let mut world = World::new(setup(2, 2));
     let mut brings = hello("z");
     let cursor = Cursor { iteration: 3, phase: Phase::Generator };
-    brings.held = Some(HeldState { cursor, digest: "d".into() });
+    brings.held = Some(cursor);
     world.attach(0);
-    let actions = world.step(Event::Attached { stream: StreamId(9), hello: brings });
+    let actions = world.attach_with(9, brings);
     // It comes first among those that had no rank.
     assert_eq!(places(&actions), [(9, 1, 0), (0, 1, 1)]);
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
@@ -383,11 +409,11 @@ fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
     for (iteration, diversity) in [(0, 1.0), (1, 3.1), (2, f64::NAN)] {
         assert_eq!(failure(&world.says(0, scored(false, iteration, diversity))), None);
     }
-    let reason = failure(&world.says(0, scored(false, 2, 2.9))).unwrap();
-    for part in ["collapsed", "iteration 2", "2.900", "3.000", "no checkpoint"] {
+    let reason = failure(&world.says(0, scored(false, 3, 2.9))).unwrap();
+    for part in ["collapsed", "iteration 3", "2.900", "3.000", "no checkpoint"] {
         assert!(reason.contains(part), "{reason}");
     }
-    assert!(world.receipt(0, 2).is_empty(), "what has collapsed is not committed");
+    assert!(world.receipt(0, 3).is_empty(), "what has collapsed is not committed");
 
     // A resumed run knows the teacher from its journal.
     let teacher = wire::EvaluationReport {
@@ -396,7 +422,7 @@ fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
         ..Default::default()
     };
     setup.history = vec![Record::Evaluated((&teacher).into())];
-    setup.newest = Some(CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() });
+    setup.checkpoints = vec![CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() }];
     let mut world = World::new(setup);
     world.attach(0);
     let reason = failure(&world.says(0, scored(false, 3, 2.9))).unwrap();
@@ -579,9 +605,13 @@ fn below_the_minimum_the_run_waits_and_a_newcomer_gets_the_survivors_state() {
 fn a_newcomer_joins_when_there_is_room_and_stands_by_when_there_is_not() {
     let mut world = World::training(1, 2);
     let actions = world.attach(1);
-    assert_eq!(abandoned(&actions), [0]);
-    let actions = world.later(MOMENT);
+    // The rank is not interrupted: it parts at the next boundary.
+    assert!(abandoned(&actions).is_empty());
+    assert_eq!(requests(&actions), [(0, Request::Yield)]);
+    world.report(0, 0);
+    let actions = world.yields(0, 1);
     assert_eq!(places(&actions), [(0, 2, 0), (1, 2, 1)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 0 });
     assert!(abandoned(&world.attach(2)).is_empty());
     // The standby's death harms nobody; a member's promotes the next standby.
     assert!(abandoned(&world.close(2)).is_empty());
@@ -701,7 +731,7 @@ fn a_request_to_stop_reaches_this_generation_and_the_next() {
 #[test]
 fn a_request_to_stop_while_nothing_trains_ends_the_run_at_once() {
     let mut waiting = setup(2, 2);
-    waiting.newest = Some(CommittedCheckpoint { iteration: 3, manifest_key: "m3".into() });
+    waiting.checkpoints = vec![CommittedCheckpoint { iteration: 3, manifest_key: "m3".into() }];
     let mut world = World::new(waiting);
     world.attach(0);
     let Some(Outcome::Stopped { iteration: 3, reason }) = outcome(&world.step(stop())) else { panic!() };
@@ -723,4 +753,297 @@ fn a_lost_journal_ends_the_coordinator_and_leaves_the_workers_to_its_successor()
     assert_eq!(told(&actions), Vec::<&ToWorker>::new());
     assert!(!actions.iter().any(|a| matches!(a, Action::Persist(_))));
     assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
+}
+
+// ------------------------------------------------------------------------------------------------ hanging
+
+/// Lets time pass while two workers breathe and only those in `moving` make progress.
+fn breathe(world: &mut World, millis: u64, moving: &[u64], waiting: &[u64]) -> Vec<Action> {
+    let (end, mut actions) = (world.now + millis, Vec::new());
+    while world.now < end {
+        world.now = end.min(world.now + DEAD / 10);
+        for stream in 0..2 {
+            let message = FromWorker::Heartbeat {
+                generation: world.core.generation,
+                cursor: Cursor::boundary(1),
+                progress: if moving.contains(&stream) { world.now } else { 1 },
+                activity: "training".into(),
+                waiting: waiting.contains(&stream),
+            };
+            actions.extend(world.says(stream, message));
+        }
+    }
+    actions
+}
+
+#[test]
+fn a_rank_that_breathes_but_does_not_move_is_named_and_started_again() {
+    let mut world = World::training(2, 2);
+    // The other waits for it, and does not move either: it is not at fault.
+    let actions = breathe(&mut world, 6 * DEAD, &[], &[0]);
+    let restarted: Vec<_> = actions
+        .iter()
+        .filter_map(|a| match a {
+            Action::Send { stream, message: ToWorker::Restart { reason } } => Some((stream.0, reason)),
+            _ => None,
+        })
+        .collect();
+    let [(1, reason)] = restarted[..] else { panic!("{restarted:?}") };
+    assert!(reason.contains("has not moved for 4.") && reason.contains("iteration 1"), "{reason}");
+    assert_eq!(abandoned(&actions), [0]);
+    assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
+    assert_eq!(places(&actions), [(0, 2, 0)]);
+}
+
+#[test]
+fn ranks_that_all_wait_for_each_other_form_a_new_group() {
+    let mut world = World::training(2, 2);
+    let actions = breathe(&mut world, 5 * DEAD, &[], &[0, 1]);
+    assert_eq!(abandoned(&actions), [0, 1]);
+    assert!(!actions.iter().any(|a| matches!(a, Action::Close { .. })), "nobody is at fault");
+}
+
+#[test]
+fn whoever_moves_is_left_alone() {
+    let mut world = World::training(2, 2);
+    let actions = breathe(&mut world, 20 * DEAD, &[0, 1], &[]);
+    assert!(abandoned(&actions).is_empty());
+    assert_eq!(world.core.generation, Generation(1));
+}
+
+// ------------------------------------------------------------------------------------------------ a successor
+
+/// What the journal says after `world`'s coordinator opened its first generation.
+fn journal(members: u64) -> Vec<Record> {
+    vec![
+        Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
+        Record::GenerationOpened {
+            generation: Generation(6),
+            members: (0..members).map(|n| format!("w{n}")).collect(),
+            source: Source::Fresh,
+            start: 0,
+            repeats: 0,
+            reason: "the run starts".into(),
+        },
+    ]
+}
+
+fn successor(members: u64, max: u32) -> World {
+    let mut setup = setup(1, max);
+    setup.history = journal(members);
+    World::new(setup)
+}
+
+fn returning(n: u64, rank: u32, iteration: u64) -> Hello {
+    Hello {
+        held: Some(Cursor::boundary(iteration)),
+        place: Some(Place { generation: Generation(6), rank }),
+        ..hello(&format!("w{n}"))
+    }
+}
+
+#[test]
+fn when_all_ranks_come_back_to_a_new_coordinator_nothing_changes() {
+    let mut world = successor(2, 2);
+    assert_eq!(world.core.status().state, "waiting");
+    world.attach_with(5, returning(1, 1, 3));
+    let actions = world.attach_with(6, returning(0, 0, 2));
+    assert!(places(&actions).is_empty() && abandoned(&actions).is_empty(), "{actions:?}");
+    assert_eq!((world.core.status().state.as_str(), world.core.generation), ("training", Generation(6)));
+    // They send again what the old coordinator may not have counted: each iteration counts once.
+    for iteration in 0..2 {
+        assert_eq!(world.report(6, iteration), []);
+        let actions = world.report(5, iteration);
+        assert!(matches!(actions[..], [Action::Observe(Observation::Iteration(_))]), "{actions:?}");
+    }
+    assert_eq!(world.report(5, 2), []);
+    assert_eq!(world.core.status().iteration, 2);
+    assert_eq!(world.core.status().repeated_iterations, 0);
+}
+
+#[test]
+fn reports_of_iterations_that_a_checkpoint_covers_are_not_counted_again() {
+    let mut setup = setup(1, 2);
+    setup.history = journal(2);
+    setup.checkpoints = vec![CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() }];
+    let mut world = World::new(setup);
+    world.attach_with(5, returning(0, 0, 3));
+    world.attach_with(6, returning(1, 1, 3));
+    // One of them has not heard of the checkpoint.
+    assert!(matches!(world.report(5, 0)[..], [Action::Log(_)]));
+    assert!(matches!(world.report(5, 1)[..], [Action::Log(_)]));
+    assert_eq!(world.report(5, 2), []);
+    assert!(matches!(world.report(6, 2)[..], [Action::Observe(Observation::Iteration(_))]));
+    assert_eq!(world.core.status().iteration, 3);
+}
+
+#[test]
+fn ranks_that_do_not_come_back_in_time_are_lost_and_the_others_go_on() {
+    let mut world = successor(3, 3);
+    world.attach_with(5, returning(0, 0, 2));
+    world.attach_with(6, returning(2, 2, 3));
+    let beat = |world: &mut World| {
+        for stream in [5, 6] {
+            world.says(stream, heartbeat(6, Cursor::boundary(2)));
+        }
+    };
+    world.now += DEAD - 1;
+    beat(&mut world);
+    assert_eq!(world.core.status().state, "waiting");
+    let actions = world.later(1);
+    assert_eq!(abandoned(&actions), [5, 6]);
+    world.says(5, collective_failed(6, 2));
+    let actions = world.says(6, collective_failed(6, 3));
+    assert_eq!(places(&actions), [(5, 7, 0), (6, 7, 1)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 1 });
+}
+
+#[test]
+fn a_collective_that_failed_meanwhile_is_told_on_return() {
+    let mut world = successor(2, 2);
+    world.attach_with(5, returning(0, 0, 2));
+    world.says(5, collective_failed(6, 2));
+    let actions = world.attach_with(6, returning(1, 1, 3));
+    assert_eq!(abandoned(&actions), [6]);
+    let actions = world.says(6, collective_failed(6, 3));
+    assert_eq!(places(&actions), [(5, 7, 0), (6, 7, 1)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 1 });
+}
+
+#[test]
+fn a_worker_that_was_taken_for_lost_comes_back_as_a_joiner_with_its_state() {
+    let mut world = World::training(2, 2);
+    world.report(0, 0);
+    world.report(1, 0);
+    world.close(1);
+    let actions = world.says(0, collective_failed(1, 1));
+    assert_eq!(places(&actions), [(0, 2, 0)]);
+    let back = Hello {
+        held: Some(Cursor::boundary(1)),
+        place: Some(Place { generation: Generation(1), rank: 1 }),
+        ..hello("w1")
+    };
+    let actions = world.attach_with(7, back);
+    assert_eq!(abandoned(&actions), [7], "its old generation is over");
+    assert_eq!(requests(&actions), [(0, Request::Yield)]);
+}
+
+#[test]
+fn a_worker_may_come_back_before_its_old_stream_is_seen_to_be_gone() {
+    let mut world = World::training(2, 2);
+    let back = Hello { place: Some(Place { generation: Generation(1), rank: 1 }), ..hello("w1") };
+    let actions = world.attach_with(7, back);
+    assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
+    assert_eq!(world.core.status().members.len(), 2);
+    // What the old stream still says is nobody's word.
+    assert_eq!(world.close(1), []);
+}
+
+// ------------------------------------------------------------------------------------------------ leaving
+
+#[test]
+fn a_worker_that_leaves_saves_first_and_the_others_go_on() {
+    let mut world = World::training(2, 2);
+    let actions = world.says(1, FromWorker::Leaving { reason: "SIGTERM".into() });
+    assert_eq!(requests(&actions), [(0, Request::CheckpointAndYield), (1, Request::CheckpointAndYield)]);
+    assert_eq!(world.says(1, FromWorker::Leaving { reason: "SIGTERM".into() }), []);
+    for stream in [0, 1] {
+        world.report(stream, 0);
+    }
+    world.receipt(0, 1);
+    assert_eq!(commits(&world.receipt(1, 1)), [1]);
+    world.yields(0, 1);
+    let actions = world.yields(1, 1);
+    let stopped = actions.iter().any(|a| {
+        matches!(a, Action::Send { stream: StreamId(1), message: ToWorker::Stop { success: true, .. } })
+    });
+    assert!(stopped, "{actions:?}");
+    assert_eq!(places(&actions), [(0, 2, 0)]);
+    assert_eq!(source(&actions), Source::Peer { rank: 0 });
+    // The checkpoint exists although its generation is over.
+    let actions = world.committed(1);
+    assert!(matches!(actions[0], Action::Persist(Record::Committed { iteration: 1, .. })));
+}
+
+#[test]
+fn when_all_leave_a_successor_starts_from_what_they_saved() {
+    let mut world = World::training(1, 1);
+    world.says(0, FromWorker::Leaving { reason: "SIGTERM".into() });
+    world.report(0, 0);
+    world.receipt(0, 1);
+    world.yields(0, 1);
+    // It stays until the manifest is there.
+    let actions = world.committed(1);
+    assert!(actions.iter().any(|a| {
+        matches!(a, Action::Send { message: ToWorker::Stop { success: true, reason }, .. } if reason.contains("iteration 1 is saved"))
+    }));
+    assert_eq!(source(&world.attach(1)), Source::Checkpoint { manifest_key: "m1".into() });
+}
+
+#[test]
+fn a_standby_that_leaves_is_let_go_at_once() {
+    let mut world = World::training(1, 1);
+    world.attach(1);
+    let actions = world.says(1, FromWorker::Leaving { reason: "SIGTERM".into() });
+    assert!(matches!(told(&actions)[..], [ToWorker::Stop { success: true, .. }]), "{actions:?}");
+    assert!(requests(&actions).is_empty());
+}
+
+// ------------------------------------------------------------------------------------------------ checkpoints on demand
+
+#[test]
+fn a_checkpoint_on_demand_is_answered_when_it_exists() {
+    let mut world = World::training(1, 1);
+    let client = ClientId(4);
+    let actions = world.step(Event::CheckpointRequested { client });
+    assert_eq!(requests(&actions), [(0, Request::Checkpoint)]);
+    world.report(0, 0);
+    world.receipt(0, 1);
+    let actions = world.committed(1);
+    assert!(actions.contains(&Action::Answer { client, result: Ok(1) }), "{actions:?}");
+    assert!(actions.contains(&Action::Retain { generation: Generation(1), in_use: None }));
+}
+
+#[test]
+fn a_checkpoint_on_demand_is_refused_when_nothing_trains() {
+    let mut world = World::new(setup(1, 1));
+    let actions = world.step(Event::CheckpointRequested { client: ClientId(1) });
+    assert!(
+        matches!(&actions[..], [Action::Answer { result: Err(why), .. }] if why.contains("nothing is training"))
+    );
+}
+
+#[test]
+fn so_many_failed_checkpoints_in_a_row_end_the_run_if_it_is_so_configured() {
+    let mut setup = setup(1, 1);
+    setup.spec.checkpoint.stop_after_failures = 2;
+    let mut world = World::new(setup);
+    world.attach(0);
+    let failed = |iteration| {
+        FromWorker::ShardFailed(wire::ShardFailed {
+            generation: 1,
+            iteration,
+            rank: 0,
+            key: "k".into(),
+            error: "503".into(),
+        })
+    };
+    assert!(outcome(&world.says(0, failed(1))).is_none());
+    assert!(outcome(&world.says(0, failed(1))).is_none(), "the same checkpoint");
+    let reason = failure(&world.says(0, failed(2)));
+    assert!(reason.contains("2 checkpoints in a row") && reason.contains("503"), "{reason}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_it_is_used() {
+    let mut setup = setup(1, 1);
+    let committed = |iteration| CommittedCheckpoint { iteration, manifest_key: format!("m{iteration}") };
+    setup.checkpoints = vec![committed(1), committed(2)];
+    let mut world = World::new(setup);
+    assert_eq!(source(&world.attach(0)), Source::Checkpoint { manifest_key: "m2".into() });
+    let error = "rank-000: its SHA-256 is x".into();
+    let (generation, manifest_key) = (Generation(1), "m2".into());
+    let actions = world.says(0, FromWorker::CheckpointDamaged { generation, manifest_key, error });
+    assert!(actions.iter().any(|a| matches!(a, Action::Log(text) if text.contains("m2 is damaged"))));
+    assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m1".into() });
 }

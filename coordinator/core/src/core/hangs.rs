@@ -1,0 +1,59 @@
+//! Ranks that breathe but do not move.
+//!
+//! When one rank hangs, all others soon wait for it in a collective. So of those that have not moved for long, the ones that
+//! do not wait are at fault: their processes are ended, to be started again. Where all wait for each other, the network
+//! between them is at fault, and they form a new group.
+
+use potstill_proto::message::ToWorker;
+
+use super::{Actions, Core, Stage, seconds, send};
+use crate::{Action, StreamId};
+
+impl Core {
+    /// Looks at the ranks' progress, a few times within the patience with a rank that does not move.
+    pub(super) fn look_for_hangs(&mut self, actions: &mut Actions) {
+        let patience = self.timeouts.hang_millis;
+        let now = self.now;
+        let Stage::Training(training) = &mut self.stage else { return };
+        if training.look > now {
+            return;
+        }
+        training.look = now.after((patience / 8).max(1));
+        let mut stuck = Vec::new();
+        for (rank, stream) in (0u32..).zip(&training.ranks) {
+            if training.finished.contains_key(&rank) {
+                continue;
+            }
+            if let Some(member) = self.members.get(*stream)
+                && member.moved.after(patience) <= now
+            {
+                stuck.push((rank, *stream, member.waiting));
+            }
+        }
+        let guilty: Vec<_> = stuck.iter().filter(|(.., waiting)| !waiting).collect();
+        if let Some((_, first, _)) = stuck.first()
+            && guilty.is_empty()
+        {
+            let reason = format!("{}: all ranks wait for each other", self.stillness(*first));
+            return self.abandon(reason, None, actions);
+        }
+        let guilty: Vec<_> = guilty.into_iter().map(|(_, stream, _)| *stream).collect();
+        for stream in guilty {
+            let reason = self.stillness(stream);
+            send(actions, stream, ToWorker::Restart { reason: reason.clone() });
+            self.lost(stream, &reason, actions);
+            actions.push(Action::Close { stream });
+        }
+    }
+
+    /// Since when a member has not moved, and where.
+    fn stillness(&self, stream: StreamId) -> String {
+        let Some(member) = self.members.get(stream) else { return String::new() };
+        format!(
+            "it breathes but has not moved for {:.1} s ({}, {})",
+            seconds(self.now.0 - member.moved.0),
+            if member.activity.is_empty() { "silent" } else { &member.activity },
+            member.cursor
+        )
+    }
+}

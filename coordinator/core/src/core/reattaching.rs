@@ -1,0 +1,162 @@
+//! A coordinator that takes over from one that died: the generation in the journal may live on, so its ranks are awaited
+//! before anything changes. If all of them come back, nothing does.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use potstill_proto::{
+    cursor::Cursor,
+    message::{Place, WorkerId},
+};
+
+use super::{Actions, Cause, Core, Gathering, Settling, Stage, Training, log, seconds};
+use crate::{Action, StreamId, Tick, assignment::Start, observation::Observation, record::Record};
+
+/// See [`Stage::Reattaching`].
+#[derive(Debug)]
+pub(super) struct Reattaching {
+    /// Members by rank, from the journal.
+    expected: Vec<WorkerId>,
+    /// Those that are here, by rank.
+    pub(super) here: BTreeMap<u32, StreamId>,
+    /// Those of them that have left the generation's group.
+    pub(super) left: BTreeSet<StreamId>,
+    /// Ranks that have nothing left to compute, and where they stand.
+    pub(super) finished: BTreeMap<u32, Cursor>,
+    since: Tick,
+}
+
+impl Core {
+    /// Prepares for the ranks of the generation that the journal says lived last.
+    pub(super) fn await_generation(&mut self, history: &[Record]) {
+        let mut living = None;
+        for record in history {
+            match record {
+                Record::GenerationOpened { members, start, .. } => living = Some((members, *start)),
+                Record::Ended { .. } => living = None,
+                _ => {}
+            }
+        }
+        let Some((members, start)) = living else { return };
+        let expected: Vec<_> = members.iter().cloned().map(WorkerId).collect();
+        let world_size = u32::try_from(expected.len()).unwrap_or(u32::MAX);
+        let saved = self.ledger.newest().map_or(0, |newest| newest.iteration);
+        // The ranks keep their reports until a checkpoint covers them, and send them again.
+        self.start = Start { cursor: Cursor::boundary(start.max(saved)), exact: false };
+        self.steps.reopen(world_size, self.start);
+        self.ledger.open(self.generation, world_size);
+        self.stage = Stage::Reattaching(Reattaching {
+            expected,
+            here: BTreeMap::new(),
+            left: BTreeSet::new(),
+            finished: BTreeMap::new(),
+            since: Tick::default(),
+        });
+    }
+
+    /// How long the ranks have to come back: they train on meanwhile, so nothing is lost by waiting.
+    pub(super) fn reattached_by(&self, reattaching: &Reattaching) -> Tick {
+        reattaching.since.after(self.timeouts.dead_millis)
+    }
+
+    pub(super) fn start_waiting(&mut self, actions: &mut Actions) {
+        let (now, iteration) = (self.now, self.start.cursor.iteration);
+        let Stage::Reattaching(reattaching) = &mut self.stage else { return };
+        reattaching.since = now;
+        let need = u32::try_from(reattaching.expected.len()).unwrap_or(u32::MAX);
+        let reason = format!(
+            "{} was training at iteration {iteration} or later: its ranks have {:.1} s to come back",
+            self.generation,
+            seconds(self.timeouts.dead_millis)
+        );
+        actions.push(Action::Observe(Observation::Waiting { have: 0, need, reason }));
+    }
+
+    /// For people: who is awaited.
+    pub(super) fn missing_ranks(&self, reattaching: &Reattaching) -> String {
+        let (here, expected) = (reattaching.here.len(), reattaching.expected.len());
+        let left = seconds(self.reattached_by(reattaching).0.saturating_sub(self.now.0));
+        let awaited = "the coordinator was replaced";
+        format!(
+            "{awaited}: {here} of the {expected} ranks of {} are back; {left:.1} s are left",
+            self.generation
+        )
+    }
+
+    /// A worker came back with the place that the journal gave it.
+    pub(super) fn came_back(&mut self, stream: StreamId, worker: &WorkerId, place: Place) -> bool {
+        let generation = self.generation;
+        let Stage::Reattaching(reattaching) = &mut self.stage else { return false };
+        let is_its_own =
+            place.generation == generation && reattaching.expected.get(place.rank as usize) == Some(worker);
+        if is_its_own {
+            reattaching.here.insert(place.rank, stream);
+        }
+        is_its_own
+    }
+
+    /// Goes on as soon as everybody is back, or when the time for that is over.
+    pub(super) fn reattach(&mut self, actions: &mut Actions) {
+        let Stage::Reattaching(reattaching) = &self.stage else { return };
+        let missing = reattaching.expected.len() - reattaching.here.len();
+        let late = self.reattached_by(reattaching) <= self.now;
+        if missing > 0 && !late {
+            return;
+        }
+        let nobody = Stage::Gathering(Gathering {
+            short_since: self.now,
+            enough_since: None,
+            patient: false,
+            reason: String::new(),
+        });
+        let Stage::Reattaching(reattaching) = std::mem::replace(&mut self.stage, nobody) else {
+            return;
+        };
+        let Reattaching { expected, here, left, finished, .. } = reattaching;
+        if here.is_empty() {
+            return self.gather(format!("none of the ranks of {} came back", self.generation), actions);
+        }
+        let whole = missing == 0 && left.is_empty();
+        if whole {
+            log(actions, format!("all {} ranks of {} are back: it goes on", here.len(), self.generation));
+        }
+        let training = Training {
+            ranks: here.into_values().collect(),
+            finished,
+            parting: None,
+            look: self.now.after(self.timeouts.hang_millis),
+        };
+        let holders: BTreeSet<_> = training
+            .ranks
+            .iter()
+            .copied()
+            .filter(|s| self.members.get(*s).is_some_and(|m| m.held.unwrap_or_default() >= self.start.cursor))
+            .collect();
+        if whole {
+            if self.stop.is_some() {
+                self.request_stop(&training, actions);
+            } else if !self.clients.is_empty() {
+                self.request_checkpoint(&training, actions);
+            }
+            self.stage = Stage::Training(training);
+            self.welcome_joiners(actions);
+            self.conclude(actions);
+        } else {
+            let reason = if missing > 0 {
+                let gone = expected.len() - training.ranks.len();
+                format!("{gone} of the {} ranks of {} did not come back", expected.len(), self.generation)
+            } else {
+                format!("a collective of {} failed while no coordinator was there", self.generation)
+            };
+            let awaiting: BTreeSet<_> =
+                training.ranks.iter().copied().filter(|stream| !left.contains(stream)).collect();
+            self.tell_to_abandon(&awaiting, &reason, actions);
+            self.stage = Stage::Settling(Settling {
+                awaiting,
+                keepers: holders,
+                cause: Cause::Known,
+                since: self.now,
+                reason,
+            });
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Finding a run's coordinator, by the address that it left in the journal, and talking to it.
+
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use potstill_core::record::Record;
+use potstill_proto::{MAX_MESSAGE_BYTES, wire, wire::coordinator_client::CoordinatorClient};
+use potstill_storage::{Run, journal::Journal};
+use tonic::transport::{Channel, Endpoint};
+
+/// How long a coordinator may take to accept a connection.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long it may take to say what it is doing.
+const STATUS: Duration = Duration::from_secs(10);
+
+/// Where the newest coordinator of a run listens, or listened, as `host:port`.
+#[must_use]
+pub fn newest_address(history: &[Record]) -> Option<&str> {
+    history.iter().rev().find_map(|record| match record {
+        Record::RunStarted { address, .. } | Record::Resumed { address, .. } => {
+            Some(address.as_str()).filter(|address| !address.is_empty())
+        }
+        _ => None,
+    })
+}
+
+/// The journal of a run.
+///
+/// # Errors
+/// The store's, or a record that cannot be read.
+pub async fn history(run: &Run) -> anyhow::Result<Vec<Record>> {
+    let (_, records) = Journal::open(run).await?;
+    let decode = |(index, bytes): (usize, &bytes::Bytes)| {
+        Record::decode(bytes).with_context(|| format!("record {index} of the journal"))
+    };
+    records.iter().enumerate().map(decode).collect()
+}
+
+/// A run's coordinator.
+pub struct Client {
+    coordinator: CoordinatorClient<Channel>,
+    address: String,
+}
+
+impl Client {
+    /// Connects to `host:port`.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub async fn connect(address: &str, patience: Duration) -> anyhow::Result<Self> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .with_context(|| format!("{address:?} is not an address; expected host:port"))?
+            .connect_timeout(patience);
+        let channel =
+            endpoint.connect().await.with_context(|| format!("no coordinator answers at {address}"))?;
+        let coordinator = CoordinatorClient::new(channel).max_decoding_message_size(MAX_STATUS_BYTES);
+        Ok(Self { coordinator, address: address.to_owned() })
+    }
+
+    /// Connects to the coordinator of a run.
+    ///
+    /// # Errors
+    /// The run cannot be read, has no coordinator, or that does not answer.
+    pub async fn of(run: &Run) -> anyhow::Result<Self> {
+        let history = history(run).await?;
+        if let Some(Record::Ended { .. }) = history.last() {
+            bail!("run {} is over", run.id());
+        }
+        let address = newest_address(&history)
+            .with_context(|| format!("run {} has no coordinator in {}", run.id(), run.describe("journal")))?;
+        Self::connect(address, CONNECT).await
+    }
+
+    /// What the run is doing.
+    ///
+    /// # Errors
+    /// The coordinator does not answer in time.
+    pub async fn status(&mut self) -> anyhow::Result<wire::StatusReply> {
+        let asked = tokio::time::timeout(STATUS, self.coordinator.status(wire::StatusRequest {})).await;
+        let reply = asked.with_context(|| format!("the coordinator at {} does not answer", self.address))?;
+        Ok(reply.map_err(|status| self.refused(&status))?.into_inner())
+    }
+
+    /// Has a checkpoint saved, and waits until it exists. Returns its iteration.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn checkpoint(&mut self) -> anyhow::Result<u64> {
+        let reply = self.coordinator.checkpoint(wire::CheckpointRequest {}).await;
+        Ok(reply.map_err(|status| self.refused(&status))?.into_inner().iteration)
+    }
+
+    /// Asks the run to save and end.
+    ///
+    /// # Errors
+    /// The coordinator cannot be asked.
+    pub async fn cancel(&mut self, reason: String) -> anyhow::Result<()> {
+        let reply = self.coordinator.cancel(wire::CancelRequest { reason }).await;
+        reply.map(|_| ()).map_err(|status| self.refused(&status))
+    }
+
+    fn refused(&self, status: &tonic::Status) -> anyhow::Error {
+        anyhow::anyhow!("the coordinator at {}: {}", self.address, status.message())
+    }
+}
+
+/// The status of ten thousand members is longer than any message between coordinator and workers.
+const MAX_STATUS_BYTES: usize = 64 * MAX_MESSAGE_BYTES;

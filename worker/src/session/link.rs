@@ -1,0 +1,276 @@
+//! The stream itself: connects, says hello, passes messages on, and comes back when it is lost.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use potstill_c10d::ProcessGroup;
+use potstill_proto::{
+    MAX_MESSAGE_BYTES,
+    cursor::Generation,
+    message::{FromWorker, Hello, Place, ToWorker},
+    wire::{self, coordinator_client::CoordinatorClient},
+};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Streaming, transport::Endpoint};
+
+use super::{Inbound, Progress, Terms, retained::Retained};
+use crate::lifeline;
+
+/// How long a starting rank tries to reach the coordinator, which may be starting too.
+const CONNECT_FOR: Duration = Duration::from_secs(30);
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A connection that is silent for so long is asked whether it lives, and has so long to answer.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(7));
+
+/// Sends to the coordinator, from any thread, whether or not there is a stream at the moment.
+#[derive(Clone, Default)]
+pub struct Outbox(Arc<Mutex<Outgoing>>);
+
+#[derive(Default)]
+struct Outgoing {
+    retained: Retained,
+    stream: Option<UnboundedSender<wire::WorkerMessage>>,
+}
+
+impl Outbox {
+    /// Sends a message; one that must not be lost is sent again when the stream was.
+    pub fn send(&self, message: FromWorker) {
+        let mut outgoing = self.lock();
+        outgoing.retained.keep(&message);
+        if let Some(stream) = &outgoing.stream {
+            // The link notices by itself that a stream is lost.
+            let _ = stream.send(message.into());
+        }
+    }
+
+    /// Begins a stream: a hello, and all that a coordinator has to be told which may not know it.
+    fn begin(
+        &self,
+        mut hello: Hello,
+        progress: &Progress,
+    ) -> anyhow::Result<UnboundedReceiverStream<wire::WorkerMessage>> {
+        let (sender, messages) = unbounded_channel();
+        let mut outgoing = self.lock();
+        hello.place = outgoing.retained.place;
+        hello.held = progress.held().filter(|_| hello.place.is_some());
+        let closed = "the stream closed before the hello";
+        sender.send(hello.into()).context(closed)?;
+        for message in outgoing.retained.messages() {
+            sender.send(message.clone().into()).context(closed)?;
+        }
+        outgoing.stream = Some(sender);
+        Ok(UnboundedReceiverStream::new(messages))
+    }
+
+    fn heard(&self, message: &ToWorker) {
+        let retained = &mut self.lock().retained;
+        match message {
+            ToWorker::Assignment(a) => {
+                retained.assigned(Place { generation: a.generation, rank: a.rank });
+            }
+            ToWorker::Committed { iteration } => retained.committed(*iteration),
+            _ => {}
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Outgoing> {
+        // What a thread that panicked had locked is whole: every change is a single push or retain.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The group that the rank is in, for the link to abort.
+pub type Entered = Arc<Mutex<Option<(Generation, ProcessGroup)>>>;
+
+/// Ends the collectives of the generation that `message` calls the rank away from.
+fn abort_if_called_away(entered: &Entered, message: &ToWorker) {
+    let Ok(entered) = entered.lock() else { return };
+    let Some((generation, group)) = entered.as_ref() else { return };
+    let called_away = match message {
+        ToWorker::Abandon { generation: abandoned, .. } => abandoned >= generation,
+        ToWorker::Assignment(assignment) => assignment.generation > *generation,
+        ToWorker::Stop { .. } => true,
+        _ => false,
+    };
+    if called_away && let Err(error) = group.abort() {
+        tracing::warn!(%generation, %error, "cannot abort the group");
+    }
+}
+
+/// One rank's connection to the coordinators of its run.
+pub struct Link {
+    pub address: String,
+    pub hello: Hello,
+    pub outbox: Outbox,
+    pub progress: Arc<Progress>,
+    pub entered: Entered,
+}
+
+impl Link {
+    /// Attaches for the first time.
+    ///
+    /// # Errors
+    /// Where it tried and why it failed, or why the coordinator refused.
+    pub async fn attach(&self) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
+        self.retry(CONNECT_FOR, LONGEST_PAUSE).await
+    }
+
+    /// Passes on what comes, and comes back whenever the stream is lost, until the run is over for this rank or no
+    /// coordinator can be reached for as long as the rank has patience.
+    pub async fn keep(
+        self,
+        mut incoming: Streaming<wire::CoordinatorMessage>,
+        terms: Terms,
+        inbound: mpsc::Sender<Inbound>,
+    ) {
+        loop {
+            let lost = match self.listen(incoming, &inbound).await {
+                Some(lost) => lost,
+                None => return,
+            };
+            tracing::warn!(
+                reason = lost,
+                "lost the coordinator; going on, and trying to reach it or its successor"
+            );
+            let longest = terms.heartbeat.clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            match self.retry(terms.patience, longest).await {
+                Ok((stream, _)) => {
+                    tracing::info!("attached to a coordinator again");
+                    incoming = stream;
+                }
+                Err(error) => {
+                    let _ = inbound.send(Inbound::Lost(format!("{lost}; then {error:#}")));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// How the stream was lost; `None` when there is no more to listen for.
+    async fn listen(
+        &self,
+        mut incoming: Streaming<wire::CoordinatorMessage>,
+        inbound: &mpsc::Sender<Inbound>,
+    ) -> Option<String> {
+        loop {
+            let message = match incoming.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Some("the coordinator closed the stream".to_owned()),
+                Err(status) => {
+                    return Some(format!("the stream to the coordinator broke: {}", status.message()));
+                }
+            };
+            let message = match ToWorker::try_from(message) {
+                Ok(message) => message,
+                Err(error) => return Some(error.to_string()),
+            };
+            if let ToWorker::Restart { reason } = &message {
+                tracing::error!(reason, "this process does not move: ending it, to be started again");
+                lifeline::end_now();
+            }
+            self.outbox.heard(&message);
+            abort_if_called_away(&self.entered, &message);
+            let over = matches!(message, ToWorker::Stop { .. } | ToWorker::Refused { .. });
+            if inbound.send(Inbound::Message(message)).is_err() || over {
+                return None;
+            }
+        }
+    }
+
+    /// Attaches, trying again for `patience`.
+    async fn retry(
+        &self,
+        patience: Duration,
+        longest: Duration,
+    ) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
+        let address = &self.address;
+        let started = Instant::now();
+        let (mut tries, mut pause) = (0u32, FIRST_PAUSE);
+        loop {
+            tries += 1;
+            let attempt = tokio::time::timeout(ATTEMPT, self.attempt()).await;
+            let error = match attempt {
+                Ok(Ok(attached)) => return Ok(attached),
+                Ok(Err(Failure::Final(error))) => return Err(error),
+                Ok(Err(Failure::Passing(error))) => error,
+                Err(_) => anyhow::anyhow!("no answer within {} s", ATTEMPT.as_secs()),
+            };
+            if started.elapsed() + pause >= patience {
+                bail!(
+                    "cannot reach the coordinator at {address}: tried {tries} times in {:.0} s, last: {}. Is it running \
+                     there, and does the network let this machine reach it?",
+                    started.elapsed().as_secs_f64(),
+                    error.root_cause()
+                );
+            }
+            tracing::debug!(%address, tries, error = %error.root_cause(), "cannot reach the coordinator yet");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {
+        let address = &self.address;
+        let endpoint = Endpoint::from_shared(address.to_owned())
+            .with_context(|| format!("{address:?} is not an address; expected http://host:port"))
+            .map_err(Failure::Final)?
+            .connect_timeout(ATTEMPT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE.0)
+            .keep_alive_timeout(KEEP_ALIVE.1)
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await.map_err(|error| Failure::Passing(error.into()))?;
+        let mut client = CoordinatorClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let outgoing = self.outbox.begin(self.hello.clone(), &self.progress).map_err(Failure::Passing)?;
+        let lost = || format!("the coordinator at {address} closed the stream before its welcome");
+        let welcomed = async {
+            let mut incoming = client.attach(outgoing).await.with_context(lost)?.into_inner();
+            let first = incoming.message().await.with_context(lost)?.with_context(lost)?;
+            anyhow::Ok((incoming, first))
+        };
+        let (incoming, first) = welcomed.await.map_err(Failure::Passing)?;
+        match ToWorker::try_from(first).map_err(|error| Failure::Final(error.into()))? {
+            ToWorker::Welcome {
+                run_id,
+                specification,
+                storage_url,
+                heartbeat_millis,
+                collective_timeout_millis,
+                patience_millis,
+            } => {
+                let terms = Terms {
+                    run_id,
+                    specification,
+                    storage_url,
+                    heartbeat: Duration::from_millis(heartbeat_millis),
+                    collective_timeout: Duration::from_millis(collective_timeout_millis),
+                    patience: Duration::from_millis(patience_millis),
+                };
+                Ok((incoming, terms))
+            }
+            ToWorker::Refused { reason } | ToWorker::Stop { reason, .. } => Err(Failure::Final(
+                anyhow::anyhow!("the coordinator at {address} refused this worker: {reason}"),
+            )),
+            other => Err(Failure::Final(anyhow::anyhow!(
+                "the coordinator at {address} answered the hello with {other:?}"
+            ))),
+        }
+    }
+}
+
+/// Why an attempt to attach failed.
+enum Failure {
+    /// Another attempt may succeed.
+    Passing(anyhow::Error),
+    /// None will.
+    Final(anyhow::Error),
+}

@@ -1,0 +1,160 @@
+//! The rank's side of the `Attach` stream.
+//!
+//! The stream lives on a small runtime of its own, so heartbeats go out while the training thread computes or waits in a
+//! collective. What the coordinator says is collected in [`Orders`], which the training thread looks at between
+//! micro-batches. An order to leave also aborts the group that the rank is in, so that a rank which waits for a stuck peer
+//! leaves at once.
+//!
+//! A stream that is lost changes nothing for the training thread: the link comes back to the coordinator or to its
+//! successor and says again what that may not know.
+
+mod link;
+mod orders;
+mod progress;
+mod retained;
+
+use std::{
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use potstill_c10d::ProcessGroup;
+use potstill_proto::{
+    cursor::Generation,
+    message::{FromWorker, Hello, ToWorker},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use self::link::{Entered, Link};
+pub use self::{link::Outbox, orders::Orders, progress::Progress};
+
+/// What the welcome says.
+#[derive(Clone)]
+pub struct Terms {
+    pub run_id: String,
+    pub specification: String,
+    pub storage_url: String,
+    pub heartbeat: Duration,
+    pub collective_timeout: Duration,
+    /// How long to go on without a coordinator.
+    pub patience: Duration,
+}
+
+enum Inbound {
+    Message(ToWorker),
+    Lost(String),
+}
+
+/// A worker's talk with the coordinators of its run.
+pub struct Session {
+    inbox: mpsc::Receiver<Inbound>,
+    outbox: Outbox,
+    orders: Orders,
+    entered: Entered,
+    pub progress: Arc<Progress>,
+}
+
+impl Session {
+    /// Attaches: connects with bounded retries, says hello, waits for the welcome. From then on SIGTERM and SIGUSR1 are
+    /// passed on as the wish to leave.
+    ///
+    /// # Errors
+    /// Where it tried and why it failed, or why the coordinator refused.
+    pub async fn attach(address: &str, hello: Hello) -> anyhow::Result<(Self, Terms)> {
+        let (outbox, progress, entered) = (Outbox::default(), Arc::<Progress>::default(), Entered::default());
+        let link = Link {
+            address: address.to_owned(),
+            hello,
+            outbox: outbox.clone(),
+            progress: Arc::clone(&progress),
+            entered: Arc::clone(&entered),
+        };
+        let (incoming, terms) = link.attach().await?;
+        let (inbound, inbox) = mpsc::channel();
+        tokio::spawn(link.keep(incoming, terms.clone(), inbound));
+        let (beats, beating, heartbeat) = (outbox.clone(), Arc::clone(&progress), terms.heartbeat);
+        tokio::spawn(async move {
+            let mut interval = tokio::time::interval(heartbeat);
+            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                interval.tick().await;
+                beats.send(beating.heartbeat());
+            }
+        });
+        let leaving = outbox.clone();
+        let (mut terminate, mut user) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::user_defined1())?);
+        tokio::spawn(async move {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = user.recv() => "SIGUSR1",
+            };
+            tracing::info!("{name}: leaving at the next boundary");
+            leaving.send(FromWorker::Leaving { reason: name.to_owned() });
+        });
+        Ok((Self { inbox, outbox, orders: Orders::default(), entered, progress }, terms))
+    }
+
+    /// The rank has joined a group: from now on an order to leave its generation aborts it.
+    pub fn enter_group(&self, generation: Generation, group: &ProcessGroup) {
+        if let Ok(mut entered) = self.entered.lock() {
+            *entered = Some((generation, group.clone()));
+        }
+    }
+
+    /// The rank has left its group.
+    pub fn leave_group(&self) {
+        if let Ok(mut entered) = self.entered.lock() {
+            *entered = None;
+        }
+    }
+
+    /// A sender to hand to other threads.
+    pub fn outbox(&self) -> Outbox {
+        self.outbox.clone()
+    }
+
+    /// Sends a message.
+    pub fn send(&self, message: FromWorker) {
+        self.outbox.send(message);
+    }
+
+    /// What is wanted now, without waiting.
+    ///
+    /// # Errors
+    /// No coordinator can be reached any more.
+    pub fn orders(&mut self) -> anyhow::Result<&mut Orders> {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(inbound) => self.accept(inbound)?,
+                Err(mpsc::TryRecvError::Empty) => return Ok(&mut self.orders),
+                // The link has nothing more to say once the run is over.
+                Err(mpsc::TryRecvError::Disconnected) if self.orders.stop.is_some() => {
+                    return Ok(&mut self.orders);
+                }
+                Err(mpsc::TryRecvError::Disconnected) => bail!("the session's task ended"),
+            }
+        }
+    }
+
+    /// Waits for the next message and takes it into the orders.
+    ///
+    /// # Errors
+    /// No coordinator can be reached any more.
+    pub fn wait(&mut self) -> anyhow::Result<&mut Orders> {
+        let inbound = self.inbox.recv().context("the session's task ended")?;
+        self.accept(inbound)?;
+        Ok(&mut self.orders)
+    }
+
+    fn accept(&mut self, inbound: Inbound) -> anyhow::Result<()> {
+        match inbound {
+            Inbound::Message(message) => {
+                self.orders.take(message);
+                Ok(())
+            }
+            Inbound::Lost(reason) => bail!(reason),
+        }
+    }
+}

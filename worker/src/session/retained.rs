@@ -1,0 +1,100 @@
+//! What the rank has said in its newest generation and no checkpoint covers yet.
+//!
+//! A coordinator that dies takes what it was told with it. Its successor starts from the newest checkpoint, so the rank says
+//! again what came after that; what was counted already is counted once.
+
+use potstill_proto::{
+    cursor::Generation,
+    message::{FromWorker, Place},
+};
+
+/// See the module's documentation.
+#[derive(Default)]
+pub struct Retained {
+    /// The rank's newest place.
+    pub place: Option<Place>,
+    messages: Vec<FromWorker>,
+}
+
+impl Retained {
+    /// A new place: what was said in an older one is of no use any more.
+    pub fn assigned(&mut self, place: Place) {
+        self.place = Some(place);
+        self.messages.retain(|message| {
+            matches!(message, FromWorker::Ready | FromWorker::Leaving { .. } | FromWorker::Failed { .. })
+        });
+    }
+
+    /// A checkpoint of `iteration` exists.
+    pub fn committed(&mut self, iteration: u64) {
+        self.messages.retain(|message| match message {
+            FromWorker::StepReport(report) => report.iteration >= iteration,
+            FromWorker::Evaluation(report) => report.iteration > iteration,
+            FromWorker::ShardReceipt(receipt) => receipt.iteration > iteration,
+            FromWorker::ShardFailed(failure) => failure.iteration > iteration,
+            _ => true,
+        });
+    }
+
+    /// Keeps a message if a successor would need it.
+    pub fn keep(&mut self, message: &FromWorker) {
+        let generation = match message {
+            FromWorker::StepReport(report) => Generation(report.generation),
+            FromWorker::Evaluation(report) => Generation(report.generation),
+            FromWorker::ShardReceipt(receipt) => Generation(receipt.generation),
+            FromWorker::ShardFailed(failure) => Generation(failure.generation),
+            FromWorker::CollectiveFailed { generation, .. }
+            | FromWorker::Yielded { generation, .. }
+            | FromWorker::CheckpointDamaged { generation, .. }
+            | FromWorker::Finished { generation, .. } => *generation,
+            // Of the worker, not of its place.
+            FromWorker::Failed { .. } | FromWorker::Ready | FromWorker::Leaving { .. } => {
+                return self.messages.push(message.clone());
+            }
+            FromWorker::Heartbeat { .. } => return,
+        };
+        if self.place.is_some_and(|place| place.generation == generation) {
+            self.messages.push(message.clone());
+        }
+    }
+
+    /// Everything kept, in the order in which it was said.
+    pub fn messages(&self) -> impl Iterator<Item = &FromWorker> {
+        self.messages.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_proto::wire::{ShardReceipt, StepReport};
+
+    use super::*;
+
+    fn step(generation: u64, iteration: u64) -> FromWorker {
+        FromWorker::StepReport(StepReport { generation, iteration, ..Default::default() })
+    }
+
+    fn receipt(generation: u64, iteration: u64) -> FromWorker {
+        FromWorker::ShardReceipt(ShardReceipt { generation, iteration, ..Default::default() })
+    }
+
+    fn at(generation: u64) -> Place {
+        Place { generation: Generation(generation), rank: 0 }
+    }
+
+    #[test]
+    fn what_a_checkpoint_covers_and_older_generations_are_forgotten() {
+        let mut retained = Retained::default();
+        retained.keep(&FromWorker::Ready);
+        retained.assigned(at(1));
+        for message in [step(1, 0), step(1, 1), receipt(1, 2), step(1, 2), step(0, 9)] {
+            retained.keep(&message);
+        }
+        let kept = |retained: &Retained| retained.messages().cloned().collect::<Vec<_>>();
+        assert_eq!(kept(&retained), [FromWorker::Ready, step(1, 0), step(1, 1), receipt(1, 2), step(1, 2)]);
+        retained.committed(2);
+        assert_eq!(kept(&retained), [FromWorker::Ready, step(1, 2)]);
+        retained.assigned(at(2));
+        assert_eq!(kept(&retained), [FromWorker::Ready]);
+    }
+}
