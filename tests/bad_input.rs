@@ -172,7 +172,7 @@ fn a_generator_that_makes_nothing_finite_stops_the_run_with_a_reason() {
     std::fs::write(&path, bytes).unwrap();
     // Without scores: those of such samples would be refused before the first iteration.
     let sets = [&sets[..], &["checkpoint.every=1"]].concat();
-    let output = cluster.unscored("diverged", 1, &sets);
+    let output = cluster.unscored("launch", "diverged", 1, &sets, &[]).output().unwrap();
     let message = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{message}");
     says(&message, &["4 iterations in a row", "not finite", "diverged"]);

@@ -2,21 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{
-    io::{BufRead, BufReader, Read},
-    process::{Child, ChildStderr, Command, Stdio},
-    sync::mpsc,
-    time::Duration,
-};
-
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
-use potstill_tests::{Cluster, relative_difference, text};
-
-/// Long enough for anything that is not stuck.
-const PATIENCE: Duration = Duration::from_secs(120);
+use nix::sys::signal::Signal;
+use potstill_tests::{Cluster, Process, kill, relative_difference, text, worker_pid};
 
 #[test]
 fn a_finished_run_leaves_scores_pictures_and_metrics() {
@@ -68,58 +55,11 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     }
 }
 
-/// A launch under way, whose log is read line by line.
-struct Launched {
-    child: Child,
-    log: BufReader<ChildStderr>,
-    seen: String,
-}
-
-impl Launched {
-    fn start(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Self { child, log, seen: String::new() }
-    }
-
-    /// Reads on until a line holds all of `words`; returns it.
-    fn until(&mut self, words: &[&str]) -> String {
-        loop {
-            let mut line = String::new();
-            let length = self.log.read_line(&mut line).unwrap();
-            self.seen += &line;
-            assert!(length > 0, "no line with {words:?} in:\n{}", self.seen);
-            if words.iter().all(|word| line.contains(word)) {
-                return line;
-            }
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
-    }
-
-    /// Reads the log to its end, which is when the launcher and every process it started have closed it, and reaps the
-    /// launcher. Returns its exit code and all that was said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let (done, finished) = mpsc::channel();
-        std::thread::spawn(move || {
-            let result = self.log.read_to_string(&mut self.seen);
-            if let Some(mut stdout) = self.child.stdout.take() {
-                stdout.read_to_string(&mut self.seen).unwrap();
-            }
-            let status = self.child.wait().unwrap();
-            done.send((result.map(|_| status.code()).unwrap(), std::mem::take(&mut self.seen))).unwrap();
-        });
-        finished.recv_timeout(PATIENCE).expect("a process of the launch still holds its log open")
-    }
-}
-
 #[test]
 fn ctrl_c_saves_and_resume_goes_on_bit_by_bit() {
     let cluster = Cluster::default();
     let many = ["distillation.iterations=100000", "checkpoint.every=100000"];
-    let mut launched = Launched::start(cluster.launch("stopped", 2, &many, &[]));
+    let mut launched = Process::start(cluster.launch("stopped", 2, &many, &[]));
     launched.until(&["iteration", "images/s"]);
     launched.signal(Signal::SIGINT);
     let (code, log) = launched.end();
@@ -139,7 +79,7 @@ fn ctrl_c_saves_and_resume_goes_on_bit_by_bit() {
 #[test]
 fn nothing_outlives_a_launcher_that_is_killed() {
     let cluster = Cluster::default();
-    let mut launched = Launched::start(cluster.launch("killed", 2, &["distillation.iterations=100000"], &[]));
+    let mut launched = Process::start(cluster.launch("killed", 2, &["distillation.iterations=100000"], &[]));
     launched.until(&["iteration", "images/s"]);
     launched.signal(Signal::SIGKILL);
     // The log ends only when agent and ranks, which write to it too, are gone.
@@ -151,11 +91,11 @@ fn nothing_outlives_a_launcher_that_is_killed() {
 fn a_lost_rank_is_replaced_and_changes_nothing() {
     let cluster = Cluster::default();
     let sets = ["distillation.iterations=60", "checkpoint.every=1000"];
-    let mut launched = Launched::start(cluster.launch("disturbed", 2, &sets, &[]));
+    let mut launched = Process::start(cluster.launch("disturbed", 2, &sets, &[]));
     let line = launched.until(&["attached", "process"]);
-    let pid = line.split("process ").nth(1).and_then(|rest| rest.split(',').next()).unwrap().parse().unwrap();
+    let pid = worker_pid(&line);
     launched.until(&["iteration", "images/s"]);
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    kill(pid, Signal::SIGKILL);
     let (code, log) = launched.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("generation=2"), "{log}");

@@ -4,10 +4,15 @@
 
 use std::{
     collections::BTreeMap,
+    io::{BufRead, BufReader, Read},
+    net::TcpListener,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, ChildStderr, Command, Output, Stdio},
+    sync::mpsc,
+    time::Duration,
 };
 
+use nix::{sys::signal::Signal, unistd::Pid};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
@@ -81,12 +86,8 @@ impl Cluster {
         command
     }
 
-    /// Runs [`launch`](Self::launch) to its end with a run file that names no extractor.
-    ///
-    /// # Panics
-    /// The run file cannot be written.
-    #[must_use]
-    pub fn unscored(&self, run: &str, workers: u32, sets: &[&str]) -> Output {
+    /// A run file of the digits that names no extractor, so that nothing is scored.
+    fn unscored_config(&self) -> PathBuf {
         let digits = repository().join("configs/digits");
         let config = self.folder.path().join("unscored.toml");
         let text = format!(
@@ -94,15 +95,78 @@ impl Cluster {
             digits.join("teacher.safetensors").display().to_string()
         );
         std::fs::write(&config, text).expect("the run file can be written");
-        Command::new(binary("potstill"))
-            .arg("launch")
-            .arg(config)
-            .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1", "--storage"])
+        config
+    }
+
+    /// `potstill launch` or `potstill serve` on the digits, unscored, with two micro-batches of 16 per iteration unless
+    /// `sets` say otherwise.
+    #[must_use]
+    pub fn unscored(
+        &self,
+        subcommand: &str,
+        run: &str,
+        workers: u32,
+        sets: &[&str],
+        flags: &[&str],
+    ) -> Command {
+        let mut command = Command::new(binary("potstill"));
+        command
+            .arg(subcommand)
+            .arg(self.unscored_config())
+            .args(["--workers", &workers.to_string(), "--run-id", run, "--storage"])
             .arg(self.storage())
             .args(sets.iter().flat_map(|set| ["--set", set]))
-            .stdin(Stdio::null())
-            .output()
-            .expect("potstill starts")
+            .args(flags)
+            .stdin(Stdio::null());
+        if subcommand == "launch" {
+            command.args(["--threads", "1"]);
+        }
+        command
+    }
+
+    /// `potstill agent` for a coordinator on this machine.
+    #[must_use]
+    pub fn agent(run: &str, port: u16, ranks: u32) -> Command {
+        let mut command = Command::new(binary("potstill"));
+        command
+            .args(["agent", "--coordinator", &format!("http://127.0.0.1:{port}"), "--run-id", run])
+            .args(["--ranks", &ranks.to_string(), "--threads", "1"])
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// A command about a run, such as `potstill status`.
+    #[must_use]
+    pub fn about(&self, subcommand: &str, run: &str) -> Command {
+        let mut command = Command::new(binary("potstill"));
+        command.args([subcommand, run, "--storage"]).arg(self.storage()).stdin(Stdio::null());
+        command
+    }
+
+    /// `summary.json` of a finished run.
+    ///
+    /// # Panics
+    /// There is none.
+    #[must_use]
+    pub fn summary(&self, run: &str) -> serde_json::Value {
+        let bytes = std::fs::read(self.run(run).join("summary.json")).expect("the run has a summary");
+        serde_json::from_slice(&bytes).expect("the summary is JSON")
+    }
+
+    /// Asserts that two runs ended with the same networks, but for the order of float sums, and that the first one repeated
+    /// no iteration.
+    ///
+    /// # Panics
+    /// They did not.
+    pub fn assert_same_end(&self, disturbed: &str, undisturbed: &str, iteration: u64) {
+        let (a, b) = (self.checkpoint(disturbed, iteration), self.checkpoint(undisturbed, iteration));
+        for part in ["generator/", "fake_score/", "generator_ema/"] {
+            let difference = relative_difference(&a, &b, part);
+            assert!(difference <= 1e-4, "{disturbed}: {part}: {difference}");
+        }
+        let summary = self.summary(disturbed);
+        assert_eq!(summary["iterations"], iteration, "{disturbed}");
+        assert_eq!(summary["repeated_iterations"], 0, "{disturbed}");
     }
 
     /// Runs [`launch`](Self::launch) to its end.
@@ -152,6 +216,108 @@ impl Cluster {
         }
         tensors
     }
+}
+
+/// Long enough for anything that is not stuck.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A command under way, whose log on standard error is read line by line.
+pub struct Process {
+    child: Child,
+    log: BufReader<ChildStderr>,
+    seen: String,
+}
+
+impl Process {
+    /// Starts a command.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    #[must_use]
+    pub fn start(mut command: Command) -> Self {
+        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.expect("the program starts");
+        let log = BufReader::new(child.stderr.take().expect("its log is a pipe"));
+        Self { child, log, seen: String::new() }
+    }
+
+    /// Reads on until a line holds all of `words`; returns it.
+    ///
+    /// # Panics
+    /// The log ends before.
+    pub fn until(&mut self, words: &[&str]) -> String {
+        loop {
+            let mut line = String::new();
+            let length = self.log.read_line(&mut line).expect("the log can be read");
+            self.seen += &line;
+            assert!(length > 0, "no line with {words:?} in:\n{}", self.seen);
+            if words.iter().all(|word| line.contains(word)) {
+                return line;
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal);
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a process id")
+    }
+
+    /// Reads the log to its end, which is when the process and all that it started have closed it, and reaps it. Returns
+    /// its exit code and all that was said.
+    ///
+    /// # Panics
+    /// A process still holds the log open after a long time.
+    #[must_use]
+    pub fn end(mut self) -> (Option<i32>, String) {
+        let (done, finished) = mpsc::channel();
+        std::thread::spawn(move || {
+            let result = self.log.read_to_string(&mut self.seen);
+            if let Some(mut stdout) = self.child.stdout.take() {
+                // What cannot be read is missing in what the test sees.
+                let _ = stdout.read_to_string(&mut self.seen);
+            }
+            let status = self.child.wait();
+            let code = result.and(status).map(|status| status.code());
+            let _ = done.send((code, std::mem::take(&mut self.seen)));
+        });
+        let (code, log) =
+            finished.recv_timeout(PATIENCE).expect("a process of the command still holds its log open");
+        (code.expect("the process can be waited for"), log)
+    }
+}
+
+/// Sends a signal to a process of the test's own.
+///
+/// # Panics
+/// It is gone.
+pub fn kill(pid: i32, signal: Signal) {
+    nix::sys::signal::kill(Pid::from_raw(pid), signal).unwrap_or_else(|e| panic!("{signal} to {pid}: {e}"));
+}
+
+/// The process id in a log line about a worker: "… (host, process 123, cpu)".
+///
+/// # Panics
+/// There is none.
+#[must_use]
+pub fn worker_pid(line: &str) -> i32 {
+    let pid = line.split("process ").nth(1).and_then(|rest| rest.split(',').next());
+    pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no process in {line:?}"))
+}
+
+/// A port of this machine that nobody listens on.
+///
+/// # Panics
+/// There is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("it is bound").port()
 }
 
 /// Output as text.

@@ -18,7 +18,7 @@ use potstill_storage::{Run, checkpoint::Shard, layout};
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
 
-use crate::{chain::chain, session::Outbox};
+use crate::{chain::chain, faults, session::Outbox};
 
 /// A tensor copied to the host.
 struct Copied {
@@ -76,7 +76,9 @@ impl Snapshot {
     pub async fn upload(self, run: Run, generation: Generation, rank: u32, world_size: u32, outbox: Outbox) {
         let iteration = self.iteration;
         let key = shard_key(iteration, generation, rank, world_size);
-        let message = match self.write(&run, &key, rank).await {
+        let written = self.write(&run, &key, rank).await;
+        faults::point("uploaded", iteration, rank);
+        let message = match written {
             Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
                 generation: generation.0,
                 iteration,

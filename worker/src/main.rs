@@ -9,6 +9,7 @@ mod dataset;
 mod evaluate;
 mod evaluation;
 mod export;
+mod faults;
 mod lifeline;
 mod logging;
 mod pictures;

@@ -18,7 +18,10 @@ use potstill_proto::{
 use tch::Tensor;
 
 use super::{Interruption, Member};
-use crate::control_lane::{Flags, Lane};
+use crate::{
+    control_lane::{Flags, Lane},
+    faults,
+};
 
 /// Sums of one rank's share of one phase.
 #[derive(Default)]
@@ -106,6 +109,7 @@ impl Member<'_> {
             generator_loss_scale: generator.loss_scale,
         }));
         self.watch_health(iteration, samples, &[fake_score, generator])?;
+        faults::point("reported", iteration, self.assignment.rank);
         // Read only now: the iteration is done and reported, whatever becomes of the group.
         Ok(self.session.progress.while_waiting(|| lane.read())?)
     }
@@ -143,6 +147,7 @@ impl Member<'_> {
         let mut totals = Totals::default();
         let mut flat = self.accumulate(state, phase, iteration, loss_scale, &mut totals, seconds)?;
         let step = Instant::now();
+        faults::point("reduced", iteration, self.assignment.rank);
         if loss_scale != 1.0 {
             let _ = flat.g_mul_scalar_(loss_scale.recip());
         }
@@ -170,6 +175,7 @@ impl Member<'_> {
                 self.generator.zero_grad()?;
             }
         }
+        faults::point("stepped", iteration, self.assignment.rank);
         seconds.optimiser += step.elapsed().as_secs_f64();
         Ok(trained)
     }
@@ -197,6 +203,7 @@ impl Member<'_> {
         for index in indices {
             self.heed()?;
             let micro_batch = self.micro_batch(state, phase, iteration, index)?;
+            faults::point("forward", iteration, self.assignment.rank);
             let scaled = &micro_batch.loss * scale;
             if index == last {
                 let reducer = match phase {

@@ -23,7 +23,7 @@ use crate::{
     checkpoint::{self, Snapshot},
     control_lane::Flags,
     evaluation::Scoring,
-    pictures,
+    faults, pictures,
     samples::Sampler,
     session::Session,
 };
@@ -226,6 +226,7 @@ impl Member<'_> {
             }));
         }
         let snapshot = Snapshot::take(state, iteration, a.rank, a.world_size);
+        faults::point("snapshot", iteration, a.rank);
         let upload =
             snapshot.upload(self.job.run.clone(), a.generation, a.rank, a.world_size, self.session.outbox());
         self.upload = Some(self.job.runtime.spawn(upload));

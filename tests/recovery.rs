@@ -1,0 +1,281 @@
+//! Nothing is lost: ranks that die, hang or are stopped at any point, coordinators that die, workers that come and go. Every
+//! run here must end with the networks of an undisturbed one, and repeat no iteration that anybody held.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use potstill_tests::{Cluster, Process, free_port, kill, text, worker_pid};
+
+/// A short run that saves in its middle.
+const SHORT: [&str; 2] = ["distillation.iterations=8", "checkpoint.every=4"];
+
+fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration: u64, rank: u32) {
+    let once = cluster.storage().join(format!("once-{at}-{iteration}-{rank}"));
+    command.env("POTSTILL_FAULT", format!("{how}:{at}:{iteration}:{rank}:{}", once.display()));
+}
+
+#[test]
+fn a_rank_may_die_at_any_point_of_an_iteration() {
+    let cluster = Cluster::default();
+    let undisturbed = cluster.unscored("launch", "undisturbed", 2, &SHORT, &[]).output().unwrap();
+    assert!(undisturbed.status.success(), "{}", text(&undisturbed.stderr));
+    for (at, iteration) in [
+        ("forward", 3),
+        ("reduced", 3),
+        ("stepped", 3),
+        ("reported", 3),
+        ("snapshot", 4),
+        ("uploaded", 4),
+        // The last checkpoint, when nothing is left to compute.
+        ("uploaded", 8),
+    ] {
+        for rank in [0, 1] {
+            let run = format!("{at}-{iteration}-{rank}");
+            let mut command = cluster.unscored("launch", &run, 2, &SHORT, &[]);
+            dies(&mut command, &cluster, "die", at, iteration, rank);
+            let output = command.output().unwrap();
+            let log = text(&output.stderr);
+            assert!(output.status.success(), "{run}: {log}");
+            assert!(log.contains("generation=2"), "{run}: nobody died: {log}");
+            cluster.assert_same_end(&run, "undisturbed", 8);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_is_named_and_started_again() {
+    let cluster = Cluster::default();
+    let sets = [SHORT[0], SHORT[1], "cluster.failure_timeout_seconds=1"];
+    let mut command = cluster.unscored("launch", "hung", 2, &sets, &[]);
+    dies(&mut command, &cluster, "hang", "forward", 3, 1);
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    let named = |line: &&str| line.contains("rank 1") && line.contains("it breathes but has not moved for");
+    assert!(log.lines().any(|line| named(&line)), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("hung", "undisturbed", 8);
+}
+
+#[test]
+fn a_rank_that_is_paused_is_named_and_may_come_back() {
+    let cluster = Cluster::default();
+    let sets = [
+        "distillation.iterations=200",
+        "cluster.failure_timeout_seconds=1",
+        "cluster.min_workers=1",
+        "cluster.max_workers=2",
+    ];
+    let mut launched = Process::start(cluster.unscored("launch", "paused", 2, &sets, &[]));
+    let pid = worker_pid(&launched.until(&["worker attached"]));
+    launched.until(&["images/s"]);
+    kill(pid, Signal::SIGSTOP);
+    let lost = launched.until(&["worker lost", "no heartbeat for"]);
+    assert_eq!(worker_pid(&lost), pid);
+    launched.until(&["generation opened", "generation=2", "world_size=1"]);
+    kill(pid, Signal::SIGCONT);
+    launched.until(&["generation opened", "generation=3", "world_size=2"]);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("paused", "undisturbed", 200);
+}
+
+#[test]
+fn ranks_may_die_faster_than_the_run_recovers() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=100", "checkpoint.every=1000", "cluster.min_workers=1"];
+    let mut launched = Process::start(cluster.unscored(
+        "launch",
+        "hunted",
+        2,
+        &sets,
+        &["--spares", "1", "--set", "cluster.max_workers=2"],
+    ));
+    // One is left alone: somebody must hold the state.
+    let keeper = worker_pid(&launched.until(&["worker attached"]));
+    launched.until(&["images/s"]);
+    for _ in 0..6 {
+        let pid = worker_pid(&launched.until(&["worker attached"]));
+        if pid != keeper {
+            kill(pid, Signal::SIGKILL);
+        }
+    }
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("hunted", "undisturbed", 100);
+}
+
+#[test]
+fn when_all_die_the_last_checkpoint_lives_on() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=60", "checkpoint.every=10"];
+    let mut launched = Process::start(cluster.unscored("launch", "all", 2, &sets, &[]));
+    let pids = [(); 2].map(|()| worker_pid(&launched.until(&["worker attached"])));
+    launched.until(&["checkpoint committed"]);
+    pids.map(|pid| kill(pid, Signal::SIGKILL));
+    let opened = launched.until(&["generation opened"]);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("state_from=checkpoints/"), "{opened}\n{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    assert_eq!(cluster.checkpoint("all", 60), cluster.checkpoint("undisturbed", 60));
+}
+
+#[test]
+fn a_coordinator_may_die_and_its_workers_go_on() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let sets = ["distillation.iterations=150", "checkpoint.every=50"];
+    let serve = |flags: &[&str]| {
+        let flags: Vec<_> = ["--listen", &listen].into_iter().chain(flags.iter().copied()).collect();
+        cluster.unscored("serve", "led", 2, &sets, &flags)
+    };
+    let mut first = Process::start(serve(&[]));
+    first.until(&["coordinator started"]);
+    let agent = Process::start(Cluster::agent("led", port, 2));
+    first.until(&["images/s"]);
+
+    // While it lives, another one is turned away.
+    let second = serve(&["--resume", "--listen", "127.0.0.1:0"]).output().unwrap();
+    assert_eq!(second.status.code(), Some(2));
+    assert!(text(&second.stderr).contains("is being served"), "{}", text(&second.stderr));
+
+    first.until(&["checkpoint committed"]);
+    first.signal(Signal::SIGKILL);
+    assert_eq!(first.end().0, None);
+    let status = cluster.about("status", "led").output().unwrap();
+    assert!(text(&status.stdout).contains("unreachable"), "{}", text(&status.stdout));
+
+    let mut successor = Process::start(serve(&["--resume"]));
+    successor.until(&["it goes on"]);
+    let saved = cluster.about("checkpoint", "led").output().unwrap();
+    let status = cluster.about("status", "led").output().unwrap();
+    let (saved, status) = (text(&saved.stdout), text(&status.stdout));
+    assert!(saved.contains("manifest.json"), "{saved}");
+    assert!(status.contains("generation 1") && status.contains("alive"), "{status}");
+    let (code, log) = successor.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(!log.contains("generation opened"), "nobody was lost, so nothing changes: {log}");
+    assert_eq!(agent.end().0, Some(0));
+
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("led", "undisturbed", 150);
+}
+
+#[test]
+fn a_rank_and_the_coordinator_may_die_together() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout_seconds=2"];
+    let mut first = Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", &listen]));
+    first.until(&["coordinator started"]);
+    let agent = Process::start(Cluster::agent("both", port, 2));
+    let pid = worker_pid(&first.until(&["worker attached"]));
+    first.until(&["images/s"]);
+    first.signal(Signal::SIGKILL);
+    kill(pid, Signal::SIGKILL);
+    assert_eq!(first.end().0, None);
+    let successor =
+        Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", &listen, "--resume"]));
+    let (code, log) = successor.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("state_from=\"rank ") || log.contains("state_from=rank "), "{log}");
+    assert_eq!(agent.end().0, Some(0));
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("both", "undisturbed", 150);
+}
+
+#[test]
+fn workers_come_and_go_and_change_nothing() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    // Six micro-batches: one, two and three workers share them.
+    let sets = [
+        "distillation.iterations=240",
+        "distillation.global_batch=48",
+        "distillation.micro_batch=8",
+        "checkpoint.every=1000",
+        "cluster.min_workers=1",
+        "cluster.failure_timeout_seconds=2",
+    ];
+    let mut served = Process::start(cluster.unscored("serve", "elastic", 3, &sets, &["--listen", &listen]));
+    served.until(&["coordinator started"]);
+    let agent = || Process::start(Cluster::agent("elastic", port, 1));
+    let first = agent();
+    served.until(&["generation opened", "world_size=1"]);
+    let second = agent();
+    served.until(&["generation opened", "world_size=2"]);
+    let third = agent();
+    served.until(&["generation opened", "world_size=3"]);
+    for agent in [second, third] {
+        agent.signal(Signal::SIGTERM);
+        let (code, log) = agent.end();
+        assert_eq!(code, Some(75), "{log}");
+        assert!(log.contains("is saved"), "it leaves when what it did is safe: {log}");
+    }
+    served.until(&["generation opened", "world_size=1"]);
+    let (code, log) = served.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert_eq!(first.end().0, Some(0));
+    cluster.unscored("launch", "undisturbed", 1, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("elastic", "undisturbed", 240);
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_rank_that_dies() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=60", "checkpoint.every=1000"];
+    let mut launched = Process::start(cluster.unscored("launch", "spared", 2, &sets, &["--spares", "1"]));
+    let pids = [(); 3].map(|()| worker_pid(&launched.until(&["worker attached"])));
+    launched.until(&["images/s"]);
+    kill(pids[0], Signal::SIGKILL);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    let replaced: Vec<_> = log.lines().filter(|line| line.contains("generation opened")).collect();
+    assert!(replaced.iter().all(|line| line.contains("world_size=2")), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("spared", "undisturbed", 60);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
+    let cluster = Cluster::default();
+    let halves = ["distillation.iterations=8", "checkpoint.every=4"];
+    let whole = ["distillation.iterations=12", "checkpoint.every=4"];
+    assert!(cluster.unscored("launch", "damaged", 2, &halves, &[]).output().unwrap().status.success());
+    let folder = cluster.run("damaged").join("checkpoints/000000000008/g1");
+    let shard = std::fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&shard, bytes).unwrap();
+    let resumed = cluster.unscored("launch", "damaged", 2, &whole, &["--resume"]).output().unwrap();
+    let log = text(&resumed.stderr);
+    assert!(resumed.status.success(), "{log}");
+    let name = shard.file_name().unwrap().to_string_lossy().into_owned();
+    assert!(log.contains("is damaged") && log.contains(&name), "{log}");
+    assert!(log.contains("state_from=checkpoints/000000000004/manifest.json"), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &whole, &[]).output().unwrap();
+    assert_eq!(cluster.checkpoint("damaged", 12), cluster.checkpoint("undisturbed", 12));
+}
+
+#[test]
+fn what_is_not_saved_within_the_grace_period_is_said() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=100000", "checkpoint.every=2"];
+    let mut command = cluster.unscored("launch", "late", 1, &sets, &["--grace", "1"]);
+    dies(&mut command, &cluster, "hang", "forward", 5, 0);
+    let mut launched = Process::start(command);
+    launched.until(&["hanging"]);
+    launched.signal(Signal::SIGUSR1);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(75), "there is a checkpoint to go on from: {log}");
+    assert!(log.contains("not saved within 1 s") && log.contains("of iteration 4"), "{log}");
+}
