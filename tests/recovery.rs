@@ -116,7 +116,7 @@ fn when_all_die_the_last_checkpoint_lives_on() {
     let mut launched = Process::start(cluster.unscored("launch", "all", 2, &sets, &[]));
     let pids = [(); 2].map(|()| worker_pid(&launched.until(&["worker attached"])));
     launched.until(&["checkpoint committed"]);
-    pids.map(|pid| kill(pid, Signal::SIGKILL));
+    pids.into_iter().for_each(|pid| kill(pid, Signal::SIGKILL));
     let opened = launched.until(&["generation opened"]);
     let (code, log) = launched.end();
     assert_eq!(code, Some(0), "{log}");
