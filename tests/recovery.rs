@@ -203,7 +203,7 @@ fn workers_come_and_go_and_change_nothing() {
     let listen = format!("127.0.0.1:{port}");
     // Six micro-batches: one, two and three workers share them.
     let sets = [
-        "distillation.iterations=240",
+        "distillation.iterations=160",
         "distillation.global_batch=48",
         "distillation.micro_batch=8",
         "checkpoint.every=1000",
@@ -230,7 +230,7 @@ fn workers_come_and_go_and_change_nothing() {
     assert_eq!(code, Some(0), "{log}");
     assert_eq!(first.end().0, Some(0));
     cluster.unscored("launch", "undisturbed", 1, &sets, &[]).output().unwrap();
-    cluster.assert_same_end("elastic", "undisturbed", 240);
+    cluster.assert_same_end("elastic", "undisturbed", 160);
 }
 
 #[test]

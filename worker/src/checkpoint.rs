@@ -17,16 +17,18 @@ use potstill_proto::{
 use potstill_storage::{Run, checkpoint::Shard, layout};
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
+use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
 use crate::{chain::chain, faults, session::Outbox};
 
-/// A tensor copied to the host.
-struct Copied {
+/// A tensor of the state, in the memory that training works in.
+struct Piece {
+    name: String,
     shape: Vec<usize>,
-    bytes: Vec<u8>,
+    values: Tensor,
 }
 
-impl View for &Copied {
+impl View for &Piece {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -34,26 +36,57 @@ impl View for &Copied {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
+        let values = self.values.to_device(Device::Cpu);
+        let mut bytes = vec![0u8; self.data_len()];
+        values.copy_data_u8(&mut bytes, values.numel());
+        Cow::Owned(bytes)
     }
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.shape.iter().product::<usize>() * size_of::<f32>()
     }
 }
 
-/// One rank's share of a state, copied: training may go on.
-pub struct Snapshot {
+/// One rank's share of a state that is about to be copied.
+pub struct Share {
     iteration: u64,
-    tensors: Vec<(String, Copied)>,
+    pieces: Vec<Piece>,
 }
 
-impl Snapshot {
-    /// Copies the share of `rank`. Shares are contiguous runs of tensors with as equal numbers of bytes as tensor
-    /// boundaries allow.
-    pub fn take(state: &State, iteration: u64, rank: u32, world_size: u32) -> Self {
+/// A save under way, in the background.
+pub struct Save {
+    copied: Option<oneshot::Receiver<()>>,
+    task: JoinHandle<()>,
+}
+
+impl Save {
+    /// Whether the share is durable, or was given up.
+    pub fn is_over(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Waits until the state has been copied, and may change.
+    pub fn wait_for_copy(&mut self) {
+        if let Some(copied) = self.copied.take() {
+            // An error means that the copying ended otherwise: the state is not looked at any more.
+            let _ = copied.blocking_recv();
+        }
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// The task panicked.
+    pub async fn finish(self) -> anyhow::Result<()> {
+        self.task.await.context("the checkpoint's task ended")
+    }
+}
+
+impl Share {
+    /// The share of `rank`. Shares are contiguous runs of tensors with as equal numbers of bytes as tensor boundaries allow.
+    pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32) -> Self {
         let parts = state.parts();
         let total: i64 = parts.iter().map(|p| p.flat.numel() as i64).sum();
-        let (mut before, mut tensors) = (0i64, Vec::new());
+        let (mut before, mut pieces) = (0i64, Vec::new());
         for part in &parts {
             for entry in part.entries {
                 let count: i64 = entry.shape.iter().product();
@@ -61,47 +94,70 @@ impl Snapshot {
                 let owner = before * i64::from(world_size) / total;
                 before += count;
                 if owner == i64::from(rank) {
-                    let values = part.flat.narrow(0, entry.offset, count).to_device(Device::Cpu);
-                    let mut bytes = vec![0u8; count as usize * 4];
-                    values.copy_data_u8(&mut bytes, count as usize);
-                    let shape = entry.shape.iter().map(|d| *d as usize).collect();
-                    tensors.push((format!("{}/{}", part.name, entry.name), Copied { shape, bytes }));
+                    pieces.push(Piece {
+                        name: format!("{}/{}", part.name, entry.name),
+                        shape: entry.shape.iter().map(|d| *d as usize).collect(),
+                        values: part.flat.narrow(0, entry.offset, count),
+                    });
                 }
             }
         }
-        Self { iteration, tensors }
+        Self { iteration, pieces }
     }
 
-    /// Writes the share and reports the receipt, or the failure, to the coordinator. Runs in the background.
-    pub async fn upload(self, run: Run, generation: Generation, rank: u32, world_size: u32, outbox: Outbox) {
+    /// Copies the share, writes the copy, and reports the receipt or the failure to the coordinator, all in the background:
+    /// training may go on, but must not change the state before [`Save::wait_for_copy`] returns.
+    pub fn save(
+        self,
+        runtime: &Handle,
+        run: Run,
+        generation: Generation,
+        rank: u32,
+        world_size: u32,
+        outbox: Outbox,
+    ) -> Save {
+        let (tell, copied) = oneshot::channel();
         let iteration = self.iteration;
-        let key = shard_key(iteration, generation, rank, world_size);
-        let written = self.write(&run, &key, rank).await;
-        faults::point("uploaded", iteration, rank);
-        let message = match written {
-            Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
-                generation: generation.0,
-                iteration,
-                rank,
-                key: shard.key,
-                bytes: shard.bytes,
-                sha256: shard.sha256,
-            }),
-            Err(error) => FromWorker::ShardFailed(ShardFailed {
-                generation: generation.0,
-                iteration,
-                rank,
-                key,
-                error: chain(&error),
-            }),
+        let task = async move {
+            let key = shard_key(iteration, generation, rank, world_size);
+            let written = self.write(&run, &key, rank, tell).await;
+            faults::point("uploaded", iteration, rank);
+            outbox.send(match written {
+                Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
+                    generation: generation.0,
+                    iteration,
+                    rank,
+                    key: shard.key,
+                    bytes: shard.bytes,
+                    sha256: shard.sha256,
+                }),
+                Err(error) => FromWorker::ShardFailed(ShardFailed {
+                    generation: generation.0,
+                    iteration,
+                    rank,
+                    key,
+                    error: chain(&error),
+                }),
+            });
         };
-        outbox.send(message);
+        Save { copied: Some(copied), task: runtime.spawn(task) }
     }
 
-    async fn write(self, run: &Run, key: &str, rank: u32) -> anyhow::Result<Shard> {
+    async fn write(
+        self,
+        run: &Run,
+        key: &str,
+        rank: u32,
+        copied: oneshot::Sender<()>,
+    ) -> anyhow::Result<Shard> {
         let bytes = tokio::task::spawn_blocking(move || {
             let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
-            safetensors::serialize(self.tensors.iter().map(|(name, tensor)| (name, tensor)), Some(metadata))
+            // The serialiser asks for one tensor's bytes after the other: this is the copy.
+            let bytes = safetensors::serialize(self.pieces.iter().map(|p| (&p.name, p)), Some(metadata));
+            drop(self);
+            // Nobody waits where the rank is on its way out.
+            let _ = copied.send(());
+            bytes
         })
         .await??;
         Ok(run.write_shard(key, rank, Bytes::from(bytes)).await?)

@@ -156,6 +156,7 @@ impl Member<'_> {
         let sick = overflowed && !state.loss_scales.can_shrink(network);
         let trained =
             Trained { totals, norm: gradient.norm, non_finite: gradient.non_finite, loss_scale, sick };
+        self.wait_for_copy();
         let accepted = state.loss_scales.accept(network, !overflowed);
         let (o, batch) = (&self.job.spec.optimiser, self.job.spec.distillation.global_batch);
         let gradient = gradient.clipped(self.job.clip());

@@ -6,7 +6,16 @@ mod joining;
 
 use std::time::Duration;
 
-use anyhow::Context;
+pub use self::job::{Inputs, Job, load_teacher};
+use self::joining::{join, obtain_state};
+use crate::{
+    checkpoint::{self, Save, Share},
+    control_lane::Flags,
+    evaluation::Scoring,
+    faults, pictures,
+    samples::Sampler,
+    session::Session,
+};
 use potstill_c10d::{ProcessGroup, Reducer, ReducerOptions};
 use potstill_distill::state::State;
 use potstill_models::Denoiser;
@@ -14,18 +23,6 @@ use potstill_proto::{
     cursor::{Cursor, Phase},
     message::{Assignment, FromWorker},
     wire::{EvaluationReport, ShardFailed, Subject},
-};
-use tokio::task::JoinHandle;
-
-pub use self::job::{Inputs, Job, load_teacher};
-use self::joining::{join, obtain_state};
-use crate::{
-    checkpoint::{self, Snapshot},
-    control_lane::Flags,
-    evaluation::Scoring,
-    faults, pictures,
-    samples::Sampler,
-    session::Session,
 };
 
 /// Columns and rows of each half of `samples.png`.
@@ -87,7 +84,7 @@ struct Member<'a> {
     generator: Reducer,
     /// Views of the fake score for the generator phase.
     frozen_fake_score: Box<dyn Denoiser>,
-    upload: Option<JoinHandle<()>>,
+    saving: Option<Save>,
     non_finite_streak: u32,
 }
 
@@ -157,10 +154,17 @@ fn take_part(
         session,
         assignment,
         group,
-        upload: None,
+        saving: None,
         non_finite_streak: 0,
     };
     member.work(state, &mut holding.cursor)
+}
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        // Whatever follows may change the state.
+        self.wait_for_copy();
+    }
 }
 
 impl Member<'_> {
@@ -180,7 +184,7 @@ impl Member<'_> {
                 self.evaluate(state, cursor.iteration, Subject::Student)?;
             }
             if last || stop {
-                self.finish_upload()?;
+                self.finish_saving()?;
                 self.save(state, cursor.iteration);
             } else if save {
                 self.save(state, cursor.iteration);
@@ -193,7 +197,7 @@ impl Member<'_> {
             }
             if flags.part {
                 // Whoever is leaving must have saved.
-                self.finish_upload()?;
+                self.finish_saving()?;
                 return Ok(Ending::Parted);
             }
             self.session.progress.set_activity("training");
@@ -211,11 +215,11 @@ impl Member<'_> {
         }
     }
 
-    /// Snapshots this rank's share and starts its upload. At most one is under way, so that memory is bounded: where the one
-    /// before still is, this one is given up, and training goes on.
+    /// Starts to save this rank's share. At most one save is under way, so that memory is bounded: where the one before still
+    /// is, this one is given up, and training goes on.
     fn save(&mut self, state: &State, iteration: u64) {
         let a = self.assignment;
-        if self.upload.as_ref().is_some_and(|upload| !upload.is_finished()) {
+        if self.saving.as_ref().is_some_and(|saving| !saving.is_over()) {
             let error = "skipped: the checkpoint before is still being written; save less often".to_owned();
             return self.session.send(FromWorker::ShardFailed(ShardFailed {
                 generation: a.generation.0,
@@ -225,19 +229,23 @@ impl Member<'_> {
                 error,
             }));
         }
-        let snapshot = Snapshot::take(state, iteration, a.rank, a.world_size);
+        let share = Share::of(state, iteration, a.rank, a.world_size);
+        let (runtime, run) = (&self.job.runtime, self.job.run.clone());
+        let outbox = self.session.outbox();
+        self.saving = Some(share.save(runtime, run, a.generation, a.rank, a.world_size, outbox));
         faults::point("snapshot", iteration, a.rank);
-        let upload =
-            snapshot.upload(self.job.run.clone(), a.generation, a.rank, a.world_size, self.session.outbox());
-        self.upload = Some(self.job.runtime.spawn(upload));
     }
 
-    fn finish_upload(&mut self) -> anyhow::Result<()> {
-        match self.upload.take() {
-            Some(upload) => {
-                let progress = &self.session.progress;
-                self.job.runtime.block_on(progress.while_busy(upload)).context("the upload's task ended")
-            }
+    /// The state is about to change: waits for a copy of it that is under way.
+    fn wait_for_copy(&mut self) {
+        if let Some(saving) = &mut self.saving {
+            saving.wait_for_copy();
+        }
+    }
+
+    fn finish_saving(&mut self) -> anyhow::Result<()> {
+        match self.saving.take() {
+            Some(saving) => self.job.runtime.block_on(self.session.progress.while_busy(saving.finish())),
             None => Ok(()),
         }
     }
