@@ -36,7 +36,7 @@ impl LogFormat {
                 let time = ChronoUtc::new("%Y-%m-%d %H:%M:%SZ".to_owned());
                 subscriber.with_target(false).compact().with_timer(time).init();
             }
-            Self::Json => subscriber.json().init(),
+            Self::Json => subscriber.json().flatten_event(true).init(),
         }
     }
 }
