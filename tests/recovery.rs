@@ -284,3 +284,48 @@ fn what_is_not_saved_within_the_grace_period_is_said() {
     assert_eq!(code, Some(75), "there is a checkpoint to go on from: {log}");
     assert!(log.contains("not saved within 1 s") && log.contains("of iteration 4"), "{log}");
 }
+
+#[test]
+fn old_checkpoints_go_and_one_can_be_restored_as_a_new_run() {
+    let cluster = Cluster::default();
+    let sets = [
+        "distillation.iterations=12",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=2",
+        "checkpoint.keep_every=4",
+    ];
+    let output = cluster.unscored("launch", "swept", 2, &sets, &[]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let list = cluster.about("checkpoints", "swept").args(["--verify", "--json"]).output().unwrap();
+    let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    let kept: Vec<_> = list.as_array().unwrap().iter().map(|c| c["iteration"].as_u64().unwrap()).collect();
+    assert_eq!(kept, [4, 8, 10, 12]);
+    assert!(list.as_array().unwrap().iter().all(|c| c["verified"] == true), "{list}");
+
+    let restored =
+        cluster.about("restore", "swept").args(["--iteration", "8", "--to", "again"]).output().unwrap();
+    assert!(restored.status.success(), "{}", text(&restored.stderr));
+    let output = cluster.unscored("launch", "again", 2, &sets, &["--resume"]).output().unwrap();
+    let log = text(&output.stderr);
+    assert!(
+        output.status.success() && log.contains("state_from=checkpoints/000000000008/manifest.json"),
+        "{log}"
+    );
+    assert_eq!(cluster.checkpoint("again", 12), cluster.checkpoint("swept", 12));
+}
+
+#[test]
+fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=30", "checkpoint.every=3", "checkpoint.keep_last=0"];
+    let mut command = cluster.unscored("launch", "shaky", 2, &sets, &[]);
+    command.env("POTSTILL_STORAGE_FAULTS", "seed=5,error=0.3,delay=0.1,lost=0.1");
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    assert!(log.contains("503 Service Unavailable"), "nothing misbehaved: {log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    assert_eq!(cluster.checkpoint("shaky", 30), cluster.checkpoint("undisturbed", 30));
+    let list = cluster.about("checkpoints", "shaky").args(["--verify"]).output().unwrap();
+    assert!(list.status.success(), "every checkpoint that exists is whole: {}", text(&list.stdout));
+}

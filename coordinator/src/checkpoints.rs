@@ -1,6 +1,6 @@
 //! `potstill checkpoints`: which checkpoints a run has, and whether they are whole.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use potstill_storage::{Run, checkpoint::Manifest, layout::manifest_key};
 use serde::Serialize;
@@ -76,6 +76,30 @@ async fn damage(run: &Run, manifest: &Manifest) -> anyhow::Result<Option<String>
         }
     }
     Ok(None)
+}
+
+/// Makes the run `to`, with the specification of `from` and a copy of its checkpoint of `iteration`, or of the newest that
+/// is whole. Returns the iteration.
+///
+/// # Errors
+/// There is no such run or checkpoint, it is damaged, or `to` exists.
+pub async fn restore(from: &Run, to: &Run, iteration: Option<u64>) -> anyhow::Result<u64> {
+    let specification = from.specification().await?;
+    let specification = specification.with_context(|| {
+        format!("there is no run {}: {} is missing", from.id(), from.describe("run.toml"))
+    })?;
+    ensure!(to.specification().await?.is_none(), "run {} exists already; give another name to --to", to.id());
+    let iteration = match iteration {
+        Some(iteration) => iteration,
+        None => {
+            let (whole, _) = from.survey().await?;
+            whole.last().with_context(|| format!("run {} has no whole checkpoint", from.id()))?.iteration
+        }
+    };
+    // The specification last: until then there is no such run.
+    from.copy_checkpoint(iteration, to).await?;
+    to.freeze(&specification).await?;
+    Ok(iteration)
 }
 
 /// For people.

@@ -79,6 +79,8 @@ enum Command {
     Status(StatusArguments),
     /// Have a run save a checkpoint now, and wait until it exists
     Checkpoint(RunName),
+    /// Make a new run that goes on from a checkpoint of another, verified and copied
+    Restore(RestoreArguments),
     /// Have a run save a checkpoint and stop; --resume goes on from there
     Cancel(RunName),
     /// Keep the workers of one machine alive (potstill-worker)
@@ -135,6 +137,18 @@ struct StatusArguments {
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArguments {
+    #[command(flatten)]
+    run: RunName,
+    /// Name of the new run
+    #[arg(long, value_name = "NAME")]
+    to: String,
+    /// The checkpoint's iteration [default: the newest that is whole]
+    #[arg(long, value_name = "N")]
+    iteration: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -227,6 +241,7 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Checkpoints(arguments) => return ended(arguments.list()),
         Command::Status(arguments) => return ended(arguments.show()),
         Command::Checkpoint(run) => return ended(run.checkpoint()),
+        Command::Restore(arguments) => return ended(arguments.restore()),
         Command::Cancel(run) => return ended(run.cancel()),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
@@ -358,6 +373,22 @@ impl StatusArguments {
         } else {
             println!("{}", status.text());
         }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl RestoreArguments {
+    fn restore(self) -> anyhow::Result<ExitCode> {
+        let storage = Root::open(&self.run.storage).context("--storage")?;
+        let (from, to) =
+            (storage.run(&self.run.run.parse()?), storage.run(&self.to.parse().context("--to")?));
+        let restored = runtime()?.block_on(checkpoints::restore(&from, &to, self.iteration))?;
+        println!("{}", to.describe(&layout::manifest_key(restored)));
+        println!(
+            "To go on, repeat the command that started {} with --run-id {} --resume",
+            from.id(),
+            to.id()
+        );
         Ok(ExitCode::SUCCESS)
     }
 }

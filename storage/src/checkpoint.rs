@@ -2,6 +2,8 @@
 //!
 //! A checkpoint exists when its manifest does.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use object_store::{ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
@@ -64,10 +66,11 @@ impl Run {
             return Ok(shard);
         }
         let path = self.path(key);
-        let upload = async {
+        // As a whole, because parts of an attempt that failed are gone.
+        let upload = async || {
             let mut parts =
                 WriteMultipart::new_with_chunk_size(self.root().store().put_multipart(&path).await?, PART);
-            let mut rest = bytes;
+            let mut rest = bytes.clone();
             while !rest.is_empty() {
                 if let Err(error) = parts.wait_for_capacity(PARTS_AT_ONCE).await {
                     parts.abort().await?;
@@ -119,7 +122,83 @@ impl Run {
     /// The store's.
     pub async fn checkpoints(&self) -> Result<Vec<u64>, Error> {
         let keys = self.list(layout::CHECKPOINTS).await?;
-        Ok(keys.iter().filter_map(|key| layout::manifest_iteration(key)).collect())
+        Ok(keys.iter().filter_map(|(key, _)| layout::manifest_iteration(key)).collect())
+    }
+
+    /// The checkpoints that are whole, as far as can be seen without reading them, oldest first; and of the others what is
+    /// wrong with each. Whole: the manifest can be read, and every shard is there in its length.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn survey(&self) -> Result<(Vec<Manifest>, Vec<Error>), Error> {
+        let sizes: BTreeMap<String, u64> = self.list(layout::CHECKPOINTS).await?.into_iter().collect();
+        let (mut whole, mut damaged) = (Vec::new(), Vec::new());
+        for iteration in sizes.keys().filter_map(|key| layout::manifest_iteration(key)) {
+            match self.manifest(&layout::manifest_key(iteration)).await {
+                Ok(manifest) => match self.missing(&manifest, &sizes) {
+                    Some(problem) => damaged.push(problem),
+                    None => whole.push(manifest),
+                },
+                Err(error @ Error::Damaged { .. }) => damaged.push(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((whole, damaged))
+    }
+
+    fn missing(&self, manifest: &Manifest, sizes: &BTreeMap<String, u64>) -> Option<Error> {
+        manifest.shards.iter().find_map(|shard| {
+            let problem = match sizes.get(&shard.key) {
+                Some(size) if *size == shard.bytes => return None,
+                Some(size) => format!("it has {size} bytes; {} were written", shard.bytes),
+                None => "it is missing".to_owned(),
+            };
+            Some(Error::Damaged { place: self.describe(&shard.key), problem })
+        })
+    }
+
+    /// Whether a checkpoint is damaged: reads every byte of it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn is_damaged(&self, manifest_key: &str) -> Result<bool, Error> {
+        let read = async {
+            for shard in &self.manifest(manifest_key).await?.shards {
+                self.read_shard(shard).await?;
+            }
+            Ok(())
+        };
+        match read.await {
+            Ok(()) => Ok(false),
+            Err(Error::Damaged { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sets the manifest of a damaged checkpoint aside, so that its iteration can be committed again.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn set_aside(&self, iteration: u64) -> Result<(), Error> {
+        let key = layout::manifest_key(iteration);
+        if let Some(bytes) = self.get(&key).await? {
+            self.put(&layout::damaged_manifest_key(iteration), bytes).await?;
+        }
+        self.delete(&key).await
+    }
+
+    /// Copies a checkpoint into another run, verified byte by byte; its manifest last.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] names what is not as it was written; otherwise a store's.
+    pub async fn copy_checkpoint(&self, iteration: u64, to: &Self) -> Result<Manifest, Error> {
+        let manifest = self.manifest(&layout::manifest_key(iteration)).await?;
+        for shard in &manifest.shards {
+            let bytes = self.read_shard(shard).await?;
+            to.write_shard(&shard.key, shard.rank, bytes).await?;
+        }
+        to.commit(&manifest).await?;
+        Ok(manifest)
     }
 
     /// The manifest under a key.

@@ -20,7 +20,7 @@ impl Journal {
     /// The store's; [`Error::Damaged`] when a record is missing.
     pub async fn open(run: &Run) -> Result<(Self, Vec<Bytes>), Error> {
         let mut records = Vec::new();
-        for key in run.list(layout::JOURNAL).await? {
+        for (key, _) in run.list(layout::JOURNAL).await? {
             let Some(sequence) = layout::journal_sequence(&key) else { continue };
             let missing = || Error::Damaged {
                 place: run.describe(&layout::journal_key(records.len() as u64)),

@@ -33,6 +33,19 @@ pub fn manifest_iteration(key: &str) -> Option<u64> {
     digits.parse().ok().filter(|&iteration| manifest_key(iteration) == key)
 }
 
+/// The iteration of any key below the checkpoints.
+#[must_use]
+pub fn checkpoint_iteration(key: &str) -> Option<u64> {
+    let (digits, _) = key.strip_prefix(CHECKPOINTS)?.strip_prefix('/')?.split_once('/')?;
+    digits.parse().ok().filter(|iteration| format!("{iteration:012}") == digits)
+}
+
+/// Where the manifest of a damaged checkpoint is set aside.
+#[must_use]
+pub fn damaged_manifest_key(iteration: u64) -> String {
+    format!("{CHECKPOINTS}/{iteration:012}/damaged-manifest.json")
+}
+
 /// One rank's share of a checkpoint. `unique` keeps the attempts of different generations apart; the manifest decides.
 #[must_use]
 pub fn shard_key(iteration: u64, unique: &str, rank: u32, world_size: u32) -> String {
@@ -70,6 +83,10 @@ mod tests {
         assert_eq!(manifest_iteration("checkpoints/000000000007/g1/manifest.json"), None);
         assert_eq!(manifest_iteration("checkpoints/+00000000007/manifest.json"), None);
         assert_eq!(manifest_iteration("checkpoints/0000000000007/manifest.json"), None);
+        assert_eq!(manifest_iteration(&damaged_manifest_key(7)), None);
+        assert_eq!(checkpoint_iteration(&shard_key(7, "g1", 0, 1)), Some(7));
+        assert_eq!(checkpoint_iteration(&manifest_key(7)), Some(7));
+        assert_eq!(checkpoint_iteration("checkpoints/7/x"), None);
         assert_eq!(journal_sequence("journal/7.json"), None);
         assert_eq!(journal_sequence("journal/+0000000000000000007.json"), None);
         assert_eq!(shard_key(20, "g3", 3, 8), "checkpoints/000000000020/g3/rank-003-of-008.safetensors");

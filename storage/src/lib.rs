@@ -12,8 +12,10 @@
 
 pub mod checkpoint;
 mod error;
+mod faults;
 pub mod journal;
 pub mod layout;
+pub mod retention;
 mod root;
 mod run;
 mod run_id;

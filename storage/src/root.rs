@@ -6,7 +6,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem,
 use url::Url;
 use uuid::Uuid;
 
-use crate::{Error, Run, RunId};
+use crate::{Error, Run, RunId, faults};
 
 /// Environment variables with these beginnings configure the cloud stores, as their own tools' do.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
@@ -43,7 +43,7 @@ impl Root {
         let (store, prefix) = Self::open_store(location)?;
         // Without what may follow: a query can hold credentials.
         let shown = format!("{}://{}{}", url.scheme(), url.host_str().unwrap_or_default(), url.path());
-        Ok(Self { store, prefix, url: shown, folder: None })
+        Ok(Self { store: faults::wrapped(store).map_err(bad)?, prefix, url: shown, folder: None })
     }
 
     /// The store that a URL of `s3://`, `gs://`, `az://` or `memory://` names, and the place in it.
@@ -71,7 +71,7 @@ impl Root {
             LocalFileSystem::new_with_prefix(&folder).map_err(|e| bad(e.to_string()))?.with_fsync(true);
         let url = Url::from_file_path(&folder).map_err(|()| bad("it is not an absolute path".to_owned()))?;
         Ok(Self {
-            store: Arc::new(store),
+            store: faults::wrapped(Arc::new(store)).map_err(bad)?,
             prefix: Path::default(),
             url: url.to_string(),
             folder: Some(folder),

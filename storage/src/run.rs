@@ -2,6 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{Error as StoreError, ObjectStoreExt, PutMode, path::Path};
@@ -10,8 +11,29 @@ use crate::{Error, Root, RunId, layout};
 
 /// How long one operation may take. The store's own retries, which give up after three minutes, fit into it.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// How often an operation is tried again, beyond the store's own retries, and how long to wait before the first time; each
+/// pause is about twice the one before.
+const RETRIES: usize = 4;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// And how much longer for each MiB that it moves: a link slower than this is as good as down.
 const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
+
+/// Whether an operation that failed so may succeed when it is tried again.
+fn may_pass(error: &StoreError) -> bool {
+    !matches!(
+        error,
+        StoreError::NotFound { .. }
+            | StoreError::AlreadyExists { .. }
+            | StoreError::Precondition { .. }
+            | StoreError::NotModified { .. }
+            | StoreError::InvalidPath { .. }
+            | StoreError::NotSupported { .. }
+            | StoreError::NotImplemented { .. }
+            | StoreError::PermissionDenied { .. }
+            | StoreError::Unauthenticated { .. }
+            | StoreError::UnknownConfigurationKey { .. }
+    )
+}
 
 /// A run's folder. Keys are relative to it.
 #[derive(Clone, Debug)]
@@ -47,15 +69,21 @@ impl Run {
         self.root.describe(&self.path(key))
     }
 
-    /// Runs a store operation that moves `bytes` within [`PATIENCE`] and what the bytes add to it.
-    pub(crate) async fn ask<T>(
+    /// Runs a store operation that moves `bytes`, again where that may help, within [`PATIENCE`] and what the bytes add to
+    /// it.
+    pub(crate) async fn ask<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         operation: &'static str,
         key: &str,
         bytes: u64,
-        asked: impl Future<Output = Result<T, StoreError>>,
+        asked: impl FnMut() -> F,
     ) -> Result<T, Error> {
         let patience = PATIENCE + PATIENCE_PER_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
+        let again =
+            ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_times(RETRIES).with_jitter();
+        let asked = asked.retry(again).when(may_pass).notify(|error, pause| {
+            tracing::warn!(place = self.describe(key), %error, ?pause, "cannot {operation} it; trying again");
+        });
         match tokio::time::timeout(patience, asked).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(source)) => Err(Error::Store { operation, place: self.describe(key), source }),
@@ -74,7 +102,7 @@ impl Run {
     /// [`get`](Self::get) for an object of about so many bytes.
     pub(crate) async fn get_large(&self, key: &str, bytes: u64) -> Result<Option<Bytes>, Error> {
         let path = self.path(key);
-        let read = async { self.root.store().get(&path).await?.bytes().await };
+        let read = async || self.root.store().get(&path).await?.bytes().await;
         match self.ask("read", key, bytes, read).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => Ok(None),
@@ -89,7 +117,7 @@ impl Run {
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
         let size = bytes.len() as u64;
-        self.ask("write", key, size, self.root.store().put(&path, bytes.into())).await?;
+        self.ask("write", key, size, || self.root.store().put(&path, bytes.clone().into())).await?;
         Ok(())
     }
 
@@ -100,7 +128,7 @@ impl Run {
     /// [`Error::AlreadyExists`] when another content is there; otherwise the store's.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
-        let put = self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
+        let put = || self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
         let Err(error) = self.ask("write", key, bytes.len() as u64, put).await else { return Ok(()) };
         let conflict = matches!(
             &error,
@@ -114,19 +142,32 @@ impl Run {
         }
     }
 
-    /// Keys of the objects in a folder, in order.
+    /// Removes an object; one that is not there is removed already.
     ///
     /// # Errors
     /// The store's.
-    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>, Error> {
+    pub(crate) async fn delete(&self, key: &str) -> Result<(), Error> {
+        let path = self.path(key);
+        match self.ask("remove", key, 0, || self.root.store().delete(&path)).await {
+            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Keys and lengths of the objects in a folder, in order.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>, Error> {
         let path = self.path(folder);
-        let listed = self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
-        let objects = self.ask("list", folder, 0, listed).await?;
+        let listing = || self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
+        let objects = self.ask("list", folder, 0, listing).await?;
         let strip = |path: &Path| {
             let parts = path.prefix_match(&self.folder)?;
             Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
         };
-        let mut keys: Vec<String> = objects.iter().filter_map(|object| strip(&object.location)).collect();
+        let mut keys: Vec<_> =
+            objects.iter().filter_map(|object| Some((strip(&object.location)?, object.size))).collect();
         keys.sort_unstable();
         Ok(keys)
     }

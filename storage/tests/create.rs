@@ -34,7 +34,7 @@ async fn on_disk_the_first_write_stays() {
     creates_only(&run(&root_at(folder.path()))).await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_write_that_landed_is_a_success_whatever_the_answer() {
     for fault in [Fault::AnswerLost, Fault::WriteRepeated] {
         let run = run_in(Faulty::new(Arc::new(InMemory::new()), fault));
@@ -45,7 +45,7 @@ async fn a_write_that_landed_is_a_success_whatever_the_answer() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_write_that_did_not_land_is_a_failure() {
     for fault in [Fault::WriteFails, Fault::BucketGone] {
         let run = run_in(Faulty::new(Arc::new(InMemory::new()), fault));

@@ -149,10 +149,9 @@ impl Ledger {
         self.committing.contains_key(&iteration)
     }
 
-    /// The newest checkpoint whose manifest is being written.
-    #[must_use]
-    pub fn committing(&self) -> Option<u64> {
-        self.committing.keys().next_back().copied()
+    /// The checkpoints whose manifests are being written, oldest first.
+    pub fn committing(&self) -> impl DoubleEndedIterator<Item = u64> {
+        self.committing.keys().copied()
     }
 
     /// Why the live generation has no checkpoint of `iteration`, if it tried.

@@ -16,10 +16,9 @@ pub mod observation;
 pub mod record;
 pub mod steps;
 
-use potstill_proto::{
-    cursor::Generation,
-    message::{FromWorker, Hello, ToWorker},
-};
+use std::collections::BTreeSet;
+
+use potstill_proto::message::{FromWorker, Hello, ToWorker};
 
 pub use crate::core::{Core, Setup};
 use crate::{
@@ -125,12 +124,10 @@ pub enum Action {
     Persist(Record),
     /// Write a checkpoint's manifest; the answer comes as [`Event::CommitAnswered`].
     Commit(Checkpoint),
-    /// Remove the checkpoints that nobody needs any more, and what generations before this one left unfinished.
+    /// Remove the checkpoints that nobody needs any more, and what belongs to none.
     Retain {
-        /// The newest generation.
-        generation: Generation,
-        /// The checkpoint that its ranks may be reading.
-        in_use: Option<u64>,
+        /// Iterations of those that are being read or committed.
+        in_use: BTreeSet<u64>,
     },
     /// Answer a request for a checkpoint: the iteration of one that exists now, or why there is none.
     Answer {

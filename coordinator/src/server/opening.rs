@@ -63,13 +63,22 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
             }
         }
     }
-    let (checkpoints, damaged) = whole_checkpoints(&run).await?;
-    if checkpoints.is_empty() && damaged > 0 {
+    let (whole, damaged) = run.survey().await?;
+    for error in &damaged {
+        tracing::error!(%error, "a damaged checkpoint is passed over for the one before it");
+    }
+    if whole.is_empty() && !damaged.is_empty() {
         let problem = format!(
-            "none of run {name}'s {damaged} checkpoints can be read; start anew with another --run-id"
+            "none of run {name}'s {} checkpoints can be read; start anew with another --run-id",
+            damaged.len()
         );
         return Err(StartError::NothingToResume { problem });
     }
+    let checkpoint = |manifest: Manifest| CommittedCheckpoint {
+        iteration: manifest.iteration,
+        manifest_key: layout::manifest_key(manifest.iteration),
+    };
+    let checkpoints: Vec<_> = whole.into_iter().map(checkpoint).collect();
 
     let (journal, records) = Journal::open(&run).await?;
     let mut history = Vec::with_capacity(records.len());
@@ -145,23 +154,6 @@ async fn served_at(history: &[Record], run: &str) -> Option<String> {
     let reply = tokio::time::timeout(OTHERS, asking).await.ok()?.ok()?;
     let over = ["succeeded", "stopped", "failed"].contains(&reply.state.as_str());
     (reply.run_id == run && !over).then(|| address.to_owned())
-}
-
-/// The checkpoints whose manifests can be read, oldest first, and how many cannot: those are named and passed over.
-async fn whole_checkpoints(run: &Run) -> Result<(Vec<CommittedCheckpoint>, usize), StartError> {
-    let (mut whole, mut damaged) = (Vec::new(), 0);
-    for iteration in run.checkpoints().await? {
-        let manifest_key = layout::manifest_key(iteration);
-        match run.manifest(&manifest_key).await {
-            Ok(_) => whole.push(CommittedCheckpoint { iteration, manifest_key }),
-            Err(error @ potstill_storage::Error::Damaged { .. }) => {
-                tracing::error!(iteration, %error, "a damaged checkpoint is passed over for the one before it");
-                damaged += 1;
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok((whole, damaged))
 }
 
 /// A checkpoint as storage writes it down.

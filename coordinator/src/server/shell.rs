@@ -1,6 +1,9 @@
 //! The one task that owns the state machine: it feeds it events and does what it says, in order.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
 
 use potstill_core::{
     Action, ClientId, Core, Event, StreamId, Tick,
@@ -9,7 +12,13 @@ use potstill_core::{
     record::Record,
 };
 use potstill_proto::wire;
-use potstill_storage::{Run, journal::Journal};
+use potstill_storage::{
+    Run,
+    checkpoint::Manifest,
+    journal::Journal,
+    layout,
+    retention::{Policy, Swept},
+};
 use tokio::{
     sync::{
         mpsc::{self, error::TrySendError},
@@ -23,6 +32,9 @@ use super::{
     opening::{Opened, manifest},
     service::{Arrival, Clock, Input, Outbox},
 };
+
+/// How long the last sweep may hold up a run's end.
+const LAST_SWEEP: Duration = Duration::from_secs(30);
 
 /// What the owner of a coordinator may ask of it.
 pub enum Control {
@@ -42,6 +54,9 @@ pub struct Shell {
     journal: Journal,
     streams: BTreeMap<StreamId, Outbox>,
     commits: JoinSet<(u64, Result<String, String>)>,
+    /// Which checkpoints to keep, and the sweep that goes on.
+    retention: Policy,
+    sweep: JoinSet<()>,
     /// Who waits for a checkpoint.
     clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
     next_client: u64,
@@ -55,6 +70,8 @@ impl Shell {
     /// A shell around an opened run.
     pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
         let Opened { setup, run, journal } = opened;
+        let kept = &setup.spec.checkpoint;
+        let retention = Policy { keep_last: kept.keep_last, keep_every: kept.keep_every };
         Self {
             core: Core::new(setup),
             clock,
@@ -62,6 +79,8 @@ impl Shell {
             journal,
             streams: BTreeMap::new(),
             commits: JoinSet::new(),
+            retention,
+            sweep: JoinSet::new(),
             clients: BTreeMap::new(),
             next_client: 0,
             observations,
@@ -87,6 +106,8 @@ impl Shell {
     ) -> Outcome {
         loop {
             if let Some(outcome) = self.outcome.take() {
+                // What a sweep leaves is found by the next one, if there is one.
+                let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
                 return outcome;
             }
             let deadline = self.core.next_deadline().map(|tick| self.clock.instant(tick));
@@ -186,7 +207,7 @@ impl Shell {
             }
             Action::Persist(record) => self.persist(&record).await?,
             Action::Commit(checkpoint) => self.commit(checkpoint),
-            Action::Retain { .. } => {}
+            Action::Retain { in_use } => self.retain(in_use),
             Action::Answer { client, result } => {
                 if let Some(reply) = self.clients.remove(&client) {
                     // Whoever asked may have gone.
@@ -224,10 +245,50 @@ impl Shell {
         let run = self.run.clone();
         self.commits.spawn(async move {
             let iteration = checkpoint.iteration;
-            let written = run.commit(&manifest(checkpoint)).await;
+            let written = commit(&run, &manifest(checkpoint)).await;
             (iteration, written.map_err(|error| error.to_string()))
         });
     }
+
+    /// Sweeps in the background, unless the last sweep still goes on: the next one finds the same.
+    fn retain(&mut self, in_use: BTreeSet<u64>) {
+        while self.sweep.try_join_next().is_some() {}
+        if !self.sweep.is_empty() {
+            return;
+        }
+        let (run, policy) = (self.run.clone(), self.retention);
+        self.sweep.spawn(async move {
+            match run.sweep(policy, &in_use).await {
+                Ok(swept) if swept == Swept::default() => {}
+                Ok(Swept { checkpoints, orphans }) => {
+                    tracing::info!(
+                        ?checkpoints,
+                        orphans,
+                        "removed checkpoints and objects that nobody needs"
+                    );
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot remove old checkpoints; trying again after the next one")
+                }
+            }
+        });
+    }
+}
+
+/// Writes a manifest. Another checkpoint of this iteration is as good, since the trajectory is one and the same; unless it
+/// is damaged, in which case it makes room.
+async fn commit(run: &Run, manifest: &Manifest) -> Result<String, potstill_storage::Error> {
+    let refused = match run.commit(manifest).await {
+        Err(error @ potstill_storage::Error::AlreadyExists { .. }) => error,
+        other => return other,
+    };
+    let key = layout::manifest_key(manifest.iteration);
+    if !run.is_damaged(&key).await? {
+        return Ok(key);
+    }
+    tracing::warn!(reason = %refused, "the one that exists is damaged: it is set aside");
+    run.set_aside(manifest.iteration).await?;
+    run.commit(manifest).await
 }
 
 fn journal_lost(error: &potstill_storage::Error) -> String {

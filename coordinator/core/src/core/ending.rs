@@ -32,10 +32,9 @@ impl Core {
                 }
                 self.failures = 0;
                 let reading = self.start.exact && self.steps.finished() == self.start.cursor.iteration;
-                actions.push(Action::Retain {
-                    generation: self.generation,
-                    in_use: reading.then_some(self.start.cursor.iteration),
-                });
+                let read = reading.then_some(self.start.cursor.iteration);
+                let in_use = self.ledger.committing().chain(read).collect();
+                actions.push(Action::Retain { in_use });
                 self.answer(&Ok(iteration), actions);
                 self.conclude(actions);
             }

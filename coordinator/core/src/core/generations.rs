@@ -81,7 +81,7 @@ impl Core {
 
     /// Whether a checkpoint is about to exist that holds more than anybody who could go on.
     pub(super) fn awaits_commit(&self) -> bool {
-        let Some(iteration) = self.ledger.committing() else { return false };
+        let Some(iteration) = self.ledger.committing().next_back() else { return false };
         self.members.eligible().all(|(_, member)| member.held < Some(Cursor::boundary(iteration)))
     }
 

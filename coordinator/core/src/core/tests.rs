@@ -1,5 +1,7 @@
 //! Each rule as events and the actions they lead to.
 
+use std::collections::BTreeSet;
+
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation, Phase},
@@ -1001,7 +1003,7 @@ fn a_checkpoint_on_demand_is_answered_when_it_exists() {
     world.receipt(0, 1);
     let actions = world.committed(1);
     assert!(actions.contains(&Action::Answer { client, result: Ok(1) }), "{actions:?}");
-    assert!(actions.contains(&Action::Retain { generation: Generation(1), in_use: None }));
+    assert!(actions.contains(&Action::Retain { in_use: BTreeSet::new() }));
 }
 
 #[test]

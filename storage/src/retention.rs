@@ -1,0 +1,145 @@
+//! Which checkpoints go, and the removal of what nobody needs any more.
+//!
+//! A checkpoint goes manifest first: from then on it does not exist, and what is left of it is an orphan for this sweep or a
+//! later one. Orphans at or below the newest checkpoint go; above it they may be about to be committed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{Error, Run, layout};
+
+/// Which checkpoints are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// So many of the newest; 0: all.
+    pub keep_last: u64,
+    /// And those whose iteration is a multiple of this; 0: none.
+    pub keep_every: u64,
+}
+
+/// What a sweep removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Iterations of the checkpoints that were removed.
+    pub checkpoints: Vec<u64>,
+    /// Objects that belonged to no checkpoint.
+    pub orphans: usize,
+}
+
+/// The committed checkpoints that may go: never the newest one, never one in use.
+#[must_use]
+pub fn doomed(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64>) -> Vec<u64> {
+    if policy.keep_last == 0 {
+        return Vec::new();
+    }
+    let newest = usize::try_from(policy.keep_last).unwrap_or(usize::MAX);
+    let old = committed.iter().rev().skip(newest).copied();
+    let kept = |iteration: &u64| {
+        in_use.contains(iteration) || (policy.keep_every > 0 && iteration.is_multiple_of(policy.keep_every))
+    };
+    old.filter(|iteration| !kept(iteration)).collect()
+}
+
+impl Run {
+    /// Removes the checkpoints that the policy does not keep, and orphans. `in_use` are iterations whose objects nobody may
+    /// touch: being read, or about to be committed.
+    ///
+    /// # Errors
+    /// The store's. What was not removed is found by the next sweep.
+    pub async fn sweep(&self, policy: Policy, in_use: &BTreeSet<u64>) -> Result<Swept, Error> {
+        let mut folders: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        for (key, _) in self.list(layout::CHECKPOINTS).await? {
+            if let Some(iteration) = layout::checkpoint_iteration(&key) {
+                folders.entry(iteration).or_default().push(key);
+            }
+        }
+        let committed: BTreeSet<u64> = folders
+            .iter()
+            .filter(|(iteration, keys)| keys.contains(&layout::manifest_key(**iteration)))
+            .map(|(iteration, _)| *iteration)
+            .collect();
+        let doomed = doomed(&committed, policy, in_use);
+        for iteration in &doomed {
+            self.delete(&layout::manifest_key(*iteration)).await?;
+        }
+        let newest = committed.last().copied();
+        let mut orphans = 0;
+        for (iteration, keys) in folders {
+            if in_use.contains(&iteration) || newest.is_none_or(|newest| iteration > newest) {
+                continue;
+            }
+            let needed = if doomed.contains(&iteration) || !committed.contains(&iteration) {
+                BTreeSet::new()
+            } else {
+                match self.needed(iteration, &keys).await? {
+                    Some(needed) => needed,
+                    // Nobody can tell what belongs to it.
+                    None => continue,
+                }
+            };
+            for key in keys.iter().filter(|key| !needed.contains(*key)) {
+                if doomed.contains(&iteration) && *key == layout::manifest_key(iteration) {
+                    continue;
+                }
+                self.delete(key).await?;
+                orphans += usize::from(!doomed.contains(&iteration));
+            }
+        }
+        Ok(Swept { checkpoints: doomed, orphans })
+    }
+
+    /// The objects of a committed checkpoint; `None` when its manifest cannot be read.
+    async fn needed(&self, iteration: u64, keys: &[String]) -> Result<Option<BTreeSet<String>>, Error> {
+        let manifest_key = layout::manifest_key(iteration);
+        let attempts: BTreeSet<_> =
+            keys.iter().filter_map(|key| key.rsplit_once('/')).map(|(f, _)| f).collect();
+        if attempts.len() <= 2 {
+            // Its own folder and that of one attempt: the manifest's.
+            return Ok(Some(keys.iter().cloned().collect()));
+        }
+        match self.manifest(&manifest_key).await {
+            Ok(manifest) => {
+                let shards = manifest.shards.into_iter().map(|shard| shard.key);
+                Ok(Some(shards.chain([manifest_key]).collect()))
+            }
+            Err(Error::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_needed_stays(
+            committed in prop::collection::btree_set(0..500_u64, 0..30),
+            in_use in prop::collection::btree_set(0..500_u64, 0..5),
+            keep_last in 0..8_u64,
+            keep_every in 0..100_u64,
+        ) {
+            let gone = doomed(&committed, Policy { keep_last, keep_every }, &in_use);
+            let newest: Vec<u64> = committed.iter().rev().take(keep_last.max(1) as usize).copied().collect();
+            for iteration in &gone {
+                prop_assert!(committed.contains(iteration) && !in_use.contains(iteration));
+                prop_assert!(!newest.contains(iteration));
+                prop_assert!(keep_every == 0 || iteration % keep_every != 0);
+            }
+            // And nothing else stays.
+            if keep_last > 0 {
+                for iteration in committed.iter().filter(|i| !gone.contains(i)) {
+                    prop_assert!(
+                        newest.contains(iteration)
+                            || in_use.contains(iteration)
+                            || (keep_every > 0 && iteration % keep_every == 0)
+                    );
+                }
+            } else {
+                prop_assert!(gone.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Tests that a sweep removes what nobody needs, in an order that never leaves half a checkpoint, and that damaged
+//! checkpoints are found and copies are true.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{root_at, run_in_memory};
+use potstill_storage::{
+    Error, Run,
+    checkpoint::Manifest,
+    layout,
+    retention::{Policy, Swept},
+};
+
+/// A committed checkpoint of two shards.
+async fn commit(run: &Run, iteration: u64, generation: u64) {
+    let mut shards = Vec::new();
+    for rank in 0..2 {
+        shards.push(attempt(run, iteration, generation, rank).await);
+    }
+    run.commit(&Manifest::new(iteration, generation, shards)).await.unwrap();
+}
+
+async fn attempt(
+    run: &Run,
+    iteration: u64,
+    generation: u64,
+    rank: u32,
+) -> potstill_storage::checkpoint::Shard {
+    let key = layout::shard_key(iteration, &format!("g{generation}"), rank, 2);
+    run.write_shard(&key, rank, format!("{iteration} {generation} {rank}").into()).await.unwrap()
+}
+
+#[tokio::test]
+async fn old_checkpoints_and_orphans_go_and_everything_else_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    for run in [run_in_memory(), common::run(&root_at(folder.path()))] {
+        for iteration in [10, 20, 30, 40, 50] {
+            commit(&run, iteration, 2).await;
+        }
+        // A generation that died while it saved, before a committed checkpoint and beside one.
+        attempt(&run, 15, 1, 0).await;
+        let beside = attempt(&run, 40, 1, 1).await;
+        // One that may be about to be committed.
+        let coming = attempt(&run, 60, 2, 0).await;
+
+        let policy = Policy { keep_last: 2, keep_every: 20 };
+        let swept = run.sweep(policy, &BTreeSet::from([30])).await.unwrap();
+        assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 2 });
+        assert_eq!(run.checkpoints().await.unwrap(), [20, 30, 40, 50]);
+        assert!(run.read_shard(&coming).await.is_ok());
+        assert!(matches!(run.read_shard(&beside).await, Err(Error::Damaged { .. })));
+        let (whole, damaged) = run.survey().await.unwrap();
+        assert_eq!(whole.iter().map(|m| m.iteration).collect::<Vec<_>>(), [20, 30, 40, 50]);
+        assert!(damaged.is_empty());
+        // Nothing is left to do.
+        let again = run.sweep(policy, &BTreeSet::from([30])).await.unwrap();
+        assert_eq!(again, Swept::default());
+        assert_eq!(run.sweep(policy, &BTreeSet::new()).await.unwrap().checkpoints, [30]);
+    }
+}
+
+#[tokio::test]
+async fn what_an_interrupted_sweep_left_is_swept_later() {
+    let run = run_in_memory();
+    for iteration in [10, 20] {
+        commit(&run, iteration, 1).await;
+    }
+    // It came as far as the manifest.
+    run.set_aside(10).await.unwrap();
+    let swept = run.sweep(Policy { keep_last: 1, keep_every: 0 }, &BTreeSet::new()).await.unwrap();
+    assert_eq!(swept, Swept { checkpoints: vec![], orphans: 3 });
+    assert_eq!(run.checkpoints().await.unwrap(), [20]);
+}
+
+#[tokio::test]
+async fn a_policy_that_keeps_all_removes_none() {
+    let run = run_in_memory();
+    for iteration in [10, 20, 30] {
+        commit(&run, iteration, 1).await;
+    }
+    let swept = run.sweep(Policy::default(), &BTreeSet::new()).await.unwrap();
+    assert_eq!(swept, Swept::default());
+}
+
+#[tokio::test]
+async fn damaged_checkpoints_are_told_from_whole_ones_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = common::run(&root_at(folder.path()));
+    for iteration in [10, 20, 30, 40] {
+        commit(&run, iteration, 1).await;
+    }
+    let shard = |iteration, rank| run.describe(&layout::shard_key(iteration, "g1", rank, 2));
+    std::fs::remove_file(shard(20, 1)).unwrap();
+    std::fs::write(shard(30, 0), "short").unwrap();
+    std::fs::write(run.describe(&layout::manifest_key(40)), "{").unwrap();
+    let (whole, damaged) = run.survey().await.unwrap();
+    assert_eq!(whole.iter().map(|m| m.iteration).collect::<Vec<_>>(), [10]);
+    let damaged: Vec<_> = damaged.iter().map(ToString::to_string).collect();
+    assert!(damaged[0].contains(&shard(20, 1)) && damaged[0].contains("missing"), "{damaged:?}");
+    assert!(damaged[1].contains(&shard(30, 0)) && damaged[1].contains("5 bytes"), "{damaged:?}");
+    assert!(damaged[2].contains("000000000040/manifest.json"), "{damaged:?}");
+
+    // Its iteration can be committed again.
+    run.set_aside(20).await.unwrap();
+    commit(&run, 20, 2).await;
+    assert_eq!(run.manifest(&layout::manifest_key(20)).await.unwrap().generation, 2);
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_copied_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = root_at(folder.path());
+    let (from, to) = (common::run(&root), root.run(&"two".parse().unwrap()));
+    commit(&from, 10, 3).await;
+    let manifest = from.copy_checkpoint(10, &to).await.unwrap();
+    assert_eq!(to.survey().await.unwrap().0, [manifest]);
+
+    commit(&from, 20, 3).await;
+    std::fs::write(from.describe(&layout::shard_key(20, "g3", 1, 2)), "20 3 2").unwrap();
+    let error = from.copy_checkpoint(20, &to).await.unwrap_err();
+    assert!(
+        error.to_string().contains("rank-001-of-002") && error.to_string().contains("SHA-256"),
+        "{error}"
+    );
+    assert_eq!(to.checkpoints().await.unwrap(), [10]);
+}
