@@ -4,6 +4,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
+if ! cmp -s requirements-test.txt .venv/installed-requirements-test.txt; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+    cp requirements-test.txt .venv/installed-requirements-test.txt
+fi
 .venv/bin/python scripts/train_features.py --check
 .venv/bin/python -m unittest discover -s scripts/tests
 # Test programs run one after the other; within one, two at a time: each of the cluster's tests has two ranks of its own.
