@@ -155,8 +155,7 @@ def write(storage: Path) -> None:
         sys.exit(f"no finished runs in {storage}")
     PICTURES.mkdir(parents=True, exist_ok=True)
     for row in found:
-        for name in ("samples.png", "curves.png"):
-            shutil.copy(storage / "runs" / row.name / name, PICTURES / f"{row.name}-{name}")
+        shutil.copy(storage / "runs" / row.name / "samples.png", PICTURES / f"{row.name}-samples.png")
     teacher = next(iter(found.values()))["teacher"]
     marker = "<!-- everything below is written by scripts/ablation.sh -->"
     head = DOCUMENT.read_text().split(marker)[0] if DOCUMENT.exists() else "# Results on the digits\n\n"
