@@ -138,7 +138,9 @@ class Chaos:
         holders = self.holders(status)
         kind = self.random.choices(["kill", "pause", "coordinator", "kill and coordinator"], [5, 2, 2, 1])[0]
         able = [m["pid"] for m in holders if m["liveness"] == "alive" and m["pid"] not in self.paused]
-        settled = len(able) == WORLD and len({m["cursor"] for m in holders}) <= 2 and status["iteration"] > 0
+        # Whoever has just joined may not have taken the state yet.
+        cursors = [int(re.findall(r"\d+", m["cursor"])[0]) for m in holders]
+        settled = len(able) == WORLD and min(cursors) + 1 >= max(cursors) >= max(status["iteration"], 1)
         if kind != "coordinator" and (not settled or self.paused):
             return
         self.faults[kind] += 1

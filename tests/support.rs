@@ -87,7 +87,11 @@ impl Cluster {
     }
 
     /// A run file of the digits that names no extractor, so that nothing is scored.
-    fn unscored_config(&self) -> PathBuf {
+    ///
+    /// # Panics
+    /// It cannot be written.
+    #[must_use]
+    pub fn unscored_config(&self) -> PathBuf {
         let digits = repository().join("configs/digits");
         let config = self.folder.path().join("unscored.toml");
         let text = format!(

@@ -1,7 +1,7 @@
 //! Which checkpoints go, and the removal of what nobody needs any more.
 //!
 //! A checkpoint goes manifest first: from then on it does not exist, and what is left of it is an orphan for this sweep or a
-//! later one. Orphans at or below the newest checkpoint go; above it they may be about to be committed.
+//! later one. Which orphans may go the caller knows: others may be about to be committed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,12 +40,12 @@ pub fn doomed(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64>)
 }
 
 impl Run {
-    /// Removes the checkpoints that the policy does not keep, and orphans. `in_use` are iterations whose objects nobody may
-    /// touch: being read, or about to be committed.
+    /// Removes the checkpoints that the policy does not keep, and orphans up to an iteration: no checkpoint may come into being
+    /// there any more, except those `in_use`, whose objects nobody may touch because they are being read or committed.
     ///
     /// # Errors
     /// The store's. What was not removed is found by the next sweep.
-    pub async fn sweep(&self, policy: Policy, in_use: &BTreeSet<u64>) -> Result<Swept, Error> {
+    pub async fn sweep(&self, policy: Policy, in_use: &BTreeSet<u64>, up_to: u64) -> Result<Swept, Error> {
         let mut folders: BTreeMap<u64, Vec<String>> = BTreeMap::new();
         for (key, _) in self.list(layout::CHECKPOINTS).await? {
             if let Some(iteration) = layout::checkpoint_iteration(&key) {
@@ -61,10 +61,9 @@ impl Run {
         for iteration in &doomed {
             self.delete(&layout::manifest_key(*iteration)).await?;
         }
-        let newest = committed.last().copied();
         let mut orphans = 0;
         for (iteration, keys) in folders {
-            if in_use.contains(&iteration) || newest.is_none_or(|newest| iteration > newest) {
+            if in_use.contains(&iteration) || iteration > up_to {
                 continue;
             }
             let needed = if doomed.contains(&iteration) || !committed.contains(&iteration) {

@@ -44,22 +44,23 @@ async fn old_checkpoints_and_orphans_go_and_everything_else_stays() {
         // A generation that died while it saved, before a committed checkpoint and beside one.
         attempt(&run, 15, 1, 0).await;
         let beside = attempt(&run, 40, 1, 1).await;
-        // One that may be about to be committed.
+        // Those that may be about to be committed: a later one may exist already.
         let coming = attempt(&run, 60, 2, 0).await;
+        commit(&run, 70, 2).await;
 
         let policy = Policy { keep_last: 2, keep_every: 20 };
-        let swept = run.sweep(policy, &BTreeSet::from([30])).await.unwrap();
+        let swept = run.sweep(policy, &BTreeSet::from([30]), 50).await.unwrap();
         assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 2 });
-        assert_eq!(run.checkpoints().await.unwrap(), [20, 30, 40, 50]);
+        assert_eq!(run.checkpoints().await.unwrap(), [20, 30, 40, 50, 70]);
         assert!(run.read_shard(&coming).await.is_ok());
         assert!(matches!(run.read_shard(&beside).await, Err(Error::Damaged { .. })));
         let (whole, damaged) = run.survey().await.unwrap();
-        assert_eq!(whole.iter().map(|m| m.iteration).collect::<Vec<_>>(), [20, 30, 40, 50]);
+        assert_eq!(whole.iter().map(|m| m.iteration).collect::<Vec<_>>(), [20, 30, 40, 50, 70]);
         assert!(damaged.is_empty());
         // Nothing is left to do.
-        let again = run.sweep(policy, &BTreeSet::from([30])).await.unwrap();
+        let again = run.sweep(policy, &BTreeSet::from([30]), 50).await.unwrap();
         assert_eq!(again, Swept::default());
-        assert_eq!(run.sweep(policy, &BTreeSet::new()).await.unwrap().checkpoints, [30]);
+        assert_eq!(run.sweep(policy, &BTreeSet::new(), 50).await.unwrap().checkpoints, [30]);
     }
 }
 
@@ -71,7 +72,7 @@ async fn what_an_interrupted_sweep_left_is_swept_later() {
     }
     // It came as far as the manifest.
     run.set_aside(10).await.unwrap();
-    let swept = run.sweep(Policy { keep_last: 1, keep_every: 0 }, &BTreeSet::new()).await.unwrap();
+    let swept = run.sweep(Policy { keep_last: 1, keep_every: 0 }, &BTreeSet::new(), 50).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![], orphans: 3 });
     assert_eq!(run.checkpoints().await.unwrap(), [20]);
 }
@@ -82,7 +83,7 @@ async fn a_policy_that_keeps_all_removes_none() {
     for iteration in [10, 20, 30] {
         commit(&run, iteration, 1).await;
     }
-    let swept = run.sweep(Policy::default(), &BTreeSet::new()).await.unwrap();
+    let swept = run.sweep(Policy::default(), &BTreeSet::new(), 50).await.unwrap();
     assert_eq!(swept, Swept::default());
 }
 

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-
 use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
@@ -41,7 +40,8 @@ impl Server {
     /// `None`, and a line that says so, where moto is not installed.
     fn start(test: &str) -> Option<Self> {
         let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
-        let installed = Command::new(&python).args(["-c", "import moto.server"]).stderr(Stdio::null()).status();
+        let installed =
+            Command::new(&python).args(["-c", "import moto.server"]).stderr(Stdio::null()).status();
         if !installed.is_ok_and(|status| status.success()) {
             eprintln!("skipped: {test}: moto is not installed (pip install -r requirements-test.txt)");
             return None;
@@ -63,7 +63,8 @@ impl Server {
         // Somebody must read what it goes on to say.
         thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
         let mut stream = TcpStream::connect(address).unwrap();
-        let request = "PUT /bucket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        let request =
+            "PUT /bucket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
         stream.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -139,7 +140,7 @@ async fn checkpoints_come_back_whole_and_old_ones_go() {
     let orphan = layout::shard_key(15, "g1", 0, 2);
     run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
     let policy = Policy { keep_last: 1, keep_every: 20 };
-    let swept = run.sweep(policy, &BTreeSet::new()).await.unwrap();
+    let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });
     assert_eq!(run.checkpoints().await.unwrap(), [20, 30]);
 }

@@ -128,6 +128,8 @@ pub enum Action {
     Retain {
         /// Iterations of those that are being read or committed.
         in_use: BTreeSet<u64>,
+        /// What belongs to no checkpoint goes up to this iteration: beyond it, it may be about to be committed.
+        up_to: u64,
     },
     /// Answer a request for a checkpoint: the iteration of one that exists now, or why there is none.
     Answer {

@@ -207,7 +207,7 @@ impl Shell {
             }
             Action::Persist(record) => self.persist(&record).await?,
             Action::Commit(checkpoint) => self.commit(checkpoint),
-            Action::Retain { in_use } => self.retain(in_use),
+            Action::Retain { in_use, up_to } => self.retain(in_use, up_to),
             Action::Answer { client, result } => {
                 if let Some(reply) = self.clients.remove(&client) {
                     // Whoever asked may have gone.
@@ -251,14 +251,14 @@ impl Shell {
     }
 
     /// Sweeps in the background, unless the last sweep still goes on: the next one finds the same.
-    fn retain(&mut self, in_use: BTreeSet<u64>) {
+    fn retain(&mut self, in_use: BTreeSet<u64>, up_to: u64) {
         while self.sweep.try_join_next().is_some() {}
         if !self.sweep.is_empty() {
             return;
         }
         let (run, policy) = (self.run.clone(), self.retention);
         self.sweep.spawn(async move {
-            match run.sweep(policy, &in_use).await {
+            match run.sweep(policy, &in_use, up_to).await {
                 Ok(swept) if swept == Swept::default() => {}
                 Ok(Swept { checkpoints, orphans }) => {
                     tracing::info!(

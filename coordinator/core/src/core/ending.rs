@@ -34,7 +34,8 @@ impl Core {
                 let reading = self.start.exact && self.steps.finished() == self.start.cursor.iteration;
                 let read = reading.then_some(self.start.cursor.iteration);
                 let in_use = self.ledger.committing().chain(read).collect();
-                actions.push(Action::Retain { in_use });
+                let up_to = self.ledger.newest().map_or(0, |newest| newest.iteration);
+                actions.push(Action::Retain { in_use, up_to });
                 self.answer(&Ok(iteration), actions);
                 self.conclude(actions);
             }
