@@ -131,9 +131,15 @@ impl Cluster {
     /// `potstill agent` for a coordinator on this machine.
     #[must_use]
     pub fn agent(run: &str, port: u16, ranks: u32) -> Command {
+        Self::agent_at(run, &format!("http://127.0.0.1:{port}"), ranks)
+    }
+
+    /// `potstill agent` for a coordinator anywhere.
+    #[must_use]
+    pub fn agent_at(run: &str, coordinator: &str, ranks: u32) -> Command {
         let mut command = Command::new(binary("potstill"));
         command
-            .args(["agent", "--coordinator", &format!("http://127.0.0.1:{port}"), "--run-id", run])
+            .args(["agent", "--coordinator", coordinator, "--run-id", run])
             .args(["--ranks", &ranks.to_string(), "--threads", "1"])
             .stdin(Stdio::null());
         command
@@ -230,6 +236,14 @@ pub struct Process {
     child: Child,
     log: BufReader<ChildStderr>,
     seen: String,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // A test that panics leaves nothing running. Fails where it has been waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Process {
