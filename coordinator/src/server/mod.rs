@@ -101,12 +101,12 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let service = CoordinatorServer::new(Service::new(clock, inbox_sender))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    // A peer whose machine vanished is given up on when its worker is.
+    // A peer whose machine vanished: after its worker was given up on for its silence, which is the clearer reason.
     let unknown = Duration::from_millis(timeouts.unknown_millis);
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(unknown))
-        .http2_keepalive_timeout(Some(Duration::from_millis(timeouts.dead_millis) - unknown))
+        .http2_keepalive_timeout(Some(Duration::from_millis(timeouts.dead_millis)))
         .add_service(service)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
             let _ = over.await;
