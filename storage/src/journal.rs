@@ -35,6 +35,25 @@ impl Journal {
         Ok((Self { run: run.clone(), next: records.len() as u64 }, records))
     }
 
+    /// A look, for the background, at whether another coordinator has gone on with the journal: one that writes nothing would
+    /// not learn it otherwise. The answer is the number of the record that was found, if one was.
+    pub fn watch(&self) -> impl Future<Output = Option<u64>> + use<> {
+        let (run, next) = (self.run.clone(), self.next);
+        // An error says nothing; the next look may.
+        async move { run.get(&layout::journal_key(next)).await.ok().flatten().map(|_| next) }
+    }
+
+    /// What [`watch`](Self::watch) has found is another's.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`].
+    pub fn watched(&self, found: u64) -> Result<(), Error> {
+        if found < self.next {
+            return Ok(());
+        }
+        Err(Error::Fenced { place: self.run.describe(&layout::journal_key(found)) })
+    }
+
     /// Writes the next record.
     ///
     /// # Errors

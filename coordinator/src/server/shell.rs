@@ -25,6 +25,7 @@ use tokio::{
         oneshot,
     },
     task::JoinSet,
+    time::MissedTickBehavior,
 };
 
 use super::{
@@ -35,6 +36,8 @@ use super::{
 
 /// How long the last sweep may hold up a run's end.
 const LAST_SWEEP: Duration = Duration::from_secs(30);
+/// How often a coordinator looks whether the journal is still its own.
+const WATCH: Duration = Duration::from_secs(10);
 
 /// What the owner of a coordinator may ask of it.
 pub enum Control {
@@ -57,6 +60,7 @@ pub struct Shell {
     /// Which checkpoints to keep, and the sweep that goes on.
     retention: Policy,
     sweep: JoinSet<()>,
+    watch: JoinSet<Option<u64>>,
     /// Who waits for a checkpoint.
     clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
     next_client: u64,
@@ -81,6 +85,7 @@ impl Shell {
             commits: JoinSet::new(),
             retention,
             sweep: JoinSet::new(),
+            watch: JoinSet::new(),
             clients: BTreeMap::new(),
             next_client: 0,
             observations,
@@ -104,6 +109,8 @@ impl Shell {
         mut inbox: mpsc::Receiver<Arrival>,
         mut controls: mpsc::UnboundedReceiver<Control>,
     ) -> Outcome {
+        let mut looks = tokio::time::interval(WATCH);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(outcome) = self.outcome.take() {
                 // What a sweep leaves is found by the next one, if there is one.
@@ -137,6 +144,14 @@ impl Shell {
                     self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
                 }
                 Some(arrival) = inbox.recv() => self.arrived(arrival).await,
+                Some(Ok(Some(found))) = self.watch.join_next() => {
+                    if let Err(error) = self.journal.watched(found) {
+                        self.step(self.clock.now(), Event::JournalLost { reason: error.to_string() }).await;
+                    }
+                }
+                _ = looks.tick(), if self.watch.is_empty() => {
+                    self.watch.spawn(self.journal.watch());
+                }
                 () = timer => self.step(self.clock.now(), Event::Timer).await,
             }
         }

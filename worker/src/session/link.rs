@@ -10,7 +10,7 @@ use potstill_c10d::ProcessGroup;
 use potstill_proto::{
     MAX_MESSAGE_BYTES,
     cursor::Generation,
-    message::{FromWorker, Hello, Place, ToWorker},
+    message::{FromWorker, Hello, Place, Source, ToWorker},
     wire::{self, coordinator_client::CoordinatorClient},
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -59,7 +59,7 @@ impl Outbox {
         let (sender, messages) = unbounded_channel();
         let mut outgoing = self.lock();
         hello.place = outgoing.retained.place;
-        hello.held = progress.held().filter(|_| hello.place.is_some());
+        hello.held = progress.held().filter(|_| outgoing.retained.keeps_state(progress.loaded()));
         let closed = "the stream closed before the hello";
         sender.send(hello.into()).context(closed)?;
         for message in outgoing.retained.messages() {
@@ -73,7 +73,8 @@ impl Outbox {
         let retained = &mut self.lock().retained;
         match message {
             ToWorker::Assignment(a) => {
-                retained.assigned(Place { generation: a.generation, rank: a.rank });
+                let keeps_state = a.source == Source::Peer { rank: a.rank };
+                retained.assigned(Place { generation: a.generation, rank: a.rank }, keeps_state);
             }
             ToWorker::Committed { iteration } => retained.committed(*iteration),
             _ => {}

@@ -25,6 +25,8 @@ pub struct Progress {
     cursor: AtomicU64,
     /// Whether the state at the cursor is whole.
     whole: AtomicBool,
+    /// The newest generation whose state it is.
+    loaded: AtomicU64,
     units: AtomicU64,
     waiting: AtomicBool,
     activity: Mutex<&'static str>,
@@ -42,6 +44,17 @@ impl Progress {
         self.cursor.store(cursor.iteration * 2 + phase, Ordering::Relaxed);
         self.whole.store(true, Ordering::Release);
         self.tick();
+    }
+
+    /// The state of this generation is held, this far.
+    pub fn set_loaded(&self, generation: Generation, cursor: Cursor) {
+        self.set_cursor(cursor);
+        self.loaded.store(generation.0, Ordering::Release);
+    }
+
+    /// The newest generation whose state was held.
+    pub fn loaded(&self) -> Generation {
+        Generation(self.loaded.load(Ordering::Acquire))
     }
 
     /// The state is about to be overwritten, or is torn.

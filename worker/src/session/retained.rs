@@ -13,16 +13,26 @@ use potstill_proto::{
 pub struct Retained {
     /// The rank's newest place.
     pub place: Option<Place>,
+    /// Whether its state is the one that all ranks of that place's generation take.
+    is_source: bool,
     messages: Vec<FromWorker>,
 }
 
 impl Retained {
     /// A new place: what was said in an older one is of no use any more.
-    pub fn assigned(&mut self, place: Place) {
+    pub fn assigned(&mut self, place: Place, is_source: bool) {
         self.place = Some(place);
+        self.is_source = is_source;
         self.messages.retain(|message| {
             matches!(message, FromWorker::Ready | FromWorker::Leaving { .. } | FromWorker::Failed { .. })
         });
+    }
+
+    /// Whether a coordinator may count on the state that the rank holds, which is that of generation `loaded`. Between its
+    /// assignment and the moment when it has taken its place's state the old one may be overwritten at any time, and nobody
+    /// would hear of it.
+    pub fn keeps_state(&self, loaded: Generation) -> bool {
+        self.place.is_some_and(|place| self.is_source || loaded >= place.generation)
     }
 
     /// A checkpoint of `iteration` exists.
@@ -86,7 +96,7 @@ mod tests {
     fn what_a_checkpoint_covers_and_older_generations_are_forgotten() {
         let mut retained = Retained::default();
         retained.keep(&FromWorker::Ready);
-        retained.assigned(at(1));
+        retained.assigned(at(1), false);
         for message in [step(1, 0), step(1, 1), receipt(1, 2), step(1, 2), step(0, 9)] {
             retained.keep(&message);
         }
@@ -94,7 +104,19 @@ mod tests {
         assert_eq!(kept(&retained), [FromWorker::Ready, step(1, 0), step(1, 1), receipt(1, 2), step(1, 2)]);
         retained.committed(2);
         assert_eq!(kept(&retained), [FromWorker::Ready, step(1, 2)]);
-        retained.assigned(at(2));
+        retained.assigned(at(2), false);
         assert_eq!(kept(&retained), [FromWorker::Ready]);
+    }
+
+    #[test]
+    fn a_state_that_may_be_overwritten_is_not_counted_on() {
+        let place = Place { generation: Generation(2), rank: 1 };
+        let mut retained = Retained::default();
+        assert!(!retained.keeps_state(Generation(0)));
+        retained.assigned(place, false);
+        assert!(!retained.keeps_state(Generation(1)));
+        assert!(retained.keeps_state(Generation(2)));
+        retained.assigned(place, true);
+        assert!(retained.keeps_state(Generation(1)));
     }
 }

@@ -137,7 +137,7 @@ fn take_part(
 
     let (state, cursor) = obtain_state(job, session, holding, assignment, &group)?;
     // Held from here on, so that no failure below loses it.
-    session.progress.set_cursor(cursor);
+    session.progress.set_loaded(assignment.generation, cursor);
     holding.cursor = cursor;
     let state = holding.state.insert(state);
     let reducer = |network: &dyn Denoiser| {

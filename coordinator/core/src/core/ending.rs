@@ -33,8 +33,10 @@ impl Core {
                 self.failures = 0;
                 let reading = self.start.exact && self.steps.finished() == self.start.cursor.iteration;
                 let read = reading.then_some(self.start.cursor.iteration);
-                let in_use = self.ledger.committing().chain(read).collect();
-                let up_to = self.ledger.newest().map_or(0, |newest| newest.iteration);
+                // The newest too: storage may hold a newer one, whose write it denied.
+                let newest = self.ledger.newest().map(|newest| newest.iteration);
+                let in_use = self.ledger.committing().chain(read).chain(newest).collect();
+                let up_to = newest.unwrap_or(0);
                 actions.push(Action::Retain { in_use, up_to });
                 self.answer(&Ok(iteration), actions);
                 self.conclude(actions);

@@ -257,6 +257,12 @@ impl Core {
     ) {
         let rank = self.rank(stream).filter(|_| generation == self.generation);
         let Some(rank) = rank else {
+            // A worker that was taken for lost: what it says about its own state counts all the same.
+            if let Some(member) = self.members.get_mut(stream)
+                && member.place.is_some_and(|place| place.generation == generation)
+            {
+                member.hold(cursor);
+            }
             return log(actions, format!("ignored: a failed collective of {generation}, which is over"));
         };
         let Some(member) = self.members.get_mut(stream) else { return };

@@ -1003,7 +1003,7 @@ fn a_checkpoint_on_demand_is_answered_when_it_exists() {
     world.receipt(0, 1);
     let actions = world.committed(1);
     assert!(actions.contains(&Action::Answer { client, result: Ok(1) }), "{actions:?}");
-    assert!(actions.contains(&Action::Retain { in_use: BTreeSet::new(), up_to: 1 }));
+    assert!(actions.contains(&Action::Retain { in_use: BTreeSet::from([1]), up_to: 1 }));
 }
 
 #[test]

@@ -1,0 +1,66 @@
+//! What the ranks of a generation share through their collectives.
+
+use std::collections::BTreeSet;
+
+use potstill_proto::{cursor::Cursor, message::Request};
+
+use crate::state::State;
+
+/// What is asked of all ranks, as the control lane carries it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// Save at the next boundary.
+    pub save: bool,
+    /// Finish there.
+    pub stop: bool,
+    /// Part there.
+    pub part: bool,
+}
+
+impl Flags {
+    /// Adds a request.
+    pub fn raise(&mut self, what: Request) {
+        match what {
+            Request::Checkpoint => self.save = true,
+            Request::CheckpointAndStop => (self.save, self.stop) = (true, true),
+            Request::Yield => self.part = true,
+            Request::CheckpointAndYield => (self.save, self.part) = (true, true),
+        }
+    }
+
+    /// What is left when `done` is done.
+    #[must_use]
+    pub fn less(self, done: Self) -> Self {
+        Self { save: self.save && !done.save, stop: self.stop && !done.stop, part: self.part && !done.part }
+    }
+
+    /// What either carries.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self { save: self.save || other.save, stop: self.stop || other.stop, part: self.part || other.part }
+    }
+}
+
+/// One generation's process group. Its operations follow one another: all ranks meet, the source's state is broadcast, then
+/// one reduction for each phase.
+#[derive(Debug, Default)]
+pub struct Group {
+    /// Processes by rank.
+    pub members: Vec<usize>,
+    /// Micro-batches that were assigned so far, from the first one on.
+    pub assigned: u32,
+    /// What the source broadcasts, once it does.
+    pub source: Option<State>,
+    /// Ranks that have put their share into the operation at hand.
+    pub arrived: BTreeSet<u32>,
+    /// What the operation at hand starts from; `None` while the ranks meet.
+    pub from: Option<State>,
+    /// Ranks that left or died.
+    pub gone: BTreeSet<u32>,
+    /// Flags raised in the iteration at hand.
+    pub raised: Flags,
+    /// Flags of the iteration that was completed last.
+    pub agreed: Flags,
+    /// The furthest state that it gave.
+    pub reached: Option<Cursor>,
+}

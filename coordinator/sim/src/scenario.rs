@@ -1,0 +1,194 @@
+//! What a world is made of.
+
+use potstill_proto::spec::RunSpec;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::Seed;
+
+/// What can go wrong, and how often.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Faults {
+    /// Mean milliseconds between two faults; 0: none ever strikes.
+    pub every_millis: u64,
+    /// Weight of a crash of some workers.
+    pub crash: u32,
+    /// The share of all machines that one crash in five strikes at most; the others strike one.
+    pub crash_share: f64,
+    /// Weight of a pause of a worker.
+    pub pause: u32,
+    /// Weight of a worker that breathes but moves no more.
+    pub hang: u32,
+    /// Weight of a partition between some workers and all others.
+    pub partition: u32,
+    /// Weight of the coordinator's death; a successor comes later.
+    pub coordinator: u32,
+    /// Weight of a second coordinator while the first one lives.
+    pub second: u32,
+    /// Weight of a worker that would like to leave.
+    pub leave: u32,
+    /// Weight of a request for a checkpoint.
+    pub request: u32,
+    /// Weight of a request to stop.
+    pub stop: u32,
+    /// Weight of a checkpoint that rots.
+    pub damage: u32,
+    /// Share of messages that arrive twice.
+    pub twice: f64,
+    /// Share of messages that take up to half the failure timeout.
+    pub late: f64,
+    /// Share of shards that cannot be written.
+    pub shard: f64,
+    /// Share of manifests that cannot be written.
+    pub commit: f64,
+    /// Share of manifests that are written although storage answers an error.
+    pub lie: f64,
+    /// Share of manifests whose answer takes several failure timeouts.
+    pub slow: f64,
+}
+
+/// A world's shape. Times are in milliseconds; a pair is a range, both ends included.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scenario {
+    /// Machines, each of which keeps one worker alive.
+    pub slots: usize,
+    /// Fewer workers than this and the run waits.
+    pub min_workers: u32,
+    /// More than this stand by.
+    pub max_workers: u32,
+    /// Iterations of the run.
+    pub iterations: u64,
+    /// Saves after so many iterations.
+    pub checkpoint_every: u64,
+    /// Checkpoints that storage keeps.
+    pub keep: usize,
+    /// The one patience setting.
+    pub failure_millis: u64,
+    /// How often a coordinator looks whether the journal is still its own.
+    pub watch_millis: u64,
+    /// How long a run waits for workers, and for shards when its ranks have parted.
+    pub wait_millis: u64,
+    /// One phase's computation.
+    pub phase: (u64, u64),
+    /// Start of a process until it is ready.
+    pub boot: (u64, u64),
+    /// Taking a state over.
+    pub load: (u64, u64),
+    /// Writing a shard or a manifest.
+    pub write: (u64, u64),
+    /// One message.
+    pub link: (u64, u64),
+    /// What goes wrong.
+    pub faults: Faults,
+    /// For how long.
+    pub faulty_millis: u64,
+}
+
+impl Scenario {
+    /// A world of this size in which nothing goes wrong.
+    #[must_use]
+    pub fn calm(min_workers: u32, max_workers: u32, spares: usize) -> Self {
+        Self {
+            slots: max_workers as usize + spares,
+            min_workers,
+            max_workers,
+            iterations: 12,
+            checkpoint_every: 4,
+            keep: 2,
+            failure_millis: 1000,
+            watch_millis: 10_000,
+            wait_millis: 30_000,
+            phase: (20, 60),
+            boot: (200, 600),
+            load: (10, 50),
+            write: (5, 100),
+            link: (1, 4),
+            faults: Faults::default(),
+            faulty_millis: 0,
+        }
+    }
+
+    /// The mid-sized world of a seed: some kinds of fault strike often, some not at all.
+    #[must_use]
+    pub fn mixed(seed: Seed) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed.0 ^ 0x5eed);
+        let most = if rng.random_bool(0.9) { 10 } else { 36 };
+        let max_workers = rng.random_range(2..=most);
+        let min_workers = rng.random_range(1..=max_workers.min(4));
+        let spares = rng.random_range(0..=4);
+        let mut weight = |p: f64, most: u32| {
+            if rng.random_bool(p) { rng.random_range(1..=most) } else { 0 }
+        };
+        let faults = Faults {
+            crash: weight(0.8, 6),
+            crash_share: 1.0,
+            pause: weight(0.6, 4),
+            hang: weight(0.4, 2),
+            partition: weight(0.5, 3),
+            coordinator: weight(0.6, 4),
+            second: weight(0.3, 2),
+            leave: weight(0.4, 3),
+            request: weight(0.6, 4),
+            stop: weight(0.05, 1),
+            damage: weight(0.3, 2),
+            ..Faults::default()
+        };
+        let mut share = |p: f64, most: f64| {
+            if rng.random_bool(p) { rng.random_range(0.0..most) } else { 0.0 }
+        };
+        let faults = Faults {
+            twice: share(0.5, 0.1),
+            late: share(0.4, 0.05),
+            shard: share(0.3, 0.2),
+            commit: share(0.3, 0.4),
+            lie: share(0.3, 0.3),
+            slow: share(0.3, 0.4),
+            ..faults
+        };
+        let faults = Faults { every_millis: rng.random_range(150..2500), ..faults };
+        let phase = *[(5, 20), (20, 60), (40, 300)].get(rng.random_range(0..3)).unwrap_or(&(20, 60));
+        Self {
+            iterations: rng.random_range(4..=30),
+            checkpoint_every: rng.random_range(1..=8),
+            keep: rng.random_range(1..=3),
+            phase,
+            boot: (100, rng.random_range(200..2000)),
+            load: (5, rng.random_range(10..400)),
+            write: (2, rng.random_range(10..500)),
+            faults,
+            faulty_millis: rng.random_range(2_000..9_000),
+            ..Self::calm(min_workers, max_workers, spares)
+        }
+    }
+
+    /// The specification that coordinators read.
+    #[must_use]
+    pub fn spec(&self) -> RunSpec {
+        let mut spec = RunSpec::default();
+        spec.distillation.iterations = self.iterations;
+        spec.distillation.global_batch = self.micro_batches() * 2;
+        spec.distillation.micro_batch = 2;
+        spec.cluster.min_workers = self.min_workers;
+        spec.cluster.max_workers = self.max_workers;
+        spec.cluster.failure_timeout_seconds = self.failure_millis as f64 / 1000.0;
+        spec.cluster.wait_timeout_seconds = self.wait_millis as f64 / 1000.0;
+        spec
+    }
+
+    /// Micro-batches of one iteration: more than ranks, and not a multiple.
+    #[must_use]
+    pub fn micro_batches(&self) -> u32 {
+        self.max_workers + 3
+    }
+
+    /// When a run must be over, whatever happened before faults stopped.
+    #[must_use]
+    pub fn deadline_millis(&self) -> u64 {
+        let iteration = 2 * (self.phase.1 + 10 * self.link.1) + self.write.1;
+        self.faulty_millis
+            + 2 * self.wait_millis
+            + 60 * self.failure_millis
+            + 4 * self.iterations * iteration
+            + 10 * self.boot.1
+    }
+}

@@ -1,0 +1,278 @@
+//! What must always be true.
+
+use std::{
+    fmt::{self, Write},
+    hash::Hasher,
+};
+
+use potstill_core::{
+    Action, ClientId,
+    ledger::Checkpoint,
+    observation::{Observation, Outcome},
+};
+use potstill_proto::{
+    cursor::{Cursor, Generation},
+    message::{Assignment, Source, ToWorker},
+};
+
+use super::World;
+use crate::{group::Group, process::Process, state::State};
+
+struct Hashed<'h, H>(&'h mut H);
+
+impl<H: Hasher> Write for Hashed<'_, H> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.write(text.as_bytes());
+        Ok(())
+    }
+}
+
+/// Counts what would be written.
+struct Count(usize);
+
+impl Write for Count {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0 += text.len();
+        Ok(())
+    }
+}
+
+impl World {
+    /// Notes an action for whoever compares two runs.
+    pub(super) fn traces(&mut self, coordinator: usize, action: &Action) {
+        self.actions += 1;
+        let now = self.now;
+        // Neither a hash nor a string refuses text.
+        let _ = write!(Hashed(&mut self.trace), "{now} {coordinator} {action:?}");
+        if self.record > 0 {
+            if self.recorded.len() == self.record {
+                self.recorded.pop_front();
+            }
+            self.recorded.push_back(format!("{now} c{coordinator} {action:?}"));
+        }
+    }
+
+    /// A generation is in the journal: it is newer than all, its size is allowed, its source is whole, and nobody whom the
+    /// coordinator could have heard holds more.
+    pub(super) fn check_opening(
+        &mut self,
+        coordinator: usize,
+        generation: Generation,
+        members: &[String],
+        source: &Source,
+    ) {
+        if generation.0 <= self.generation {
+            self.breaks(format!("{generation} is opened after generation {}", self.generation));
+        }
+        self.generation = generation.0;
+        self.coordinators[coordinator].generation = Some(generation.0);
+        let allowed = self.scenario.min_workers as usize..=self.scenario.max_workers as usize;
+        if !allowed.contains(&members.len()) {
+            self.breaks(format!("{generation} has {} members; allowed are {allowed:?}", members.len()));
+        }
+        let numbers: Vec<usize> =
+            members.iter().filter_map(|id| id.strip_prefix('w')?.parse().ok()).collect();
+        let start = match source {
+            Source::Fresh => Cursor::default(),
+            Source::Checkpoint { manifest_key } => match self.storage.read(manifest_key) {
+                Some(manifest) => Cursor::boundary(manifest.checkpoint.iteration),
+                None => Cursor::default(),
+            },
+            Source::Peer { rank } => {
+                let source = numbers.get(*rank as usize).map(|number| &self.processes[*number]);
+                match source.and_then(Process::held) {
+                    Some(cursor) => cursor,
+                    None => {
+                        let what = format!("{generation}'s source, rank {rank}, holds no whole state");
+                        return self.breaks(what);
+                    }
+                }
+            }
+        };
+        for link in self.links.iter().filter(|l| l.coordinator == coordinator && l.open && !l.broken) {
+            let of = &self.processes[link.process];
+            let heard = link.up == 0 && link.down == 0 && of.alive && !of.paused && !of.hung;
+            let idle = !of.in_group() && of.leaving.is_none();
+            if let Some(held) = of.held()
+                && heard
+                && idle
+                && held > start
+            {
+                let process = link.process;
+                let what = format!(
+                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has said so, holds \
+                     {held}"
+                );
+                return self.breaks(what);
+            }
+        }
+        // A run goes back only where the newest state does not live on.
+        let told = &mut self.coordinators[coordinator].told;
+        *told = (*told).min(start.iteration.checked_sub(1));
+        self.groups.insert(generation.0, Group { members: numbers, ..Group::default() });
+    }
+
+    /// A message is about to be sent.
+    pub(super) fn check_message(&mut self, coordinator: usize, link: usize, message: &ToWorker) {
+        let ToWorker::Assignment(assignment) = message else { return };
+        let Assignment { generation, rank, world_size, micro_batches, .. } = assignment;
+        if self.coordinators[coordinator].generation != Some(generation.0) {
+            self.breaks(format!("{generation} is told of before it is durable, or after its time"));
+        }
+        let all = self.scenario.micro_batches();
+        let process = self.links.get(link).map(|link| link.process);
+        let Some(group) = self.groups.get_mut(&generation.0) else { return };
+        let follows = micro_batches.first == group.assigned;
+        group.assigned += micro_batches.count;
+        let complete = *rank + 1 < *world_size || group.assigned == all;
+        let right = group.members.get(*rank as usize).copied() == process
+            && group.members.len() == *world_size as usize;
+        if !follows || !complete {
+            self.breaks(format!("{generation}'s shares do not cover every micro-batch once: {assignment:?}"));
+        } else if !right {
+            self.breaks(format!("{assignment:?} is sent to {process:?}, another than the journal's member"));
+        }
+    }
+
+    /// A checkpoint is about to be committed: one generation's, every rank's share, of one state.
+    pub(super) fn check_commit(&mut self, coordinator: usize, checkpoint: &Checkpoint) {
+        let Checkpoint { generation, iteration, shards } = checkpoint;
+        let world_size = self.groups.get(&generation.0).map_or(0, |group| group.members.len());
+        let ranks: Vec<_> = shards.iter().map(|shard| shard.rank as usize).collect();
+        let same = shards.iter().all(|s| s.generation == generation.0 && s.iteration == *iteration);
+        if ranks != (0..world_size).collect::<Vec<_>>() || !same {
+            self.breaks(format!("the checkpoint of iteration {iteration} is not whole: {checkpoint:?}"));
+        }
+        let expected = format!("{:016x}", State::undisturbed(*iteration).lineage);
+        if shards.iter().any(|shard| shard.sha256 != expected) {
+            self.breaks(format!("the checkpoint of iteration {iteration} holds another state than that"));
+        }
+        if self.coordinators[coordinator].core.is_none() {
+            self.breaks(format!("a coordinator that has ended commits iteration {iteration}"));
+        }
+    }
+
+    /// A manifest that the journal's owner writes names shards that exist. One that a dead coordinator had on its way may land
+    /// after a sweep; it is found torn by whoever looks for checkpoints, and does not count.
+    pub(super) fn check_landed(&mut self, coordinator: usize, iteration: u64) {
+        let owns = self.coordinators[coordinator].next_record == self.storage.records();
+        if owns && self.coordinators[coordinator].core.is_some() && self.storage.is_torn(iteration) {
+            self.breaks(format!("the checkpoint of iteration {iteration} exists without all of its shards"));
+        }
+    }
+
+    pub(super) fn check_answer(
+        &mut self,
+        coordinator: usize,
+        client: ClientId,
+        result: &Result<u64, String>,
+    ) {
+        if self.coordinators[coordinator].clients.remove(&client).is_none() {
+            self.breaks(format!(
+                "{client:?}'s request for a checkpoint is answered twice, or was never made"
+            ));
+        }
+        if let Ok(iteration) = result
+            && self.storage.committed().last().is_none_or(|newest| newest.iteration < *iteration)
+        {
+            self.breaks(format!(
+                "{client:?} is told of a checkpoint of iteration {iteration}; there is none"
+            ));
+        }
+    }
+
+    /// What people are told is true, and told once.
+    pub(super) fn check_observation(&mut self, coordinator: usize, observation: &Observation) {
+        let Observation::Iteration(totals) = observation else { return };
+        let iteration = totals.iteration;
+        if self.furthest < Some(Cursor::boundary(iteration + 1)) {
+            self.breaks(format!("iteration {iteration} is said to be finished; nobody has come so far"));
+        }
+        if totals.samples != self.scenario.micro_batches() * 2 {
+            self.breaks(format!("iteration {iteration} has {} samples", totals.samples));
+        }
+        let told = &mut self.coordinators[coordinator].told;
+        if told.is_some_and(|told| told >= iteration) {
+            self.breaks(format!("iteration {iteration} is counted twice"));
+        } else {
+            *told = Some(iteration);
+        }
+    }
+
+    /// Nothing in a coordinator grows without limit: what it would print of itself is in proportion to its workers and, for
+    /// the list of checkpoints, to the run's length.
+    pub(super) fn check_size(&mut self, coordinator: usize) {
+        if !self.actions.is_multiple_of(256) || self.scenario.slots > 64 {
+            return;
+        }
+        let Some(core) = &self.coordinators[coordinator].core else { return };
+        let mut size = Count(0);
+        // A count refuses no text.
+        let _ = write!(size, "{core:?}");
+        let open = self.links.iter().filter(|l| l.open && l.coordinator == coordinator).count();
+        // A successor hears again what no checkpoint covers.
+        let retained: usize = self.processes.iter().map(|process| process.retained.len()).sum();
+        let most = 16_000
+            + 4_000 * open.max(self.scenario.max_workers as usize)
+            + 600 * retained
+            + 200 * usize::try_from(self.scenario.iterations).unwrap_or(usize::MAX);
+        if size.0 > most {
+            self.breaks(format!("the coordinator has grown to {} bytes of text with {open} workers", size.0));
+        }
+    }
+
+    pub(super) fn check_outcome(&mut self, outcome: &Outcome) {
+        let expected = match outcome {
+            Outcome::Succeeded { iteration } => *iteration == self.scenario.iterations,
+            Outcome::Stopped { .. } => self.stop_requested,
+            Outcome::Failed { .. } => false,
+        };
+        if !expected {
+            self.breaks(format!("the run ended wrongly: {outcome:?}"));
+        }
+    }
+
+    /// A run that has succeeded has saved what an undisturbed run gives.
+    pub(super) fn check_end(&mut self) {
+        let Some(Outcome::Succeeded { iteration }) = self.outcome else { return };
+        let saved = self.storage.manifest(iteration).filter(|manifest| manifest.whole);
+        let state = saved.map(|manifest| manifest.state());
+        let expected = State::undisturbed(self.scenario.iterations);
+        if state != Some(expected) {
+            self.breaks(format!("the run succeeded with {state:?}; an undisturbed one gives {expected:?}"));
+        }
+    }
+
+    /// How things stand, for people.
+    pub(super) fn stand(&self) -> String {
+        let coordinator = match self.reachable().and_then(|c| self.coordinators[c].core.as_ref()) {
+            Some(core) => {
+                let status = core.status();
+                format!(
+                    "{} ({}), generation {}, iteration {}, {} members",
+                    status.state,
+                    status.reason,
+                    status.generation,
+                    status.iteration,
+                    status.members.len()
+                )
+            }
+            None => "no coordinator".to_owned(),
+        };
+        let workers: Vec<_> = self
+            .slots
+            .iter()
+            .map(|number| {
+                let of = &self.processes[*number];
+                let flags = (of.alive, of.paused, of.hung, of.side, of.link);
+                format!(
+                    "w{number} {:?} {flags:?} in generation {} at {:?}",
+                    of.stage,
+                    of.generation().0,
+                    of.held()
+                )
+            })
+            .collect();
+        format!("{coordinator}; {}", workers.join("; "))
+    }
+}

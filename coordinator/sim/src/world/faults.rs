@@ -1,0 +1,183 @@
+//! What goes wrong, and how it ends.
+
+use potstill_core::{ClientId, Event};
+use potstill_proto::message::FromWorker;
+use rand::RngExt;
+
+use super::{Happening, World};
+use crate::process::Stage;
+
+impl World {
+    /// Something goes wrong, and the next time is planned.
+    pub(super) fn fault(&mut self) {
+        if self.calm {
+            return;
+        }
+        let faults = self.scenario.faults.clone();
+        let next = self.between((1, 2 * faults.every_millis));
+        self.plan(next, Happening::Fault);
+        type Strike = fn(&mut World);
+        let strikes: [(u32, Strike); 10] = [
+            (faults.crash, Self::crash),
+            (faults.pause, Self::pause),
+            (faults.hang, Self::hang),
+            (faults.partition, Self::part),
+            (faults.coordinator, Self::kill_coordinator),
+            (faults.second, Self::start_coordinator),
+            (faults.leave, Self::leave),
+            (faults.request, Self::request),
+            (faults.stop, Self::stop),
+            (faults.damage, Self::rot),
+        ];
+        let sum: u32 = strikes.iter().map(|(weight, _)| weight).sum();
+        if sum == 0 {
+            return;
+        }
+        let mut at = self.rng.random_range(0..sum);
+        for (weight, strike) in strikes {
+            if at < weight {
+                self.faults += 1;
+                return strike(self);
+            }
+            at -= weight;
+        }
+    }
+
+    fn somebody(&mut self) -> Option<usize> {
+        let living: Vec<_> =
+            self.slots.iter().copied().filter(|p| self.processes.get(*p).is_some_and(|p| p.alive)).collect();
+        if living.is_empty() { None } else { Some(living[self.rng.random_range(0..living.len())]) }
+    }
+
+    fn crash(&mut self) {
+        let most = (self.slots.len() as f64 * self.scenario.faults.crash_share) as usize;
+        let most = if self.rng.random_bool(0.2) { most.max(1) } else { 1 };
+        for _ in 0..self.rng.random_range(1..=most) {
+            if let Some(process) = self.somebody() {
+                self.dies(process);
+            }
+        }
+    }
+
+    fn pause(&mut self) {
+        if let Some(process) = self.somebody()
+            && !self.processes[process].paused
+        {
+            self.processes[process].paused = true;
+            let millis = self.between((20, 3 * self.scenario.failure_millis));
+            self.plan(millis, Happening::Resume { process });
+        }
+    }
+
+    /// A paused process goes on with its old beliefs; what happened meanwhile reaches it now.
+    pub(super) fn resume(&mut self, process: usize) {
+        self.processes[process].paused = false;
+        for what in std::mem::take(&mut self.processes[process].deferred) {
+            self.plan(0, what);
+        }
+    }
+
+    fn hang(&mut self) {
+        if let Some(process) = self.somebody()
+            && self.processes[process].stage != Stage::Booting
+        {
+            self.processes[process].hung = true;
+        }
+    }
+
+    /// Some workers are cut off from the coordinators and from all other workers.
+    fn part(&mut self) {
+        self.partitions += 1;
+        let side = self.partitions;
+        let share = self.rng.random_range(0.1..0.7);
+        for slot in 0..self.slots.len() {
+            let process = self.slots[slot];
+            let cut = self.rng.random_bool(share);
+            if !cut || !self.processes.get(process).is_some_and(|p| p.alive && p.side == 0) {
+                continue;
+            }
+            self.processes[process].side = side;
+            if let Some(link) = self.processes[process].link {
+                self.links[link].broken = true;
+                let patience = 2 * self.scenario.failure_millis;
+                let (severed, noticed) = (self.between((0, patience)), self.between((0, patience)));
+                self.plan(severed, Happening::Severed { link });
+                self.plan(noticed, Happening::Noticed { link });
+            }
+        }
+        let millis = self.between((20, 3 * self.scenario.failure_millis));
+        self.plan(millis, Happening::Heal { side });
+    }
+
+    /// A partition ends: what waited for packets goes on.
+    pub(super) fn heal(&mut self, side: u64) {
+        for process in &mut self.processes {
+            if process.side == side {
+                process.side = 0;
+            }
+        }
+        let groups: Vec<_> = self.groups.keys().copied().collect();
+        for generation in groups {
+            self.completes(generation);
+        }
+    }
+
+    fn kill_coordinator(&mut self) {
+        let Some(coordinator) = self.reachable() else { return };
+        if self.rng.random_bool(0.5) {
+            // Right after a record, before what it decided is carried out.
+            self.coordinators[coordinator].dies_after = Some(self.rng.random_range(0..3));
+        } else {
+            self.coordinator_dies(coordinator);
+        }
+    }
+
+    fn leave(&mut self) {
+        if let Some(process) = self.somebody()
+            && self.processes[process].leaving.is_none()
+            && !self.processes[process].paused
+        {
+            let reason = "SIGTERM".to_owned();
+            self.processes[process].leaving = Some(reason.clone());
+            self.says(process, FromWorker::Leaving { reason });
+        }
+    }
+
+    fn request(&mut self) {
+        let Some(coordinator) = self.reachable() else { return };
+        let client = ClientId(self.clients);
+        self.clients += 1;
+        self.coordinators[coordinator].clients.insert(client, self.now);
+        self.step(coordinator, Event::CheckpointRequested { client });
+    }
+
+    fn stop(&mut self) {
+        let Some(coordinator) = self.reachable() else { return };
+        self.stop_requested = true;
+        self.step(coordinator, Event::StopRequested { reason: "Ctrl-C".into() });
+    }
+
+    /// A shard of the newest checkpoint rots, unless it is the last.
+    fn rot(&mut self) {
+        let newest = self.storage.committed().last().map(|checkpoint| checkpoint.iteration);
+        if let Some(iteration) = newest.filter(|iteration| *iteration < self.scenario.iterations) {
+            self.storage.damage(iteration);
+        }
+    }
+
+    /// Faults stop. Whoever hangs goes on hanging: to find them is the coordinator's job.
+    pub(super) fn calm_down(&mut self) {
+        self.calm = true;
+        for process in 0..self.processes.len() {
+            if self.processes[process].alive {
+                self.resume(process);
+            }
+        }
+        for side in 1..=self.partitions {
+            self.heal(side);
+        }
+        if self.reachable().is_none() {
+            self.plan(self.scenario.failure_millis * 3, Happening::Start);
+        }
+    }
+}

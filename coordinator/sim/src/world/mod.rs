@@ -1,0 +1,316 @@
+//! The world: everything that happens, one after another.
+
+mod checks;
+mod coordinators;
+mod faults;
+mod links;
+mod workers;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    hash::{DefaultHasher, Hasher},
+};
+
+use potstill_core::{ledger::Checkpoint, observation::Outcome};
+use potstill_proto::{cursor::Cursor, message::ToWorker};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use self::{
+    coordinators::{Coordinator, Verdict},
+    links::{Link, Up},
+};
+use crate::{
+    Report, Scenario, Seed, Violation, group::Group, process::Process, queue::Queue, state::State,
+    storage::Storage,
+};
+
+/// Something that happens. Processes, links and coordinators are named by number.
+#[derive(Clone, Debug)]
+pub enum Happening {
+    /// A machine starts a worker.
+    Boot {
+        /// The machine.
+        slot: usize,
+    },
+    /// A process has done what its stage was about.
+    Work {
+        /// Which one.
+        process: usize,
+        /// Its turn when that was planned.
+        turn: u64,
+    },
+    /// The operation that a rank waits for is complete.
+    Reduced {
+        /// Which process.
+        process: usize,
+        /// Its turn when that was planned.
+        turn: u64,
+    },
+    /// The operation that a rank waits for fails.
+    Fails {
+        /// Which process.
+        process: usize,
+        /// Its turn when that was planned.
+        turn: u64,
+        /// How.
+        error: &'static str,
+    },
+    /// A rank's share of a checkpoint is written, or not.
+    Uploaded {
+        /// Which process.
+        process: usize,
+        /// Its generation then.
+        generation: u64,
+        /// Its rank then.
+        rank: u32,
+        /// What it saved.
+        state: State,
+    },
+    /// A process says that it lives.
+    Heartbeat {
+        /// Which one.
+        process: usize,
+    },
+    /// A process tries to reach a coordinator.
+    Reconnect {
+        /// Which one.
+        process: usize,
+    },
+    /// Something arrives at a coordinator.
+    Up {
+        /// On which link.
+        link: usize,
+        /// What.
+        what: Up,
+    },
+    /// Something arrives at a worker; `None`: the end of the stream.
+    Down {
+        /// On which link.
+        link: usize,
+        /// What.
+        message: Option<ToWorker>,
+    },
+    /// A coordinator sees that a link is broken.
+    Severed {
+        /// Which one.
+        link: usize,
+    },
+    /// A worker sees that its link is broken.
+    Noticed {
+        /// Which one.
+        link: usize,
+    },
+    /// A coordinator's deadline.
+    Timer {
+        /// Which coordinator.
+        coordinator: usize,
+        /// The deadline.
+        at: u64,
+    },
+    /// A coordinator looks whether the journal is still its own.
+    Watch {
+        /// Which coordinator.
+        coordinator: usize,
+    },
+    /// A manifest reaches storage.
+    Lands {
+        /// Whose it is.
+        coordinator: usize,
+        /// What it says.
+        checkpoint: Checkpoint,
+        /// What storage makes of it.
+        verdict: Verdict,
+    },
+    /// Storage's answer reaches a coordinator.
+    Answers {
+        /// Which coordinator.
+        coordinator: usize,
+        /// The checkpoint's iteration.
+        iteration: u64,
+        /// The answer.
+        result: Result<String, String>,
+    },
+    /// A coordinator starts.
+    Start,
+    /// Something goes wrong.
+    Fault,
+    /// Nothing goes wrong any more.
+    Calm,
+    /// A paused process goes on.
+    Resume {
+        /// Which one.
+        process: usize,
+    },
+    /// A partition ends.
+    Heal {
+        /// Which one.
+        side: u64,
+    },
+}
+
+/// See the crate's documentation.
+pub struct World {
+    scenario: Scenario,
+    seed: Seed,
+    rng: ChaCha8Rng,
+    now: u64,
+    queue: Queue<Happening>,
+    processes: Vec<Process>,
+    /// The newest process on each machine.
+    slots: Vec<usize>,
+    links: Vec<Link>,
+    groups: BTreeMap<u64, Group>,
+    coordinators: Vec<Coordinator>,
+    storage: Storage,
+    /// The newest generation in the journal.
+    generation: u64,
+    /// The furthest that any group came.
+    furthest: Option<Cursor>,
+    partitions: u64,
+    clients: u64,
+    calm: bool,
+    stop_requested: bool,
+    outcome: Option<Outcome>,
+    broken: Option<String>,
+    trace: DefaultHasher,
+    /// The newest actions, where they are recorded.
+    recorded: VecDeque<String>,
+    record: usize,
+    happenings: u64,
+    actions: u64,
+    faults: u64,
+}
+
+impl World {
+    /// A world in which nothing has happened yet. The last `record` actions are kept for people.
+    #[must_use]
+    pub fn new(scenario: Scenario, seed: Seed, record: usize) -> Self {
+        let mut world = Self {
+            rng: ChaCha8Rng::seed_from_u64(seed.0),
+            scenario,
+            seed,
+            now: 0,
+            queue: Queue::default(),
+            processes: Vec::new(),
+            slots: Vec::new(),
+            links: Vec::new(),
+            groups: BTreeMap::new(),
+            coordinators: Vec::new(),
+            storage: Storage::default(),
+            generation: 0,
+            furthest: None,
+            partitions: 0,
+            clients: 0,
+            calm: false,
+            stop_requested: false,
+            outcome: None,
+            broken: None,
+            trace: DefaultHasher::new(),
+            recorded: VecDeque::new(),
+            record,
+            happenings: 0,
+            actions: 0,
+            faults: 0,
+        };
+        world.plan(0, Happening::Start);
+        for slot in 0..world.scenario.slots {
+            world.slots.push(usize::MAX);
+            let late = world.between((0, world.scenario.failure_millis / 2));
+            world.plan(late, Happening::Boot { slot });
+        }
+        if world.scenario.faults.every_millis > 0 {
+            world.plan(0, Happening::Fault);
+        }
+        world.plan(world.scenario.faulty_millis, Happening::Calm);
+        world
+    }
+
+    /// Lets everything happen until the run is over.
+    ///
+    /// # Errors
+    /// [`Violation`].
+    pub fn run(mut self) -> Result<Report, Violation> {
+        let deadline = self.scenario.deadline_millis();
+        while self.broken.is_none() && self.outcome.is_none() {
+            let Some((at, what)) = self.queue.pop() else {
+                self.breaks("nothing happens any more".to_owned());
+                break;
+            };
+            self.now = at;
+            if at > deadline {
+                self.breaks(format!("no end although faults stopped long ago: {}", self.stand()));
+                break;
+            }
+            self.happenings += 1;
+            self.happens(what);
+        }
+        self.check_end();
+        match (self.broken, self.outcome) {
+            (None, Some(outcome)) => Ok(Report {
+                outcome,
+                trace: self.trace.finish(),
+                millis: self.now,
+                happenings: self.happenings,
+                actions: self.actions,
+                generations: self.generation,
+                coordinators: self.coordinators.len(),
+                faults: self.faults,
+            }),
+            (broken, _) => Err(Violation {
+                seed: self.seed.0,
+                millis: self.now,
+                what: broken.unwrap_or_default(),
+                actions: self.recorded.into(),
+            }),
+        }
+    }
+
+    fn happens(&mut self, what: Happening) {
+        match what {
+            Happening::Boot { slot } => self.boot(slot),
+            Happening::Work { process, .. }
+            | Happening::Reduced { process, .. }
+            | Happening::Fails { process, .. }
+            | Happening::Uploaded { process, .. }
+            | Happening::Heartbeat { process }
+            | Happening::Reconnect { process } => self.process_event(process, what),
+            Happening::Down { link, .. } | Happening::Noticed { link } => {
+                self.process_event(self.links[link].process, what);
+            }
+            Happening::Up { link, what } => self.arrives(link, what),
+            Happening::Severed { link } => self.closed(link, "keepalive timed out"),
+            Happening::Timer { coordinator, at } => self.timer(coordinator, at),
+            Happening::Watch { coordinator } => self.watches(coordinator),
+            Happening::Lands { coordinator, checkpoint, verdict } => {
+                self.lands(coordinator, &checkpoint, verdict);
+            }
+            Happening::Answers { coordinator, iteration, result } => {
+                self.answered(coordinator, iteration, result);
+            }
+            Happening::Start => self.start_coordinator(),
+            Happening::Fault => self.fault(),
+            Happening::Calm => self.calm_down(),
+            Happening::Resume { process } => self.resume(process),
+            Happening::Heal { side } => self.heal(side),
+        }
+    }
+
+    /// Plans something for `delay` milliseconds from now.
+    fn plan(&mut self, delay: u64, what: Happening) {
+        self.queue.push(self.now + delay, what);
+    }
+
+    fn between(&mut self, range: (u64, u64)) -> u64 {
+        self.rng.random_range(range.0..=range.1)
+    }
+
+    fn chance(&mut self, share: f64) -> bool {
+        share > 0.0 && self.rng.random_bool(share)
+    }
+
+    /// Notes the first thing that broke.
+    fn breaks(&mut self, what: String) {
+        self.broken.get_or_insert(what);
+    }
+}

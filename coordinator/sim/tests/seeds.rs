@@ -1,0 +1,82 @@
+//! Worlds full of faults, one for each seed.
+//!
+//! `POTSTILL_SIM_SEED=17` runs that one alone and shows what its coordinators did; `POTSTILL_SIM_SEEDS=5000..9000` runs
+//! others than the usual ones.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
+
+use std::{env, ops::Range};
+
+use potstill_core::observation::Outcome;
+use potstill_sim::{Scenario, Seed, replay, run};
+
+/// Actions that are shown of a world that broke.
+const SHOWN: usize = 400;
+
+fn seeds() -> Range<u64> {
+    if let Ok(seed) = env::var("POTSTILL_SIM_SEED") {
+        let seed = seed.parse().expect("POTSTILL_SIM_SEED is a number");
+        return seed..seed + 1;
+    }
+    let Ok(seeds) = env::var("POTSTILL_SIM_SEEDS") else { return 0..5000 };
+    let (from, to) = seeds.split_once("..").expect("POTSTILL_SIM_SEEDS is a range, as in 0..1000");
+    from.parse().expect("a number")..to.parse().expect("a number")
+}
+
+#[test]
+fn whatever_goes_wrong_the_invariants_hold_and_the_run_succeeds_once_faults_stop() {
+    let seeds = seeds();
+    let (mut broken, mut stopped, mut faults, mut generations) = (Vec::new(), 0, 0, 0);
+    for seed in seeds.clone().map(Seed) {
+        match run(seed) {
+            Ok(report) => {
+                stopped += u64::from(!matches!(report.outcome, Outcome::Succeeded { .. }));
+                faults += report.faults;
+                generations += report.generations;
+            }
+            Err(violation) => {
+                println!("run(Seed({})) at {} ms: {}", seed.0, violation.millis, violation.what);
+                broken.push(seed);
+            }
+        }
+    }
+    let worlds = seeds.end - seeds.start;
+    println!("{worlds} worlds, {faults} faults, {generations} generations, {stopped} stopped when asked");
+    if let Some(seed) = broken.first() {
+        let scenario = Scenario::mixed(*seed);
+        let violation = replay(&scenario, *seed, SHOWN).unwrap_err();
+        panic!("{} of {worlds} worlds broke; the first: {scenario:?}\n{violation}", broken.len());
+    }
+    assert!(worlds < 1000 || faults > 5 * worlds, "hardly anything went wrong");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace_and_another_one_another() {
+    for seed in (0..100).map(Seed) {
+        let report = run(seed).unwrap();
+        assert_eq!(run(seed).unwrap(), report, "{seed:?}");
+        assert_ne!(run(Seed(seed.0 + 1)).unwrap().trace, report.trace, "{seed:?}");
+    }
+}
+
+/// Seeds whose worlds have broken something once.
+#[test]
+fn worlds_that_broke_something_once() {
+    for (seed, what) in [
+        (157, "a checkpoint was reported after a newer one had replaced it"),
+        (
+            2277,
+            "the newest checkpoint that was known was removed, because storage held a newer one and had denied it",
+        ),
+        (3537, "a rank came back, and its state was overwritten without a word while it was counted on"),
+        (3902, "a worker that was taken for lost told of its state, and was not listened to"),
+        (6245, "a dead coordinator's manifest landed after a sweep had removed its shards"),
+        (7825, "a coordinator that wrote nothing never learnt that another one had taken over"),
+        (7894, "a rank hung while it saved its share before it left"),
+        (33604, "a worker hung, and was asked to leave for ever"),
+    ] {
+        if let Err(violation) = run(Seed(seed)) {
+            panic!("{what}: {violation}");
+        }
+    }
+}
