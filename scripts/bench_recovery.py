@@ -48,6 +48,7 @@ class Log:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=environment(log),
         )  # fmt: skip
+        self.attached = 0
 
     def until(self, message: str, **fields: object) -> tuple[dict, float]:
         for line in self.process.stderr:
@@ -56,6 +57,7 @@ class Log:
                 said = json.loads(line)
             except ValueError:
                 continue
+            self.attached += said.get("message") == "worker attached"
             if said.get("message") == message and all(said.get(key) == value for key, value in fields.items()):
                 return said, now
         sys.exit(f"the run ended before it said {message!r} {fields}")
@@ -95,8 +97,8 @@ def kills(folder: Path, spares: int) -> list[float]:
                     break
             seconds.append(at - killed)
             # Whoever was started in its place stands by again before the next kill.
-            for _ in range(spares):
-                log.until("worker attached")
+            while log.attached < 2 + spares + len(seconds):
+                log.until("iteration")
     finally:
         log.end()
     return seconds
