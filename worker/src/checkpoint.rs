@@ -3,7 +3,10 @@
 //! The state's vectors are cut at parameter boundaries into named tensors, `<part>/<parameter>`; each tensor is written
 //! by exactly one rank, and any number of ranks can read them back. No collective takes part.
 
-use std::{borrow::Cow, collections::HashMap};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
@@ -15,7 +18,10 @@ use potstill_proto::{
     wire::{ShardFailed, ShardReceipt},
 };
 use potstill_storage::{Run, checkpoint::Shard, layout};
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{Metadata, TensorInfo},
+};
 use tch::{Device, Kind, Tensor};
 use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
@@ -28,21 +34,38 @@ struct Piece {
     values: Tensor,
 }
 
-impl View for &Piece {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.values.to_device(Device::Cpu);
-        let mut bytes = vec![0u8; self.data_len()];
-        values.copy_data_u8(&mut bytes, values.numel());
-        Cow::Owned(bytes)
-    }
-    fn data_len(&self) -> usize {
+impl Piece {
+    fn bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * size_of::<f32>()
+    }
+}
+
+/// Memory that shares are copied into before they are written. It is kept from one save to the next: touching so much new
+/// memory each time would take longer than the copy.
+#[derive(Clone, Default)]
+pub struct Staging(Arc<Mutex<Vec<u8>>>);
+
+/// The staging memory while somebody reads it; given back at the end.
+struct Staged {
+    bytes: Vec<u8>,
+    home: Staging,
+}
+
+impl Staging {
+    fn take(&self) -> Vec<u8> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl AsRef<[u8]> for Staged {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        *self.home.0.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.bytes);
     }
 }
 
@@ -50,6 +73,7 @@ impl View for &Piece {
 pub struct Share {
     iteration: u64,
     pieces: Vec<Piece>,
+    staging: Staging,
 }
 
 /// A save under way, in the background.
@@ -83,7 +107,7 @@ impl Save {
 
 impl Share {
     /// The share of `rank`. Shares are contiguous runs of tensors with as equal numbers of bytes as tensor boundaries allow.
-    pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32) -> Self {
+    pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32, staging: Staging) -> Self {
         let parts = state.parts();
         let total: i64 = parts.iter().map(|p| p.flat.numel() as i64).sum();
         let (mut before, mut pieces) = (0i64, Vec::new());
@@ -102,7 +126,7 @@ impl Share {
                 }
             }
         }
-        Self { iteration, pieces }
+        Self { iteration, pieces, staging }
     }
 
     /// Copies the share, writes the copy, and reports the receipt or the failure to the coordinator, all in the background:
@@ -151,16 +175,41 @@ impl Share {
         copied: oneshot::Sender<()>,
     ) -> anyhow::Result<Shard> {
         let bytes = tokio::task::spawn_blocking(move || {
-            let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
-            // The serialiser asks for one tensor's bytes after the other: this is the copy.
-            let bytes = safetensors::serialize(self.pieces.iter().map(|p| (&p.name, p)), Some(metadata));
-            drop(self);
+            let bytes = self.serialise();
             // Nobody waits where the rank is on its way out.
             let _ = copied.send(());
             bytes
         })
         .await??;
-        Ok(run.write_shard(key, rank, Bytes::from(bytes)).await?)
+        Ok(run.write_shard(key, rank, bytes).await?)
+    }
+
+    /// The share as a safetensors file: a header, and the one copy of the state's values.
+    fn serialise(self) -> anyhow::Result<Bytes> {
+        let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
+        let mut end = 0;
+        let tensors = self.pieces.iter().map(|piece| {
+            let start = std::mem::replace(&mut end, end + piece.bytes());
+            let (dtype, shape, data_offsets) =
+                (Dtype::F32, piece.shape.clone(), (start, start + piece.bytes()));
+            (piece.name.clone(), TensorInfo { dtype, shape, data_offsets })
+        });
+        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors.collect())?)?;
+        // The values begin at a multiple of eight.
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut bytes = self.staging.take();
+        bytes.resize(8 + header.len() + end, 0);
+        let (length, rest) = bytes.split_at_mut(8);
+        length.copy_from_slice(&(header.len() as u64).to_le_bytes());
+        let (head, mut rest) = rest.split_at_mut(header.len());
+        head.copy_from_slice(&header);
+        for piece in &self.pieces {
+            let (place, others) = rest.split_at_mut(piece.bytes());
+            let values = piece.values.to_device(Device::Cpu);
+            values.f_copy_data_u8(place, values.numel())?;
+            rest = others;
+        }
+        Ok(Bytes::from_owner(Staged { bytes, home: self.staging }))
     }
 }
 

@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -114,6 +115,114 @@ std::vector<at::Tensor> copy_handles(at::Tensor* const* tensors, size_t count) {
   }
   return handles;
 }
+
+// A function of tensors on the other side of the C face.
+struct Closure {
+  void* context;
+  at::Tensor* (*call)(void* context, at::Tensor* const* inputs, size_t count);
+  void (*drop)(void* context);
+
+  Closure(void* context, at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*))
+      : context(context), call(call), drop(drop) {}
+  Closure(const Closure&) = delete;
+  ~Closure() { drop(context); }
+
+  at::Tensor operator()(std::vector<at::Tensor>& inputs) const {
+    std::vector<at::Tensor*> pointers;
+    for (auto& input : inputs) {
+      pointers.push_back(&input);
+    }
+    std::unique_ptr<at::Tensor> output(call(context, pointers.data(), pointers.size()));
+    TORCH_CHECK(output != nullptr, "a block failed; its panic says why");
+    return std::move(*output);
+  }
+};
+
+// The calling thread's mixed precision, for a thread that computes the same later.
+struct Precision {
+  at::DeviceType device;
+  bool on;
+  at::ScalarType kind;
+
+  explicit Precision(at::DeviceType device)
+      : device(device),
+        on(at::autocast::is_autocast_enabled(device)),
+        kind(at::autocast::get_autocast_dtype(device)) {}
+
+  void enter() const {
+    at::autocast::set_autocast_dtype(device, kind);
+    at::autocast::set_autocast_enabled(device, on);
+  }
+};
+
+// What a block's backward pass needs beside tensors.
+struct Capsule final : torch::CustomClassHolder {
+  std::shared_ptr<Closure> closure;
+  Precision precision;
+
+  Capsule(std::shared_ptr<Closure> closure, Precision precision)
+      : closure(std::move(closure)), precision(precision) {}
+};
+
+// A block of which only the inputs are kept: its backward computes the forward again (1604.06174). The parameters are inputs
+// of the function too, so that their gradients leave it through the outer graph, whose hooks the Reducer waits for.
+struct Recomputed final : torch::autograd::Function<Recomputed> {
+  using List = torch::autograd::variable_list;
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const std::shared_ptr<Closure>& closure,
+                            int64_t inputs, at::TensorList tensors) {
+    auto capsule = c10::make_intrusive<Capsule>(closure, Precision(tensors[0].device().type()));
+    context->saved_data["capsule"] = c10::IValue::make_capsule(std::move(capsule));
+    context->saved_data["inputs"] = inputs;
+    context->save_for_backward(tensors.vec());
+    std::vector<at::Tensor> given(tensors.begin(), tensors.begin() + inputs);
+    return (*closure)(given);
+  }
+
+  static List backward(torch::autograd::AutogradContext* context, const List& gradients) {
+    auto held = context->saved_data["capsule"].toCapsule();
+    const auto& capsule = static_cast<const Capsule&>(*held);
+    auto count = context->saved_data["inputs"].toInt();
+    auto tensors = context->get_saved_variables();
+    std::vector<at::Tensor> given;
+    List wanted;
+    std::vector<size_t> places;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      bool wants = tensors[i].requires_grad();
+      auto tensor = tensors[i];
+      if (i < static_cast<size_t>(count)) {
+        tensor = tensor.detach();
+        tensor.set_requires_grad(wants);
+        given.push_back(tensor);
+      }
+      if (wants) {
+        wanted.push_back(tensor);
+        places.push_back(i);
+      }
+    }
+    at::Tensor output;
+    {
+      at::AutoGradMode on(true);
+      Precision now(capsule.precision.device);
+      capsule.precision.enter();
+      try {
+        output = (*capsule.closure)(given);
+      } catch (...) {
+        now.enter();
+        throw;
+      }
+      now.enter();
+    }
+    auto found = torch::autograd::grad({output}, wanted, {gradients[0]}, /*retain_graph=*/false,
+                                       /*create_graph=*/false, /*allow_unused=*/true);
+    // Two places for what is no tensor.
+    List all(2 + tensors.size());
+    for (size_t i = 0; i < places.size(); ++i) {
+      all[2 + places[i]] = found[i];
+    }
+    return all;
+  }
+};
 
 }  // namespace
 
@@ -374,6 +483,26 @@ bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {
       at::autocast::set_autocast_cache_enabled(false);
     }
     at::autocast::set_autocast_enabled(device, on);
+  });
+}
+
+// Calls a block now, and again in its backward pass. Owns `context`, whatever happens.
+bool potstill_checkpoint(at::Tensor* const* tensors, size_t count, size_t inputs, void* context,
+                         at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*), at::Tensor** out,
+                         potstill_error* error) {
+  return failed(error, [&] {
+    auto closure = std::make_shared<Closure>(context, call, drop);
+    auto all = copy_handles(tensors, count);
+    auto output = Recomputed::apply(closure, static_cast<int64_t>(inputs), at::TensorList(all));
+    *out = new at::Tensor(std::move(output));
+  });
+}
+
+bool potstill_reduce_scatter(const potstill_group* group, at::Tensor* output, at::Tensor* input, potstill_work** out,
+                             potstill_error* error) {
+  return failed(error, [&] {
+    auto work = group->backend->_reduce_scatter_base(*output, *input);
+    *out = new potstill_work{std::move(work), {*output, *input}, input->is_cuda()};
   });
 }
 

@@ -2,7 +2,7 @@
 //! return true when they failed and then left the reason in `error`; only otherwise were the out-parameters
 //! written.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 use std::marker::{PhantomData, PhantomPinned};
 
 use torch_sys::C_tensor;
@@ -94,6 +94,13 @@ unsafe extern "C" {
         out: *mut *mut Work,
         error: *mut ErrorText,
     ) -> bool;
+    pub fn potstill_reduce_scatter(
+        group: *const Group,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
     pub fn potstill_barrier(group: *const Group, out: *mut *mut Work, error: *mut ErrorText) -> bool;
 
     pub fn potstill_work_is_completed(work: *const Work, completed: *mut bool, error: *mut ErrorText)
@@ -123,6 +130,17 @@ unsafe extern "C" {
         error: *mut ErrorText,
     ) -> bool;
     pub fn potstill_reducer_free(reducer: *mut Reducer);
+
+    pub fn potstill_checkpoint(
+        tensors: *const *const C_tensor,
+        count: usize,
+        inputs: usize,
+        context: *mut c_void,
+        call: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor,
+        drop: unsafe extern "C" fn(*mut c_void),
+        out: *mut *mut C_tensor,
+        error: *mut ErrorText,
+    ) -> bool;
 
     pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
 

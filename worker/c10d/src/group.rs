@@ -218,6 +218,21 @@ impl ProcessGroup {
         Ok((work, outputs))
     }
 
+    /// Sums all ranks' `input`s, which hold one piece for each rank, one after the other; this rank's sum comes into
+    /// `output`. Until the work is done leave both as they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] when `input` has not exactly `world` times the elements of `output`.
+    pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor) -> Result<Work, Error> {
+        if input.numel() != output.numel() * self.inner.member.world || input.kind() != output.kind() {
+            return Err(self.invalid("reduce_scatter", "the input must hold one output for each rank"));
+        }
+        self.issue("reduce_scatter", &[output, input], |group, out, error| {
+            // SAFETY: as in `all_reduce`.
+            unsafe { ffi::potstill_reduce_scatter(group, output.as_ptr(), input.as_ptr(), out, error) }
+        })
+    }
+
     /// Is done when all ranks have come to it.
     pub fn barrier(&self) -> Result<Work, Error> {
         self.issue("barrier", &[], |group, out, error| {

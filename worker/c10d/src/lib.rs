@@ -1,6 +1,9 @@
 //! Potstill's data plane: libtorch's c10d, the engine that PyTorch's `DistributedDataParallel` runs on, with
 //! Gloo for CPUs and NCCL for GPUs.
 //!
+//! Beside it stands what else needs unsafe code: activation checkpointing ([`checkpoint`]), mixed precision ([`Autocast`]),
+//! and files mapped into memory ([`MappedFile`]).
+//!
 //! Three layers: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
 //! this page. This is the only crate of the workspace with unsafe code.
 //!
@@ -25,15 +28,19 @@
 //! ```
 
 mod autocast;
+mod checkpoint;
 mod error;
 mod ffi;
 mod group;
+mod map;
 mod reducer;
 mod store;
 
 pub use autocast::{Autocast, LowerPrecision};
+pub use checkpoint::{Block, SharedBlock, checkpoint};
 pub use error::{Error, ErrorKind, Member};
 pub use group::{Backend, ProcessGroup, ReduceOp, Work};
+pub use map::MappedFile;
 pub use reducer::{Reducer, ReducerOptions, clear_gradients};
 pub use store::{Store, TcpStore};
 

@@ -56,20 +56,28 @@ pub fn approximate_r1(real: &Tensor, perturbed: &Tensor) -> Tensor {
     mean_map(&(real - perturbed).square())
 }
 
-/// Real samples in memory.
+/// Where real samples come from.
+pub trait RealData: Send {
+    /// `count` samples drawn with replacement, fp32 [count, C, H, W] as the networks see them, with their own conditions.
+    fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition);
+}
+
+/// Real images in memory.
 pub struct RealSamples {
     /// u8 [M, C, H, W]; a value v stands for 2·v/white − 1.
     pixels: Tensor,
     white: f64,
     /// int64 `[M]`.
     labels: Tensor,
+    classes: i64,
 }
 
 impl RealSamples {
-    /// `pixels` u8 [M, C, H, W], `white` the value that stands for 1, `labels` int64 `[M]`; all on the host.
+    /// `pixels` u8 [M, C, H, W], `white` the value that stands for 1, `labels` int64 `[M]`; all on the host. The network knows
+    /// so many `classes`; with 0 labels are not looked at.
     #[must_use]
-    pub fn new(pixels: Tensor, white: f64, labels: Tensor) -> Self {
-        Self { pixels, white, labels }
+    pub fn new(pixels: Tensor, white: f64, labels: Tensor, classes: i64) -> Self {
+        Self { pixels, white, labels, classes }
     }
 
     /// Shape of one sample: C, H, W.
@@ -90,14 +98,15 @@ impl RealSamples {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
 
-    /// `count` samples drawn with replacement, fp32 [count, C, H, W] in [−1, 1], with their own conditions.
-    pub fn draw(&self, stream: &mut Stream, count: i64, classes: i64, device: Device) -> (Tensor, Condition) {
+impl RealData for RealSamples {
+    fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition) {
         let indices = Tensor::from_slice(&stream.integers(count, self.len()));
         let pixels = self.pixels.index_select(0, &indices).to_device(device).to_kind(Kind::Float);
-        let condition = match classes {
+        let condition = match self.classes {
             0 => Condition::None,
-            _ => {
+            classes => {
                 let labels = self.labels.index_select(0, &indices).one_hot(classes);
                 Condition::Class(labels.to_kind(Kind::Float).to_device(device))
             }
@@ -145,10 +154,10 @@ mod tests {
     #[test]
     fn real_samples_come_with_their_own_labels() {
         let pixels = Tensor::from_slice(&[0u8, 16, 8]).reshape([3, 1, 1, 1]);
-        let samples = RealSamples::new(pixels, 16.0, Tensor::from_slice(&[2i64, 0, 1]));
+        let samples = RealSamples::new(pixels, 16.0, Tensor::from_slice(&[2i64, 0, 1]), 3);
         let draw = || {
             let mut stream = Stream::new(1, 2, Purpose::FakeScorePhase, 3, Device::Cpu);
-            samples.draw(&mut stream, 200, 3, Device::Cpu)
+            samples.draw(&mut stream, 200, Device::Cpu)
         };
         let (images, condition) = draw();
         let Condition::Class(labels) = condition else { panic!("classes were given") };

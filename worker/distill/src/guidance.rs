@@ -40,7 +40,7 @@ pub fn denoise(
     mode: Mode,
 ) -> Tensor {
     if scale == 0.0 {
-        return network.denoise(x_t, time, &Condition::None, mode);
+        return network.denoise(x_t, time, &condition.dropped(), mode);
     }
     denoise_and_encode(network, x_t, time, condition, scale, mode).0
 }
@@ -55,17 +55,18 @@ pub fn denoise_and_encode(
     scale: f64,
     mode: Mode,
 ) -> (Tensor, Tensor) {
-    let labels = match condition {
-        Condition::Class(labels) if scale != 1.0 => labels,
-        _ => return network.denoise_and_encode(x_t, time, condition, mode),
+    if scale == 1.0 {
+        return network.denoise_and_encode(x_t, time, condition, mode);
+    }
+    let Some(both) = condition.doubled() else {
+        return network.denoise_and_encode(x_t, time, condition, mode);
     };
     if scale == 0.0 {
-        let unconditional = network.denoise(x_t, time, &Condition::None, mode);
+        let unconditional = network.denoise(x_t, time, &condition.dropped(), mode);
         return (unconditional, network.encode(x_t, time, condition, mode));
     }
     let twice = |x: &Tensor| Tensor::cat(&[x, x], 0);
-    let labels = Condition::Class(Tensor::cat(&[&labels.zeros_like(), labels], 0));
-    let (denoised, bottleneck) = network.denoise_and_encode(&twice(x_t), &twice(time), &labels, mode);
+    let (denoised, bottleneck) = network.denoise_and_encode(&twice(x_t), &twice(time), &both, mode);
     let halves = denoised.chunk(2, 0);
     let guided = &halves[0] + (&halves[1] - &halves[0]) * scale;
     (guided, bottleneck.chunk(2, 0).swap_remove(1))

@@ -7,7 +7,8 @@ use potstill_models::{Condition, Denoiser, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
-    adversarial::{self, Adversarial, RealSamples},
+    adversarial::{self, Adversarial, RealData},
+    condition::Conditions,
     generator::{Matching, Unroll, generate},
     guidance::{self, Guidance},
     loss::{self, Weighting},
@@ -84,6 +85,7 @@ impl Draw {
     fn new(
         stream: &mut Stream,
         network: &dyn Denoiser,
+        conditions: &dyn Conditions,
         settings: &Settings,
         steps: usize,
         law: TimeLaw,
@@ -91,7 +93,7 @@ impl Draw {
         let n = settings.micro_batch;
         let [channels, height, width] = network.sample_shape();
         let shape = [n, channels, height, width];
-        let condition = draw_condition(stream, n, network.classes(), settings.device);
+        let condition = conditions.draw(stream, n, settings.device);
         let draw = Self {
             condition,
             latents: (0..steps).map(|_| stream.normal(&shape)).collect(),
@@ -101,15 +103,6 @@ impl Draw {
         stream.seed_dropout();
         draw
     }
-}
-
-/// Uniform classes for `n` samples; no condition where the network knows no classes.
-pub fn draw_condition(stream: &mut Stream, n: i64, classes: i64, device: Device) -> Condition {
-    if classes == 0 {
-        return Condition::None;
-    }
-    let labels = Tensor::from_slice(&stream.integers(n, classes));
-    Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
 }
 
 /// Which samples keep their condition, fp32 [N, 1] of 0 and 1, where guidance asks to drop some.
@@ -124,10 +117,9 @@ fn kept_conditions(stream: &mut Stream, settings: &Settings) -> Option<Tensor> {
 
 /// The condition of the samples that keep theirs.
 fn keep(condition: &Condition, kept: Option<&Tensor>) -> Condition {
-    match (condition, kept) {
-        (Condition::Class(labels), Some(kept)) => Condition::Class(labels * kept),
-        (Condition::Class(labels), None) => Condition::Class(labels.shallow_clone()),
-        (Condition::None, _) => Condition::None,
+    match kept {
+        Some(kept) => condition.kept(kept),
+        None => condition.shallow_clone(),
     }
 }
 
@@ -142,7 +134,8 @@ fn elements(x: &Tensor) -> f64 {
 pub fn fake_score(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
-    real: Option<&RealSamples>,
+    conditions: &dyn Conditions,
+    real: Option<&dyn RealData>,
     settings: &Settings,
     iteration: u64,
     micro_batch: u32,
@@ -150,7 +143,8 @@ pub fn fake_score(
     let purpose = Purpose::FakeScorePhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
     let unroll = settings.unroll(iteration);
-    let draw = Draw::new(&mut stream, fake_score, settings, unroll.steps, settings.fake_score_times);
+    let draw =
+        Draw::new(&mut stream, fake_score, conditions, settings, unroll.steps, settings.fake_score_times);
     // Without dropout: here the generator is a source of samples, not the network that trains.
     let generated = no_grad(|| {
         generate(generator, &draw.latents, &draw.condition, &settings.times, unroll.trained_from, Mode::Eval)
@@ -178,12 +172,11 @@ pub fn fake_score(
     let (denoised, bottleneck) =
         guidance::denoise_and_encode(fake_score, &noisy, &draw.time, &condition, scale, mode);
     let score_losses = denoising(&denoised);
-    let (samples, conditions) =
-        real.draw(&mut stream, settings.micro_batch, fake_score.classes(), settings.device);
+    let (samples, own) = real.draw(&mut stream, settings.micro_batch, settings.device);
     // At κ₁ = 0 the generated samples' logits keep every condition, so the real ones' do too.
-    let conditions = if scale == 0.0 { conditions } else { keep(&conditions, kept.as_ref()) };
+    let own = if scale == 0.0 { own } else { keep(&own, kept.as_ref()) };
     let noisy_real = process.add_noise(&samples, &draw.noise, &draw.time);
-    let logits = |x: &Tensor| adversarial::logits(&fake_score.encode(x, &draw.time, &conditions, mode));
+    let logits = |x: &Tensor| adversarial::logits(&fake_score.encode(x, &draw.time, &own, mode));
     let on_real = logits(&noisy_real);
     let adversarial_losses = adversarial::discriminator_loss(&on_real, &adversarial::logits(&bottleneck));
     let mut adversarial_total = &adversarial_losses * settings_of.discriminator_weight;
@@ -210,6 +203,7 @@ pub fn generator(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
     teacher: &dyn Denoiser,
+    conditions: &dyn Conditions,
     settings: &Settings,
     iteration: u64,
     micro_batch: u32,
@@ -217,7 +211,8 @@ pub fn generator(
     let purpose = Purpose::GeneratorPhase;
     let mut stream = Stream::new(settings.seed, iteration, purpose, micro_batch, settings.device);
     let unroll = settings.unroll(iteration);
-    let draw = Draw::new(&mut stream, generator, settings, unroll.steps, settings.generator_times);
+    let draw =
+        Draw::new(&mut stream, generator, conditions, settings, unroll.steps, settings.generator_times);
     let (from, mode) = (unroll.trained_from, settings.training_mode);
     let generated = generate(generator, &draw.latents, &draw.condition, &settings.times, from, mode);
     let (generated, finite) = finite_samples(&generated);

@@ -8,6 +8,7 @@
 
 use potstill_distill::{
     adam::{Adam, AdamSettings},
+    condition::Classes,
     generator::{Matching, ddpm_times},
     gradient::Gradient,
     guidance::Guidance,
@@ -141,10 +142,12 @@ fn distil(
             adams[index].step(network.parameters().flat(), &gradient.flat, iteration + 1, &adam);
             network.parameters().zero_grad();
         };
-        phase::fake_score(generator, fake, None, &settings, iteration, 0).loss.backward();
+        phase::fake_score(generator, fake, &Classes(0), None, &settings, iteration, 0).loss.backward();
         step(fake, 0, 2e-2);
         let teacher = teacher.as_ref();
-        phase::generator(generator, frozen_fake.as_ref(), teacher, &settings, iteration, 0).loss.backward();
+        phase::generator(generator, frozen_fake.as_ref(), teacher, &Classes(0), &settings, iteration, 0)
+            .loss
+            .backward();
         step(generator, 1, 5e-3);
     }
     let (found_mean, found) = no_grad(|| moments(generator, time));

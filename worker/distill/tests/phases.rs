@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
     adversarial::{Adversarial, RealSamples},
+    condition::Classes,
     generator::{Matching, generate},
     guidance::{self, Guidance},
     loss::Weighting,
@@ -23,6 +24,9 @@ static GENERATOR: Mutex<()> = Mutex::new(());
 fn turn() -> MutexGuard<'static, ()> {
     GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// The teacher's.
+const CLASSES: Classes = Classes(3);
 
 fn teacher() -> EdmNetwork {
     let config = EdmConfig {
@@ -76,6 +80,7 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
             let batch = phase::fake_score(
                 state.generator.as_ref(),
                 state.fake_score.as_ref(),
+                &CLASSES,
                 None,
                 &settings,
                 iteration,
@@ -103,7 +108,7 @@ fn each_phase_trains_its_own_network_only() {
     let settings = settings(Mode::Eval);
     let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
 
-    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), None, &settings, 0, 0)
+    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), &CLASSES, None, &settings, 0, 0)
         .loss
         .backward();
     assert!(gradient(state.fake_score.as_ref()) > 0.0);
@@ -111,7 +116,7 @@ fn each_phase_trains_its_own_network_only() {
 
     let before = gradient(state.fake_score.as_ref());
     let (generator, fake) = (state.generator.as_ref(), frozen_fake.as_ref());
-    let batch = phase::generator(generator, fake, frozen_teacher.as_ref(), &settings, 0, 0);
+    let batch = phase::generator(generator, fake, frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
     batch.loss.backward();
     assert!(gradient(generator) > 0.0);
     assert!(value(&batch.score_difference.unwrap()) > 0.0);
@@ -127,7 +132,8 @@ fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let generator = state.generator.as_ref();
     let settings = settings(Mode::Eval);
-    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    let batch =
+        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
     assert_eq!(value(&batch.loss), 0.0);
     assert_eq!(value(&batch.score_difference.unwrap()), 0.0);
 }
@@ -142,9 +148,10 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let settings = settings(Mode::Eval);
     let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
-    let batch = phase::fake_score(generator, fake, None, &settings, 0, 0);
+    let batch = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
-    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    let batch =
+        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
 }
 
@@ -269,9 +276,17 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
     let losses = |guidance: Guidance| {
         let settings = Settings { guidance, ..settings(Mode::Eval) };
-        let first = phase::fake_score(generator, fake, None, &settings, 0, 0).loss;
-        let second =
-            phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0).loss;
+        let first = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0).loss;
+        let second = phase::generator(
+            generator,
+            frozen_fake.as_ref(),
+            frozen_teacher.as_ref(),
+            &CLASSES,
+            &settings,
+            0,
+            0,
+        )
+        .loss;
         (value(&first), value(&second))
     };
     let none = losses(Guidance::NONE);
@@ -289,7 +304,7 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
 fn real_samples() -> RealSamples {
     let pixels: Vec<u8> = (0..3 * 16).map(|i| (i * 5 % 17) as u8).collect();
     let pixels = Tensor::from_slice(&pixels).reshape([3, 1, 4, 4]);
-    RealSamples::new(pixels, 16.0, Tensor::from_slice(&[0i64, 1, 2]))
+    RealSamples::new(pixels, 16.0, Tensor::from_slice(&[0i64, 1, 2]), 3)
 }
 
 fn adversarial() -> Adversarial {
@@ -319,10 +334,10 @@ fn the_adversarial_loss_waits_for_its_start_and_then_joins_both_phases() {
         let plain = Settings { guidance, ..plain.clone() };
         let with = Settings { adversarial: Some(adversarial()), ..plain.clone() };
         for iteration in [9, 10] {
-            let first = phase::fake_score(generator, fake, Some(&real), &with, iteration, 0);
+            let first = phase::fake_score(generator, fake, &CLASSES, Some(&real), &with, iteration, 0);
             let (teacher, frozen) = (frozen_teacher.as_ref(), frozen_fake.as_ref());
-            let second = phase::generator(generator, frozen, teacher, &with, iteration, 0);
-            let without = phase::fake_score(generator, fake, None, &plain, iteration, 0);
+            let second = phase::generator(generator, frozen, teacher, &CLASSES, &with, iteration, 0);
+            let without = phase::fake_score(generator, fake, &CLASSES, None, &plain, iteration, 0);
             let relative = value(&first.score_loss) / value(&without.loss) - 1.0;
             assert!(relative.abs() < 1e-5, "the score's part stays what it is: {relative}");
             let joined = iteration >= 10;
@@ -350,7 +365,7 @@ fn the_approximate_r1_penalty_adds_to_the_discriminators_loss() {
         let adversarial = Some(Adversarial { approximate_r1, start_iteration: 0, ..adversarial() });
         let settings = Settings { adversarial, ..settings(Mode::Eval) };
         let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
-        value(&phase::fake_score(generator, fake, Some(&real), &settings, 0, 0).loss)
+        value(&phase::fake_score(generator, fake, &CLASSES, Some(&real), &settings, 0, 0).loss)
     };
     let (none, once, twice) = (loss(0.0), loss(100.0), loss(200.0));
     assert!(once > none);
@@ -403,7 +418,7 @@ fn both_phases_are_their_formulas_written_out() {
     expected.backward();
     let gradient = fake.parameters().flat_grad();
     fake.parameters().zero_grad();
-    let batch = phase::fake_score(state.generator.as_ref(), fake, Some(&real), &settings, 0, 0);
+    let batch = phase::fake_score(state.generator.as_ref(), fake, &CLASSES, Some(&real), &settings, 0, 0);
     batch.loss.backward();
     assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-5);
     let apart = (fake.parameters().flat_grad() - &gradient).norm() / gradient.norm();
@@ -426,7 +441,8 @@ fn both_phases_are_their_formulas_written_out() {
     expected.backward();
     let gradient = generator.parameters().flat_grad();
     generator.parameters().zero_grad();
-    let batch = phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &settings, 0, 0);
+    let batch =
+        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
     batch.loss.backward();
     assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-4);
     let apart = (generator.parameters().flat_grad() - &gradient).norm() / gradient.norm();

@@ -74,6 +74,16 @@ impl<'a> Scope<'a> {
         Self { registry, path: String::new() }
     }
 
+    /// A place that is known by its path.
+    pub fn at(registry: &'a mut dyn Registry, path: String) -> Self {
+        Self { registry, path }
+    }
+
+    /// What a place consists of.
+    pub fn parts(&mut self) -> (&mut dyn Registry, String) {
+        (self.registry, self.path.clone())
+    }
+
     pub fn child(&mut self, name: impl AsRef<str>) -> Scope<'_> {
         let path = self.join(name.as_ref());
         Scope { registry: self.registry, path }
@@ -119,6 +129,11 @@ impl Declaration {
 
     pub fn entries(&self) -> &[Entry] {
         &self.entries
+    }
+
+    /// Elements of all parameters.
+    pub fn numel(&self) -> i64 {
+        self.numel
     }
 
     pub fn buffers(&self) -> &[BufferDeclaration] {

@@ -1,6 +1,6 @@
 //! The contract between networks and everything that uses them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use tch::Tensor;
 
@@ -16,6 +16,129 @@ pub enum Condition {
     None,
     /// One-hot class labels, fp32, [N, classes]. An all-zero row is unconditional.
     Class(Tensor),
+    /// Texts.
+    Text(TextCondition),
+}
+
+/// Texts as a network sees them.
+#[derive(Debug)]
+pub struct Embedded {
+    /// [N, tokens, width].
+    pub states: Tensor,
+    /// SDXL's pooled output, [N, width].
+    pub pooled: Option<Tensor>,
+}
+
+impl Embedded {
+    /// The same tensors.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        self.map(Tensor::shallow_clone)
+    }
+
+    /// A function of each tensor.
+    #[must_use]
+    pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
+        Self { states: f(&self.states), pooled: self.pooled.as_ref().map(f) }
+    }
+
+    /// A function of each tensor and its counterpart.
+    fn zip(&self, other: &Self, f: impl Fn(&Tensor, &Tensor) -> Tensor) -> Self {
+        let pooled = self.pooled.as_ref().zip(other.pooled.as_ref()).map(|(a, b)| f(a, b));
+        Self { states: f(&self.states, &other.states), pooled }
+    }
+}
+
+/// Texts, what stands for no text, and SDXL's micro-conditioning.
+pub struct TextCondition {
+    texts: Embedded,
+    null: Arc<Embedded>,
+    sizes: Option<Tensor>,
+}
+
+impl TextCondition {
+    /// `texts` of N samples; `null` stands for one that is dropped and has one row; `sizes`, [N, 6], are SDXL's
+    /// micro-conditioning (2307.01952, section 2.2): original height and width, top and left of the crop, target height and
+    /// width.
+    #[must_use]
+    pub fn new(texts: Embedded, null: Arc<Embedded>, sizes: Option<Tensor>) -> Self {
+        Self { texts, null, sizes }
+    }
+
+    /// The texts.
+    #[must_use]
+    pub fn embedded(&self) -> &Embedded {
+        &self.texts
+    }
+
+    /// SDXL's micro-conditioning.
+    #[must_use]
+    pub fn sizes(&self) -> Option<&Tensor> {
+        self.sizes.as_ref()
+    }
+
+    fn with_texts(&self, texts: Embedded) -> Self {
+        let sizes = self.sizes.as_ref().map(Tensor::shallow_clone);
+        Self { texts, null: Arc::clone(&self.null), sizes }
+    }
+}
+
+impl Condition {
+    /// The same.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Class(labels) => Self::Class(labels.shallow_clone()),
+            Self::Text(text) => Self::Text(text.with_texts(text.texts.shallow_clone())),
+        }
+    }
+
+    /// Every sample unconditional. SDXL's micro-conditioning stays: it says what is made, not of what.
+    #[must_use]
+    pub fn dropped(&self) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Class(labels) => Self::Class(labels.zeros_like()),
+            Self::Text(text) => {
+                let texts = text.null.zip(&text.texts, |null, text| null.expand_as(text));
+                Self::Text(text.with_texts(texts))
+            }
+        }
+    }
+
+    /// The samples for which `kept`, fp32 [N, 1] of 0 and 1, is 1 keep their condition.
+    #[must_use]
+    pub fn kept(&self, kept: &Tensor) -> Self {
+        match self {
+            Self::None => Self::None,
+            Self::Class(labels) => Self::Class(labels * kept),
+            Self::Text(text) => {
+                let texts = text.texts.zip(&text.null, |text, null| {
+                    let mut shape = vec![1; text.dim()];
+                    shape[0] = -1;
+                    text.where_self(&kept.view(shape.as_slice()).gt(0.5), null)
+                });
+                Self::Text(text.with_texts(texts))
+            }
+        }
+    }
+
+    /// Both halves of a guided prediction as one batch: [`dropped`](Self::dropped) first. `None` where there is no condition to
+    /// drop.
+    #[must_use]
+    pub fn doubled(&self) -> Option<Self> {
+        match self {
+            Self::None => None,
+            Self::Class(labels) => Some(Self::Class(Tensor::cat(&[&labels.zeros_like(), labels], 0))),
+            Self::Text(text) => {
+                let texts =
+                    text.null.zip(&text.texts, |null, text| Tensor::cat(&[&null.expand_as(text), text], 0));
+                let sizes = text.sizes.as_ref().map(|sizes| Tensor::cat(&[sizes, sizes], 0));
+                Some(Self::Text(TextCondition { texts, null: Arc::clone(&text.null), sizes }))
+            }
+        }
+    }
 }
 
 /// Whether dropout is on.

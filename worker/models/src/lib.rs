@@ -1,8 +1,9 @@
-//! Denoisers: one contract for every network, the networks of EDM, their sampler, and weights in safetensors.
+//! Denoisers: one contract for every network, the networks of EDM and of Stable Diffusion, samplers, and weights in safetensors.
 //!
 //! - [`Denoiser`]: what distillation, sampling and evaluation see of a network.
 //! - [`Parameters`]: a network's weights, views into one flat fp32 vector.
 //! - [`EdmNetwork`]: EDM preconditioning around a DDPM++, NCSN++ or ADM U-Net, compatible with the public checkpoints.
+//! - [`diffusers`]: text-to-image models: U-Net, autoencoder, text encoders, and the folders that they come in.
 //! - [`ForwardProcess`]: how data become noise, one interface over EDM, DDPM and flow matching.
 //! - [`sampler`]: EDM's deterministic Heun sampler.
 //! - [`weights`]: reading and writing safetensors.
@@ -11,14 +12,17 @@
 //! its input. What comes from outside (configurations, files) is checked and gives errors as values.
 
 mod builder;
+mod checkpointed;
 mod denoiser;
+pub mod diffusers;
 pub mod edm;
+mod layers;
 mod parameters;
 pub mod process;
 pub mod sampler;
 pub mod weights;
 
-pub use denoiser::{Condition, Denoiser, Mode};
+pub use denoiser::{Condition, Denoiser, Embedded, Mode, TextCondition};
 pub use edm::{
     EdmNetwork,
     config::{ConfigError, EdmConfig},

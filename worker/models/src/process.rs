@@ -33,6 +33,8 @@ pub enum DdpmPrediction {
     Epsilon,
     /// v = √ᾱ·n − √(1−ᾱ)·x (2202.00512).
     V,
+    /// x itself.
+    Sample,
 }
 
 impl ForwardProcess {
@@ -90,7 +92,9 @@ impl ForwardProcess {
     pub fn to_x0(&self, native: &Tensor, x_t: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
-            Self::Edm { .. } => native.shallow_clone(),
+            Self::Edm { .. } | Self::Ddpm { prediction: DdpmPrediction::Sample, .. } => {
+                native.shallow_clone()
+            }
             Self::Ddpm { prediction: DdpmPrediction::Epsilon, .. } => (x_t - b * native) / a,
             Self::Ddpm { prediction: DdpmPrediction::V, .. } => a * x_t - b * native,
             Self::Flow => x_t - b * native,
@@ -101,7 +105,7 @@ impl ForwardProcess {
     pub fn to_native(&self, x0: &Tensor, x_t: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
-            Self::Edm { .. } => x0.shallow_clone(),
+            Self::Edm { .. } | Self::Ddpm { prediction: DdpmPrediction::Sample, .. } => x0.shallow_clone(),
             Self::Ddpm { prediction: DdpmPrediction::Epsilon, .. } => (x_t - a * x0) / b,
             Self::Ddpm { prediction: DdpmPrediction::V, .. } => (a * x_t - x0) / b,
             Self::Flow => (x_t - x0) / b,
@@ -112,7 +116,7 @@ impl ForwardProcess {
     pub fn target(&self, x: &Tensor, noise: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
-            Self::Edm { .. } => x.shallow_clone(),
+            Self::Edm { .. } | Self::Ddpm { prediction: DdpmPrediction::Sample, .. } => x.shallow_clone(),
             Self::Ddpm { prediction: DdpmPrediction::Epsilon, .. } => noise.shallow_clone(),
             Self::Ddpm { prediction: DdpmPrediction::V, .. } => a * noise - b * x,
             Self::Flow => noise - x,
@@ -124,12 +128,16 @@ impl ForwardProcess {
     /// - EDM: λ(σ) = (σ² + σ_d²)/(σ·σ_d)² (2206.00364, table 1)
     /// - DDPM-ε: |ε_ψ − n|², so w = a²/b² = snr
     /// - DDPM-v: |v_ψ − v|²·snr/(snr + 1), so again snr
+    /// - DDPM-x0: |x_ψ − x|², so w = 1
     /// - flow: |v_ψ − v|², so w = 1/t²
     pub fn loss_weight(&self, time: &Tensor) -> Tensor {
         match self {
             Self::Edm { sigma_data } => {
                 let sigma = time.to_kind(Kind::Float).view([-1]);
                 (sigma.square() + sigma_data * sigma_data) / (sigma * *sigma_data).square()
+            }
+            Self::Ddpm { prediction: DdpmPrediction::Sample, .. } => {
+                time.to_kind(Kind::Float).view([-1]).ones_like()
             }
             Self::Ddpm { .. } => self.snr(time),
             Self::Flow => time.to_kind(Kind::Float).view([-1]).square().reciprocal(),
@@ -153,7 +161,8 @@ mod tests {
         vec![
             (ForwardProcess::Edm { sigma_data: 0.5 }, Tensor::from_slice(&[0.002f32, 0.1, 1.0, 2.5, 80.0])),
             (ddpm(DdpmPrediction::Epsilon), steps.copy()),
-            (ddpm(DdpmPrediction::V), steps),
+            (ddpm(DdpmPrediction::V), steps.copy()),
+            (ddpm(DdpmPrediction::Sample), steps),
             (ForwardProcess::Flow, Tensor::from_slice(&[0.01f32, 0.2, 0.5, 0.9, 1.0])),
         ]
     }

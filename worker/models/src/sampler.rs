@@ -2,7 +2,10 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use crate::denoiser::{Condition, Denoiser, Mode};
+use crate::{
+    denoiser::{Condition, Denoiser, Mode},
+    process::ForwardProcess,
+};
 
 /// Settings of [`heun`]; the defaults are those of 2206.00364, table 1, with the 18 steps used for CIFAR-10.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,21 +71,30 @@ pub fn heun(network: &dyn Denoiser, z: &Tensor, condition: &Condition, settings:
     })
 }
 
-/// DDIM (2010.02502, eq. 12 with η = 0) over falling `times` of the network's process: x0 and the noise that it leaves are
-/// predicted at each time and put together again at the next; after the last time, x0 is the result.
+/// DDIM (2010.02502, eq. 12 with η = 0) over falling `times` of a process: x0 and the noise that it leaves are predicted at
+/// each time and put together again at the next; after the last time, x0 is the result. `predict` gives x0 for a noisy sample
+/// and a time `[1]`, guided or not.
 ///
 /// `z` [N, C, H, W] is N(0, 1); the result is fp32 of that shape. No gradients are recorded.
 ///
 /// # Panics
 /// Without times.
-pub fn ddim(network: &dyn Denoiser, z: &Tensor, condition: &Condition, times: &[f64]) -> Tensor {
+pub fn ddim(
+    process: &ForwardProcess,
+    z: &Tensor,
+    times: &[f64],
+    predict: impl Fn(&Tensor, &Tensor) -> Tensor,
+) -> Tensor {
     assert!(!times.is_empty(), "a sampler needs at least one time");
-    let process = network.process();
     let at = |time: f64| Tensor::full([1], time, (Kind::Float, z.device()));
     no_grad(|| {
-        let mut x = process.coefficients(&at(times[0])).1 * z;
+        let mut x = match process {
+            // It keeps the variance, so its noisiest samples are taken for N(0, 1).
+            ForwardProcess::Ddpm { .. } => z.shallow_clone(),
+            _ => process.coefficients(&at(times[0])).1 * z,
+        };
         for (index, time) in times.iter().enumerate() {
-            let x0 = network.denoise(&x, &at(*time), condition, Mode::Eval);
+            let x0 = predict(&x, &at(*time));
             let Some(next) = times.get(index + 1) else { return x0 };
             let (a, b) = process.coefficients(&at(*time));
             let noise = (&x - a * &x0) / b;
@@ -90,4 +102,11 @@ pub fn ddim(network: &dyn Denoiser, z: &Tensor, condition: &Condition, times: &[
         }
         unreachable!("the last time returns")
     })
+}
+
+/// `steps` timesteps of a DDPM process of `timesteps`, spread evenly and one above each multiple: the "leading" spacing with
+/// an offset of 1 that Stable Diffusion's samplers use.
+#[must_use]
+pub fn leading_timesteps(timesteps: usize, steps: usize) -> Vec<f64> {
+    (0..steps).rev().map(|i| (i * (timesteps / steps) + 1).min(timesteps - 1) as f64).collect()
 }

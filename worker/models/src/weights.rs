@@ -2,8 +2,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ops::Range,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+
+use potstill_c10d::MappedFile;
 
 use safetensors::{
     SafeTensors,
@@ -13,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     builder::{BufferSource, Declaration},
+    diffusers,
     edm::config::ConfigError,
     parameters::Parameters,
 };
@@ -51,6 +56,12 @@ pub enum LoadError {
     /// The configuration is well-formed but describes no network.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A part of a model folder says something that is not supported.
+    #[error(transparent)]
+    Diffusers(#[from] diffusers::ConfigError),
+    /// A model folder lacks something, or holds it in another form.
+    #[error("{0}")]
+    Folder(String),
     /// The tensors are not those of the configured network.
     #[error("the tensors do not fit the configuration:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
     Tensors {
@@ -60,7 +71,9 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    pub(crate) fn in_file(self, path: &Path) -> Self {
+    /// With the file in which it happened.
+    #[must_use]
+    pub fn in_file(self, path: &Path) -> Self {
         Self::InFile { path: path.to_owned(), source: Box::new(self) }
     }
 }
@@ -99,8 +112,7 @@ impl Archive {
                     let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
                     tensors.insert(name.to_owned(), Tensor::from_data_size(view.data(), &shape, kind));
                 }
-                None => problems
-                    .push(format!("{name} is of kind {:?}, which libtorch does not have", view.dtype())),
+                None => problems.push(unknown_kind(name, view.dtype())),
             }
         }
         if problems.is_empty() {
@@ -151,10 +163,93 @@ fn kind(dtype: Dtype) -> Option<Kind> {
     })
 }
 
+/// A tensor that lies in memory, or in a mapped file until somebody asks for it.
+#[derive(Debug)]
+pub enum Stored {
+    /// In memory.
+    Memory(Tensor),
+    /// In a file.
+    Mapped {
+        /// The file.
+        file: Arc<MappedFile>,
+        /// Its bytes there.
+        bytes: Range<usize>,
+        /// Kind of its elements.
+        kind: Kind,
+        /// Shape.
+        shape: Vec<i64>,
+    },
+}
+
+/// Tensors by name.
+pub type Named = BTreeMap<String, Stored>;
+
+impl Stored {
+    /// Its shape.
+    #[must_use]
+    pub fn shape(&self) -> Vec<i64> {
+        match self {
+            Self::Memory(tensor) => tensor.size(),
+            Self::Mapped { shape, .. } => shape.clone(),
+        }
+    }
+
+    /// Kind of its elements.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Memory(tensor) => tensor.kind(),
+            Self::Mapped { kind, .. } => *kind,
+        }
+    }
+
+    /// The tensor; a copy, on the host, if it lies in a file.
+    #[must_use]
+    pub fn tensor(&self) -> Tensor {
+        match self {
+            Self::Memory(tensor) => tensor.shallow_clone(),
+            Self::Mapped { file, bytes, kind, shape } => {
+                Tensor::from_data_size(&file[bytes.clone()], shape, *kind)
+            }
+        }
+    }
+}
+
+/// The tensors of a safetensors file, which is mapped and not read: several processes share its pages, and only one tensor at
+/// a time is copied.
+///
+/// # Errors
+/// [`LoadError`], with the path.
+pub fn map(path: &Path) -> Result<Named, LoadError> {
+    let file =
+        MappedFile::open(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })?;
+    let file = Arc::new(file);
+    let parse = || {
+        let whole = file.as_ptr() as usize;
+        let (mut tensors, mut problems) = (Named::new(), Vec::new());
+        for (name, view) in SafeTensors::deserialize(&file)?.iter() {
+            let Some(kind) = kind(view.dtype()) else {
+                problems.push(unknown_kind(name, view.dtype()));
+                continue;
+            };
+            let start = view.data().as_ptr() as usize - whole;
+            let bytes = start..start + view.data().len();
+            let shape = view.shape().iter().map(|d| *d as i64).collect();
+            tensors.insert(name.to_owned(), Stored::Mapped { file: Arc::clone(&file), bytes, kind, shape });
+        }
+        if problems.is_empty() { Ok(tensors) } else { Err(LoadError::Tensors { problems }) }
+    };
+    parse().map_err(|e: LoadError| e.in_file(path))
+}
+
+fn unknown_kind(name: &str, dtype: Dtype) -> String {
+    format!("{name} is of kind {dtype:?}, which libtorch does not have")
+}
+
 /// Checks `tensors` against a declared network, all of them, and makes its parameters.
 pub(crate) fn assemble(
     declaration: Declaration,
-    tensors: &BTreeMap<String, Tensor>,
+    tensors: &Named,
     device: Device,
 ) -> Result<Parameters, LoadError> {
     let mut problems = Vec::new();
@@ -164,8 +259,8 @@ pub(crate) fn assemble(
     for (name, shape) in &expected {
         match tensors.get(*name) {
             None => problems.push(format!("{name} {shape:?} is missing")),
-            Some(tensor) if tensor.size() != *shape => {
-                problems.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.size()));
+            Some(tensor) if tensor.shape() != *shape => {
+                problems.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.shape()));
             }
             // Kinds that fp32 holds exactly.
             Some(tensor) if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) => {
@@ -177,12 +272,12 @@ pub(crate) fn assemble(
     }
     let surplus = tensors.iter().filter(|(name, _)| !expected.contains_key(name.as_str()));
     problems.extend(
-        surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.size())),
+        surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.shape())),
     );
     if problems.is_empty() {
         for buffer in declaration.buffers() {
             let BufferSource::Fixed(values) = &buffer.source else { continue };
-            let stored = &tensors[&buffer.name];
+            let stored = tensors[&buffer.name].tensor();
             let wanted = Tensor::from_slice(values).view(buffer.shape.as_slice()).to_device(stored.device());
             if !stored.to_kind(Kind::Float).allclose(&wanted, 1e-5, 1e-6, false) {
                 problems.push(format!("{} differs from what the configuration says", buffer.name));
@@ -192,11 +287,15 @@ pub(crate) fn assemble(
     if !problems.is_empty() {
         return Err(LoadError::Tensors { problems });
     }
-    let fp32 = |name: &str| tensors[name].detach().to_device(device).to_kind(Kind::Float);
-    let values: Vec<Tensor> = declaration.entries().iter().map(|e| fp32(&e.name).reshape([-1])).collect();
+    let fp32 = |name: &str| tensors[name].tensor().detach().to_device(device).to_kind(Kind::Float);
+    // One tensor after the other, so that no second copy of the whole is ever there.
+    let flat = Tensor::empty([declaration.numel()], (Kind::Float, device));
+    for entry in declaration.entries() {
+        flat.narrow(0, entry.offset, entry.numel()).copy_(&fp32(&entry.name).reshape([-1]));
+    }
     // Buffers are copied, so that the network never shares memory with the map.
     let buffers = declaration.buffers().iter().map(|b| (b.name.clone(), fp32(&b.name).copy())).collect();
-    Ok(declaration.parameters(Tensor::cat(&values, 0), buffers))
+    Ok(declaration.parameters(flat, buffers))
 }
 
 /// Parameters and buffers, with `config` and `metadata` in the header.

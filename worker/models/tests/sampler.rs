@@ -128,7 +128,9 @@ fn a_gaussian_is_sampled_on_every_process() {
         let expected = &z * (b * 0.5 / spread);
         let name = format!("{:?}", std::mem::discriminant(&process));
         let network = Gaussian { std: 0.5, process, range: [0.0, f64::INFINITY], calls: AtomicU64::new(0) };
-        let samples = ddim(&network, &z, &Condition::None, &times);
+        let samples = ddim(network.process(), &z, &times, |x, time| {
+            network.denoise(x, time, &Condition::None, Mode::Eval)
+        });
         let error = ((samples - &expected).norm() / expected.norm()).double_value(&[]);
         assert!(error < 0.02, "{name}: {error}");
         assert_eq!(network.calls.into_inner() as usize, times.len());

@@ -24,6 +24,7 @@ use tch::Device;
 use tokio::runtime::Handle;
 
 use crate::{
+    checkpoint::Staging,
     dataset::{Dataset, Shape},
     evaluation::Evaluator,
     samples::SampleSet,
@@ -101,6 +102,7 @@ pub struct Job {
     pub(super) samples: SampleSet,
     pub(super) run: Run,
     pub(super) runtime: Handle,
+    pub(super) staging: Staging,
 }
 
 impl Job {
@@ -113,7 +115,18 @@ impl Job {
         let settings = settings(&spec, device);
         let samples = SampleSet::new(&spec.evaluation, device);
         let teacher = teacher.frozen();
-        Ok(Self { spec, settings, teacher, start, real, evaluator, samples, run, runtime })
+        Ok(Self {
+            spec,
+            settings,
+            teacher,
+            start,
+            real,
+            evaluator,
+            samples,
+            run,
+            runtime,
+            staging: Staging::default(),
+        })
     }
 
     /// The state before the first iteration.

@@ -229,7 +229,7 @@ impl Member<'_> {
                 error,
             }));
         }
-        let share = Share::of(state, iteration, a.rank, a.world_size);
+        let share = Share::of(state, iteration, a.rank, a.world_size, self.job.staging.clone());
         let (runtime, run) = (&self.job.runtime, self.job.run.clone());
         let outbox = self.session.outbox();
         self.saving = Some(share.save(runtime, run, a.generation, a.rank, a.world_size, outbox));

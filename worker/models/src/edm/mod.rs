@@ -24,7 +24,7 @@ use crate::{
     denoiser::{Condition, Denoiser, Mode},
     parameters::Parameters,
     process::ForwardProcess,
-    weights::{self, Archive, LoadError},
+    weights::{self, Archive, LoadError, Stored},
 };
 
 /// An EDM network: `D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4)` with a U-Net `F` (2206.00364, eq. 7). Time is σ.
@@ -77,7 +77,8 @@ impl EdmNetwork {
         tensors: &BTreeMap<String, Tensor>,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters = weights::assemble(config.declare()?, tensors, device)?;
+        let stored = tensors.iter().map(|(name, t)| (name.clone(), Stored::Memory(t.shallow_clone())));
+        let parameters = weights::assemble(config.declare()?, &stored.collect(), device)?;
         Ok(Self::bind(config, parameters))
     }
 
@@ -134,6 +135,7 @@ impl EdmNetwork {
         let labels = match condition {
             Condition::None => None,
             Condition::Class(labels) => Some(labels),
+            Condition::Text(_) => panic!("an EDM network knows classes, not texts"),
         };
         Inputs {
             noise: &coefficients.noise,

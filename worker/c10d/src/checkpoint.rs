@@ -1,0 +1,176 @@
+//! Activation checkpointing (1604.06174): computing a block again in the backward pass instead of keeping what it computed.
+
+use std::ffi::c_void;
+use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::Arc;
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::error::call;
+use crate::ffi;
+
+/// A part of a network: a function of tensors.
+///
+/// It must give the same again, so it draws no random numbers, and it only reads the tensors that it holds.
+pub trait Block: Send + 'static {
+    /// The function.
+    fn forward(&self, inputs: &[Tensor]) -> Tensor;
+}
+
+/// A block that autograd can hold on to.
+#[derive(Debug)]
+pub struct SharedBlock<B>(Arc<B>);
+
+// SAFETY: what keeps a block from being `Sync` are its tensors. Their reference counts are atomic, and libtorch allows any
+// number of threads to read a tensor, which is all that a `Block` does.
+unsafe impl<B: Block> Send for SharedBlock<B> {}
+
+impl<B: Block> SharedBlock<B> {
+    /// Takes it.
+    #[must_use]
+    #[expect(clippy::arc_with_non_send_sync, reason = "see the implementation of `Send`")]
+    pub fn new(block: B) -> SharedBlock<B> {
+        SharedBlock(Arc::new(block))
+    }
+
+    /// Computes it as any other operation.
+    pub fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        self.0.forward(inputs)
+    }
+}
+
+/// The block's output, of which only `inputs` are kept until its gradient is wanted; then it is computed again, under the same
+/// mixed precision, and gradients flow to `inputs` and to `parameters`.
+///
+/// `parameters` must be all tensors besides its inputs that the block computes with and that take gradients. They are inputs of
+/// one operation: a [`Reducer`](crate::Reducer) sees their gradients when the whole backward pass gets to them.
+///
+/// The block runs again on whichever thread autograd uses for the device.
+///
+/// # Panics
+/// When the block does; in the backward pass its panic becomes the backward's error.
+pub fn checkpoint<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameters: &[Tensor]) -> Tensor {
+    let tensors: Vec<_> = inputs.iter().chain(parameters).map(Tensor::as_ptr).collect();
+    let context = Arc::into_raw(Arc::clone(&block.0)).cast_mut().cast::<c_void>();
+    let mut out = ptr::null_mut();
+    let called = call(|error| {
+        // SAFETY: `tensors` holds as many live tensors as is said. The shim owns `context` from here on and frees it with
+        // `drop_block` of the same type; `SharedBlock` says why autograd's threads may call it.
+        unsafe {
+            ffi::potstill_checkpoint(
+                tensors.as_ptr(),
+                tensors.len(),
+                inputs.len(),
+                context,
+                call_block::<B>,
+                drop_block::<B>,
+                &mut out,
+                error,
+            )
+        }
+    });
+    if let Err(cause) = called {
+        panic!("a checkpointed block failed: {cause}");
+    }
+    // SAFETY: the shim made this tensor for us.
+    unsafe { Tensor::from_ptr(out) }
+}
+
+unsafe extern "C" fn call_block<B: Block>(
+    context: *mut c_void,
+    inputs: *const *mut C_tensor,
+    count: usize,
+) -> *mut C_tensor {
+    // SAFETY: `context` is the block that `checkpoint` gave, and lives until `drop_block`.
+    let block = unsafe { &*context.cast::<B>() };
+    // SAFETY: the shim gives as many live tensors as it says; these are handles of our own.
+    let inputs: Vec<Tensor> = unsafe {
+        std::slice::from_raw_parts(inputs, count).iter().map(|input| Tensor::clone_from_ptr(*input)).collect()
+    };
+    // A panic must not unwind into C++; the hook has told of it already.
+    match catch_unwind(AssertUnwindSafe(|| block.forward(&inputs))) {
+        // The shim frees it.
+        Ok(output) => ManuallyDrop::new(output).as_mut_ptr(),
+        Err(_) => ptr::null_mut(),
+    }
+}
+
+unsafe extern "C" fn drop_block<B: Block>(context: *mut c_void) {
+    // SAFETY: `context` is the block that `checkpoint` gave, and this is called once.
+    drop(unsafe { Arc::from_raw(context.cast::<B>().cast_const()) });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{Autocast, LowerPrecision};
+
+    const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn leaf(shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, OPTIONS).set_requires_grad(true)
+    }
+
+    struct TwoLayers {
+        w: Tensor,
+        v: Tensor,
+    }
+
+    impl Block for TwoLayers {
+        fn forward(&self, inputs: &[Tensor]) -> Tensor {
+            (inputs[0].matmul(&self.w).tanh() + &inputs[1]).matmul(&self.v).silu()
+        }
+    }
+
+    /// The output, and the gradients of x and of both weights, with and without recomputing.
+    fn gradients(again: bool, precision: Option<LowerPrecision>) -> Vec<Tensor> {
+        tch::manual_seed(3);
+        let (x, w, v) = (leaf(&[5, 4]), leaf(&[4, 4]), leaf(&[4, 4]));
+        let constant = Tensor::randn([5, 4], OPTIONS);
+        let parameters = [w.shallow_clone(), v.shallow_clone()];
+        let block = SharedBlock::new(TwoLayers { w: w.shallow_clone(), v: v.shallow_clone() });
+        let output = {
+            let _autocast = precision.map(|precision| Autocast::enter(Device::Cpu, precision).unwrap());
+            let once = |x: &Tensor| {
+                let inputs = [x.shallow_clone(), constant.shallow_clone()];
+                if again { checkpoint(&block, &inputs, &parameters) } else { block.forward(&inputs) }
+            };
+            // Twice, so that gradients of parameters add up.
+            once(&once(&(&x * 2.0)))
+        };
+        drop(block);
+        output.square().sum(Kind::Float).backward();
+        vec![output.detach(), x.grad(), w.grad(), v.grad()]
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_plain_block() {
+        for precision in [None, Some(LowerPrecision::BFloat16)] {
+            for (kept, again) in gradients(false, precision).iter().zip(gradients(true, precision)) {
+                assert_eq!(*kept, again, "{precision:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_the_backward_pass_is_an_error() {
+        struct FailsTheSecondTime(AtomicBool);
+        impl Block for FailsTheSecondTime {
+            fn forward(&self, inputs: &[Tensor]) -> Tensor {
+                assert!(!self.0.swap(true, Ordering::Relaxed), "the second time it fails");
+                &inputs[0] * 2.0
+            }
+        }
+        let block = SharedBlock::new(FailsTheSecondTime(AtomicBool::new(false)));
+        let output = checkpoint(&block, &[leaf(&[2])], &[]);
+        let error = output.sum(Kind::Float).f_backward().unwrap_err().to_string();
+        assert!(error.contains("a block failed"), "{error}");
+    }
+}

@@ -1,0 +1,35 @@
+//! Files as memory.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+/// A file's bytes, read by the system when they are looked at, and shared by all processes that map it.
+///
+/// The file must not be changed or cut off while it is mapped: whoever holds model weights leaves them as they are.
+#[derive(Debug)]
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps a whole file.
+    ///
+    /// # Errors
+    /// It cannot be opened or mapped.
+    pub fn open(path: &Path) -> io::Result<MappedFile> {
+        let file = File::open(path)?;
+        // SAFETY: the mapping is read only and private to this value. That nobody cuts the file off meanwhile is asked of
+        // those who keep it, as of every program that maps weights.
+        unsafe { Mmap::map(&file) }.map(MappedFile)
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}

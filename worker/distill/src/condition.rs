@@ -1,0 +1,31 @@
+//! Conditions of generated samples.
+
+use potstill_models::Condition;
+use tch::{Device, Kind, Tensor};
+
+use crate::random::Stream;
+
+/// Where they come from.
+pub trait Conditions: Send {
+    /// The conditions of `n` samples, out of the stream and nothing else.
+    fn draw(&self, stream: &mut Stream, n: i64, device: Device) -> Condition;
+}
+
+/// Uniform classes.
+#[derive(Clone, Copy, Debug)]
+pub struct Classes(
+    /// How many; 0 for an unconditional network.
+    pub i64,
+);
+
+impl Conditions for Classes {
+    fn draw(&self, stream: &mut Stream, n: i64, device: Device) -> Condition {
+        match self.0 {
+            0 => Condition::None,
+            classes => {
+                let labels = Tensor::from_slice(&stream.integers(n, classes));
+                Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Blocks whose activations need not be kept: in the backward pass they are computed again (1604.06174).
+
+use potstill_c10d::{Block, SharedBlock};
+use tch::{Device, Tensor};
+
+use crate::builder::{BufferDeclaration, Init, Registry, Scope};
+
+/// A block, and the parameters that it computes with.
+pub(crate) struct Checkpointed<B> {
+    block: SharedBlock<B>,
+    parameters: Vec<Tensor>,
+}
+
+impl<B: Block> Checkpointed<B> {
+    /// Builds a block in a place of the tree and remembers what it asked for.
+    pub fn new(mut scope: Scope, build: impl FnOnce(&mut Scope) -> B) -> Self {
+        let (registry, path) = scope.parts();
+        let mut collector = Collector { registry, parameters: Vec::new() };
+        let block = build(&mut Scope::at(&mut collector, path));
+        Self { block: SharedBlock::new(block), parameters: collector.parameters }
+    }
+
+    /// The block's output. With `again` only the inputs are kept for the backward pass.
+    pub fn forward(&self, inputs: &[&Tensor], again: bool) -> Tensor {
+        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
+        if again && inputs.iter().chain(&self.parameters).any(Tensor::requires_grad) {
+            return potstill_c10d::checkpoint(&self.block, &inputs, &self.parameters);
+        }
+        self.block.forward(&inputs)
+    }
+}
+
+/// Passes on what a block asks for, and notes its parameters.
+struct Collector<'a> {
+    registry: &'a mut dyn Registry,
+    parameters: Vec<Tensor>,
+}
+
+impl Registry for Collector<'_> {
+    fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor {
+        let parameter = self.registry.parameter(name, shape, init);
+        self.parameters.push(parameter.shallow_clone());
+        parameter
+    }
+
+    fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor {
+        self.registry.buffer(declaration)
+    }
+
+    fn problem(&mut self, problem: String) {
+        self.registry.problem(problem);
+    }
+
+    fn device(&self) -> Device {
+        self.registry.device()
+    }
+}

@@ -1,0 +1,105 @@
+//! What the configurations of a model folder have in common.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+/// Why a configuration describes no network that can be built here.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It is not JSON of the expected form.
+    #[error("{0}")]
+    Syntax(#[from] serde_json::Error),
+    /// It asks for what is not implemented, or contradicts itself; one line for each problem.
+    #[error("{}", problems.join("; "))]
+    Problems {
+        /// Each names its key.
+        problems: Vec<String>,
+    },
+}
+
+/// A value for all blocks, or one for each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum PerBlock<T> {
+    /// The same for all.
+    One(T),
+    /// One for each.
+    Each(Vec<T>),
+}
+
+impl<T: Copy> PerBlock<T> {
+    /// The value for one block.
+    ///
+    /// # Panics
+    /// When there is none: [`PerBlock::fits`] says so beforehand.
+    #[must_use]
+    pub fn at(&self, block: usize) -> T {
+        match self {
+            Self::One(value) => *value,
+            Self::Each(values) => values[block],
+        }
+    }
+
+    /// Whether there is a value for each of `blocks`.
+    #[must_use]
+    pub fn fits(&self, blocks: usize) -> bool {
+        match self {
+            Self::One(_) => true,
+            Self::Each(values) => values.len() == blocks,
+        }
+    }
+}
+
+/// Keys that a configuration holds beside those that its reader knows.
+pub(crate) type Rest = BTreeMap<String, Value>;
+
+/// Reads a configuration and refuses keys that would change the network in a way its reader does not know: those that are
+/// neither null, false, nor empty. Keys that begin with `_` are notes of the library that wrote them.
+pub(crate) fn parse<T: DeserializeOwned>(
+    json: &str,
+    rest: impl Fn(&T) -> &Rest,
+    neutral: &[&str],
+) -> Result<T, ConfigError> {
+    let config: T = serde_json::from_str(json)?;
+    let says_something = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(values) => !values.is_empty(),
+        _ => true,
+    };
+    let problems: Vec<String> = rest(&config)
+        .iter()
+        .filter(|(key, value)| {
+            !key.starts_with('_') && !neutral.contains(&key.as_str()) && says_something(value)
+        })
+        .map(|(key, value)| format!("`{key}` is {value}, which is not supported"))
+        .collect();
+    if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Known {
+        size: i64,
+        #[serde(flatten)]
+        rest: Rest,
+    }
+
+    fn read(json: &str) -> Result<Known, ConfigError> {
+        parse(json, |known: &Known| &known.rest, &["harmless"])
+    }
+
+    #[test]
+    fn what_would_change_the_network_unknown_is_refused_by_name() {
+        let known =
+            read(r#"{"size": 3, "_class_name": "X", "off": false, "none": null, "harmless": 7}"#).unwrap();
+        assert_eq!(known.size, 3);
+        let error = read(r#"{"size": 3, "gated": true, "extra_layers": 2}"#).unwrap_err().to_string();
+        assert!(error.contains("`gated` is true") && error.contains("`extra_layers` is 2"), "{error}");
+        assert!(read(r#"{"size": "three"}"#).is_err());
+    }
+}

@@ -1,0 +1,211 @@
+//! The U-Net of a latent diffusion model as a denoiser.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    config::ConfigError,
+    schedule::ScheduleConfig,
+    unet::{UNet, UNetConfig, UNetInputs},
+};
+use crate::{
+    builder::{Binding, Declaration, Scope},
+    denoiser::{Condition, Denoiser, Mode},
+    parameters::Parameters,
+    process::ForwardProcess,
+    weights::{self, LoadError, Named, Stored},
+};
+
+/// A text-conditional U-Net over latents, on the DDPM process of its schedule. Time is the timestep.
+pub struct LatentDenoiser {
+    config: UNetConfig,
+    schedule: ScheduleConfig,
+    process: ForwardProcess,
+    sides: [i64; 2],
+    checkpointing: bool,
+    parameters: Parameters,
+    unet: UNet,
+}
+
+/// Sides of a latent where nothing says otherwise: those of SD's first models.
+const DEFAULT_SIDES: [i64; 2] = [64, 64];
+
+impl LatentDenoiser {
+    /// A new network with PyTorch's laws of initial weights, drawn from `seed`.
+    ///
+    /// # Errors
+    /// When the configuration describes no network.
+    pub fn initialise(
+        config: UNetConfig,
+        schedule: ScheduleConfig,
+        seed: u64,
+        device: Device,
+    ) -> Result<Self, ConfigError> {
+        let parameters = declare(&config)?.draw(seed, device);
+        Ok(Self::bind(config, schedule, parameters))
+    }
+
+    /// From named tensors, which must be exactly those of the configuration.
+    ///
+    /// # Errors
+    /// [`LoadError`], with one line for each tensor that does not fit.
+    pub fn from_tensors(
+        config: UNetConfig,
+        schedule: ScheduleConfig,
+        tensors: &Named,
+        device: Device,
+    ) -> Result<Self, LoadError> {
+        let parameters = weights::assemble(declare(&config)?, tensors, device)?;
+        Ok(Self::bind(config, schedule, parameters))
+    }
+
+    fn bind(config: UNetConfig, schedule: ScheduleConfig, parameters: Parameters) -> Self {
+        let unet = UNet::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
+        let sides = config.sample_size.map_or(DEFAULT_SIDES, |size| size.sides());
+        let process = schedule.process();
+        Self { config, schedule, process, sides, checkpointing: false, parameters, unet }
+    }
+
+    fn over(&self, parameters: Parameters) -> Self {
+        let mut made = Self::bind(self.config.clone(), self.schedule.clone(), parameters);
+        made.sides = self.sides;
+        made.checkpointing = self.checkpointing;
+        made
+    }
+
+    /// With latents of another height and width than the configuration's.
+    #[must_use]
+    pub fn with_sides(mut self, sides: [i64; 2]) -> Self {
+        self.sides = sides;
+        self
+    }
+
+    /// Whether activations are computed again in the backward pass instead of being kept; also for all copies made from here
+    /// on.
+    #[must_use]
+    pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
+        self.checkpointing = checkpointing;
+        self
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// The native prediction [N, C, H, W] and the bottleneck, whatever the network is conditioned on.
+    pub fn predict(&self, x_t: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
+        self.unet.forward(&x_t.to_kind(Kind::Float), inputs)
+    }
+
+    /// Calls `forward` with what the condition says.
+    fn conditioned<T>(
+        &self,
+        time: &Tensor,
+        condition: &Condition,
+        mode: Mode,
+        forward: impl FnOnce(&UNetInputs) -> T,
+    ) -> T {
+        let Condition::Text(text) = condition else { panic!("a text-to-image network needs a text") };
+        let embedded = text.embedded();
+        let text_time = match (&embedded.pooled, text.sizes()) {
+            (Some(pooled), Some(sizes)) if self.config.takes_text_time() => Some((pooled, sizes)),
+            _ => None,
+        };
+        let indices = time.to_kind(Kind::Float).round();
+        forward(&UNetInputs {
+            time: &indices,
+            states: &embedded.states,
+            text_time,
+            class_labels: None,
+            checkpointing: self.checkpointing && mode == Mode::Train,
+        })
+    }
+}
+
+fn declare(config: &UNetConfig) -> Result<Declaration, ConfigError> {
+    let mut declaration = Declaration::default();
+    UNet::new(&mut Scope::root(&mut declaration), config);
+    match declaration.problems() {
+        [] => Ok(declaration),
+        problems => Err(ConfigError::Problems { problems: problems.to_vec() }),
+    }
+}
+
+impl Denoiser for LatentDenoiser {
+    fn denoise_and_encode(
+        &self,
+        x_t: &Tensor,
+        time: &Tensor,
+        condition: &Condition,
+        mode: Mode,
+    ) -> (Tensor, Tensor) {
+        let (native, bottleneck) =
+            self.conditioned(time, condition, mode, |inputs| self.predict(x_t, inputs));
+        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
+        let x0 = self.process.to_x0(&native.to_kind(Kind::Float), &x_t.to_kind(Kind::Float), time);
+        (x0, bottleneck.to_kind(Kind::Float))
+    }
+
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
+        let x = x_t.to_kind(Kind::Float);
+        let bottleneck = self.conditioned(time, condition, mode, |inputs| self.unet.bottleneck(&x, inputs));
+        bottleneck.to_kind(Kind::Float)
+    }
+
+    fn process(&self) -> &ForwardProcess {
+        &self.process
+    }
+
+    fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    fn sample_shape(&self) -> [i64; 3] {
+        [self.config.in_channels, self.sides[0], self.sides[1]]
+    }
+
+    fn classes(&self) -> i64 {
+        0
+    }
+
+    fn time_range(&self) -> [f64; 2] {
+        match &self.process {
+            ForwardProcess::Ddpm { alphas_cumprod, .. } => [0.0, (alphas_cumprod.len() - 1) as f64],
+            _ => [0.0, f64::INFINITY],
+        }
+    }
+
+    fn duplicate(&self) -> Box<dyn Denoiser> {
+        Box::new(self.over(self.parameters.over(self.parameters.flat().copy(), true)))
+    }
+
+    fn frozen(&self) -> Box<dyn Denoiser> {
+        Box::new(self.over(self.parameters.over(self.parameters.flat().shallow_clone(), false)))
+    }
+
+    fn config_json(&self) -> String {
+        json!({ "unet": self.config, "scheduler": self.schedule }).to_string()
+    }
+}
+
+impl LatentDenoiser {
+    /// The opposite of [`Denoiser::to_safetensors`].
+    ///
+    /// # Errors
+    /// [`LoadError`].
+    pub fn from_config(
+        config: &str,
+        tensors: &BTreeMap<String, Tensor>,
+        device: Device,
+    ) -> Result<Self, LoadError> {
+        let config: serde_json::Value = serde_json::from_str(config).map_err(LoadError::ConfigSyntax)?;
+        let unet = UNetConfig::parse(&config["unet"].to_string())?;
+        let schedule = ScheduleConfig::parse(&config["scheduler"].to_string())?;
+        let stored = tensors.iter().map(|(name, t)| (name.clone(), Stored::Memory(t.shallow_clone())));
+        Self::from_tensors(unet, schedule, &stored.collect(), device)
+    }
+}

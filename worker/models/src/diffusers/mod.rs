@@ -1,0 +1,32 @@
+//! Text-to-image models in the layout of diffusers: the networks of Stable Diffusion 1.x, 2.x and SDXL, and the folders that
+//! they come in.
+//!
+//! - [`UNetConfig`] and [`LatentDenoiser`]: the U-Net, as the denoiser of a DDPM process over latents.
+//! - [`Autoencoder`]: images ↔ latents.
+//! - [`TextEncoder`], [`Tokenizer`]: texts → what the U-Net is conditioned on.
+//! - [`ScheduleConfig`]: the forward process that a model was trained on.
+//! - [`ModelFolder`]: all of that from a folder as downloaded from a hub.
+
+mod autoencoder;
+mod config;
+mod denoiser;
+mod folder;
+mod layers;
+mod resnet;
+mod schedule;
+mod text;
+mod text_encoder;
+mod tokenizer;
+mod unet;
+
+pub use self::{
+    autoencoder::{Autoencoder, AutoencoderConfig},
+    config::{ConfigError, PerBlock},
+    denoiser::LatentDenoiser,
+    folder::ModelFolder,
+    schedule::ScheduleConfig,
+    text::TextConditioner,
+    text_encoder::{TextEncoder, TextEncoderConfig, TextStates},
+    tokenizer::Tokenizer,
+    unet::{SampleSize, UNetConfig, UNetInputs},
+};

@@ -1,0 +1,81 @@
+//! Prompts → what a U-Net is conditioned on.
+
+use tch::Tensor;
+
+use super::{text_encoder::TextEncoder, tokenizer::Tokenizer};
+use crate::{denoiser::Embedded, weights::LoadError};
+
+/// A text encoder and its tokenizer.
+pub(crate) struct Reader {
+    pub tokenizer: Tokenizer,
+    pub encoder: TextEncoder,
+}
+
+/// A model's text encoders: one for SD 1.x and 2.x, two for SDXL.
+pub struct TextConditioner {
+    readers: Vec<Reader>,
+    /// SDXL's base model takes zeros for an empty text.
+    zeros_for_empty: bool,
+}
+
+impl TextConditioner {
+    pub(crate) fn new(readers: Vec<Reader>, zeros_for_empty: bool) -> Self {
+        Self { readers, zeros_for_empty }
+    }
+
+    /// SD: the last states of the only encoder. SDXL (2307.01952, section 2.1): the penultimate states of both, side by side, and
+    /// the second one's projected pooled output. No gradients are recorded.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn embed(&self, prompts: &[&str]) -> Result<Embedded, LoadError> {
+        let mut said = Vec::with_capacity(self.readers.len());
+        for reader in &self.readers {
+            said.push(reader.encoder.encode(&reader.tokenizer.encode(prompts)?));
+        }
+        Ok(match &said[..] {
+            [one] => Embedded { states: one.last.shallow_clone(), pooled: None },
+            all => {
+                let states: Vec<&Tensor> = all.iter().map(|one| &one.penultimate).collect();
+                let pooled = all.last().map(|last| last.pooled.shallow_clone());
+                Embedded { states: Tensor::cat(&states, -1), pooled }
+            }
+        })
+    }
+
+    /// What stands for no text.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn null(&self) -> Result<Embedded, LoadError> {
+        let empty = self.embed(&[""])?;
+        if self.zeros_for_empty && empty.pooled.is_some() {
+            return Ok(Embedded {
+                states: empty.states.zeros_like(),
+                pooled: empty.pooled.map(|pooled| pooled.zeros_like()),
+            });
+        }
+        Ok(empty)
+    }
+
+    /// Parameters of all encoders.
+    #[must_use]
+    pub fn size(&self) -> i64 {
+        self.readers.iter().map(|reader| reader.encoder.size()).sum()
+    }
+
+    /// Width of the states.
+    #[must_use]
+    pub fn width(&self) -> i64 {
+        self.readers.iter().map(|reader| reader.encoder.config().hidden_size).sum()
+    }
+
+    /// Width of the pooled output, where there is one.
+    #[must_use]
+    pub fn pooled_width(&self) -> Option<i64> {
+        match &self.readers[..] {
+            [_] => None,
+            all => all.last().map(|last| last.encoder.config().projection_dim),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection` (2103.00020).
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, IndexOp, Kind, Tensor, no_grad};
+
+use super::{
+    config::ConfigError,
+    layers::{Embedding, LayerNorm, attention, linear},
+};
+use crate::{
+    builder::{Binding, Declaration, Scope},
+    layers::Linear,
+    parameters::Parameters,
+    weights::{self, LoadError, Named},
+};
+
+/// Architecture, under the keys of `text_encoder/config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TextEncoderConfig {
+    /// Width of the states.
+    pub hidden_size: i64,
+    /// Width inside the feed-forward layers.
+    pub intermediate_size: i64,
+    /// Width of the projected pooled output.
+    pub projection_dim: i64,
+    /// Layers.
+    pub num_hidden_layers: i64,
+    /// Heads of each attention.
+    pub num_attention_heads: i64,
+    /// Greatest number of tokens.
+    pub max_position_embeddings: i64,
+    /// `quick_gelu` or `gelu`.
+    pub hidden_act: String,
+    /// Added to the variances of normalisations.
+    pub layer_norm_eps: f64,
+    /// The token whose state is the pooled output. Old files say 2, which stands for the greatest token.
+    pub eos_token_id: i64,
+    /// Number of tokens.
+    pub vocab_size: i64,
+}
+
+impl Default for TextEncoderConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 512,
+            intermediate_size: 2048,
+            projection_dim: 512,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: "quick_gelu".to_owned(),
+            layer_norm_eps: 1e-5,
+            eos_token_id: 49407,
+            vocab_size: 49408,
+        }
+    }
+}
+
+/// What old files call the end of a text, and mean its greatest token by.
+const LEGACY_EOS: i64 = 2;
+
+impl TextEncoderConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// [`ConfigError`]: what is not supported, by its key.
+    pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_str(json)?;
+        let mut problems = Vec::new();
+        for (holds, problem) in [
+            (
+                ["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()),
+                format!("`hidden_act` is {:?}; supported: quick_gelu, gelu", config.hidden_act),
+            ),
+            (
+                config.num_attention_heads > 0 && config.hidden_size % config.num_attention_heads == 0,
+                "`hidden_size` must be a multiple of `num_attention_heads`".to_owned(),
+            ),
+            (config.num_hidden_layers >= 2, "`num_hidden_layers` must be at least 2".to_owned()),
+        ] {
+            if !holds {
+                problems.push(problem);
+            }
+        }
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
+    }
+
+    fn declare(&self, projects: bool) -> Declaration {
+        let mut declaration = Declaration::default();
+        Network::new(&mut Scope::root(&mut declaration), self, projects);
+        declaration
+    }
+}
+
+/// Tokens → states and a pooled vector; its weights take no gradient.
+pub struct TextEncoder {
+    config: TextEncoderConfig,
+    /// Keeps the memory that the network's tensors are views of.
+    parameters: Parameters,
+    network: Network,
+}
+
+/// What a text becomes.
+pub struct TextStates {
+    /// States after the last layer and its normalisation, [N, tokens, width].
+    pub last: Tensor,
+    /// States after the layer before the last, not normalised: what SDXL looks at.
+    pub penultimate: Tensor,
+    /// The state of the token that ends the text, [N, width]; projected where the network projects it.
+    pub pooled: Tensor,
+}
+
+struct Network {
+    tokens: Embedding,
+    positions: Embedding,
+    layers: Vec<Layer>,
+    norm: LayerNorm,
+    projection: Option<Linear>,
+}
+
+struct Layer {
+    norm1: LayerNorm,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    norm2: LayerNorm,
+    widen: Linear,
+    narrow: Linear,
+    heads: i64,
+    quick: bool,
+}
+
+impl TextEncoder {
+    /// From named tensors, which must be exactly those of the configuration, with or without the prefix `text_model.`; with
+    /// `projects` the pooled output is projected (`CLIPTextModelWithProjection`).
+    ///
+    /// # Errors
+    /// [`LoadError`], with one line for each tensor that does not fit.
+    pub fn from_tensors(
+        config: TextEncoderConfig,
+        projects: bool,
+        tensors: Named,
+        device: Device,
+    ) -> Result<Self, LoadError> {
+        let renamed: Named = tensors
+            .into_iter()
+            // A table of the numbers 0 to 76 that old files hold.
+            .filter(|(name, _)| !name.ends_with("embeddings.position_ids"))
+            .map(|(name, tensor)| {
+                (name.strip_prefix("text_model.").map_or(name.clone(), str::to_owned), tensor)
+            })
+            .collect();
+        let parameters = weights::assemble(config.declare(projects), &renamed, device)?;
+        let parameters = parameters.over(parameters.flat().shallow_clone(), false);
+        let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config, projects);
+        Ok(Self { config, parameters, network })
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn config(&self) -> &TextEncoderConfig {
+        &self.config
+    }
+
+    /// Number of parameters.
+    #[must_use]
+    pub fn size(&self) -> i64 {
+        self.parameters.flat().numel() as i64
+    }
+
+    /// States of `ids`, int64 [N, tokens]. No gradients are recorded.
+    ///
+    /// # Panics
+    /// When a token is none of the vocabulary, or there are more than `max_position_embeddings`.
+    pub fn encode(&self, ids: &Tensor) -> TextStates {
+        no_grad(|| {
+            let ids = ids.to_device(self.parameters.flat().device());
+            let network = &self.network;
+            let positions = Tensor::arange(ids.size()[1], (Kind::Int64, ids.device()));
+            let mut x = network.tokens.forward(&ids) + network.positions.forward(&positions);
+            let mut penultimate = x.shallow_clone();
+            for layer in &network.layers {
+                penultimate = std::mem::replace(&mut x, Tensor::new());
+                x = layer.forward(&penultimate);
+            }
+            let last = network.norm.forward(&x);
+            let end = match self.config.eos_token_id {
+                LEGACY_EOS => ids.argmax(-1, false),
+                eos => ids.eq(eos).to_kind(Kind::Int64).argmax(-1, false),
+            };
+            let rows = Tensor::arange(ids.size()[0], (Kind::Int64, ids.device()));
+            let pooled = last.i((&rows, &end));
+            let pooled = match &network.projection {
+                Some(projection) => projection.forward(&pooled),
+                None => pooled,
+            };
+            TextStates { last, penultimate, pooled }
+        })
+    }
+}
+
+impl Network {
+    fn new(scope: &mut Scope, config: &TextEncoderConfig, projects: bool) -> Self {
+        let width = config.hidden_size;
+        let mut embeddings = scope.child("embeddings");
+        let tokens = Embedding::new(embeddings.child("token_embedding"), config.vocab_size, width);
+        let positions =
+            Embedding::new(embeddings.child("position_embedding"), config.max_position_embeddings, width);
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| Layer::new(&mut scope.child(format!("encoder.layers.{index}")), config))
+            .collect();
+        let norm = LayerNorm::new(scope.child("final_layer_norm"), width, config.layer_norm_eps);
+        let projection =
+            projects.then(|| linear(scope.child("text_projection"), width, config.projection_dim, false));
+        Self { tokens, positions, layers, norm, projection }
+    }
+}
+
+impl Layer {
+    fn new(scope: &mut Scope, config: &TextEncoderConfig) -> Self {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        let norm = |scope: Scope| LayerNorm::new(scope, width, config.layer_norm_eps);
+        let project = |scope: &mut Scope, name: &str| {
+            linear(scope.child(format!("self_attn.{name}_proj")), width, width, true)
+        };
+        Self {
+            query: project(scope, "q"),
+            key: project(scope, "k"),
+            value: project(scope, "v"),
+            out: project(scope, "out"),
+            norm1: norm(scope.child("layer_norm1")),
+            widen: linear(scope.child("mlp.fc1"), width, inner, true),
+            narrow: linear(scope.child("mlp.fc2"), inner, width, true),
+            norm2: norm(scope.child("layer_norm2")),
+            heads: config.num_attention_heads,
+            quick: config.hidden_act == "quick_gelu",
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let normed = self.norm1.forward(x);
+        let [query, key, value] = [&self.query, &self.key, &self.value].map(|layer| layer.forward(&normed));
+        // A token sees those before it, padding included: CLIP has no other mask.
+        let x = self.out.forward(&attention(&query, &key, &value, self.heads, true)) + x;
+        let h = self.widen.forward(&self.norm2.forward(&x));
+        let h = if self.quick { (&h * 1.702).sigmoid() * h } else { h.gelu("none") };
+        self.narrow.forward(&h) + x
+    }
+}

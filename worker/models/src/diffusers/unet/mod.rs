@@ -1,0 +1,275 @@
+//! diffusers' `UNet2DConditionModel`: the U-Net of Stable Diffusion 1.x, 2.x and SDXL, under its parameters' names.
+
+pub(crate) mod config;
+mod embeddings;
+mod transformer;
+
+use tch::{Kind, Tensor};
+
+pub use self::config::{SampleSize, UNetConfig};
+use self::{
+    embeddings::Embeddings,
+    transformer::{Transformer, TransformerShape},
+};
+use super::{
+    layers::{Conv2d, GroupNorm, enlarge},
+    resnet::{Resnet, ResnetShape},
+};
+use crate::{builder::Scope, checkpointed::Checkpointed};
+
+/// What a U-Net is given beside the noisy latents.
+pub struct UNetInputs<'a> {
+    /// Timesteps, `[N]` or `[1]`.
+    pub time: &'a Tensor,
+    /// The text's states, [N, tokens, width].
+    pub states: &'a Tensor,
+    /// SDXL's pooled text [N, width] and micro-conditioning [N, 6].
+    pub text_time: Option<(&'a Tensor, &'a Tensor)>,
+    /// Classes, where the network has some: indices `[N]`, numbers `[N]`, or vectors [N, width].
+    pub class_labels: Option<&'a Tensor>,
+    /// Whether activations are computed again in the backward pass instead of being kept.
+    pub checkpointing: bool,
+}
+
+/// The network around its parameters.
+pub(crate) struct UNet {
+    embeddings: Embeddings,
+    conv_in: Conv2d,
+    down: Vec<DownBlock>,
+    middle: Option<Middle>,
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+    center_input: bool,
+}
+
+struct DownBlock {
+    resnets: Vec<Checkpointed<Resnet>>,
+    transformers: Vec<Checkpointed<Transformer>>,
+    downsampler: Option<Downsampler>,
+}
+
+struct UpBlock {
+    resnets: Vec<Checkpointed<Resnet>>,
+    transformers: Vec<Checkpointed<Transformer>>,
+    upsampler: Option<Conv2d>,
+}
+
+struct Middle {
+    first: Checkpointed<Resnet>,
+    transformer: Checkpointed<Transformer>,
+    last: Checkpointed<Resnet>,
+}
+
+/// Halves height and width.
+struct Downsampler {
+    conv: Conv2d,
+    padding: i64,
+}
+
+/// What the way down leaves for the way up.
+struct Encoded {
+    bottleneck: Tensor,
+    skips: Vec<Tensor>,
+}
+
+/// What every block is told.
+struct Context<'a> {
+    /// Through its activation already.
+    embedding: Tensor,
+    states: &'a Tensor,
+    checkpointing: bool,
+}
+
+impl UNet {
+    pub fn new(scope: &mut Scope, config: &UNetConfig) -> Self {
+        let channels = &config.block_out_channels;
+        let last = channels.len() - 1;
+        let (groups, eps) = (config.groups(), config.norm_eps);
+        let embedding_width = match config.class_embeddings_concat && config.class_embedding().is_some() {
+            true => 2 * config.time_embedding_width(),
+            false => config.time_embedding_width(),
+        };
+        let resnet = |inputs, outputs, scale_factor| ResnetShape {
+            inputs,
+            outputs,
+            embedding: embedding_width,
+            groups,
+            eps,
+            scale_shift: config.resnet_time_scale_shift == "scale_shift",
+            scale_factor,
+        };
+        // Blocks on the way up are counted from below in the file, from above here.
+        let transformer = |level: usize, only_cross: bool| TransformerShape {
+            channels: channels[level],
+            heads: config.attention_head_dim.at(level),
+            layers: config.transformer_layers_per_block.at(level),
+            text_width: config.cross_attention_dim.at(level),
+            groups,
+            linear: config.use_linear_projection,
+            only_cross,
+        };
+
+        let conv_in = Conv2d::same(scope.child("conv_in"), config.in_channels, channels[0], 3);
+        let embeddings = Embeddings::new(scope, config);
+        let mut skips = vec![channels[0]];
+        let mut inputs = channels[0];
+        let mut down = Vec::new();
+        for (level, outputs) in channels.iter().copied().enumerate() {
+            let mut scope = scope.child(format!("down_blocks.{level}"));
+            let (mut resnets, mut transformers) = (Vec::new(), Vec::new());
+            for index in 0..config.layers_per_block.at(level) {
+                let shape = resnet(inputs, outputs, 1.0);
+                resnets.push(residual(scope.child(format!("resnets.{index}")), shape));
+                if config.attends_down(level) {
+                    let shape = transformer(level, config.only_cross_attention.at(level));
+                    transformers.push(attending(scope.child(format!("attentions.{index}")), shape));
+                }
+                inputs = outputs;
+                skips.push(outputs);
+            }
+            let downsampler = (level < last).then(|| {
+                skips.push(outputs);
+                let padding = config.downsample_padding;
+                Downsampler {
+                    conv: Conv2d::new(scope.child("downsamplers.0.conv"), outputs, outputs, 3, 2, padding),
+                    padding,
+                }
+            });
+            down.push(DownBlock { resnets, transformers, downsampler });
+        }
+
+        let middle = config.mid_block_type.as_ref().map(|_| {
+            let mut scope = scope.child("mid_block");
+            let shape = resnet(inputs, inputs, config.mid_block_scale_factor);
+            Middle {
+                first: residual(scope.child("resnets.0"), shape),
+                transformer: attending(scope.child("attentions.0"), transformer(last, false)),
+                last: residual(scope.child("resnets.1"), shape),
+            }
+        });
+
+        let mut up = Vec::new();
+        for (place, level) in (0..=last).rev().enumerate() {
+            let mut scope = scope.child(format!("up_blocks.{place}"));
+            let outputs = channels[level];
+            let (mut resnets, mut transformers) = (Vec::new(), Vec::new());
+            for index in 0..=config.layers_per_block.at(level) {
+                let shape = resnet(inputs + skips.pop().unwrap_or(0), outputs, 1.0);
+                resnets.push(residual(scope.child(format!("resnets.{index}")), shape));
+                if config.attends_up(place) {
+                    let shape = transformer(level, config.only_cross_attention.at(level));
+                    transformers.push(attending(scope.child(format!("attentions.{index}")), shape));
+                }
+                inputs = outputs;
+            }
+            let upsampler =
+                (level > 0).then(|| Conv2d::same(scope.child("upsamplers.0.conv"), outputs, outputs, 3));
+            up.push(UpBlock { resnets, transformers, upsampler });
+        }
+        Self {
+            embeddings,
+            conv_in,
+            down,
+            middle,
+            up,
+            norm_out: GroupNorm::new(scope.child("conv_norm_out"), groups, channels[0], eps),
+            conv_out: Conv2d::same(scope.child("conv_out"), channels[0], config.out_channels, 3),
+            center_input: config.center_input_sample,
+        }
+    }
+
+    /// The native prediction [N, C, H, W] for `x` of that shape, and the bottleneck: what the middle block gives.
+    pub fn forward(&self, x: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
+        let context = self.context(x, inputs);
+        let encoded = self.encode(x, &context);
+        let bottleneck = encoded.bottleneck.shallow_clone();
+        (self.decode(encoded, &context), bottleneck)
+    }
+
+    /// The bottleneck alone.
+    pub fn bottleneck(&self, x: &Tensor, inputs: &UNetInputs) -> Tensor {
+        self.encode(x, &self.context(x, inputs)).bottleneck
+    }
+
+    fn context<'a>(&self, x: &Tensor, inputs: &UNetInputs<'a>) -> Context<'a> {
+        let embedding = self.embeddings.forward(x.size()[0], inputs).silu();
+        Context { embedding, states: inputs.states, checkpointing: inputs.checkpointing }
+    }
+
+    fn encode(&self, x: &Tensor, context: &Context) -> Encoded {
+        let x = if self.center_input { x * 2.0 - 1.0 } else { x.shallow_clone() };
+        let mut x = self.conv_in.forward(&x);
+        let mut skips = vec![x.shallow_clone()];
+        for block in &self.down {
+            for (index, resnet) in block.resnets.iter().enumerate() {
+                x = context.step(&x, resnet, block.transformers.get(index));
+                skips.push(x.shallow_clone());
+            }
+            if let Some(downsampler) = &block.downsampler {
+                x = downsampler.forward(&x);
+                skips.push(x.shallow_clone());
+            }
+        }
+        if let Some(middle) = &self.middle {
+            x = context.step(&x, &middle.first, Some(&middle.transformer));
+            x = context.step(&x, &middle.last, None);
+        }
+        Encoded { bottleneck: x, skips }
+    }
+
+    fn decode(&self, encoded: Encoded, context: &Context) -> Tensor {
+        let Encoded { bottleneck: mut x, mut skips } = encoded;
+        for block in &self.up {
+            for (index, resnet) in block.resnets.iter().enumerate() {
+                let skip = skips.pop();
+                let merged = Tensor::cat(&[Some(x), skip].into_iter().flatten().collect::<Vec<_>>(), 1);
+                x = context.step(&merged, resnet, block.transformers.get(index));
+            }
+            if let Some(conv) = &block.upsampler {
+                // As large as what comes next: halving odd sizes rounds up.
+                let size = skips.last().map_or_else(|| x.size(), Tensor::size);
+                x = conv.forward(&enlarge(&x, [size[2], size[3]]));
+            }
+        }
+        self.conv_out.forward(&self.norm_out.forward(&x).silu())
+    }
+}
+
+impl Context<'_> {
+    fn step(
+        &self,
+        x: &Tensor,
+        resnet: &Checkpointed<Resnet>,
+        transformer: Option<&Checkpointed<Transformer>>,
+    ) -> Tensor {
+        let x = resnet.forward(&[x, &self.embedding], self.checkpointing);
+        match transformer {
+            Some(transformer) => transformer.forward(&[&x, self.states], self.checkpointing),
+            None => x,
+        }
+    }
+}
+
+impl Downsampler {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        match self.padding {
+            // Zeros on the right and below only.
+            0 => self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1])),
+            _ => self.conv.forward(x),
+        }
+    }
+}
+
+fn residual(scope: Scope, shape: ResnetShape) -> Checkpointed<Resnet> {
+    Checkpointed::new(scope, |scope| Resnet::new(scope, shape))
+}
+
+fn attending(scope: Scope, shape: TransformerShape) -> Checkpointed<Transformer> {
+    Checkpointed::new(scope, |scope| Transformer::new(scope, shape))
+}
+
+/// fp32 on the device of `like`.
+fn number(x: &Tensor, like: &Tensor) -> Tensor {
+    x.to_device(like.device()).to_kind(Kind::Float)
+}

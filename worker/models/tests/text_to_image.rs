@@ -1,0 +1,370 @@
+//! Text-to-image models beside the real diffusers and transformers: `tests/fixtures/sd_*.safetensors`, which
+//! `scripts/make_fixtures.py` writes.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use common::{fixtures, relative_error, relative_error_of_elements};
+use potstill_models::{
+    Condition, Denoiser, ForwardProcess, Mode, TextCondition,
+    diffusers::{LatentDenoiser, ModelFolder, ScheduleConfig, Tokenizer, UNetConfig, UNetInputs},
+    process::DdpmPrediction,
+    sampler,
+    weights::{self, Archive, Stored},
+};
+use tch::{Device, Kind, Tensor, no_grad};
+
+const TOLERANCE: f64 = 1e-4;
+
+fn files(prefix: &str) -> Vec<(String, Archive)> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(fixtures())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(prefix))
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "no {prefix}* in {}", fixtures().display());
+    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
+    found.into_iter().map(|path| (name(&path), Archive::read(&path).unwrap())).collect()
+}
+
+#[track_caller]
+fn assert_close(place: &str, what: &str, found: &Tensor, expected: &Tensor) {
+    let error = relative_error(found, expected);
+    let worst = relative_error_of_elements(found, expected);
+    println!("{place}: {what}: {error:.1e}, worst element {worst:.1e}");
+    assert!(
+        error <= TOLERANCE && worst <= TOLERANCE,
+        "{place}: {what} is off by {error:.2e}, {worst:.2e} in an element"
+    );
+}
+
+/// Writes the model of a reference file as a hub would send it.
+fn folder(archive: &Archive) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    };
+    let xl = archive.metadata.contains_key("text_encoder_2");
+    let mut index: serde_json::Value = serde_json::from_str(&archive.metadata["model_index"]).unwrap();
+    index["_class_name"] = if xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" }.into();
+    write("model_index.json", &index.to_string());
+    write("scheduler/scheduler_config.json", &archive.metadata["scheduler"]);
+    for (name, content) in archive.metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
+        write(name, content);
+    }
+    for (part, stem) in [
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
+    ] {
+        let Some(config) = archive.metadata.get(part) else { continue };
+        write(&format!("{part}/config.json"), config);
+        let tensors = archive.with_prefix(&format!("{part}."));
+        let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+        let bytes = weights::archive(&tensors, &BTreeMap::new()).unwrap();
+        std::fs::write(folder.path().join(part).join(format!("{stem}.safetensors")), bytes).unwrap();
+    }
+    folder
+}
+
+/// Output, bottleneck and gradients of a U-Net beside the stored ones, with and without recomputing activations.
+fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive) {
+    for checkpointing in [false, true] {
+        let network = load();
+        let place = format!("{name}{}", if checkpointing { ", recomputed" } else { "" });
+        let input = |key: &str| archive.tensors.get(&format!("run.input.{key}"));
+        let output = |key: &str| &archive.tensors[&format!("run.output.{key}")];
+        let x = input("sample").unwrap().copy().set_requires_grad(true);
+        let states = input("states").unwrap().copy().set_requires_grad(true);
+        let inputs = UNetInputs {
+            time: input("time").unwrap(),
+            states: &states,
+            text_time: input("text_embeds").zip(input("time_ids")),
+            class_labels: input("class_labels"),
+            checkpointing,
+        };
+        let (prediction, bottleneck) = network.predict(&x, &inputs);
+        assert_close(&place, "prediction", &prediction.detach(), output("sample"));
+        assert_close(&place, "bottleneck", &bottleneck.detach(), output("bottleneck"));
+        let direction = Tensor::linspace(-1.0, 1.0, prediction.numel() as i64, (Kind::Float, Device::Cpu));
+        (&prediction * direction.view_as(&prediction)).sum(Kind::Float).backward();
+        assert_close(&place, "gradient of the latents", &x.grad(), output("grad_sample"));
+        assert_close(&place, "gradient of the text", &states.grad(), output("grad_states"));
+        let norms: BTreeMap<&str, f64> = network
+            .parameters()
+            .entries()
+            .iter()
+            .zip(network.parameters().leaves())
+            .map(|(entry, leaf)| (entry.name.as_str(), leaf.grad().norm().double_value(&[])))
+            .collect();
+        let expected = archive.with_prefix("run.output.grad_norm.");
+        assert_eq!(norms.len(), expected.len(), "{place}");
+        let largest = norms.values().fold(0.0f64, |a, b| a.max(*b));
+        for (parameter, expected) in &expected {
+            let (found, expected) = (norms[parameter.as_str()], expected.double_value(&[]));
+            // The gradient of a bias in front of a normalisation is 0 but for rounding.
+            let allowed = TOLERANCE * expected + 1e-7 * largest;
+            assert!(
+                (found - expected).abs() <= allowed,
+                "{place}: gradient norm of {parameter}: {found}, officially {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn u_nets_equal_diffusers() {
+    for (name, archive) in files("sd_unet_") {
+        let load = || {
+            let config = UNetConfig::parse(&archive.metadata["unet"]).unwrap();
+            let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
+            let tensors = archive.with_prefix("unet.").into_iter();
+            let tensors = tensors.map(|(name, tensor)| (name, Stored::Memory(tensor))).collect();
+            LatentDenoiser::from_tensors(config, schedule, &tensors, Device::Cpu).unwrap()
+        };
+        compare_unet(&name, load, &archive);
+    }
+}
+
+#[test]
+fn whole_models_equal_diffusers() {
+    for (name, archive) in files("sd_model_") {
+        let path = folder(&archive);
+        let model = ModelFolder::open(path.path()).unwrap();
+        let network = model.denoiser(Device::Cpu).unwrap();
+        compare_unet(&name, || model.denoiser(Device::Cpu).unwrap(), &archive);
+
+        let text = model.text(Device::Cpu).unwrap();
+        model.check(&text).unwrap();
+        let prompts: Vec<String> = serde_json::from_str(&archive.metadata["prompts"]).unwrap();
+        let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+        let embedded = text.embed(&prompts).unwrap();
+        assert_close(&name, "states of the text", &embedded.states, &archive.tensors["states"]);
+        if let Some(pooled) = archive.tensors.get("pooled") {
+            assert_close(&name, "pooled text", embedded.pooled.as_ref().unwrap(), pooled);
+        }
+
+        let autoencoder = model.autoencoder(Device::Cpu).unwrap();
+        let run = |key: &str| &archive.tensors[&format!("vae_run.{key}")];
+        let scale = autoencoder.config().scaling_factor;
+        let (latents, images) = no_grad(|| {
+            let (mean, log_variance) = autoencoder.moments(run("image"));
+            assert_close(&name, "mean of the latents", &mean, run("mean"));
+            assert_close(&name, "log variance of the latents", &log_variance, run("logvar"));
+            let scaled = run("latents") * scale;
+            assert_close(&name, "decoded", &autoencoder.decode(&scaled), run("decoded"));
+            assert_close(&name, "decoded in tiles", &autoencoder.decode_tiled(&scaled), run("tiled"));
+
+            let null = Arc::new(text.null().unwrap());
+            let sizes = model.is_xl().then(|| {
+                let side = 16i64;
+                Tensor::from_slice(&[side, side, 0, 0, side, side]).to_kind(Kind::Float).unsqueeze(0)
+            });
+            let first = embedded.map(|x| x.narrow(0, 0, 1));
+            let condition = Condition::Text(TextCondition::new(first, null, sizes));
+            let noises: Vec<Tensor> = archive.tensors["noises"].unbind(0);
+            let times: Vec<f64> = serde_json::from_str(&archive.metadata["times"]).unwrap();
+            let guidance: f64 = serde_json::from_str(&archive.metadata["guidance"]).unwrap();
+            let few = {
+                let mut x0 = noises[0].zeros_like();
+                for (noise, time) in noises.iter().zip(&times) {
+                    let time = Tensor::full([1], *time, (Kind::Float, Device::Cpu));
+                    let noisy = network.process().add_noise(&x0, noise, &time);
+                    x0 = network.denoise(&noisy, &time, &condition, Mode::Eval);
+                }
+                x0
+            };
+            let both = condition.doubled().unwrap();
+            let times = sampler::leading_timesteps(1000, 4);
+            let guided = sampler::ddim(network.process(), &noises[0], &times, |x, time| {
+                let halves = network.denoise(&Tensor::cat(&[x, x], 0), time, &both, Mode::Eval).chunk(2, 0);
+                &halves[0] + (&halves[1] - &halves[0]) * guidance
+            });
+            ([few, guided], ["image.few_step", "image.ddim"])
+        });
+        for (latents, key) in latents.iter().zip(images) {
+            let image = no_grad(|| autoencoder.decode(latents)) * 0.5 + 0.5;
+            assert_close(&name, key, &image.clamp(0.0, 1.0), &archive.tensors[key]);
+        }
+    }
+}
+
+#[test]
+fn schedules_equal_diffusers() {
+    for (name, archive) in files("sd_schedules") {
+        for (case, json) in &archive.metadata {
+            let process = ScheduleConfig::parse(json).unwrap().process();
+            let ForwardProcess::Ddpm { alphas_cumprod, .. } = &process else { panic!("a DDPM process") };
+            let value = |key: &str| archive.tensors.get(&format!("{case}.{key}"));
+            let expected = value("alphas_cumprod").unwrap();
+            assert_close(&name, case, &Tensor::from_slice(alphas_cumprod), expected);
+            let Some(times) = value("times") else { continue };
+            let (x, noise) = (value("x").unwrap(), value("noise").unwrap());
+            let x_t = process.add_noise(x, noise, times);
+            assert_close(&name, &format!("{case}, noised"), &x_t, value("x_t").unwrap());
+            let x0 = process.to_x0(value("native").unwrap(), &x_t, times);
+            assert_close(&name, &format!("{case}, x0"), &x0, value("x0").unwrap());
+        }
+    }
+    let sample =
+        ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler", "prediction_type": "sample"}"#).unwrap();
+    assert!(matches!(sample.process(), ForwardProcess::Ddpm { prediction: DdpmPrediction::Sample, .. }));
+}
+
+#[test]
+fn tokens_equal_transformers() {
+    for (name, archive) in files("sd_tokenizer") {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["vocab.json", "merges.txt"] {
+            std::fs::write(folder.path().join(file), &archive.metadata[file]).unwrap();
+        }
+        let texts: Vec<String> = serde_json::from_str(&archive.metadata["texts"]).unwrap();
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let found = Tokenizer::load(folder.path(), 77).unwrap().encode(&texts).unwrap();
+        for (row, text) in texts.iter().enumerate() {
+            let ids = |x: &Tensor| Vec::<i64>::try_from(x.get(row as i64)).unwrap();
+            assert_eq!(ids(&found), ids(&archive.tensors["ids"]), "{name}: {text:?}");
+        }
+    }
+}
+
+/// A folder from the SD 1.5 reference, changed by `change`; what loading all of it says.
+fn said_of(change: impl FnOnce(&Path)) -> String {
+    let (_, archive) = files("sd_model_sd15").swap_remove(0);
+    let path = folder(&archive);
+    change(path.path());
+    let load = || {
+        let model = ModelFolder::open(path.path())?;
+        model.denoiser(Device::Cpu)?;
+        model.autoencoder(Device::Cpu)?;
+        let text = model.text(Device::Cpu)?;
+        model.check(&text)
+    };
+    match load() {
+        Ok(()) => "it loads".to_owned(),
+        Err(error) => {
+            let mut said = error.to_string();
+            said = said.replace(&path.path().display().to_string(), "");
+            said
+        }
+    }
+}
+
+#[test]
+fn a_folder_may_hold_its_weights_in_several_forms() {
+    assert_eq!(said_of(|_| {}), "it loads");
+    let unet = |path: &Path| path.join("unet/diffusion_pytorch_model.safetensors");
+    // In fp16, under the variant's name.
+    assert_eq!(
+        said_of(|path| {
+            std::fs::rename(unet(path), path.join("unet/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+        }),
+        "it loads"
+    );
+    // In two files with an index.
+    assert_eq!(
+        said_of(|path| {
+            let whole = Archive::read(&unet(path)).unwrap();
+            let mut map = BTreeMap::new();
+            for (half, file) in [(0, "a.safetensors"), (1, "b.safetensors")] {
+                let part: Vec<(&str, &Tensor)> = whole
+                    .tensors
+                    .iter()
+                    .enumerate()
+                    .filter(|(index, _)| index % 2 == half)
+                    .map(|(_, (name, tensor))| (name.as_str(), tensor))
+                    .collect();
+                map.extend(part.iter().map(|(name, _)| ((*name).to_owned(), file)));
+                let bytes = weights::archive(&part, &BTreeMap::new()).unwrap();
+                std::fs::write(path.join("unet").join(file), bytes).unwrap();
+            }
+            std::fs::remove_file(unet(path)).unwrap();
+            let index = serde_json::json!({ "weight_map": map }).to_string();
+            std::fs::write(path.join("unet/diffusion_pytorch_model.safetensors.index.json"), index).unwrap();
+        }),
+        "it loads"
+    );
+}
+
+#[test]
+fn what_is_wrong_with_a_folder_is_named() {
+    let write = |name: &'static str, content: &'static str| {
+        move |path: &Path| std::fs::write(path.join(name), content).unwrap()
+    };
+    let remove = |name: &'static str| move |path: &Path| std::fs::remove_file(path.join(name)).unwrap();
+    let edit = |name: &'static str, from: &'static str, to: &'static str| {
+        move |path: &Path| {
+            let text = std::fs::read_to_string(path.join(name)).unwrap();
+            assert!(text.contains(from), "{text}");
+            std::fs::write(path.join(name), text.replace(from, to)).unwrap();
+        }
+    };
+    let cases: Vec<(Box<dyn FnOnce(&Path)>, &[&str])> = vec![
+        (Box::new(remove("model_index.json")), &["/model_index.json", "cannot read"]),
+        (Box::new(remove("unet/config.json")), &["/unet/config.json"]),
+        (Box::new(remove("tokenizer/merges.txt")), &["/tokenizer", "merges.txt is missing"]),
+        (
+            Box::new(remove("vae/diffusion_pytorch_model.safetensors")),
+            &["/vae", "diffusion_pytorch_model.safetensors is missing"],
+        ),
+        (
+            Box::new(|path| {
+                let unet = path.join("unet");
+                std::fs::rename(
+                    unet.join("diffusion_pytorch_model.safetensors"),
+                    unet.join("diffusion_pytorch_model.bin"),
+                )
+                .unwrap();
+            }),
+            &["a pickle", "safe_serialization=True"],
+        ),
+        (Box::new(|path| std::fs::remove_dir_all(path.join("vae")).unwrap()), &["names \"vae\""]),
+        (
+            Box::new(edit("model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")),
+            &["KandinskyPipeline", "StableDiffusionXLPipeline"],
+        ),
+        (
+            Box::new(edit(
+                "scheduler/scheduler_config.json",
+                "DDIMScheduler",
+                "FlowMatchEulerDiscreteScheduler",
+            )),
+            &["/scheduler/scheduler_config.json", "FlowMatchEulerDiscreteScheduler"],
+        ),
+        (
+            Box::new(edit("unet/config.json", "\"layers_per_block\": 1", "\"layers_per_block\": 2")),
+            &["down_blocks.0.resnets.1.conv1.weight [8, 8, 3, 3] is missing"],
+        ),
+        (
+            Box::new(edit("unet/config.json", "\"cross_attention_dim\": 12", "\"cross_attention_dim\": 14")),
+            &["to_k.weight has shape [8, 12], expected [8, 14]"],
+        ),
+        (Box::new(edit("unet/config.json", "\"act_fn\": \"silu\"", "\"act_fn\": \"mish\"")), &["act_fn"]),
+        (
+            Box::new(edit("text_encoder/config.json", "\"vocab_size\": 550", "\"vocab_size\": 300")),
+            &["tokens up to 549", "another encoder's tokenizer"],
+        ),
+        (Box::new(edit("tokenizer/vocab.json", "<|endoftext|>", "<|theend|>")), &["/tokenizer"]),
+        (
+            Box::new(write("vae/diffusion_pytorch_model.safetensors", "no such thing")),
+            &["not a safetensors file"],
+        ),
+    ];
+    for (change, expected) in cases {
+        let said = said_of(change);
+        for part in expected {
+            assert!(said.contains(part), "{part:?} is not in {said:?}");
+        }
+    }
+}
