@@ -2,6 +2,8 @@
 //!
 //! The binaries are those beside the tests in the target folder: `cargo build --workspace` makes them.
 
+pub mod tiny_model;
+
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Read},

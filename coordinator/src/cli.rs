@@ -91,7 +91,9 @@ enum Command {
     TrainTeacher(HandedOn),
     /// Score a student, or a teacher, beside real images (potstill-worker)
     Evaluate(HandedOn),
-    /// Write the averaged generator of a checkpoint as one file (potstill-worker)
+    /// Say whether a text-to-image run fits its devices, before anything is loaded (potstill-worker)
+    Plan(HandedOn),
+    /// Write the averaged generator of a checkpoint: a file, or a folder in diffusers' layout (potstill-worker)
     Export(HandedOn),
     /// Make images with a student (potstill-worker)
     Sample(HandedOn),
@@ -247,6 +249,7 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Rank(handed) => handed.on("rank"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
         Command::Evaluate(handed) => handed.on("evaluate"),
+        Command::Plan(handed) => handed.on("plan"),
         Command::Export(handed) => handed.on("export"),
         Command::Sample(handed) => handed.on("sample"),
     };

@@ -15,6 +15,8 @@ use crate::{layers, layers::LayerError};
 pub struct RunSpec {
     /// The pretrained network.
     pub teacher: TeacherSpec,
+    /// What a text-to-image model is shown; only for those.
+    pub prompts: Option<PromptsSpec>,
     /// The few-step generator.
     pub generator: GeneratorSpec,
     /// What SiD computes.
@@ -25,6 +27,8 @@ pub struct RunSpec {
     pub adversarial: Option<AdversarialSpec>,
     /// Adam and the averages.
     pub optimiser: OptimiserSpec,
+    /// What saves memory on the devices.
+    pub memory: MemorySpec,
     /// When to save, and how much to keep.
     pub checkpoint: CheckpointSpec,
     /// When and on what to score.
@@ -37,11 +41,46 @@ pub struct RunSpec {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherSpec {
-    /// Safetensors file with the network's configuration in its metadata; a relative path is relative to the file that
-    /// names it.
+    /// An EDM network: safetensors file with the network's configuration in its metadata; a relative path is relative to the
+    /// file that names it.
     pub weights: PathBuf,
-    /// SHA-256 of that file. Filled in when the run is frozen; given by hand, it is checked.
+    /// A text-to-image model instead: a folder in the layout of diffusers (Stable Diffusion 1.x, 2.x, SDXL), as a path, a
+    /// URL of an object store, or the name of a repository on the Hugging Face hub.
+    pub model: Option<String>,
+    /// Height and width of that model's images, in pixels; by default what it was trained on.
+    pub image_size: Option<[u32; 2]>,
+    /// SHA-256 of that file, or of the folder's files one after the other. Filled in when the run is frozen; given by hand, it
+    /// is checked.
     pub sha256: Option<String>,
+}
+
+/// What a text-to-image model is shown while it is distilled.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PromptsSpec {
+    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it, or a URL.
+    pub data: String,
+    /// Column of the prompts in JSONL and Parquet.
+    pub column: String,
+    /// Folder on this machine where the prompts' embeddings are kept: they are computed once, and the text encoders are released.
+    /// Without it they are computed as they are needed.
+    pub cache: Option<PathBuf>,
+    /// SDXL's micro-conditioning: height and width of the original image; by default those of the model's images.
+    pub original_size: Option<[u32; 2]>,
+    /// SDXL's micro-conditioning: top and left of the crop.
+    pub crop: [u32; 2],
+}
+
+impl Default for PromptsSpec {
+    fn default() -> Self {
+        Self {
+            data: String::new(),
+            column: "prompt".to_owned(),
+            cache: None,
+            original_size: None,
+            crop: [0, 0],
+        }
+    }
 }
 
 /// The generator G_θ (ALGORITHM §2).
@@ -53,6 +92,8 @@ pub struct GeneratorSpec {
     /// Noise level of each step for the EDM family, falling; as many as steps. The first is σ_init: 2.5 in SiD. No grid for
     /// K > 1 is published.
     pub sigmas: Vec<f64>,
+    /// t_init of a text-to-image model, whose step i is at timestep ⌊t_init·(1 − i/K)⌋: 625 in SiD-LSG (2406.01561).
+    pub initial_timestep: u32,
     /// Which step's output is matched.
     pub matching: Matching,
     /// With uniform-step matching: how often each step is chosen, relative to the others; as many as steps. Without them all
@@ -79,6 +120,7 @@ impl Default for GeneratorSpec {
         Self {
             steps: 1,
             sigmas: vec![2.5],
+            initial_timestep: 625,
             matching: Matching::UniformStep,
             step_weights: vec![],
             start_from: None,
@@ -110,6 +152,8 @@ pub struct DistillationSpec {
     pub fake_score_noise: LogNormalSpec,
     /// Noise law of the generator phase: Karras spacing with u ~ U[0, u_max).
     pub generator_noise: KarrasSpec,
+    /// Least and greatest timestep of both phases for a text-to-image model, drawn uniformly: 20 and 979 in SiD-LSG (2406.01561).
+    pub timesteps: [u32; 2],
     /// Whether the networks' dropout layers are active while the fake score and the generator train.
     pub dropout: bool,
     /// Stop with an error after this many iterations in a row with non-finite gradients or losses.
@@ -129,6 +173,7 @@ impl Default for DistillationSpec {
             precision: Precision::Fp32,
             fake_score_noise: LogNormalSpec::default(),
             generator_noise: KarrasSpec::default(),
+            timesteps: [20, 979],
             dropout: true,
             non_finite_limit: 10,
         }
@@ -168,8 +213,12 @@ pub enum Precision {
 #[serde(default, deny_unknown_fields)]
 pub struct AdversarialSpec {
     /// Real samples: an image file of this project's (safetensors), a folder with one sub-folder of images per class, a tar
-    /// in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL.
+    /// in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL. For a text-to-image
+    /// model tars of images with captions.
     pub data: String,
+    /// Folder on this machine where the latents of images with captions are kept: each is computed once. Without it they are
+    /// computed as they are needed.
+    pub cache: Option<PathBuf>,
     /// Use only so many of them, spread evenly over the whole.
     pub limit: Option<u64>,
     /// λ_sid. SiDA: 100.
@@ -190,6 +239,7 @@ impl Default for AdversarialSpec {
     fn default() -> Self {
         Self {
             data: String::new(),
+            cache: None,
             limit: None,
             score_identity_weight: 100.0,
             generator_weight: 0.01,
@@ -250,6 +300,13 @@ impl Default for GuidanceSpec {
 }
 
 impl GeneratorSpec {
+    /// The timesteps of a text-to-image model's steps: t_i = ⌊t_init·(1 − i/K)⌋ (2406.01561).
+    #[must_use]
+    pub fn timesteps(&self) -> Vec<f64> {
+        let (initial, steps) = (u64::from(self.initial_timestep), u64::from(self.steps));
+        (0..steps).map(|i| (initial * (steps - i) / steps) as f64).collect()
+    }
+
     /// How often each step is chosen, relative to the others.
     #[must_use]
     pub fn weights(&self) -> Vec<f64> {
@@ -368,6 +425,23 @@ impl Default for OptimiserSpec {
     }
 }
 
+/// What saves memory on the devices; `potstill plan` says how much.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemorySpec {
+    /// The networks' weights are bf16; fp32 master copies lie with the optimiser. For `distillation.precision = "bf16"` and
+    /// text-to-image models.
+    pub bf16_weights: bool,
+    /// Blocks of a text-to-image model's networks are computed again in the backward pass instead of keeping what they computed
+    /// (1604.06174).
+    pub activation_checkpointing: bool,
+    /// Each rank holds and steps one part of master weights, Adam's moments and G_ema (ZeRO stage 1, 1910.02054). What a rank
+    /// that dies held is then in the newest checkpoint only.
+    pub shard_optimiser: bool,
+    /// G_ema lies in the host's memory.
+    pub offload_ema: bool,
+}
+
 /// Checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -403,8 +477,11 @@ pub struct EvaluationSpec {
     /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel range
     /// in its metadata.
     pub reference: Option<PathBuf>,
-    /// Steps of the teacher's Heun sampler; 18 steps are 35 evaluations.
+    /// Steps of the teacher's sampler: Heun's for EDM, where 18 steps are 35 evaluations; guided DDIM for text-to-image models, where
+    /// each step is two, and 50 steps are usual.
     pub teacher_steps: u32,
+    /// Guidance scale of a text-to-image teacher's samples: 7.5 is diffusers' default for SD 1.5.
+    pub teacher_guidance: f64,
     /// k of the k-nearest-neighbour manifolds behind precision and recall.
     pub neighbours: u32,
     /// The run stops when the student's diversity falls below this share of the teacher's: it has collapsed. 0: never.
@@ -420,6 +497,7 @@ impl Default for EvaluationSpec {
             features: None,
             reference: None,
             teacher_steps: 18,
+            teacher_guidance: 7.5,
             neighbours: 3,
             collapse_share: 0.25,
         }
@@ -504,11 +582,24 @@ impl RunSpec {
         {
             *path = folder.join(&path);
         }
-        if let Some(adversarial) = &mut spec.adversarial
-            && !adversarial.data.is_empty()
-            && !adversarial.data.contains("://")
+        let from_folder = |location: &mut String| {
+            if !location.is_empty() && !location.contains("://") {
+                *location = folder.join(&*location).display().to_string();
+            }
+        };
+        if let Some(adversarial) = &mut spec.adversarial {
+            from_folder(&mut adversarial.data);
+            adversarial.cache = adversarial.cache.take().map(|cache| folder.join(cache));
+        }
+        if let Some(prompts) = &mut spec.prompts {
+            from_folder(&mut prompts.data);
+            prompts.cache = prompts.cache.take().map(|cache| folder.join(cache));
+        }
+        // A name that is no folder here is one of the hub.
+        if let Some(model) = &mut spec.teacher.model
+            && folder.join(&*model).exists()
         {
-            adversarial.data = folder.join(&adversarial.data).display().to_string();
+            from_folder(model);
         }
         spec.validate()?;
         Ok(spec)
@@ -552,19 +643,57 @@ impl RunSpec {
         };
         let positive = |x: f64| x.is_finite() && x > 0.0;
 
+        let t = &self.teacher;
         require(
-            !self.teacher.weights.as_os_str().is_empty(),
-            "teacher.weights is missing: name the teacher's safetensors file".into(),
+            t.weights.as_os_str().is_empty() == t.model.is_some(),
+            "teacher.weights is missing: name the teacher's safetensors file, or a text-to-image model's folder as teacher.model; \
+             not both"
+                .into(),
+        );
+        require(
+            t.image_size.is_none_or(|sides| t.model.is_some() && sides.iter().all(|side| *side > 0)),
+            "teacher.image_size is height and width of a text-to-image model's images".into(),
+        );
+        require(
+            t.model.is_some() == self.prompts.is_some(),
+            "prompts and teacher.model go together: text-to-image models need prompts, others take none"
+                .into(),
+        );
+        if let Some(prompts) = &self.prompts {
+            require(
+                !prompts.data.is_empty(),
+                "prompts.data is missing: name the file with the prompts".into(),
+            );
+        }
+        let m = &self.memory;
+        require(
+            !m.bf16_weights || (self.distillation.precision == Precision::Bf16 && t.model.is_some()),
+            "memory.bf16_weights is for text-to-image models with distillation.precision = \"bf16\"".into(),
+        );
+        require(
+            !m.activation_checkpointing || t.model.is_some(),
+            "memory.activation_checkpointing is for text-to-image models".into(),
         );
         let g = &self.generator;
-        require(
-            g.steps >= 1 && g.sigmas.len() == g.steps as usize,
-            format!(
-                "generator.sigmas has {} noise levels, but generator.steps is {}: give one for each step",
-                g.sigmas.len(),
-                g.steps
-            ),
-        );
+        require(g.steps >= 1, "generator.steps is 0; it must be at least 1".into());
+        if t.model.is_some() {
+            require(
+                g.initial_timestep >= g.steps,
+                format!(
+                    "generator.initial_timestep is {}, which leaves no {} different timesteps",
+                    g.initial_timestep, g.steps
+                ),
+            );
+        } else {
+            require(
+                g.sigmas.len() == g.steps as usize,
+                format!(
+                    "generator.sigmas has {} noise levels, but generator.steps is {}: give one for each step",
+                    g.sigmas.len(),
+                    g.steps
+                ),
+            );
+        }
         require(
             g.sigmas.iter().all(|s| positive(*s)) && g.sigmas.is_sorted_by(|a, b| a > b),
             format!("generator.sigmas are {:?}; they must be > 0 and fall from step to step", g.sigmas),
@@ -615,6 +744,10 @@ impl RunSpec {
         require(
             n.u_max > 0.0 && n.u_max <= 1.0,
             format!("distillation.generator_noise.u_max is {}; it must lie in (0, 1]", n.u_max),
+        );
+        require(
+            d.timesteps[0] <= d.timesteps[1],
+            format!("distillation.timesteps are {:?}; the first must not exceed the last", d.timesteps),
         );
         require(d.non_finite_limit > 0, "distillation.non_finite_limit is 0; it must be at least 1".into());
 
@@ -703,6 +836,10 @@ impl RunSpec {
         );
         require(e.teacher_steps >= 2, "evaluation.teacher_steps must be at least 2".into());
         require(
+            e.teacher_guidance.is_finite() && (0.0..=100.0).contains(&e.teacher_guidance),
+            format!("evaluation.teacher_guidance is {}; it must lie in [0, 100]", e.teacher_guidance),
+        );
+        require(
             (0.0..1.0).contains(&e.collapse_share),
             format!("evaluation.collapse_share is {}; it must lie in [0, 1)", e.collapse_share),
         );
@@ -758,17 +895,25 @@ impl RunSpec {
             spec.distillation.non_finite_limit = 0;
             // The file may have moved; its content may not have changed.
             spec.teacher.weights = PathBuf::new();
+            spec.teacher.model = spec.teacher.model.map(|_| String::new());
+            if let Some(prompts) = &mut spec.prompts {
+                prompts.data.clear();
+                prompts.cache = None;
+            }
             spec.generator.start_from = spec.generator.start_from.map(|_| PathBuf::new());
             if let Some(adversarial) = &mut spec.adversarial {
                 adversarial.data.clear();
+                adversarial.cache = None;
             }
             serde_json::json!({
                 "teacher": spec.teacher,
+                "prompts": spec.prompts,
                 "generator": spec.generator,
                 "distillation": spec.distillation,
                 "guidance": spec.guidance,
                 "adversarial": spec.adversarial,
                 "optimiser": spec.optimiser,
+                "bf16_weights": spec.memory.bf16_weights,
             })
         };
         let mut found = Vec::new();

@@ -9,7 +9,7 @@ use object_store::{ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Run, layout};
+use crate::{Error, Run, digest::hexadecimal, layout};
 
 /// Shards above this size are written in parts of it: the least that S3 takes for a part is 5 MiB.
 const PART: usize = 8 << 20;
@@ -225,5 +225,5 @@ impl Run {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&Sha256::digest(bytes))
 }

@@ -11,6 +11,7 @@
 //! ignores it.
 
 pub mod checkpoint;
+pub mod digest;
 mod error;
 mod faults;
 pub mod journal;

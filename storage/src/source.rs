@@ -6,6 +6,8 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Path};
 
+use tokio::io::AsyncWriteExt;
+
 use crate::{Error, root::Root};
 
 /// One object, or a folder of them, on a local path or in an object store. Nothing is ever written or created.
@@ -78,12 +80,35 @@ impl Source {
     /// # Errors
     /// The store's.
     pub async fn read(&self, name: &str) -> Result<Bytes, Error> {
-        let path = match name {
-            "" => self.path.clone(),
-            name => Path::from_iter(self.path.parts().chain(Path::from(name).parts())),
-        };
+        let path = self.path_of(name);
         let got = self.store.get(&path).await.map_err(|source| self.failed("read", source))?;
         got.bytes().await.map_err(|source| self.failed("read", source))
+    }
+
+    /// Copies one of the listed objects to a file here, piece by piece.
+    ///
+    /// # Errors
+    /// The store's; the file cannot be written.
+    pub async fn read_to(&self, name: &str, to: &std::path::Path) -> Result<(), Error> {
+        let path = self.path_of(name);
+        let failed = |source| self.failed("read", source);
+        let local = |source: std::io::Error| {
+            failed(object_store::Error::Generic { store: "local file", source: source.into() })
+        };
+        let got = self.store.get(&path).await.map_err(failed)?;
+        let mut file = tokio::fs::File::create(to).await.map_err(local)?;
+        let mut pieces = got.into_stream();
+        while let Some(piece) = pieces.try_next().await.map_err(failed)? {
+            file.write_all(&piece).await.map_err(local)?;
+        }
+        file.sync_all().await.map_err(local)
+    }
+
+    fn path_of(&self, name: &str) -> Path {
+        match name {
+            "" => self.path.clone(),
+            name => Path::from_iter(self.path.parts().chain(Path::from(name).parts())),
+        }
     }
 
     /// Several objects in the order of `names`, a few at a time.

@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     chain::chain,
+    device::Choice,
     rank::{self, Service},
 };
 
@@ -50,6 +51,9 @@ pub struct Arguments {
     /// Threads per rank; by default the machine's cores divided by the ranks.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Where they compute.
+    #[arg(long, value_enum, default_value_t)]
+    device: Choice,
     /// Seconds that the ranks have to save and leave after SIGTERM or SIGUSR1.
     #[arg(long, default_value_t = 30)]
     grace: u64,
@@ -91,6 +95,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             .arg("rank")
             .args(["--coordinator", &service.coordinator, "--run-id", &service.run_id])
             .args(["--threads", &threads.to_string(), "--lifeline"])
+            .args(["--device", arguments.device.as_argument(), "--slot", &slot.to_string()])
             .args(["--log-format", service.log_format.as_argument()])
             // libtorch's OpenMP pool would otherwise be sized before the rank can say how many threads it wants.
             .env("OMP_NUM_THREADS", threads.to_string())

@@ -1,17 +1,19 @@
 //! Checkpoints, the rank's side: its share of the replicated state as safetensors, and a whole state back from all shares.
 //!
 //! The state's vectors are cut at parameter boundaries into named tensors, `<part>/<parameter>`; each tensor is written
-//! by exactly one rank, and any number of ranks can read them back. No collective takes part.
+//! by exactly one rank, and any number of ranks can read them back. Where each rank holds a slice of the vectors, a slice may end
+//! inside a tensor: its pieces are `<part>/<parameter>@<first element>`. No collective takes part.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use potstill_distill::state::{GENERATOR_EMA, Part, State};
-use potstill_models::Denoiser;
+use potstill_models::{Denoiser, Entry};
 use potstill_proto::{
     cursor::Generation,
     message::FromWorker,
@@ -106,23 +108,36 @@ impl Save {
 }
 
 impl Share {
-    /// The share of `rank`. Shares are contiguous runs of tensors with as equal numbers of bytes as tensor boundaries allow.
+    /// The share of `rank`: what only it holds; of what every rank holds, a contiguous run of tensors, so that all shares have as
+    /// equal numbers of bytes as tensor boundaries allow.
     pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32, staging: Staging) -> Self {
         let parts = state.parts();
-        let total: i64 = parts.iter().map(|p| p.flat.numel() as i64).sum();
+        let replicated = || parts.iter().filter(|part| part.replicated);
+        let total: i64 = replicated().flat_map(|part| part.entries).map(Entry::numel).sum();
         let (mut before, mut pieces) = (0i64, Vec::new());
         for part in &parts {
             for entry in part.entries {
-                let count: i64 = entry.shape.iter().product();
-                // The rank in whose stretch of the whole state this tensor begins.
-                let owner = before * i64::from(world_size) / total;
-                before += count;
-                if owner == i64::from(rank) {
-                    pieces.push(Piece {
-                        name: format!("{}/{}", part.name, entry.name),
-                        shape: entry.shape.iter().map(|d| *d as usize).collect(),
-                        values: part.flat.narrow(0, entry.offset, count),
-                    });
+                let whole = entry.offset..entry.offset + entry.numel();
+                let held = overlap(&whole, &part.held());
+                let mine = if part.replicated {
+                    // The rank in whose stretch of the whole this tensor begins.
+                    let owner = before * i64::from(world_size) / total;
+                    before += entry.numel();
+                    owner == i64::from(rank)
+                } else {
+                    !held.is_empty()
+                };
+                if mine {
+                    let name = format!("{}/{}", part.name, entry.name);
+                    let (name, shape) = match held == whole {
+                        true => (name, entry.shape.iter().map(|d| *d as usize).collect()),
+                        false => (
+                            format!("{name}{PIECE}{}", held.start - whole.start),
+                            vec![(held.end - held.start) as usize],
+                        ),
+                    };
+                    let values = part.values.narrow(0, held.start - part.first, held.end - held.start);
+                    pieces.push(Piece { name, shape, values });
                 }
             }
         }
@@ -188,13 +203,14 @@ impl Share {
     fn serialise(self) -> anyhow::Result<Bytes> {
         let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
         let mut end = 0;
-        let tensors = self.pieces.iter().map(|piece| {
-            let start = std::mem::replace(&mut end, end + piece.bytes());
-            let (dtype, shape, data_offsets) =
-                (Dtype::F32, piece.shape.clone(), (start, start + piece.bytes()));
-            (piece.name.clone(), TensorInfo { dtype, shape, data_offsets })
-        });
-        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors.collect())?)?;
+        let mut tensors = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let start = end;
+            end += piece.bytes();
+            let (dtype, shape, data_offsets) = (Dtype::F32, piece.shape.clone(), (start, end));
+            tensors.push((piece.name.clone(), TensorInfo { dtype, shape, data_offsets }));
+        }
+        let mut header = serde_json::to_vec(&Metadata::new(Some(metadata), tensors)?)?;
         // The values begin at a multiple of eight.
         header.resize(header.len().next_multiple_of(8), b' ');
         let mut bytes = self.staging.take();
@@ -218,7 +234,15 @@ pub fn shard_key(iteration: u64, generation: Generation, rank: u32, world_size: 
     layout::shard_key(iteration, &generation.store_prefix(), rank, world_size)
 }
 
-/// Fills `state` from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.
+/// Stands between a tensor's name and the place of a piece of it.
+const PIECE: char = '@';
+
+fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}
+
+/// Fills `state`, or the slices that it holds, from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.
 ///
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
@@ -231,13 +255,15 @@ pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow
 ///
 /// # Errors
 /// As [`restore`].
-pub async fn restore_generator(
-    run: &Run,
-    manifest_key: &str,
-    network: &mut dyn Denoiser,
-) -> anyhow::Result<u64> {
+pub async fn restore_generator(run: &Run, manifest_key: &str, network: &dyn Denoiser) -> anyhow::Result<u64> {
     let parameters = network.parameters();
-    let part = Part { name: GENERATOR_EMA, entries: parameters.entries(), flat: parameters.flat() };
+    let part = Part {
+        name: GENERATOR_EMA,
+        entries: parameters.entries(),
+        values: parameters.flat(),
+        first: 0,
+        replicated: true,
+    };
     fill(run, manifest_key, &[part], Others::PassedOver).await
 }
 
@@ -250,10 +276,17 @@ enum Others {
 
 async fn fill(run: &Run, manifest_key: &str, parts: &[Part<'_>], others: Others) -> anyhow::Result<u64> {
     let manifest = run.manifest(manifest_key).await?;
-    let mut missing: HashMap<String, (usize, usize)> = HashMap::new();
-    for (p, part) in parts.iter().enumerate() {
-        for (e, entry) in part.entries.iter().enumerate() {
-            missing.insert(format!("{}/{}", part.name, entry.name), (p, e));
+    /// A tensor of which elements are still to come.
+    struct Missing<'a> {
+        part: &'a Part<'a>,
+        entry: &'a Entry,
+        elements: i64,
+    }
+    let mut missing: HashMap<String, Missing> = HashMap::new();
+    for part in parts {
+        for entry in part.entries {
+            let name = format!("{}/{}", part.name, entry.name);
+            missing.insert(name, Missing { part, entry, elements: entry.numel() });
         }
     }
     for shard in &manifest.shards {
@@ -261,7 +294,9 @@ async fn fill(run: &Run, manifest_key: &str, parts: &[Part<'_>], others: Others)
         let bytes = run.read_shard(shard).await?;
         let file = SafeTensors::deserialize(&bytes).with_context(|| format!("shard {place}"))?;
         for (name, view) in file.iter() {
-            let Some((p, e)) = missing.remove(name) else {
+            let piece = name.rsplit_once(PIECE).and_then(|(name, first)| Some((name, first.parse().ok()?)));
+            let (tensor, first): (&str, i64) = piece.unwrap_or((name, 0));
+            let Some(wanted) = missing.get_mut(tensor).filter(|wanted| wanted.elements > 0) else {
                 if others == Others::PassedOver {
                     continue;
                 }
@@ -269,20 +304,34 @@ async fn fill(run: &Run, manifest_key: &str, parts: &[Part<'_>], others: Others)
                     "shard {place} holds {name}, which this model does not have or another shard holds too"
                 );
             };
-            let entry = &parts[p].entries[e];
+            let (part, entry) = (wanted.part, wanted.entry);
             let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+            let count = shape.iter().product::<i64>();
+            let fits = match piece {
+                None => shape == entry.shape,
+                Some(_) => shape.len() == 1 && first >= 0 && first + count <= entry.numel(),
+            };
             ensure!(
-                shape == entry.shape && view.dtype() == Dtype::F32,
+                fits && count <= wanted.elements && view.dtype() == Dtype::F32,
                 "shard {place}: {name} is {:?} {shape:?}; this model has F32 {:?}",
                 view.dtype(),
                 entry.shape
             );
-            let count = entry.shape.iter().product();
+            wanted.elements -= count;
+            let start = entry.offset + first;
+            let held = overlap(&(start..start + count), &part.held());
+            if held.is_empty() {
+                continue;
+            }
             let values = Tensor::from_data_size(view.data(), &[count], Kind::Float);
-            tch::no_grad(|| parts[p].flat.narrow(0, entry.offset, count).copy_(&values));
+            let values = values.narrow(0, held.start - start, held.end - held.start);
+            let mut target = part.values.narrow(0, held.start - part.first, held.end - held.start);
+            tch::no_grad(|| target.copy_(&values));
         }
     }
-    if let Some(name) = missing.keys().min() {
+    let missing: BTreeSet<&String> =
+        missing.iter().filter(|(_, wanted)| wanted.elements > 0).map(|(name, _)| name).collect();
+    if let Some(name) = missing.first() {
         bail!("checkpoint {} lacks {} tensors, {name} among them", run.describe(manifest_key), missing.len());
     }
     Ok(manifest.iteration)

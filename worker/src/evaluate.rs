@@ -14,16 +14,20 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
 use potstill_models::Denoiser;
-use potstill_proto::{spec::EvaluationSpec, wire::Scores};
+use potstill_proto::{
+    spec::{EvaluationSpec, PromptsSpec},
+    wire::Scores,
+};
 use serde::Serialize;
 use tch::Device;
 
 use crate::{
+    device::Choice,
     evaluation::{Evaluator, Scoring},
     lifeline,
+    model::{Model, Space, Wanted, load_network},
     samples::{CHUNK, Sampler},
     student::{Source, Student},
-    training::load_teacher,
 };
 
 /// Everything happens on this machine.
@@ -35,8 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 pub struct Arguments {
     #[command(flatten)]
     student: Option<Source>,
-    /// Score this network with its own sampler instead of a student
-    #[arg(long, value_name = "FILE", conflicts_with = "Source")]
+    /// Score this network (a .safetensors file, or a folder in the layout of diffusers) with its own sampler instead of a student
+    #[arg(long, value_name = "PATH", conflicts_with = "Source")]
     teacher: Option<PathBuf>,
     /// TorchScript extractor: images in [−1, 1] → features [N, D], or (features, logits [N, classes])
     #[arg(long, value_name = "FILE")]
@@ -53,9 +57,19 @@ pub struct Arguments {
     /// k of the k-nearest-neighbour manifolds behind precision and recall
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     neighbours: u32,
-    /// Steps of the teacher's Heun sampler
+    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column "prompt", and with
+    /// "label" for class agreement
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<String>,
+    /// Guidance scale of a text-to-image teacher
+    #[arg(long, value_name = "SCALE", default_value_t = EvaluationSpec::default().teacher_guidance)]
+    teacher_guidance: f64,
+    /// Steps of the teacher's sampler
     #[arg(long, value_name = "N", default_value_t = 18, value_parser = clap::value_parser!(u32).range(2..))]
     teacher_steps: u32,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: Choice,
     /// Processes to spread the sampling over
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     workers: u32,
@@ -126,34 +140,48 @@ impl Record {
 }
 
 /// What is scored, loaded.
-enum Subject {
-    Student(Student),
-    Teacher(Box<dyn Denoiser>, String),
+struct Subject {
+    network: Box<dyn Denoiser>,
+    space: Space,
+    /// Times of a student's steps; a teacher has none.
+    times: Option<Vec<f64>>,
+    name: String,
 }
 
 impl Subject {
     fn load(arguments: &Arguments, device: Device) -> anyhow::Result<Self> {
-        match (&arguments.student, &arguments.teacher) {
-            (Some(source), None) => Ok(Self::Student(source.load(device)?)),
+        let (model, times, name) = match (&arguments.student, &arguments.teacher) {
+            (Some(source), None) => {
+                let Student { model, times, origin } = source.load(device)?;
+                let name = format!("{origin}, {} step(s)", times.len());
+                (model, Some(times), name)
+            }
             (None, Some(path)) => {
-                let teacher = load_teacher(path, None, device)?;
-                Ok(Self::Teacher(teacher.frozen(), path.display().to_string()))
+                let model = match path.is_dir() {
+                    true => Model::from_folder(path, None, false, device)?,
+                    false => Model::plain(load_network(path, None, device)?),
+                };
+                (model, None, path.display().to_string())
             }
             _ => bail!("name a student with --checkpoint, or a network with --teacher"),
-        }
+        };
+        let prompts = arguments
+            .prompts
+            .as_ref()
+            .map(|file| PromptsSpec { data: file.clone(), ..PromptsSpec::default() });
+        ensure!(
+            model.latent.is_some() == prompts.is_some(),
+            "--prompts and text-to-image models go together: {name} {}",
+            if prompts.is_some() { "knows no texts" } else { "needs some" }
+        );
+        let (network, space) = model.into_space(prompts.as_ref().map(Wanted::File), vec![])?;
+        Ok(Self { network, space, times, name })
     }
 
     fn sampler(&self) -> Sampler<'_> {
-        match self {
-            Self::Student(s) => Sampler::Student { generator: s.network.as_ref(), times: &s.times },
-            Self::Teacher(network, _) => Sampler::Teacher(network.as_ref()),
-        }
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Student(student) => format!("{}, {} step(s)", student.origin, student.times.len()),
-            Self::Teacher(_, path) => path.clone(),
+        match &self.times {
+            Some(times) => Sampler::Student { generator: self.network.as_ref(), times },
+            None => Sampler::Teacher(self.network.as_ref()),
         }
     }
 }
@@ -161,7 +189,6 @@ impl Subject {
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.workers).max(1));
-    tch::set_num_threads(threads as i32);
     let (rank, port) = match arguments.join.as_deref() {
         Some([rank, port]) => {
             lifeline::hold();
@@ -169,14 +196,17 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
         _ => (0, None),
     };
+    let device = arguments.device.device(rank.into())?;
+    tch::set_num_threads(threads as i32);
 
-    let subject = Subject::load(&arguments, Device::Cpu)?;
+    let subject = Subject::load(&arguments, device)?;
     let spec = EvaluationSpec {
         samples: arguments.samples,
         seed: arguments.seed,
         features: Some(arguments.features.clone()),
         reference: Some(arguments.reference.clone()),
         teacher_steps: arguments.teacher_steps,
+        teacher_guidance: arguments.teacher_guidance,
         neighbours: arguments.neighbours,
         ..EvaluationSpec::default()
     };
@@ -186,7 +216,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         spec.samples,
         spec.neighbours
     );
-    let evaluator = Evaluator::load(&spec, subject.sampler().network(), Device::Cpu)?
+    let evaluator = Evaluator::load(&spec, &subject.space, device)?
         .context("an evaluation needs --features and --reference")?;
     if let (0, Some(path)) = (rank, &arguments.save_statistics) {
         std::fs::write(path, evaluator.reference().to_safetensors()?)
@@ -203,7 +233,10 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             supervise(start(rank, store.port(), threads)?);
         }
     }
-    let backend = Backend::Gloo { host: HOST.to_owned() };
+    let backend = match device {
+        Device::Cuda(device) => Backend::Nccl { device },
+        _ => Backend::Gloo { host: HOST.to_owned() },
+    };
     let world = arguments.workers as usize;
     let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
     let bar = progress(&spec, rank);
@@ -214,7 +247,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     })??;
     bar.finish_and_clear();
     if rank == 0 {
-        let record = Record::new(subject.name(), &scores, &arguments);
+        let record = Record::new(subject.name.clone(), &scores, &arguments);
         if arguments.json {
             println!("{}", serde_json::to_string_pretty(&record)?);
         } else {

@@ -8,16 +8,14 @@ use std::{collections::BTreeMap, path::Path, time::Instant};
 use anyhow::{Context, anyhow, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::score::{self, Moments};
-use potstill_models::{
-    Denoiser,
-    weights::{self, Archive},
-};
+use potstill_models::weights::{self, Archive};
 use potstill_proto::{spec::EvaluationSpec, wire::Scores};
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{
     dataset::{Dataset, Shape},
+    model::Space,
     samples::{CHUNK, SampleSet, Sampler},
 };
 
@@ -96,6 +94,7 @@ pub struct Evaluator {
     extractor: Extractor,
     reference: Reference,
     samples: SampleSet,
+    image_shape: [i64; 3],
 }
 
 /// What a scoring is about to do.
@@ -114,9 +113,9 @@ impl Evaluator {
     ///
     /// # Errors
     /// Either is missing or does not fit the model.
-    pub fn load(spec: &EvaluationSpec, model: &dyn Denoiser, device: Device) -> anyhow::Result<Option<Self>> {
+    pub fn load(spec: &EvaluationSpec, space: &Space, device: Device) -> anyhow::Result<Option<Self>> {
         let (Some(features), Some(reference)) = (&spec.features, &spec.reference) else { return Ok(None) };
-        let shape = Shape { sample: model.sample_shape(), classes: model.classes() };
+        let shape = Shape { sample: space.image_shape(), classes: space.classes };
         let extractor = Extractor::load(features, shape, device)?;
         let reference = Reference::load(reference, &extractor, shape)?;
         ensure!(
@@ -125,8 +124,8 @@ impl Evaluator {
             reference.features.size()[0],
             spec.neighbours
         );
-        let samples = SampleSet::new(spec, device);
-        Ok(Some(Self { spec: spec.clone(), extractor, reference, samples }))
+        let samples = SampleSet::new(spec, space.clone(), device);
+        Ok(Some(Self { spec: spec.clone(), extractor, reference, samples, image_shape: shape.sample }))
     }
 
     /// What it compares with.
@@ -144,7 +143,6 @@ impl Evaluator {
         group: &ProcessGroup,
         mut tell: impl FnMut(Scoring),
     ) -> anyhow::Result<Result<Scores, Error>> {
-        let model = sampler.network();
         let member = group.member();
         let samples = i64::from(self.spec.samples);
         let mut rows: Option<(Tensor, Option<Tensor>)> = None;
@@ -154,8 +152,8 @@ impl Evaluator {
         for index in 0..(samples + CHUNK - 1) / CHUNK {
             let first = index * CHUNK;
             let count = CHUNK.min(samples - first);
-            let chunk = self.samples.chunk(model, index, count);
-            labels.push(chunk.labels.shallow_clone());
+            let chunk = self.samples.chunk(index, count);
+            labels.extend(chunk.labels.as_ref().map(Tensor::shallow_clone));
             if index % member.world as i64 != member.rank as i64 {
                 continue;
             }
@@ -175,7 +173,7 @@ impl Evaluator {
             Some(rows) => rows,
             // More ranks than chunks: this one has none, but takes part in the sums.
             None => {
-                let [channels, height, width] = model.sample_shape();
+                let [channels, height, width] = self.image_shape;
                 let trial = Tensor::zeros([1, channels, height, width], (Kind::Float, self.extractor.device));
                 let Extracted { features, logits } = self.extractor.run(&trial)?;
                 (matrix(&features), logits.as_ref().map(matrix))
@@ -197,7 +195,7 @@ impl Evaluator {
             score::precision_recall(&self.reference.features, &features, self.spec.neighbours.into());
         tell(Scoring::Compare);
         let agreement = match logits {
-            Some(logits) if model.classes() > 0 => {
+            Some(logits) if !labels.is_empty() => {
                 score::agreement(&logits.to_device(Device::Cpu), &Tensor::cat(&labels, 0))
             }
             _ => f64::NAN,
@@ -207,7 +205,7 @@ impl Evaluator {
             agreement,
             precision,
             recall,
-            diversity: score::diversity(&features, model.classes()),
+            diversity: score::diversity(&features, self.samples.groups()),
             evaluations_per_image: self.samples.evaluations(sampler) as f64,
             images_per_second: samples as f64 / seconds.double_value(&[0]).max(1e-9),
             samples: samples as u64,

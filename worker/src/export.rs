@@ -1,27 +1,48 @@
-//! `export`: the averaged generator of a checkpoint as one file.
+//! `export`: the averaged generator of a checkpoint, in the form that others load: one file for an EDM network, a folder in the
+//! layout of diffusers for a text-to-image model.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Args;
-use tch::Device;
+use potstill_models::{Denoiser, weights};
+use serde_json::{Value, json};
+use tch::{Device, Tensor};
 
-use crate::student::Source;
+use crate::{
+    model::Latent,
+    student::{Source, Student},
+};
 
 #[derive(Args)]
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// The file to write
-    #[arg(long, value_name = "FILE")]
+    /// The file to write; for a text-to-image model the folder, which must not exist
+    #[arg(long, value_name = "PATH")]
     out: PathBuf,
+    /// Link to the teacher's text encoders, tokenizers and autoencoder instead of copying them
+    #[arg(long)]
+    link: bool,
 }
+
+/// Key of the scheduler's configuration under which the times of the generator's steps lie.
+const TIMES_KEY: &str = "few_step_timesteps";
+const SCHEDULER: &str = "scheduler/scheduler_config.json";
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let student = arguments.source.load(Device::Cpu)?;
     let out = arguments.out;
-    std::fs::write(&out, student.to_safetensors()?)
-        .with_context(|| format!("cannot write {}", out.display()))?;
+    match &student.model.latent {
+        Some(latent) => write_folder(&student, latent, &out, arguments.link)?,
+        None => std::fs::write(&out, student.to_safetensors()?)
+            .with_context(|| format!("cannot write {}", out.display()))?,
+    }
     println!(
         "{} from {}: {} step(s), at {:?}",
         out.display(),
@@ -30,4 +51,103 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         student.times
     );
     Ok(ExitCode::SUCCESS)
+}
+
+/// The times of an exported generator's steps.
+///
+/// # Errors
+/// The folder is not an exported one.
+pub fn few_step_times(folder: &Path) -> anyhow::Result<Vec<f64>> {
+    let path = folder.join(SCHEDULER);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    let times: Option<Vec<f64>> =
+        config[TIMES_KEY].as_array().map(|times| times.iter().filter_map(Value::as_f64).collect());
+    let times = times.filter(|times| !times.is_empty()).with_context(|| {
+        format!(
+            "{} is no few-step generator: {SCHEDULER} has no `{TIMES_KEY}`, which `potstill export` writes",
+            folder.display()
+        )
+    })?;
+    Ok(times)
+}
+
+/// A complete folder: the generator as U-Net, a scheduler that takes its steps, and the rest of the teacher.
+fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> anyhow::Result<()> {
+    ensure!(!out.exists(), "{} exists already: name a folder that does not", out.display());
+    let source = latent.folder.path();
+    for file in latent.folder.files()? {
+        let to = out.join(&file);
+        let folder = to.parent().unwrap_or(out);
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        if file.starts_with("unet") || file == Path::new(SCHEDULER) || file == Path::new("model_index.json") {
+            continue;
+        }
+        // What a link of a hub's cache leads to, not the link.
+        let from = source.join(&file).canonicalize().with_context(|| format!("{}", file.display()))?;
+        let done = match link {
+            true => std::os::unix::fs::symlink(&from, &to),
+            false => std::fs::copy(&from, &to).map(|_| ()),
+        };
+        done.with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    let write = |name: &str, bytes: &[u8]| {
+        let path = out.join(name);
+        std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    };
+    write(&format!("unet/{WEIGHTS}"), &unet(student.model.network.as_ref())?)?;
+    let config = std::fs::read_to_string(source.join("unet/config.json"))?;
+    let mut config: Value = serde_json::from_str(&config)?;
+    // The run may have been for other sides than the teacher's.
+    let [_, height, width] = student.model.network.sample_shape();
+    config["sample_size"] = if height == width { json!(height) } else { json!([height, width]) };
+    write("unet/config.json", &serde_json::to_vec_pretty(&config)?)?;
+    let teachers = std::fs::read_to_string(source.join(SCHEDULER))?;
+    let scheduler = few_step_scheduler(serde_json::from_str(&teachers)?, &student.times);
+    write(SCHEDULER, &serde_json::to_vec_pretty(&scheduler)?)?;
+    let mut index = latent.folder.index().clone();
+    index["scheduler"] = json!(["diffusers", "LCMScheduler"]);
+    // Parts that are left behind: the safety checker and its like.
+    if let Some(parts) = index.as_object_mut() {
+        let kept: Vec<&str> = latent.folder.parts().collect();
+        for (name, part) in parts.iter_mut().filter(|(_, part)| part.is_array()) {
+            if !kept.contains(&name.as_str()) {
+                *part = json!([null, null]);
+            }
+        }
+        parts.insert("requires_safety_checker".to_owned(), json!(false));
+        if latent.folder.is_xl() {
+            parts.remove("requires_safety_checker");
+        }
+    }
+    write("model_index.json", &serde_json::to_vec_pretty(&index)?)
+}
+
+fn unet(network: &dyn Denoiser) -> anyhow::Result<Vec<u8>> {
+    let parameters = network.parameters();
+    let names = parameters.entries().iter().map(|entry| entry.name.as_str());
+    let tensors: Vec<(&str, &Tensor)> = names.zip(parameters.leaves()).collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    Ok(weights::archive(&tensors, &metadata)?)
+}
+
+/// diffusers' LCM scheduler does what the generator does: predict x0, noise it anew for the next of the given timesteps. Its
+/// boundary condition (2310.04378, section 4.1) is the identity at these times to within 1e-6. Only where it begins differs: a
+/// pipeline's own noise has level 1, the generator's first input √(1−ᾱ), so callers give the latents.
+fn few_step_scheduler(teachers: Value, times: &[f64]) -> Value {
+    let kept = |key: &str, default: Value| teachers.get(key).cloned().unwrap_or(default);
+    let times: Vec<i64> = times.iter().map(|time| *time as i64).collect();
+    json!({
+        "_class_name": "LCMScheduler",
+        "num_train_timesteps": kept("num_train_timesteps", json!(1000)),
+        "beta_start": kept("beta_start", json!(1e-4)),
+        "beta_end": kept("beta_end", json!(0.02)),
+        "beta_schedule": kept("beta_schedule", json!("linear")),
+        "trained_betas": kept("trained_betas", Value::Null),
+        "prediction_type": kept("prediction_type", json!("epsilon")),
+        "rescale_betas_zero_snr": kept("rescale_betas_zero_snr", json!(false)),
+        "clip_sample": false,
+        "set_alpha_to_one": true,
+        TIMES_KEY: times,
+    })
 }

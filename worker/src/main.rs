@@ -6,13 +6,16 @@ mod check;
 mod checkpoint;
 mod control_lane;
 mod dataset;
+mod device;
 mod evaluate;
 mod evaluation;
 mod export;
 mod faults;
 mod lifeline;
 mod logging;
+mod model;
 mod pictures;
+mod plan;
 mod rank;
 mod sample;
 mod samples;
@@ -42,7 +45,9 @@ enum Command {
     Rank(rank::Arguments),
     /// Scores a student, or a teacher, beside real images.
     Evaluate(evaluate::Arguments),
-    /// Writes the averaged generator of a checkpoint as one file.
+    /// Says whether a text-to-image run fits its devices, before anything is loaded.
+    Plan(plan::Arguments),
+    /// Writes the averaged generator of a checkpoint: a file, or a folder in diffusers' layout.
     Export(export::Arguments),
     /// Makes images with a student.
     Sample(sample::Arguments),
@@ -57,6 +62,7 @@ fn main() -> ExitCode {
         Command::Agent(arguments) => agent::main(arguments),
         Command::Rank(arguments) => rank::main(arguments),
         Command::Evaluate(arguments) => evaluate::main(arguments),
+        Command::Plan(arguments) => plan::main(arguments),
         Command::Export(arguments) => export::main(arguments),
         Command::Sample(arguments) => sample::main(arguments),
         Command::Check => check::main(),

@@ -20,6 +20,7 @@ use tch::Device;
 
 use crate::{
     chain::chain,
+    device::{self, Choice},
     lifeline,
     logging::LogFormat,
     session::{Session, Terms},
@@ -64,14 +65,26 @@ pub struct Arguments {
     /// Threads for libtorch.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     threads: u32,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t)]
+    device: Choice,
+    /// Which of the ranks of this machine it is, from 0.
+    #[arg(long, default_value_t = 0)]
+    slot: usize,
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     arguments.service.enter();
+    let device = match arguments.device.device(arguments.slot) {
+        Ok(device) => device,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            return Ok(ExitCode::from(LEFT_IN_FAILURE));
+        }
+    };
     tch::set_num_threads(arguments.threads as i32);
     // One worker thread: heartbeats and uploads, beside the training thread.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let device = Device::Cpu;
 
     // Ended by us, not by a crash: the agent must not start another one.
     match serve(&arguments.service, &runtime, device) {
@@ -97,7 +110,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
         run_id: run_id.to_string(),
         host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
         pid: std::process::id(),
-        device: "cpu".to_owned(),
+        device: device::name(device),
         store_address: format!("{host}:{}", store.port()),
         held: None,
         place: None,

@@ -1,17 +1,24 @@
 //! `sample`: images from a student, as a grid and one by one.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use potstill_distill::{
     generator,
     random::{Purpose, Stream},
 };
-use potstill_models::{Condition, Mode};
+use potstill_models::{Condition, Mode, weights};
+use potstill_proto::spec::PromptsSpec;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
+    device::Choice,
+    model::{Space, Wanted},
     pictures,
     student::{Source, Student},
 };
@@ -26,6 +33,18 @@ pub struct Arguments {
     /// Classes to go round, as in 0,1,2; by default all
     #[arg(long, value_name = "CLASSES", value_delimiter = ',')]
     labels: Vec<i64>,
+    /// A prompt for a text-to-image model; can be given several times, to go round
+    #[arg(long = "prompt", value_name = "TEXT", conflicts_with_all = ["labels", "prompts"])]
+    prompt: Vec<String>,
+    /// A file of prompts: .txt with one a line, .jsonl or .parquet with a column "prompt"
+    #[arg(long, value_name = "FILE", conflicts_with = "labels")]
+    prompts: Option<String>,
+    /// Write the noise of every step to this file too, [images, steps, C, H, W] in safetensors
+    #[arg(long, value_name = "FILE")]
+    save_noise: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t)]
+    device: Choice,
     /// Decides the noise: image i of a seed is always the same
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -38,54 +57,89 @@ pub struct Arguments {
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let student = arguments.source.load(Device::Cpu)?;
-    let classes = student.network.classes();
+    let device = arguments.device.device(0)?;
+    let Student { model, times, origin } = arguments.source.load(device)?;
+    let classes = model.network.classes();
     if let Some(label) = arguments.labels.iter().find(|label| !(0..classes).contains(*label)) {
-        anyhow::bail!("class {label} is out of range: {} knows {classes} classes, from 0", student.origin);
+        bail!("class {label} is out of range: {origin} knows {classes} classes, from 0");
     }
+    let reads = model.latent.is_some();
+    let asked = !arguments.prompt.is_empty() || arguments.prompts.is_some();
+    ensure!(reads || !asked, "{origin} knows no texts: name classes with --labels");
+    ensure!(asked || !reads, "{origin} makes images of texts: give it some with --prompt or --prompts");
+    let prompts = match &arguments.prompts {
+        Some(file) => PromptsSpec { data: file.clone(), ..PromptsSpec::default() },
+        None => PromptsSpec::default(),
+    };
+    let wanted = reads.then(|| match arguments.prompts {
+        Some(_) => Wanted::File(&prompts),
+        None => Wanted::These(arguments.prompt),
+    });
+    let (network, space) = model.into_space(wanted, vec![])?;
+    let channels = space.image_shape()[0];
+    ensure!(
+        channels == 1 || channels == 3,
+        "{origin} makes images of {channels} channels, which is no picture"
+    );
     let labels = match arguments.labels.is_empty() {
         true => (0..classes).collect(),
         false => arguments.labels,
     };
-    ensure!(
-        student.network.sample_shape()[0] == 1 || student.network.sample_shape()[0] == 3,
-        "{} makes images of {} channels, which is no picture",
-        student.origin,
-        student.network.sample_shape()[0]
-    );
     let out = arguments.out;
     std::fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let write = |name: &str, bytes: Vec<u8>| {
-        let path = out.join(name);
-        std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    let write = |path: &Path, bytes: Vec<u8>| {
+        std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
     };
 
-    let images: Vec<Tensor> =
-        (0..arguments.count).map(|index| image(&student, &labels, arguments.seed, index)).collect();
-    for (index, image) in images.iter().enumerate() {
-        write(&format!("{index:06}.png"), pictures::single(image)?)?;
+    let mut all_noises = Vec::new();
+    let mut images = Vec::new();
+    for index in 0..arguments.count {
+        let noises = noises(space.sample, times.len(), arguments.seed, index, device);
+        let condition = condition(&space, &labels, index, device);
+        let sample =
+            no_grad(|| generator::generate(network.as_ref(), &noises, &condition, &times, 0, Mode::Eval));
+        let image = space.images(&sample).to_device(Device::Cpu);
+        write(&out.join(format!("{index:06}.png")), pictures::single(&image)?)?;
+        images.push(image);
+        if arguments.save_noise.is_some() {
+            all_noises.push(Tensor::cat(&noises, 0));
+        }
     }
-    write("grid.png", pictures::grid(&[Tensor::cat(&images, 0)], arguments.columns)?)?;
-    println!("{} images from {} in {}", images.len(), student.origin, out.display());
+    write(&out.join("grid.png"), pictures::grid(&[Tensor::cat(&images, 0)], arguments.columns)?)?;
+    if let Some(path) = arguments.save_noise {
+        let noises = Tensor::stack(&all_noises, 0);
+        write(&path, weights::archive(&[("noise", &noises)], &BTreeMap::new())?)?;
+    }
+    println!("{} images from {origin} in {}", images.len(), out.display());
     Ok(ExitCode::SUCCESS)
 }
 
-/// Image `index` of a seed, [1, C, H, W]: made by itself, so that it does not depend on how many are made.
-fn image(student: &Student, labels: &[i64], seed: u64, index: u32) -> Tensor {
-    let network = student.network.as_ref();
-    let [channels, height, width] = network.sample_shape();
-    let noises: Vec<Tensor> = (0..student.times.len())
+/// The noise of each step of image `index` of a seed, [1, C, H, W]: its own, so that it does not depend on how many images are
+/// made.
+fn noises(
+    [channels, height, width]: [i64; 3],
+    steps: usize,
+    seed: u64,
+    index: u32,
+    device: Device,
+) -> Vec<Tensor> {
+    (0..steps)
         .map(|step| {
-            let mut stream = Stream::new(seed, step as u64, Purpose::Sampling, index, Device::Cpu);
+            let mut stream = Stream::new(seed, step as u64, Purpose::Sampling, index, device);
             stream.normal(&[1, channels, height, width])
         })
-        .collect();
-    let condition = match labels {
+        .collect()
+}
+
+fn condition(space: &Space, labels: &[i64], index: u32, device: Device) -> Condition {
+    if let Some(prompts) = space.prompts() {
+        return prompts.condition(&[i64::from(index) % prompts.len()], device);
+    }
+    match labels {
         [] => Condition::None,
         labels => {
             let label = Tensor::from_slice(&[labels[index as usize % labels.len()]]);
-            Condition::Class(label.one_hot(network.classes()).to_kind(Kind::Float))
+            Condition::Class(label.one_hot(space.classes).to_kind(Kind::Float).to_device(device))
         }
-    };
-    no_grad(|| generator::generate(network, &noises, &condition, &student.times, 0, Mode::Eval))
+    }
 }

@@ -4,12 +4,12 @@ use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use potstill_models::{Denoiser, EdmNetwork, weights::Archive};
+use potstill_models::{EdmNetwork, weights::Archive};
 use potstill_proto::spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
 use tch::Device;
 
-use crate::{checkpoint, training::load_teacher};
+use crate::{checkpoint, export, model::Model, training::times};
 
 /// Header key of an exported file under which the times of the generator's steps lie, as JSON.
 const TIMES_KEY: &str = "times";
@@ -17,7 +17,7 @@ const TIMES_KEY: &str = "times";
 /// Where the student comes from.
 #[derive(Args)]
 pub struct Source {
-    /// An exported generator (a .safetensors file), or a run (STORAGE/runs/RUN, whose newest checkpoint it takes), or one
+    /// An exported generator (a .safetensors file, or a folder in the layout of diffusers), or a run (STORAGE/runs/RUN, whose newest checkpoint it takes), or one
     /// checkpoint of it (STORAGE/runs/RUN/checkpoints/ITERATION)
     #[arg(long, value_name = "URL")]
     checkpoint: String,
@@ -28,8 +28,8 @@ pub struct Source {
 
 /// A generator that is ready to sample from.
 pub struct Student {
-    /// G_ema.
-    pub network: Box<dyn Denoiser>,
+    /// G_ema, and what surrounds it.
+    pub model: Model,
     /// Time of each step.
     pub times: Vec<f64>,
     /// Where it comes from, for people.
@@ -72,8 +72,11 @@ impl Source {
     /// # Errors
     /// There is no such file or checkpoint, it is damaged, or it has fewer steps than asked for.
     pub fn load(&self, device: Device) -> anyhow::Result<Student> {
+        let path = Path::new(&self.checkpoint);
         let mut student = if self.checkpoint.ends_with(".safetensors") {
-            Student::from_file(Path::new(&self.checkpoint), device)?
+            Student::from_file(path, device)?
+        } else if path.join("model_index.json").is_file() {
+            Student::from_folder(path, device)?
         } else {
             let place = Place::parse(&self.checkpoint)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -106,8 +109,24 @@ impl Student {
         let times: Vec<f64> = serde_json::from_str(times)
             .with_context(|| format!("{}: `{TIMES_KEY}` in the header", path.display()))?;
         ensure!(!times.is_empty(), "{}: a generator has at least one step", path.display());
-        let network = EdmNetwork::load(path, device)?.frozen();
-        Ok(Self { network, times, origin: path.display().to_string() })
+        Ok(Self {
+            model: Model::plain(EdmNetwork::load(path, device)?),
+            times,
+            origin: path.display().to_string(),
+        })
+    }
+
+    /// An exported text-to-image model.
+    ///
+    /// # Errors
+    /// The folder is not one that `potstill export` wrote, or is damaged.
+    fn from_folder(path: &Path, device: Device) -> anyhow::Result<Self> {
+        let times = export::few_step_times(path)?;
+        Ok(Self {
+            model: Model::from_folder(path, None, false, device)?,
+            times,
+            origin: path.display().to_string(),
+        })
     }
 
     async fn from_run(place: Place, device: Device) -> anyhow::Result<Self> {
@@ -128,11 +147,10 @@ impl Student {
             }
             None => *committed.last().with_context(|| format!("run {id} has no checkpoint yet"))?,
         };
-        let teacher = load_teacher(&spec.teacher.weights, spec.teacher.sha256.as_deref(), device)?;
-        let mut network = teacher.frozen();
+        let model = Model::load(&spec, device)?;
         let key = layout::manifest_key(iteration);
-        checkpoint::restore_generator(&run, &key, network.as_mut()).await?;
-        Ok(Self { network, times: spec.generator.sigmas, origin: run.describe(&key) })
+        checkpoint::restore_generator(&run, &key, model.network.as_ref()).await?;
+        Ok(Self { model, times: times(&spec), origin: run.describe(&key) })
     }
 
     /// The generator alone, with everything needed to sample from it, as one safetensors file.
@@ -144,7 +162,7 @@ impl Student {
             (TIMES_KEY.to_owned(), serde_json::to_string(&self.times)?),
             ("exported_by".to_owned(), "potstill export".to_owned()),
         ]);
-        Ok(self.network.to_safetensors(&metadata)?)
+        Ok(self.model.network.to_safetensors(&metadata)?)
     }
 }
 

@@ -35,6 +35,7 @@ use crate::{
     dataset::{Dataset, Shape},
     evaluation::Evaluator,
     logging::LogFormat,
+    model::Space,
     pictures,
     samples::{SampleSet, Sampler},
 };
@@ -196,7 +197,8 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         &config.training.images.to_string_lossy(),
         Shape { sample: network.sample_shape(), classes: network.classes() },
     )?;
-    let evaluator = Evaluator::load(&config.evaluation, &network, device)?;
+    let space = Space::of(&network);
+    let evaluator = Evaluator::load(&config.evaluation, &space, device)?;
     tracing::info!(
         parameters = network.parameters().flat().numel(),
         images = data.len(),
@@ -209,8 +211,8 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
     let scores = evaluator.as_ref().map(|e| score(e, average.as_ref())).transpose()?;
     save(&config, average.as_ref(), seconds, scores.as_ref())?;
-    let images =
-        SampleSet::new(&config.evaluation, device).first_images(Sampler::Teacher(average.as_ref()), 80);
+    let images = SampleSet::new(&config.evaluation, space, device)
+        .first_images(Sampler::Teacher(average.as_ref()), 80);
     let picture = config.output.with_extension("png");
     std::fs::write(&picture, pictures::grid(&[images], 10)?)
         .with_context(|| format!("cannot write {}", picture.display()))?;

@@ -1,6 +1,6 @@
 //! A run's folder, its journal and what they hold, before anything is served.
 
-use std::{io::Read, path::Path, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use potstill_core::{
     Setup,
@@ -12,10 +12,10 @@ use potstill_proto::spec::RunSpec;
 use potstill_storage::{
     Run,
     checkpoint::{Manifest, Shard},
+    digest::sha256_of,
     journal::Journal,
     layout,
 };
-use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{Options, Resume, StartError};
@@ -39,7 +39,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     let Options { mut spec, run_id, storage, resume, ranks_may_live, .. } = options;
     storage.probe().await?;
     let digest = teacher_digest(&spec).await?;
-    spec.teacher.sha256 = Some(digest);
+    spec.teacher.sha256 = digest;
     let run = storage.run(&run_id);
     let name = run_id.to_string();
     let specification = spec.to_toml()?;
@@ -115,32 +115,24 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     })
 }
 
-/// SHA-256 of the teacher's file, hexadecimal; compared with the specification's, where that has one.
-async fn teacher_digest(spec: &RunSpec) -> Result<String, StartError> {
-    let path = spec.teacher.weights.clone();
+/// SHA-256 of the teacher's file or folder, hexadecimal; compared with the specification's, where that has one. A model that is
+/// not on this machine keeps what the specification says of it.
+async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
+    let path = match &spec.teacher.model {
+        None => spec.teacher.weights.clone(),
+        Some(model) if PathBuf::from(model).is_dir() => PathBuf::from(model),
+        Some(_) => return Ok(spec.teacher.sha256.clone()),
+    };
     let hashing = path.clone();
     let unreadable = |source| StartError::Teacher { path: path.clone(), source };
-    let hashed = tokio::task::spawn_blocking(move || sha256(&hashing)).await;
+    let hashed = tokio::task::spawn_blocking(move || sha256_of(&hashing)).await;
     let actual = hashed.map_err(std::io::Error::other).and_then(|digest| digest).map_err(unreadable)?;
     match &spec.teacher.sha256 {
         Some(given) if !given.eq_ignore_ascii_case(&actual) => {
             Err(StartError::OtherTeacher { path, actual, given: given.clone() })
         }
-        _ => Ok(actual),
+        _ => Ok(Some(actual)),
     }
-}
-
-fn sha256(path: &Path) -> std::io::Result<String> {
-    let mut file = std::fs::File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            n => hasher.update(&buffer[..n]),
-        }
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Where another coordinator serves this run, if one does. Should it live without being found here, the journal still

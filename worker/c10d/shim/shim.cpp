@@ -5,7 +5,10 @@
 #include "nccl_library.h"
 
 #include <ATen/autocast_mode.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Logging.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
@@ -115,6 +118,22 @@ std::vector<at::Tensor> copy_handles(at::Tensor* const* tensors, size_t count) {
   }
   return handles;
 }
+
+// Follows what this thread's tensors take of the host's memory.
+struct HostMemory final : c10::MemoryReportingInfoBase {
+  std::atomic<int64_t> now{0};
+  std::atomic<int64_t> peak{0};
+
+  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device device) override {
+    if (device.is_cpu()) {
+      int64_t total = now += bytes;
+      int64_t before = peak;
+      while (total > before && !peak.compare_exchange_weak(before, total)) {
+      }
+    }
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+};
 
 // A function of tensors on the other side of the C face.
 struct Closure {
@@ -251,6 +270,13 @@ struct potstill_reducer {
   c10d::Reducer reducer;
 };
 
+struct potstill_memory {
+  int device;
+  // Of the host; of a device libtorch keeps count itself.
+  std::shared_ptr<HostMemory> host;
+  int64_t before = 0;
+};
+
 bool potstill_load_cuda(potstill_error* error) {
   return failed(error, [] { load_cuda(); });
 }
@@ -361,6 +387,14 @@ bool potstill_all_gather(const potstill_group* group, at::Tensor* tensor, at::Te
     auto tensors = std::move(gathered[0]);
     tensors.push_back(*tensor);
     *out = new potstill_work{std::move(work), std::move(tensors), tensor->is_cuda()};
+  });
+}
+
+bool potstill_all_gather_into(const potstill_group* group, at::Tensor* output, at::Tensor* input, potstill_work** out,
+                              potstill_error* error) {
+  return failed(error, [&] {
+    auto work = group->backend->_allgather_base(*output, *input);
+    *out = new potstill_work{std::move(work), {*output, *input}, input->is_cuda()};
   });
 }
 
@@ -495,6 +529,45 @@ bool potstill_checkpoint(at::Tensor* const* tensors, size_t count, size_t inputs
     auto all = copy_handles(tensors, count);
     auto output = Recomputed::apply(closure, static_cast<int64_t>(inputs), at::TensorList(all));
     *out = new at::Tensor(std::move(output));
+  });
+}
+
+// Begins to follow this thread's memory on a device; on the host (-1) until it is ended.
+bool potstill_memory_begin(int device, potstill_memory** out, potstill_error* error) {
+  return failed(error, [&] {
+    auto made = std::make_unique<potstill_memory>();
+    made->device = device;
+    if (device < 0) {
+      made->host = std::make_shared<HostMemory>();
+      c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, made->host);
+    } else {
+      auto allocator = c10::getDeviceAllocator(at::kCUDA);
+      allocator->resetPeakStats(static_cast<c10::DeviceIndex>(device));
+      made->before = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(device)).allocated_bytes[0].current;
+    }
+    *out = made.release();
+  });
+}
+
+// The most that was allocated at a time since, beyond what was allocated then.
+bool potstill_memory_peak(const potstill_memory* memory, int64_t* bytes, potstill_error* error) {
+  return failed(error, [&] {
+    if (memory->host != nullptr) {
+      *bytes = memory->host->peak;
+    } else {
+      auto stats = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(memory->device));
+      *bytes = stats.allocated_bytes[0].peak - memory->before;
+    }
+  });
+}
+
+void potstill_memory_end(potstill_memory* memory) {
+  potstill_error ignored;
+  failed(&ignored, [&] {
+    if (memory->host != nullptr) {
+      c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
+    }
+    delete memory;
   });
 }
 

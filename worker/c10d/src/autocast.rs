@@ -1,5 +1,6 @@
 //! Automatic mixed precision, which tch offers for one device and one kind only.
 
+use std::cell::Cell;
 use std::marker::PhantomData;
 
 use tch::Device;
@@ -19,9 +20,16 @@ pub enum LowerPrecision {
 /// libtorch's list says which operations do and which stay in fp32. Weights stay as they are and get fp32 gradients.
 /// Backward passes belong outside.
 pub struct Autocast {
-    device: Device,
+    before: Setting,
     /// The setting belongs to the thread.
     not_send: PhantomData<*const ()>,
+}
+
+/// What a thread computes in.
+type Setting = Option<(Device, LowerPrecision)>;
+
+thread_local! {
+    static SETTING: Cell<Setting> = const { Cell::new(None) };
 }
 
 impl Autocast {
@@ -30,24 +38,49 @@ impl Autocast {
     /// # Errors
     /// When libtorch refuses, which it does for devices without mixed precision.
     pub fn enter(device: Device, precision: LowerPrecision) -> Result<Self, Error> {
-        set(device, true, precision == LowerPrecision::Half)?;
-        Ok(Self { device, not_send: PhantomData })
+        Self::change(Some((device, precision)))
+    }
+
+    /// Turns it off for a while: what is computed meanwhile does not depend on whether it was on.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn pause() -> Result<Self, Error> {
+        Self::change(None)
+    }
+
+    fn change(to: Setting) -> Result<Self, Error> {
+        let before = SETTING.get();
+        set(before, to)?;
+        Ok(Self { before, not_send: PhantomData })
     }
 }
 
 impl Drop for Autocast {
     fn drop(&mut self) {
-        // What could be turned on can be turned off.
-        let _ = set(self.device, false, false);
+        // What was can be again.
+        let _ = set(SETTING.get(), self.before);
     }
 }
 
-fn set(device: Device, on: bool, half: bool) -> Result<(), Error> {
-    call(|error| {
-        // SAFETY: the function takes plain values and changes settings of this thread only.
-        unsafe { ffi::potstill_autocast(device.is_cuda(), on, half, error) }
-    })
-    .map_err(|cause| Error::from_text("autocast", None, cause))
+fn set(from: Setting, to: Setting) -> Result<(), Error> {
+    let switch = |(device, precision): (Device, LowerPrecision), on: bool| {
+        call(|error| {
+            let half = precision == LowerPrecision::Half;
+            // SAFETY: the function takes plain values and changes settings of this thread only.
+            unsafe { ffi::potstill_autocast(device.is_cuda(), on, half, error) }
+        })
+        .map_err(|cause| Error::from_text("autocast", None, cause))
+    };
+    if let Some(from) = from {
+        switch(from, false)?;
+    }
+    SETTING.set(None);
+    if let Some(to) = to {
+        switch(to, true)?;
+    }
+    SETTING.set(to);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -66,6 +99,10 @@ mod tests {
             let w = Tensor::rand([4, 4], options).set_requires_grad(true);
             let product = {
                 let _autocast = Autocast::enter(Device::Cpu, precision).unwrap();
+                {
+                    let _paused = Autocast::pause().unwrap();
+                    assert_eq!(x.matmul(&w).kind(), Kind::Float);
+                }
                 // Used without gradient first, as a generator's early steps use it.
                 let _ = tch::no_grad(|| x.matmul(&w));
                 x.matmul(&w)

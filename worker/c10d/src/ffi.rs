@@ -18,10 +18,12 @@ pub struct StoreTag;
 pub struct GroupTag;
 pub struct WorkTag;
 pub struct ReducerTag;
+pub struct MemoryTag;
 pub type Store = Opaque<StoreTag>;
 pub type Group = Opaque<GroupTag>;
 pub type Work = Opaque<WorkTag>;
 pub type Reducer = Opaque<ReducerTag>;
+pub type Memory = Opaque<MemoryTag>;
 
 /// `potstill_error`: a text that ends with a zero byte.
 #[repr(C)]
@@ -101,6 +103,13 @@ unsafe extern "C" {
         out: *mut *mut Work,
         error: *mut ErrorText,
     ) -> bool;
+    pub fn potstill_all_gather_into(
+        group: *const Group,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
     pub fn potstill_barrier(group: *const Group, out: *mut *mut Work, error: *mut ErrorText) -> bool;
 
     pub fn potstill_work_is_completed(work: *const Work, completed: *mut bool, error: *mut ErrorText)
@@ -141,6 +150,10 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
         error: *mut ErrorText,
     ) -> bool;
+
+    pub fn potstill_memory_begin(device: c_int, out: *mut *mut Memory, error: *mut ErrorText) -> bool;
+    pub fn potstill_memory_peak(memory: *const Memory, bytes: *mut i64, error: *mut ErrorText) -> bool;
+    pub fn potstill_memory_end(memory: *mut Memory);
 
     pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
 

@@ -233,6 +233,21 @@ impl ProcessGroup {
         })
     }
 
+    /// Collects all ranks' `input`s in `output`, one after the other; `input` may be this rank's own piece of it. The opposite of
+    /// [`reduce_scatter`](Self::reduce_scatter). Until the work is done leave both as they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] when `output` has not exactly `world` times the elements of `input`.
+    pub fn all_gather_into(&self, output: &Tensor, input: &Tensor) -> Result<Work, Error> {
+        if output.numel() != input.numel() * self.inner.member.world || input.kind() != output.kind() {
+            return Err(self.invalid("all_gather_into", "the output must hold one input of each rank"));
+        }
+        self.issue("all_gather_into", &[output, input], |group, out, error| {
+            // SAFETY: as in `all_reduce`.
+            unsafe { ffi::potstill_all_gather_into(group, output.as_ptr(), input.as_ptr(), out, error) }
+        })
+    }
+
     /// Is done when all ranks have come to it.
     pub fn barrier(&self) -> Result<Work, Error> {
         self.issue("barrier", &[], |group, out, error| {

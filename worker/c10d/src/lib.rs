@@ -2,7 +2,7 @@
 //! Gloo for CPUs and NCCL for GPUs.
 //!
 //! Beside it stands what else needs unsafe code: activation checkpointing ([`checkpoint`]), mixed precision ([`Autocast`]),
-//! and files mapped into memory ([`MappedFile`]).
+//! files mapped into memory ([`MappedFile`]), and the count of what tensors take ([`MemoryMeter`]).
 //!
 //! Three layers: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
 //! this page. This is the only crate of the workspace with unsafe code.
@@ -33,6 +33,7 @@ mod error;
 mod ffi;
 mod group;
 mod map;
+mod memory;
 mod reducer;
 mod store;
 
@@ -41,6 +42,7 @@ pub use checkpoint::{Block, SharedBlock, checkpoint};
 pub use error::{Error, ErrorKind, Member};
 pub use group::{Backend, ProcessGroup, ReduceOp, Work};
 pub use map::MappedFile;
+pub use memory::MemoryMeter;
 pub use reducer::{Reducer, ReducerOptions, clear_gradients};
 pub use store::{Store, TcpStore};
 

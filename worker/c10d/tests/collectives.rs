@@ -51,10 +51,23 @@ fn results(seat: &Seat) {
     let expected: Vec<_> = (0..world).map(|rank| Tensor::from_slice(&[rank, rank * rank])).collect();
     assert_eq!(all, expected);
 
+    // Two elements for each rank; rank r has r in all places.
+    let all = Tensor::full([2 * world], rank, (Kind::Float, Device::Cpu));
+    let own = all.narrow(0, 2 * rank, 2).copy();
+    group.reduce_scatter(&own, &all).expect("issued").wait(None).expect("reduce_scatter");
+    assert_eq!(own, Tensor::full([2], world * (world - 1) / 2, (Kind::Float, Device::Cpu)));
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let all = Tensor::full([2 * world], rank, (kind, Device::Cpu));
+        let own = all.narrow(0, 2 * rank, 2);
+        group.all_gather_into(&all, &own).expect("issued").wait(None).expect("all_gather_into");
+        let expected: Vec<f32> = (0..2 * world).map(|place| (place / 2) as f32).collect();
+        assert_eq!(all.to_kind(Kind::Float), Tensor::from_slice(&expected));
+    }
+
     let work = group.barrier().expect("issued");
     work.wait(None).expect("barrier");
-    // 9 all-reduces, a broadcast and an all-gather came before.
-    assert_eq!(work.operation(), "barrier #12");
+    // 9 all-reduces, a broadcast, three all-gathers and a reduce-scatter came before.
+    assert_eq!(work.operation(), "barrier #15");
 }
 
 #[test]

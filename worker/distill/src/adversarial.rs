@@ -57,7 +57,7 @@ pub fn approximate_r1(real: &Tensor, perturbed: &Tensor) -> Tensor {
 }
 
 /// Where real samples come from.
-pub trait RealData: Send {
+pub trait RealData {
     /// `count` samples drawn with replacement, fp32 [count, C, H, W] as the networks see them, with their own conditions.
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition);
 }

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use crate::random::Stream;
 
 /// Where they come from.
-pub trait Conditions: Send {
+pub trait Conditions {
     /// The conditions of `n` samples, out of the stream and nothing else.
     fn draw(&self, stream: &mut Stream, n: i64, device: Device) -> Condition;
 }

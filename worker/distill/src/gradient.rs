@@ -1,4 +1,7 @@
-//! What happens to a reduced gradient before the optimiser sees it.
+//! What happens to a reduced gradient before the optimiser sees it. Where each rank has a slice of it, what is asked of the
+//! whole is summed over the slices: `sum` says how.
+
+use std::convert::Infallible;
 
 use tch::Tensor;
 
@@ -11,7 +14,17 @@ pub struct Clip {
     pub norm: Option<f64>,
 }
 
-/// A network's gradient as one flat vector, made finite.
+/// Sums numbers over all slices of a gradient.
+pub trait Sum<E>: FnMut([f64; 2]) -> Result<[f64; 2], E> {}
+
+impl<E, F: FnMut([f64; 2]) -> Result<[f64; 2], E>> Sum<E> for F {}
+
+/// The sum where there is one slice.
+fn own(numbers: [f64; 2]) -> Result<[f64; 2], Infallible> {
+    Ok(numbers)
+}
+
+/// A network's gradient as one flat vector, or this rank's slice of it, made finite.
 pub struct Gradient {
     /// fp32, in the order of the network's flat parameters.
     pub flat: Tensor,
@@ -24,35 +37,55 @@ pub struct Gradient {
 impl Gradient {
     /// Takes a flat gradient and replaces what is not finite by 0, as the official SiD code does, but counts it.
     ///
-    /// Every rank holds the same reduced gradient, so every rank comes to the same numbers.
+    /// Every rank holds the same reduced gradient, or comes to the same sums, so every rank comes to the same numbers.
     #[must_use]
-    pub fn repaired(mut flat: Tensor) -> Self {
-        let norm = flat.norm().double_value(&[]);
-        if norm.is_finite() {
-            return Self { flat, norm, non_finite: 0 };
+    pub fn repaired(flat: Tensor) -> Self {
+        let Ok(gradient) = Self::repaired_slice(flat, own);
+        gradient
+    }
+
+    /// [`repaired`](Self::repaired) of a slice.
+    ///
+    /// # Errors
+    /// Those of `sum`.
+    pub fn repaired_slice<E>(mut flat: Tensor, mut sum: impl Sum<E>) -> Result<Self, E> {
+        let mut norm = flat.norm().double_value(&[]);
+        let mut non_finite = 0;
+        if !norm.is_finite() {
+            // The norm may overflow although each element is finite; then nothing is replaced.
+            let finite = flat.isfinite();
+            non_finite = flat.numel() as i64 - finite.sum(tch::Kind::Int64).int64_value(&[]);
+            let _ = flat.nan_to_num_(0.0, 0.0, 0.0);
+            norm = flat.norm().double_value(&[]);
         }
-        // The norm may overflow although each element is finite; then nothing is replaced.
-        let finite = flat.isfinite();
-        let non_finite = flat.numel() as i64 - finite.sum(tch::Kind::Int64).int64_value(&[]);
-        let _ = flat.nan_to_num_(0.0, 0.0, 0.0);
-        let norm = flat.norm().double_value(&[]);
-        Self { flat, norm, non_finite: non_finite as u64 }
+        let [squares, non_finite] = sum([norm * norm, non_finite as f64])?;
+        Ok(Self { flat, norm: squares.sqrt(), non_finite: non_finite as u64 })
     }
 
     /// Bounds it: by value first, then by norm.
     #[must_use]
-    pub fn clipped(mut self, clip: Clip) -> Self {
+    pub fn clipped(self, clip: Clip) -> Self {
+        let Ok(gradient) = self.clipped_slice(clip, own);
+        gradient
+    }
+
+    /// [`clipped`](Self::clipped) of a slice.
+    ///
+    /// # Errors
+    /// Those of `sum`.
+    pub fn clipped_slice<E>(mut self, clip: Clip, mut sum: impl Sum<E>) -> Result<Self, E> {
         let mut norm = self.norm;
         if let Some(value) = clip.value {
             let _ = self.flat.clamp_(-value, value);
-            norm = self.flat.norm().double_value(&[]);
+            let own = self.flat.norm().double_value(&[]);
+            norm = sum([own * own, 0.0])?[0].sqrt();
         }
         if let Some(greatest) = clip.norm
             && norm > greatest
         {
             let _ = self.flat.g_mul_scalar_(greatest / norm);
         }
-        self
+        Ok(self)
     }
 }
 

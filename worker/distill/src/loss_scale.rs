@@ -33,6 +33,12 @@ impl LossScales {
         Self { values: Tensor::from_slice(&values).to_device(device), dynamic }
     }
 
+    /// The same, apart.
+    #[must_use]
+    pub fn duplicate(&self) -> Self {
+        Self { values: self.values.copy(), dynamic: self.dynamic }
+    }
+
     /// The values, to be saved and sent; changed in place when they are taken from elsewhere.
     pub fn values(&self) -> &Tensor {
         &self.values

@@ -1,7 +1,9 @@
 //! The state of a run: everything that an iteration changes, and all that a checkpoint holds.
 
+use std::ops::Range;
+
 use potstill_models::{Denoiser, Entry};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
     adam::{Adam, AdamSettings},
@@ -10,87 +12,273 @@ use crate::{
     loss_scale::LossScales,
 };
 
-/// Generator, its average, fake score, both Adam moments, loss scales. Flat fp32 vectors; nothing else has to be saved or
+/// The part of a flat vector that one rank's optimiser looks after: one of `world` runs of equal length (ZeRO stage 1,
+/// 1910.02054). The last ones are shorter where the length does not divide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Which run, from 0.
+    pub rank: usize,
+    /// How many there are.
+    pub world: usize,
+}
+
+/// More ranks than this cannot share an optimiser.
+pub const MOST_SLICES: usize = 4096;
+
+impl Slice {
+    /// All of it.
+    pub const WHOLE: Self = Self { rank: 0, world: 1 };
+
+    /// Elements of a run of a vector of `numel`, before the last ones are cut short.
+    #[must_use]
+    pub fn width(self, numel: i64) -> i64 {
+        let world = self.world as i64;
+        (numel + world - 1) / world
+    }
+
+    /// The elements of a vector of `numel`.
+    #[must_use]
+    pub fn range(self, numel: i64) -> Range<i64> {
+        let first = (self.rank as i64 * self.width(numel)).min(numel);
+        first..(first + self.width(numel)).min(numel)
+    }
+}
+
+/// How a state lies in memory. It decides nothing of what is computed but the weights' precision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Which part of master weights, moments and average is held.
+    pub slice: Slice,
+    /// Kind of the networks' weights. Where it is not fp32, fp32 master copies are held beside them.
+    pub weights: Kind,
+    /// Whether G_ema lies in the host's memory.
+    pub average_on_host: bool,
+}
+
+impl Layout {
+    /// Everything in fp32, with the networks.
+    pub const PLAIN: Self = Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false };
+}
+
+/// A network that trains, and its optimiser.
+pub struct Trained {
+    network: Box<dyn Denoiser>,
+    /// The weights' memory, with room behind them for the longest row of equal slices.
+    memory: Tensor,
+    /// fp32 values of the slice: views of the weights where these are fp32.
+    master: Tensor,
+    adam: Adam,
+    slice: Slice,
+}
+
+impl Trained {
+    fn copy_of(network: &dyn Denoiser, layout: Layout) -> Self {
+        let values = network.parameters().flat();
+        let numel = values.numel() as i64;
+        let memory = Tensor::zeros([numel + MOST_SLICES as i64], (layout.weights, values.device()));
+        let weights = memory.narrow(0, 0, numel);
+        no_grad(|| weights.shallow_clone().copy_(values));
+        Self::over(network, memory, weights, layout)
+    }
+
+    fn over(network: &dyn Denoiser, memory: Tensor, weights: Tensor, layout: Layout) -> Self {
+        let numel = weights.numel() as i64;
+        let range = layout.slice.range(numel);
+        let held = weights.narrow(0, range.start, range.end - range.start);
+        // A copy only where the kinds differ.
+        let master = held.to_kind(Kind::Float);
+        Self {
+            adam: Adam::new(&master),
+            network: network.over(weights, true),
+            memory,
+            master,
+            slice: layout.slice,
+        }
+    }
+
+    /// The network, with all its weights.
+    #[must_use]
+    pub fn network(&self) -> &dyn Denoiser {
+        self.network.as_ref()
+    }
+
+    /// Moves the slice. The weights follow where the slice is everything; else when all slices have been
+    /// [gathered](Self::gathered).
+    fn step(&mut self, gradient: &Gradient, step: u64, settings: &AdamSettings) {
+        self.adam.step(&self.master, &gradient.flat, step, settings);
+        self.write_slice();
+    }
+
+    fn write_slice(&self) {
+        if self.memory.kind() != Kind::Float {
+            let range = self.slice.range(self.network.parameters().flat().numel() as i64);
+            no_grad(|| self.memory.narrow(0, range.start, range.end - range.start).copy_(&self.master));
+        }
+    }
+
+    /// This rank's slice of the weights, and the place of all slices, one after the other, each as long as this one.
+    #[must_use]
+    pub fn gathered(&self) -> (Tensor, Tensor) {
+        let width = self.slice.width(self.network.parameters().flat().numel() as i64);
+        let own = self.memory.narrow(0, self.slice.rank as i64 * width, width);
+        (own, self.memory.narrow(0, 0, self.slice.world as i64 * width))
+    }
+}
+
+/// Generator, its average, fake score, both Adam moments, loss scales. Flat vectors; nothing else has to be saved or
 /// sent, since all randomness is named by the iteration.
 pub struct State {
     /// G_θ.
-    pub generator: Box<dyn Denoiser>,
-    /// G_ema; takes no gradient.
-    pub generator_ema: Box<dyn Denoiser>,
+    pub generator: Trained,
     /// f_ψ.
-    pub fake_score: Box<dyn Denoiser>,
-    /// Moments of G_θ.
-    pub generator_adam: Adam,
-    /// Moments of f_ψ.
-    pub fake_score_adam: Adam,
+    pub fake_score: Trained,
+    /// The slice of G_ema, fp32.
+    average: Tensor,
     /// Factors of both losses; 1 unless the run computes in fp16.
     pub loss_scales: LossScales,
     loss_scales_layout: [Entry; 1],
+    layout: Layout,
+    /// Whether what is held does not belong together: a slice has moved and the weights have not followed, or half of it has
+    /// been overwritten.
+    pub torn: bool,
 }
 
 /// Name of the averaged generator among the [parts](State::parts).
 pub const GENERATOR_EMA: &str = "generator_ema";
 
-/// One of the state's vectors.
+/// One of the state's vectors, or what this rank holds of it.
 pub struct Part<'a> {
     /// Stable name: part of the checkpoint format.
     pub name: &'static str,
-    /// Names and shapes of its elements.
+    /// Names and shapes of the whole vector's elements.
     pub entries: &'a [Entry],
-    /// The elements, fp32, flat.
-    pub flat: &'a Tensor,
+    /// The elements that are held, fp32, flat.
+    pub values: &'a Tensor,
+    /// Place of the first of them in the whole vector.
+    pub first: i64,
+    /// Whether every rank holds all of it.
+    pub replicated: bool,
+}
+
+impl Part<'_> {
+    /// Which elements of the whole vector are held.
+    #[must_use]
+    pub fn held(&self) -> Range<i64> {
+        self.first..self.first + self.values.numel() as i64
+    }
 }
 
 impl State {
     /// The state before the first iteration: three copies of the teacher.
     #[must_use]
     pub fn from_teacher(teacher: &dyn Denoiser) -> Self {
-        Self::starting_from(teacher, teacher, LossScales::new(false, teacher.parameters().flat().device()))
+        let loss_scales = LossScales::new(false, teacher.parameters().flat().device());
+        Self::starting_from(teacher, teacher, loss_scales, Layout::PLAIN)
     }
 
     /// The state before the first iteration: the fake score is a copy of the teacher, the generator and its average are
     /// copies of `generator`, which has the same parameters.
     #[must_use]
-    pub fn starting_from(teacher: &dyn Denoiser, generator: &dyn Denoiser, loss_scales: LossScales) -> Self {
-        let fake_score = teacher.duplicate();
-        let generator_ema = generator.duplicate().frozen();
-        let generator = generator.duplicate();
+    pub fn starting_from(
+        teacher: &dyn Denoiser,
+        generator: &dyn Denoiser,
+        loss_scales: LossScales,
+        layout: Layout,
+    ) -> Self {
+        let generator = Trained::copy_of(generator, layout);
+        let host = if layout.average_on_host { Device::Cpu } else { generator.master.device() };
         Self {
-            generator_adam: Adam::new(generator.parameters().flat()),
-            fake_score_adam: Adam::new(fake_score.parameters().flat()),
-            generator_ema,
+            average: generator.master.to_device(host).copy(),
             generator,
-            fake_score,
+            fake_score: Trained::copy_of(teacher, layout),
             loss_scales,
             loss_scales_layout: [Entry { name: "scale_and_steps".to_owned(), shape: vec![2, 2], offset: 0 }],
+            layout,
+            torn: false,
         }
+    }
+
+    /// A state of the same networks, in the same memory, for another slice, whose values are yet to come.
+    #[must_use]
+    pub fn relaid(&self, slice: Slice) -> Self {
+        let layout = Layout { slice, ..self.layout };
+        let [generator, fake_score] = [&self.generator, &self.fake_score].map(|trained| {
+            let weights = trained.network.parameters().flat().shallow_clone();
+            Trained::over(trained.network.as_ref(), trained.memory.shallow_clone(), weights, layout)
+        });
+        Self {
+            average: generator.master.to_device(self.average.device()).zeros_like(),
+            generator,
+            fake_score,
+            loss_scales: self.loss_scales.duplicate(),
+            loss_scales_layout: self.loss_scales_layout.clone(),
+            layout,
+            torn: true,
+        }
+    }
+
+    /// How it lies in memory.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Every vector, in a fixed order.
     #[must_use]
     pub fn parts(&self) -> [Part<'_>; 8] {
-        let part = |name, entries, flat| Part { name, entries, flat };
-        let [g, ema, f] = [&self.generator, &self.generator_ema, &self.fake_score].map(|n| n.parameters());
-        let (generator, fake_score) = (g.entries(), f.entries());
+        let (g, f) = (&self.generator, &self.fake_score);
         [
-            part("generator", generator, g.flat()),
-            part(GENERATOR_EMA, generator, ema.flat()),
-            part("fake_score", fake_score, f.flat()),
-            part("generator_adam.exp_avg", generator, &self.generator_adam.exp_avg),
-            part("generator_adam.exp_avg_sq", generator, &self.generator_adam.exp_avg_sq),
-            part("fake_score_adam.exp_avg", fake_score, &self.fake_score_adam.exp_avg),
-            part("fake_score_adam.exp_avg_sq", fake_score, &self.fake_score_adam.exp_avg_sq),
-            part("loss_scales", &self.loss_scales_layout, self.loss_scales.values()),
+            self.part("generator", g, &g.master),
+            self.part(GENERATOR_EMA, g, &self.average),
+            self.part("fake_score", f, &f.master),
+            self.part("generator_adam.exp_avg", g, &g.adam.exp_avg),
+            self.part("generator_adam.exp_avg_sq", g, &g.adam.exp_avg_sq),
+            self.part("fake_score_adam.exp_avg", f, &f.adam.exp_avg),
+            self.part("fake_score_adam.exp_avg_sq", f, &f.adam.exp_avg_sq),
+            Part {
+                name: "loss_scales",
+                entries: &self.loss_scales_layout,
+                values: self.loss_scales.values(),
+                first: 0,
+                replicated: true,
+            },
         ]
     }
 
-    /// The fake score's step; `iteration` counts from 0.
-    pub fn step_fake_score(&mut self, gradient: &Gradient, iteration: u64, settings: &AdamSettings) {
-        let parameters = self.fake_score.parameters().flat();
-        self.fake_score_adam.step(parameters, &gradient.flat, iteration + 1, settings);
+    fn part<'a>(&self, name: &'static str, of: &'a Trained, values: &'a Tensor) -> Part<'a> {
+        let parameters = of.network.parameters();
+        let first = self.layout.slice.range(parameters.flat().numel() as i64).start;
+        let replicated = self.layout.slice.world == 1;
+        Part { name, entries: parameters.entries(), values, first, replicated }
     }
 
-    /// The generator's step and its average's; `iteration` counts from 0.
+    /// What follows from new values of the [parts](State::parts): this rank's slices of the weights. With more than one slice
+    /// the weights must be [gathered](Trained::gathered) then.
+    pub fn settle(&mut self) {
+        self.generator.write_slice();
+        self.fake_score.write_slice();
+        self.torn = false;
+    }
+
+    /// G_ema's slice, as a vector on the device of the networks.
+    #[must_use]
+    pub fn average(&self) -> Tensor {
+        self.average.to_device(self.generator.memory.device())
+    }
+
+    /// G_ema, from all its elements, fp32; takes no gradient.
+    #[must_use]
+    pub fn generator_ema(&self, average: Tensor) -> Box<dyn Denoiser> {
+        self.generator.network.over(average, false)
+    }
+
+    /// The fake score's step; `iteration` counts from 0. `gradient` is the slice's.
+    pub fn step_fake_score(&mut self, gradient: &Gradient, iteration: u64, settings: &AdamSettings) {
+        self.torn = self.layout.slice.world > 1;
+        self.fake_score.step(gradient, iteration + 1, settings);
+    }
+
+    /// The generator's step and its average's; `iteration` counts from 0. `gradient` is the slice's.
     pub fn step_generator(
         &mut self,
         gradient: &Gradient,
@@ -99,10 +287,27 @@ impl State {
         ema_half_life_images: f64,
         global_batch: u32,
     ) {
-        let parameters = self.generator.parameters().flat();
-        self.generator_adam.step(parameters, &gradient.flat, iteration + 1, settings);
+        self.torn = self.layout.slice.world > 1;
+        self.generator.step(gradient, iteration + 1, settings);
         let batch = f64::from(global_batch);
         let beta = ema::beta(ema_half_life_images, iteration as f64 * batch, batch);
-        ema::update(self.generator_ema.parameters().flat(), parameters, beta);
+        ema::update(&self.average, &self.generator.master.to_device(self.average.device()), beta);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_cover_a_vector_without_overlap() {
+        for (numel, world) in [(10, 1), (10, 3), (10, 4), (2, 4), (4096, 7)] {
+            let ranges: Vec<_> = (0..world).map(|rank| Slice { rank, world }.range(numel)).collect();
+            assert_eq!((ranges[0].start, ranges[world - 1].end), (0, numel));
+            assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start), "{ranges:?}");
+            let width = Slice { rank: 0, world }.width(numel);
+            assert!(ranges.iter().all(|range| range.end - range.start <= width));
+            assert!(width * world as i64 <= numel + MOST_SLICES as i64);
+        }
     }
 }

@@ -83,11 +83,8 @@ impl Denoiser for Toy {
     fn classes(&self) -> i64 {
         0
     }
-    fn duplicate(&self) -> Box<dyn Denoiser> {
-        self.with(self.parameters.flat().copy(), true)
-    }
-    fn frozen(&self) -> Box<dyn Denoiser> {
-        self.with(self.parameters.flat().shallow_clone(), false)
+    fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
+        self.with(flat, trainable)
     }
     fn config_json(&self) -> String {
         "{}".into()

@@ -5,7 +5,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
-    adversarial::{Adversarial, RealSamples},
+    adversarial::{Adversarial, RealData, RealSamples},
     condition::Classes,
     generator::{Matching, generate},
     guidance::{self, Guidance},
@@ -78,8 +78,8 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
         let settings = settings(mode);
         let fake = |iteration, index| {
             let batch = phase::fake_score(
-                state.generator.as_ref(),
-                state.fake_score.as_ref(),
+                state.generator.network(),
+                state.fake_score.network(),
                 &CLASSES,
                 None,
                 &settings,
@@ -103,24 +103,24 @@ fn each_phase_trains_its_own_network_only() {
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     // Apart from its teacher, so that the scores differ.
-    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.5));
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.5));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let settings = settings(Mode::Eval);
     let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
 
-    phase::fake_score(state.generator.as_ref(), state.fake_score.as_ref(), &CLASSES, None, &settings, 0, 0)
+    phase::fake_score(state.generator.network(), state.fake_score.network(), &CLASSES, None, &settings, 0, 0)
         .loss
         .backward();
-    assert!(gradient(state.fake_score.as_ref()) > 0.0);
-    assert_eq!(gradient(state.generator.as_ref()), 0.0);
+    assert!(gradient(state.fake_score.network()) > 0.0);
+    assert_eq!(gradient(state.generator.network()), 0.0);
 
-    let before = gradient(state.fake_score.as_ref());
-    let (generator, fake) = (state.generator.as_ref(), frozen_fake.as_ref());
+    let before = gradient(state.fake_score.network());
+    let (generator, fake) = (state.generator.network(), frozen_fake.as_ref());
     let batch = phase::generator(generator, fake, frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
     batch.loss.backward();
     assert!(gradient(generator) > 0.0);
     assert!(value(&batch.score_difference.unwrap()) > 0.0);
-    assert_eq!(gradient(state.fake_score.as_ref()), before);
+    assert_eq!(gradient(state.fake_score.network()), before);
     assert_eq!(gradient(&teacher), 0.0);
 }
 
@@ -129,8 +129,8 @@ fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
-    let generator = state.generator.as_ref();
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
+    let generator = state.generator.network();
     let settings = settings(Mode::Eval);
     let batch =
         phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
@@ -144,10 +144,10 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     // A generator that has diverged makes NaN of everything.
-    let _ = no_grad(|| state.generator.parameters().flat().shallow_clone().fill_(f64::NAN));
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let _ = no_grad(|| state.generator.network().parameters().flat().shallow_clone().fill_(f64::NAN));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let settings = settings(Mode::Eval);
-    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+    let (generator, fake) = (state.generator.network(), state.fake_score.network());
     let batch = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
     let batch =
@@ -220,11 +220,8 @@ impl Denoiser for Counting {
     fn classes(&self) -> i64 {
         self.network.classes()
     }
-    fn duplicate(&self) -> Box<dyn Denoiser> {
-        self.network.duplicate()
-    }
-    fn frozen(&self) -> Box<dyn Denoiser> {
-        self.network.frozen()
+    fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
+        self.network.over(flat, trainable)
     }
     fn config_json(&self) -> String {
         self.network.config_json()
@@ -270,10 +267,10 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
     no_grad(|| {
-        let _ = state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3);
+        let _ = state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.3);
     });
-    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let (generator, fake) = (state.generator.network(), state.fake_score.network());
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let losses = |guidance: Guidance| {
         let settings = Settings { guidance, ..settings(Mode::Eval) };
         let first = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0).loss;
@@ -323,9 +320,9 @@ fn the_adversarial_loss_waits_for_its_start_and_then_joins_both_phases() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
-    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3));
-    let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.3));
+    let (generator, fake) = (state.generator.network(), state.fake_score.network());
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let real = real_samples();
     let plain = settings(Mode::Eval);
     for scale in [1.0, 0.0, -1.0, 2.0] {
@@ -364,7 +361,7 @@ fn the_approximate_r1_penalty_adds_to_the_discriminators_loss() {
     let loss = |approximate_r1: f64| {
         let adversarial = Some(Adversarial { approximate_r1, start_iteration: 0, ..adversarial() });
         let settings = Settings { adversarial, ..settings(Mode::Eval) };
-        let (generator, fake) = (state.generator.as_ref(), state.fake_score.as_ref());
+        let (generator, fake) = (state.generator.network(), state.fake_score.network());
         value(&phase::fake_score(generator, fake, &CLASSES, Some(&real), &settings, 0, 0).loss)
     };
     let (none, once, twice) = (loss(0.0), loss(100.0), loss(200.0));
@@ -379,8 +376,8 @@ fn both_phases_are_their_formulas_written_out() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
-    let _ = no_grad(|| state.fake_score.parameters().flat().shallow_clone().g_mul_scalar_(1.3));
-    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.frozen());
+    let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.3));
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let real = real_samples();
     let adversarial = Adversarial { start_iteration: 0, generator_weight: 3.0, ..adversarial() };
     let settings = Settings { adversarial: Some(adversarial), ..settings(Mode::Eval) };
@@ -404,9 +401,9 @@ fn both_phases_are_their_formulas_written_out() {
 
     // Fake score.
     let (mut stream, condition, z, sigma, noise) = draw(Purpose::FakeScorePhase, settings.fake_score_times);
-    let generated = no_grad(|| state.generator.denoise(&(z * 2.5), &start, &condition, Mode::Eval));
-    let (samples, own) = real.draw(&mut stream, n, 3, Device::Cpu);
-    let fake = state.fake_score.as_ref();
+    let generated = no_grad(|| state.generator.network().denoise(&(z * 2.5), &start, &condition, Mode::Eval));
+    let (samples, own) = real.draw(&mut stream, n, Device::Cpu);
+    let fake = state.fake_score.network();
     let time = flat_sigma(&sigma);
     let (denoised, bottleneck) =
         fake.denoise_and_encode(&(&generated + &noise * &sigma), &time, &condition, Mode::Eval);
@@ -418,7 +415,7 @@ fn both_phases_are_their_formulas_written_out() {
     expected.backward();
     let gradient = fake.parameters().flat_grad();
     fake.parameters().zero_grad();
-    let batch = phase::fake_score(state.generator.as_ref(), fake, &CLASSES, Some(&real), &settings, 0, 0);
+    let batch = phase::fake_score(state.generator.network(), fake, &CLASSES, Some(&real), &settings, 0, 0);
     batch.loss.backward();
     assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-5);
     let apart = (fake.parameters().flat_grad() - &gradient).norm() / gradient.norm();
@@ -426,7 +423,7 @@ fn both_phases_are_their_formulas_written_out() {
 
     // Generator.
     let (_, condition, z, sigma, noise) = draw(Purpose::GeneratorPhase, settings.generator_times);
-    let generator = state.generator.as_ref();
+    let generator = state.generator.network();
     let generated = generator.denoise(&(z * 2.5), &start, &condition, Mode::Eval);
     let (noisy, time) = (&generated + &noise * &sigma, flat_sigma(&sigma));
     let f_phi = frozen_teacher.denoise(&noisy, &time, &condition, Mode::Eval);

@@ -200,13 +200,21 @@ pub trait Denoiser: Send {
         [0.0, f64::INFINITY]
     }
 
+    /// The same network with other weights: views into `flat`, laid out like [`Parameters::flat`], which take gradients or not. A
+    /// [`LatentDenoiser`](crate::diffusers::LatentDenoiser) computes in the kind of its weights.
+    fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser>;
+
     /// A trainable deep copy: equal values in its own storage.
-    fn duplicate(&self) -> Box<dyn Denoiser>;
+    fn duplicate(&self) -> Box<dyn Denoiser> {
+        self.over(self.parameters().flat().copy(), true)
+    }
 
     /// The same network with weights that take no gradient; gradients still flow through its inputs.
     ///
     /// It **shares the storage**: in-place updates of [`Parameters::flat`] on either side are seen by both.
-    fn frozen(&self) -> Box<dyn Denoiser>;
+    fn frozen(&self) -> Box<dyn Denoiser> {
+        self.over(self.parameters().flat().shallow_clone(), false)
+    }
 
     /// The architecture as JSON, as [`to_safetensors`](Self::to_safetensors) puts it into the metadata.
     fn config_json(&self) -> String;

@@ -1,6 +1,6 @@
 //! Layers that every family of networks has.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::builder::{Init, Scope};
 
@@ -59,6 +59,11 @@ impl Linear {
         let weight = scope.parameter("weight", &[outputs, inputs], law.init(law.weight, inputs, outputs));
         let bias = bias.then(|| scope.parameter("bias", &[outputs], law.init(law.bias, inputs, outputs)));
         Self { weight, bias }
+    }
+
+    /// Kind of its weights.
+    pub fn kind(&self) -> Kind {
+        self.weight.kind()
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {

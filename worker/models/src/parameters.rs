@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tch::{Kind, Tensor};
+use tch::{Kind, Tensor, no_grad};
 
 /// Where a parameter lies in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +86,8 @@ impl Parameters {
         Arc::clone(&self.entries)
     }
 
-    /// The vector itself: 1-D, fp32, takes no gradient. To change the weights, change it in place.
+    /// The vector itself: 1-D, takes no gradient; fp32, unless the network was put [over](crate::Denoiser::over) another. To
+    /// change the weights, change it in place.
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
@@ -118,6 +119,17 @@ impl Parameters {
             })
             .collect();
         Tensor::cat(&gradients, 0)
+    }
+
+    /// Adds the gradients to a vector laid out like [`flat`](Self::flat), of any kind.
+    pub fn add_gradients_to(&self, sum: &Tensor) {
+        for (entry, leaf) in self.entries.iter().zip(&self.leaves) {
+            let gradient = leaf.grad();
+            if gradient.defined() {
+                let mut place = sum.narrow(0, entry.offset, entry.numel());
+                let _ = no_grad(|| place.g_add_(&gradient.reshape([-1])));
+            }
+        }
     }
 
     /// Sets the gradients to 0 in place, so that a reducer's buckets, of which they may be views, stay what they are.

@@ -203,6 +203,23 @@ impl Stored {
         }
     }
 
+    /// One element along the first dimension, copied to the host.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    #[must_use]
+    pub fn row(&self, index: usize) -> Tensor {
+        match self {
+            Self::Memory(tensor) => tensor.get(index as i64).copy(),
+            Self::Mapped { file, bytes, kind, shape } => {
+                let length = bytes.len() / shape[0] as usize;
+                let start = bytes.start + index * length;
+                assert!(start + length <= bytes.end, "row {index} of {shape:?}");
+                Tensor::from_data_size(&file[start..start + length], &shape[1..], *kind)
+            }
+        }
+    }
+
     /// The tensor; a copy, on the host, if it lies in a file.
     #[must_use]
     pub fn tensor(&self) -> Tensor {

@@ -59,12 +59,8 @@ impl Denoiser for Gaussian {
         self.range
     }
 
-    fn duplicate(&self) -> Box<dyn Denoiser> {
-        unimplemented("duplicate")
-    }
-
-    fn frozen(&self) -> Box<dyn Denoiser> {
-        unimplemented("frozen")
+    fn over(&self, _: Tensor, _: bool) -> Box<dyn Denoiser> {
+        unimplemented("over")
     }
 
     fn config_json(&self) -> String {

@@ -1,18 +1,14 @@
 //! Images from files of common formats, in folders and in tars.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, bail, ensure};
 use potstill_storage::Source;
 use tch::Tensor;
 
-use super::Dataset;
+use super::{Dataset, Tally, tars};
 
 const FORMATS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
-/// A broken image is left out and counted; one in so many may be broken.
-const ONE_BROKEN_IN: usize = 100;
 
-fn is_image(name: &str) -> bool {
+pub(super) fn is_image(name: &str) -> bool {
     name.rsplit_once('.').is_some_and(|(_, extension)| FORMATS.contains(&extension.to_lowercase().as_str()))
 }
 
@@ -55,57 +51,13 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], shape: [i64; 3])
     let mut collected = Collected::new(shape);
     for tar in tars {
         let bytes = source.read(tar).await?;
-        read_tar(&bytes, &mut collected).with_context(|| format!("tar {tar:?}"))?;
+        for sample in tars::read(&bytes).with_context(|| format!("tar {tar:?}"))? {
+            if let Some((name, image)) = sample.image {
+                collected.add(&name, &image, sample.label.unwrap_or(0));
+            }
+        }
     }
     collected.finish()
-}
-
-/// What a tar holds under one key.
-#[derive(Default)]
-struct Sample {
-    image: Option<(String, Vec<u8>)>,
-    label: Option<i64>,
-}
-
-fn read_tar(bytes: &[u8], collected: &mut Collected) -> anyhow::Result<()> {
-    use std::io::Read;
-    let mut samples: BTreeMap<String, Sample> = BTreeMap::new();
-    let mut archive = tar::Archive::new(bytes);
-    for entry in archive.entries().context("is not a tar")? {
-        let mut entry = entry.context("is damaged")?;
-        if !entry.header().entry_type().is_file() {
-            continue;
-        }
-        let name = entry.path().context("has a member whose name cannot be read")?.display().to_string();
-        // The key ends at the first dot of the file's name, not of its folders'.
-        let file = name.rfind('/').map_or(0, |slash| slash + 1);
-        let Some(dot) = name[file..].find('.') else { continue };
-        let (key, extension) = (name[..file + dot].to_owned(), name[file + dot + 1..].to_lowercase());
-        let mut content = Vec::new();
-        entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
-        let sample = samples.entry(key).or_default();
-        match extension.as_str() {
-            "cls" => {
-                let text = String::from_utf8_lossy(&content);
-                let label = text.trim().parse();
-                sample.label =
-                    Some(label.with_context(|| format!("{name} holds {text:?}, which is no class"))?);
-            }
-            "json" => {
-                let value: serde_json::Value =
-                    serde_json::from_slice(&content).with_context(|| format!("{name} is not JSON"))?;
-                sample.label = value["label"].as_i64().or(sample.label);
-            }
-            _ if is_image(&name) => sample.image = Some((name, content)),
-            _ => {}
-        }
-    }
-    for sample in samples.into_values() {
-        if let Some((name, image)) = sample.image {
-            collected.add(&name, &image, sample.label.unwrap_or(0));
-        }
-    }
-    Ok(())
 }
 
 /// Decoded images so far.
@@ -113,12 +65,12 @@ struct Collected {
     shape: [i64; 3],
     pixels: Vec<u8>,
     labels: Vec<i64>,
-    broken: Vec<String>,
+    tally: Tally,
 }
 
 impl Collected {
     fn new(shape: [i64; 3]) -> Self {
-        Self { shape, pixels: Vec::new(), labels: Vec::new(), broken: Vec::new() }
+        Self { shape, pixels: Vec::new(), labels: Vec::new(), tally: Tally::default() }
     }
 
     fn add(&mut self, name: &str, bytes: &[u8], label: i64) {
@@ -127,7 +79,7 @@ impl Collected {
                 self.pixels.extend(pixels);
                 self.labels.push(label);
             }
-            Err(error) => self.broken.push(format!("{name}: {error:#}")),
+            Err(error) => self.tally.broken(format!("{name}: {error:#}")),
         }
     }
 
@@ -152,16 +104,8 @@ impl Collected {
     }
 
     fn finish(self) -> anyhow::Result<Dataset> {
-        let (good, broken) = (self.labels.len(), self.broken.len());
-        let shown = self.broken.iter().take(3).cloned().collect::<Vec<_>>().join("; ");
-        ensure!(
-            broken <= good.div_ceil(ONE_BROKEN_IN),
-            "{broken} of {} images cannot be used: {shown}",
-            good + broken
-        );
-        if broken > 0 {
-            tracing::warn!(broken, good, "images that cannot be used are left out: {shown}");
-        }
+        let good = self.labels.len();
+        self.tally.judge(good)?;
         let [channels, height, width] = self.shape;
         let n = good as i64;
         Ok(Dataset {
@@ -174,21 +118,18 @@ impl Collected {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Cursor, path::Path};
-
-    use image::{ImageFormat, RgbImage};
+    use std::path::Path;
 
     use super::*;
-    use crate::dataset::Shape;
+    use crate::dataset::{
+        Shape,
+        tests::{png_of, tar},
+    };
 
     const SHAPE: Shape = Shape { sample: [3, 2, 2], classes: 12 };
 
     fn png(red: u8) -> Vec<u8> {
-        let mut bytes = Cursor::new(Vec::new());
-        RgbImage::from_fn(2, 2, |x, _| image::Rgb([red, 0, if x == 1 { 255 } else { 0 }]))
-            .write_to(&mut bytes, ImageFormat::Png)
-            .unwrap();
-        bytes.into_inner()
+        png_of(2, 2, |x, _| [red, 0, if x == 1 { 255 } else { 0 }])
     }
 
     fn load(location: &Path) -> anyhow::Result<Dataset> {
@@ -197,18 +138,6 @@ mod tests {
 
     fn labels(dataset: &Dataset) -> Vec<i64> {
         Vec::try_from(&dataset.labels).unwrap()
-    }
-
-    fn tar(path: &Path, members: &[(&str, &[u8])]) {
-        let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
-        for (name, content) in members {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            header.set_cksum();
-            builder.append_data(&mut header, name, *content).unwrap();
-        }
-        builder.finish().unwrap();
     }
 
     #[test]
@@ -234,11 +163,7 @@ mod tests {
 
         write("cats/broken.png", b"no PNG");
         assert_eq!(load(folder.path()).unwrap().len(), 3, "one broken image is left out");
-        write("cats/small.png", &{
-            let mut bytes = Cursor::new(Vec::new());
-            RgbImage::new(1, 2).write_to(&mut bytes, ImageFormat::Png).unwrap();
-            bytes.into_inner()
-        });
+        write("cats/small.png", &png_of(1, 2, |_, _| [0, 0, 0]));
         let error = format!("{:#}", load(folder.path()).err().unwrap());
         assert!(error.contains("2 of 5 images") && error.contains("2×1"), "{error}");
     }

@@ -11,6 +11,8 @@
 //! Pixels become x = 2·v/white − 1, in [−1, 1].
 
 mod images;
+pub mod pairs;
+mod tars;
 mod tensors;
 
 use anyhow::{Context, ensure};
@@ -107,7 +109,76 @@ impl Dataset {
     }
 
     /// For the adversarial loss.
-    pub fn into_real_samples(self) -> RealSamples {
-        RealSamples::new(self.pixels, self.white, self.labels)
+    pub fn into_real_samples(self, classes: i64) -> RealSamples {
+        RealSamples::new(self.pixels, self.white, self.labels, classes)
+    }
+}
+
+/// Counts what is broken among many files: it is left out, until there is too much of it.
+#[derive(Default)]
+struct Tally {
+    broken: usize,
+    /// The first few, for people.
+    shown: Vec<String>,
+}
+
+/// One in so many may be broken.
+const ONE_BROKEN_IN: usize = 100;
+/// So many of them are shown.
+const SHOWN: usize = 3;
+
+impl Tally {
+    /// One more, and what is wrong with it.
+    fn broken(&mut self, what: String) {
+        self.broken += 1;
+        if self.shown.len() < SHOWN {
+            self.shown.push(what);
+        }
+    }
+
+    /// Reports what is broken beside so many `good` ones.
+    ///
+    /// # Errors
+    /// It is too much.
+    fn judge(&self, good: usize) -> anyhow::Result<()> {
+        let (broken, shown) = (self.broken, self.shown.join("; "));
+        ensure!(
+            broken <= good.div_ceil(ONE_BROKEN_IN),
+            "{broken} of {} images cannot be used: {shown}",
+            good + broken
+        );
+        if broken > 0 {
+            tracing::warn!(broken, good, "images that cannot be used are left out: {shown}");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Cursor, path::Path};
+
+    use image::{ImageFormat, RgbImage};
+
+    /// A picture as a PNG's bytes.
+    pub fn png_of(width: u32, height: u32, pixel: impl Fn(u32, u32) -> [u8; 3]) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        RgbImage::from_fn(width, height, |x, y| image::Rgb(pixel(x, y)))
+            .write_to(&mut bytes, ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    }
+
+    /// Writes a tar.
+    pub fn tar(path: &Path, members: &[(&str, &[u8])]) {
+        let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
+        for (name, content) in members {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            builder.append_data(&mut header, name, *content).unwrap();
+        }
+        builder.finish().unwrap();
     }
 }

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
-use potstill_c10d::Autocast;
+use potstill_c10d::{Autocast, ReduceOp};
 use potstill_distill::{
     gradient::Gradient,
     loss_scale::Network,
@@ -17,10 +16,10 @@ use potstill_proto::{
 };
 use tch::Tensor;
 
-use super::{Interruption, Member};
+use super::{Interruption, Member, reduction::Reduction};
 use crate::{
     control_lane::{Flags, Lane},
-    faults,
+    faults, transfer,
 };
 
 /// Sums of one rank's share of one phase.
@@ -151,7 +150,7 @@ impl Member<'_> {
         if loss_scale != 1.0 {
             let _ = flat.g_mul_scalar_(loss_scale.recip());
         }
-        let gradient = Gradient::repaired(flat);
+        let gradient = Gradient::repaired_slice(flat, |numbers| self.sum_over_slices(numbers))?;
         let overflowed = gradient.non_finite > 0;
         let sick = overflowed && !state.loss_scales.can_shrink(network);
         let trained =
@@ -159,30 +158,54 @@ impl Member<'_> {
         self.wait_for_copy();
         let accepted = state.loss_scales.accept(network, !overflowed);
         let (o, batch) = (&self.job.spec.optimiser, self.job.spec.distillation.global_batch);
-        let gradient = gradient.clipped(self.job.clip());
-        match phase {
-            Phase::FakeScore => {
-                if accepted {
+        let gradient = gradient.clipped_slice(self.job.clip(), |numbers| self.sum_over_slices(numbers))?;
+        if accepted {
+            match phase {
+                Phase::FakeScore => {
                     let adam = self.job.adam(o.fake_score_learning_rate, iteration);
                     state.step_fake_score(&gradient, iteration, &adam);
                 }
-                self.fake_score.zero_grad()?;
-            }
-            Phase::Generator => {
-                if accepted {
+                Phase::Generator => {
                     let adam = self.job.adam(o.generator_learning_rate, iteration);
                     state.step_generator(&gradient, iteration, &adam, o.ema_half_life_images, batch);
                 }
-                self.generator.zero_grad()?;
             }
         }
-        faults::point("stepped", iteration, self.assignment.rank);
+        self.reduction(phase).clear()?;
         seconds.optimiser += step.elapsed().as_secs_f64();
+        if state.torn {
+            let gathering = Instant::now();
+            let trained = match phase {
+                Phase::FakeScore => &state.fake_score,
+                Phase::Generator => &state.generator,
+            };
+            self.session.progress.while_waiting(|| transfer::gather_weights(&self.group, trained))?;
+            state.torn = false;
+            seconds.communication += gathering.elapsed().as_secs_f64();
+        }
+        faults::point("stepped", iteration, self.assignment.rank);
         Ok(trained)
     }
 
+    fn reduction(&self, phase: Phase) -> &Reduction {
+        match phase {
+            Phase::FakeScore => &self.fake_score,
+            Phase::Generator => &self.generator,
+        }
+    }
+
+    /// Numbers that each rank has of its slice of a gradient, summed over all slices; as they are where each rank has the whole.
+    fn sum_over_slices(&self, numbers: [f64; 2]) -> Result<[f64; 2], potstill_c10d::Error> {
+        if !self.job.spec.memory.shard_optimiser || self.assignment.world_size == 1 {
+            return Ok(numbers);
+        }
+        let sum = Tensor::from_slice(&numbers).to_device(self.group.device());
+        self.session.progress.while_waiting(|| self.group.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
+        Ok([sum.double_value(&[0]), sum.double_value(&[1])])
+    }
+
     /// Runs this rank's micro-batches of one phase and returns the gradient of the mean loss over the global batch, times
-    /// `loss_scale`, equal on all ranks. Adds to the totals and to the times.
+    /// `loss_scale`: equal on all ranks, or each rank's slice of it. Adds to the totals and to the times.
     fn accumulate(
         &mut self,
         state: &State,
@@ -193,10 +216,12 @@ impl Member<'_> {
         seconds: &mut StepSeconds,
     ) -> Result<Tensor, Interruption> {
         let started = Instant::now();
-        // The reducer takes the mean over ranks; this makes it the sum over samples divided by the global batch.
-        let share =
-            f64::from(self.assignment.world_size) / f64::from(self.job.spec.distillation.global_batch);
-        let scale = share * loss_scale;
+        let network = match phase {
+            Phase::FakeScore => state.fake_score.network(),
+            Phase::Generator => state.generator.network(),
+        };
+        let batch = self.job.spec.distillation.global_batch;
+        let scale = self.reduction(phase).scale(self.assignment.world_size, batch) * loss_scale;
         let indices = self.assignment.micro_batches.indices();
         let last = indices.end - 1;
         let mut exposed = Duration::ZERO;
@@ -206,15 +231,13 @@ impl Member<'_> {
             let micro_batch = self.micro_batch(state, phase, iteration, index)?;
             faults::point("forward", iteration, self.assignment.rank);
             let scaled = &micro_batch.loss * scale;
+            let reduction = self.reduction(phase);
             if index == last {
-                let reducer = match phase {
-                    Phase::FakeScore => &self.fake_score,
-                    Phase::Generator => &self.generator,
-                };
                 // It ends when the gradients of all ranks are in.
-                exposed = self.session.progress.while_waiting(|| reducer.backward(&scaled))?;
+                exposed =
+                    self.session.progress.while_waiting(|| reduction.backward(network, &scaled, true))?;
             } else {
-                scaled.f_backward().context("backward pass")?;
+                reduction.backward(network, &scaled, false)?;
             }
             let MicroBatchLoss { score_loss, adversarial_loss, score_difference, dropped, .. } = micro_batch;
             reported.push((score_loss, adversarial_loss, score_difference, dropped));
@@ -228,11 +251,9 @@ impl Member<'_> {
             totals.score_difference += score_difference.map_or(0.0, |s| s.double_value(&[]));
             totals.dropped += dropped.int64_value(&[]) as u32;
         }
-        let network = match phase {
-            Phase::FakeScore => &state.fake_score,
-            Phase::Generator => &state.generator,
-        };
-        let gradient = network.parameters().flat_grad();
+        let (gradient, waited) =
+            self.session.progress.while_waiting(|| self.reduction(phase).finish(network, &self.group))?;
+        exposed += waited;
         seconds.communication += exposed.as_secs_f64();
         seconds.compute += started.elapsed().saturating_sub(exposed).as_secs_f64();
         Ok(gradient)
@@ -245,20 +266,20 @@ impl Member<'_> {
         iteration: u64,
         index: u32,
     ) -> Result<MicroBatchLoss, Interruption> {
-        let settings = &self.job.settings;
-        let generator = state.generator.as_ref();
-        let _autocast = match self.job.lower_precision() {
+        let (settings, conditions) = (&self.job.settings, self.job.conditions.as_ref());
+        let generator = state.generator.network();
+        let _autocast = match self.job.mixed_precision() {
             Some(precision) => Some(Autocast::enter(settings.device, precision)?),
             None => None,
         };
         Ok(match phase {
             Phase::FakeScore => {
-                let (fake_score, real) = (state.fake_score.as_ref(), self.job.real.as_ref());
-                phase::fake_score(generator, fake_score, real, settings, iteration, index)
+                let (fake_score, real) = (state.fake_score.network(), self.job.real.as_deref());
+                phase::fake_score(generator, fake_score, conditions, real, settings, iteration, index)
             }
             Phase::Generator => {
                 let (fake_score, teacher) = (self.frozen_fake_score.as_ref(), self.job.teacher.as_ref());
-                phase::generator(generator, fake_score, teacher, settings, iteration, index)
+                phase::generator(generator, fake_score, teacher, conditions, settings, iteration, index)
             }
         })
     }

@@ -4,7 +4,7 @@ use std::{sync::mpsc, thread, time::Duration};
 
 use anyhow::Context;
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
-use potstill_distill::state::State;
+use potstill_distill::state::{Slice, State};
 use potstill_proto::{
     cursor::Cursor,
     message::{Assignment, Source},
@@ -67,32 +67,41 @@ pub(super) fn obtain_state(
     group: &ProcessGroup,
 ) -> Result<(State, Cursor), Interruption> {
     let held = std::mem::take(holding);
+    let slice = job.slice(assignment);
     match &assignment.source {
-        Source::Fresh => Ok((job.first_state(), Cursor::default())),
+        Source::Fresh => Ok((job.first_state(slice), Cursor::default())),
         Source::Checkpoint { manifest_key } => {
             session.progress.set_activity("loading a checkpoint");
             session.progress.state_is_torn();
-            let mut state = held.state.unwrap_or_else(|| job.first_state());
+            let fitting = held.state.filter(|state| state.layout().slice == slice);
+            let mut state = fitting.unwrap_or_else(|| job.first_state(slice));
             let restoring = checkpoint::restore(&job.run, manifest_key, &mut state);
-            match job.runtime.block_on(session.progress.while_busy(restoring)) {
-                Ok(iteration) => Ok((state, Cursor::boundary(iteration))),
-                Err(error) => Err(match error.downcast_ref() {
-                    Some(potstill_storage::Error::Damaged { .. }) => {
-                        Interruption::Damaged { manifest_key: manifest_key.clone(), error: chain(&error) }
-                    }
-                    _ => Interruption::Fatal(error),
-                }),
-            }
+            let iteration = match job.runtime.block_on(session.progress.while_busy(restoring)) {
+                Ok(iteration) => iteration,
+                Err(error) => {
+                    return Err(match error.downcast_ref() {
+                        Some(potstill_storage::Error::Damaged { .. }) => {
+                            Interruption::Damaged { manifest_key: manifest_key.clone(), error: chain(&error) }
+                        }
+                        _ => Interruption::Fatal(error),
+                    });
+                }
+            };
+            session.progress.while_waiting(|| transfer::publish(group, &mut state))?;
+            Ok((state, Cursor::boundary(iteration)))
         }
         Source::Peer { rank } => {
             session.progress.set_activity("taking the state from a peer");
-            let state = held.state.unwrap_or_else(|| job.first_state());
             if *rank != assignment.rank {
                 session.progress.state_is_torn();
             }
-            let sent = session
-                .progress
-                .while_waiting(|| transfer::broadcast(group, *rank as usize, &state, held.cursor));
+            let root = *rank as usize;
+            if job.spec.memory.shard_optimiser {
+                return take_slices(job, session, holding, held, slice, group, root);
+            }
+            let mut state = held.state.unwrap_or_else(|| job.first_state(slice));
+            let sent =
+                session.progress.while_waiting(|| transfer::broadcast(group, root, &mut state, held.cursor));
             match sent {
                 Ok(cursor) => Ok((state, cursor)),
                 Err(error) => {
@@ -102,6 +111,40 @@ pub(super) fn obtain_state(
                     Err(error.into())
                 }
             }
+        }
+    }
+}
+
+/// Puts this generation's slices together from those of an earlier one.
+fn take_slices(
+    job: &Job,
+    session: &Session,
+    holding: &mut Holding,
+    mut held: Holding,
+    slice: Slice,
+    group: &ProcessGroup,
+    root: usize,
+) -> Result<(State, Cursor), Interruption> {
+    let mut state = match &held.state {
+        Some(held) => held.relaid(slice),
+        None => job.first_state(slice),
+    };
+    let taken = session
+        .progress
+        .while_waiting(|| transfer::reshard(group, root, held.state.as_mut(), held.cursor, &mut state));
+    match taken {
+        Ok(Some(cursor)) => Ok((state, cursor)),
+        Ok(None) => {
+            session.progress.state_is_torn();
+            let reason = "a part of the optimiser's state went with the rank that held it; the newest checkpoint has all";
+            Err(Interruption::Left(reason.to_owned()))
+        }
+        Err(error) => {
+            if held.state.as_ref().is_some_and(|state| !state.torn) {
+                session.progress.set_cursor(held.cursor);
+                *holding = held;
+            }
+            Err(error.into())
         }
     }
 }

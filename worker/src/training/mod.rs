@@ -3,11 +3,15 @@
 mod iteration;
 mod job;
 mod joining;
+mod reduction;
 
 use std::time::Duration;
 
-pub use self::job::{Inputs, Job, load_teacher};
-use self::joining::{join, obtain_state};
+pub use self::job::{Inputs, Job, times};
+use self::{
+    joining::{join, obtain_state},
+    reduction::Reduction,
+};
 use crate::{
     checkpoint::{self, Save, Share},
     control_lane::Flags,
@@ -15,8 +19,9 @@ use crate::{
     faults, pictures,
     samples::Sampler,
     session::Session,
+    transfer,
 };
-use potstill_c10d::{ProcessGroup, Reducer, ReducerOptions};
+use potstill_c10d::ProcessGroup;
 use potstill_distill::state::State;
 use potstill_models::Denoiser;
 use potstill_proto::{
@@ -80,8 +85,8 @@ struct Member<'a> {
     session: &'a mut Session,
     assignment: &'a Assignment,
     group: ProcessGroup,
-    fake_score: Reducer,
-    generator: Reducer,
+    fake_score: Reduction,
+    generator: Reduction,
     /// Views of the fake score for the generator phase.
     frozen_fake_score: Box<dyn Denoiser>,
     saving: Option<Save>,
@@ -140,16 +145,12 @@ fn take_part(
     session.progress.set_loaded(assignment.generation, cursor);
     holding.cursor = cursor;
     let state = holding.state.insert(state);
-    let reducer = |network: &dyn Denoiser| {
-        let reducer = Reducer::new(network.parameters().leaves(), &group, ReducerOptions::default())?;
-        // An interrupted phase may have left gradients behind.
-        reducer.zero_grad()?;
-        Ok::<_, potstill_c10d::Error>(reducer)
-    };
+    let networks = [state.fake_score.network(), state.generator.network()];
+    let [fake_score, generator] = Reduction::of(networks, state.layout().slice, &group)?;
     let mut member = Member {
-        fake_score: reducer(state.fake_score.as_ref())?,
-        generator: reducer(state.generator.as_ref())?,
-        frozen_fake_score: state.fake_score.frozen(),
+        fake_score,
+        generator,
+        frozen_fake_score: state.fake_score.network().frozen(),
         job,
         session,
         assignment,
@@ -189,7 +190,7 @@ impl Member<'_> {
             } else if save {
                 self.save(state, cursor.iteration);
             }
-            if last && self.assignment.rank == 0 {
+            if last {
                 self.draw(state)?;
             }
             if last || stop {
@@ -250,15 +251,25 @@ impl Member<'_> {
         }
     }
 
-    fn student<'s>(&'s self, state: &'s State) -> Sampler<'s> {
-        Sampler::Student { generator: state.generator_ema.as_ref(), times: &self.job.settings.times }
+    fn student<'s>(&'s self, generator: &'s dyn Denoiser) -> Sampler<'s> {
+        Sampler::Student { generator, times: &self.job.settings.times }
+    }
+
+    /// G_ema, whoever holds its elements.
+    fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
+        let average = self.session.progress.while_waiting(|| transfer::gather_average(&self.group, state))?;
+        Ok(state.generator_ema(average))
     }
 
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
         let Some(evaluator) = &self.job.evaluator else { return Ok(()) };
-        let (activity, sampler) = match subject {
-            Subject::Teacher => ("scoring the teacher", Sampler::Teacher(self.job.teacher.as_ref())),
-            Subject::Student => ("scoring the student", self.student(state)),
+        let generator = match subject {
+            Subject::Teacher => None,
+            Subject::Student => Some(self.generator_ema(state)?),
+        };
+        let (activity, sampler) = match &generator {
+            None => ("scoring the teacher", Sampler::Teacher(self.job.teacher.as_ref())),
+            Some(generator) => ("scoring the student", self.student(generator.as_ref())),
         };
         self.session.progress.set_activity(activity);
         let progress = &self.session.progress;
@@ -279,13 +290,20 @@ impl Member<'_> {
     }
 
     /// Writes `samples.png`: teacher above student, same noise, same classes.
-    fn draw(&self, state: &State) -> anyhow::Result<()> {
+    fn draw(&self, state: &State) -> Result<(), Interruption> {
+        let generator = self.generator_ema(state)?;
+        if self.assignment.rank != 0 {
+            return Ok(());
+        }
         let (columns, rows) = PICTURE;
         let count = i64::from(columns * rows);
-        let blocks = [Sampler::Teacher(self.job.teacher.as_ref()), self.student(state)]
+        let blocks = [Sampler::Teacher(self.job.teacher.as_ref()), self.student(generator.as_ref())]
             .map(|sampler| self.job.samples.first_images(sampler, count));
         let png = pictures::grid(&blocks, columns)?;
-        self.job.runtime.block_on(self.job.run.put("samples.png", png.into()))?;
+        self.job
+            .runtime
+            .block_on(self.job.run.put("samples.png", png.into()))
+            .map_err(anyhow::Error::from)?;
         Ok(())
     }
 }

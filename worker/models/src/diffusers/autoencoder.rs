@@ -119,6 +119,14 @@ impl AutoencoderConfig {
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
     }
 
+    /// Number of parameters of such an autoencoder.
+    ///
+    /// # Errors
+    /// When the configuration describes none.
+    pub fn size(&self) -> Result<i64, ConfigError> {
+        Ok(self.declare()?.numel())
+    }
+
     /// Pixels along one side of a latent's element.
     #[must_use]
     pub fn downscale(&self) -> i64 {
@@ -211,6 +219,12 @@ impl Autoencoder {
         &self.config
     }
 
+    /// Where it computes.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.parameters.flat().device()
+    }
+
     /// Number of parameters.
     #[must_use]
     pub fn size(&self) -> i64 {
@@ -224,10 +238,18 @@ impl Autoencoder {
     /// When the images' sides are no multiple of [`AutoencoderConfig::downscale`].
     pub fn encode(&self, images: &Tensor, noise: Option<&Tensor>) -> Tensor {
         let (mean, log_variance) = self.moments(images);
-        let latents = match noise {
-            Some(noise) => mean + (log_variance * 0.5).exp() * noise,
-            None => mean,
-        };
+        match noise {
+            Some(noise) => self.draw(&mean, &log_variance, noise),
+            None => self.scaled(&mean),
+        }
+    }
+
+    /// Scaled latents out of the Gaussian of these [moments](Self::moments), by standard normal `noise`.
+    pub fn draw(&self, mean: &Tensor, log_variance: &Tensor, noise: &Tensor) -> Tensor {
+        self.scaled(&(mean + (log_variance * 0.5).exp() * noise))
+    }
+
+    fn scaled(&self, latents: &Tensor) -> Tensor {
         (latents - self.config.shift_factor.unwrap_or(0.0)) * self.config.scaling_factor
     }
 

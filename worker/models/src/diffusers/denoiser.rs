@@ -63,16 +63,9 @@ impl LatentDenoiser {
 
     fn bind(config: UNetConfig, schedule: ScheduleConfig, parameters: Parameters) -> Self {
         let unet = UNet::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
-        let sides = config.sample_size.map_or(DEFAULT_SIDES, |size| size.sides());
+        let sides = config.sides();
         let process = schedule.process();
         Self { config, schedule, process, sides, checkpointing: false, parameters, unet }
-    }
-
-    fn over(&self, parameters: Parameters) -> Self {
-        let mut made = Self::bind(self.config.clone(), self.schedule.clone(), parameters);
-        made.sides = self.sides;
-        made.checkpointing = self.checkpointing;
-        made
     }
 
     /// With latents of another height and width than the configuration's.
@@ -98,7 +91,12 @@ impl LatentDenoiser {
 
     /// The native prediction [N, C, H, W] and the bottleneck, whatever the network is conditioned on.
     pub fn predict(&self, x_t: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
-        self.unet.forward(&x_t.to_kind(Kind::Float), inputs)
+        self.unet.forward(&x_t.to_kind(self.kind()), inputs)
+    }
+
+    /// What the weights are, and so what the network computes with.
+    fn kind(&self) -> Kind {
+        self.parameters.flat().kind()
     }
 
     /// Calls `forward` with what the condition says.
@@ -106,7 +104,6 @@ impl LatentDenoiser {
         &self,
         time: &Tensor,
         condition: &Condition,
-        mode: Mode,
         forward: impl FnOnce(&UNetInputs) -> T,
     ) -> T {
         let Condition::Text(text) = condition else { panic!("a text-to-image network needs a text") };
@@ -116,13 +113,30 @@ impl LatentDenoiser {
             _ => None,
         };
         let indices = time.to_kind(Kind::Float).round();
+        let states = embedded.states.to_kind(self.kind());
         forward(&UNetInputs {
             time: &indices,
-            states: &embedded.states,
+            states: &states,
             text_time,
             class_labels: None,
-            checkpointing: self.checkpointing && mode == Mode::Train,
+            checkpointing: self.checkpointing,
         })
+    }
+}
+
+impl UNetConfig {
+    /// Number of parameters of such a network.
+    ///
+    /// # Errors
+    /// When the configuration describes no network.
+    pub fn size(&self) -> Result<i64, ConfigError> {
+        Ok(declare(self)?.numel())
+    }
+
+    /// Height and width of the latents that it was trained on.
+    #[must_use]
+    pub fn sides(&self) -> [i64; 2] {
+        self.sample_size.map_or(DEFAULT_SIDES, |size| size.sides())
     }
 }
 
@@ -141,18 +155,17 @@ impl Denoiser for LatentDenoiser {
         x_t: &Tensor,
         time: &Tensor,
         condition: &Condition,
-        mode: Mode,
+        _mode: Mode,
     ) -> (Tensor, Tensor) {
-        let (native, bottleneck) =
-            self.conditioned(time, condition, mode, |inputs| self.predict(x_t, inputs));
+        let (native, bottleneck) = self.conditioned(time, condition, |inputs| self.predict(x_t, inputs));
         // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
         let x0 = self.process.to_x0(&native.to_kind(Kind::Float), &x_t.to_kind(Kind::Float), time);
         (x0, bottleneck.to_kind(Kind::Float))
     }
 
-    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
-        let x = x_t.to_kind(Kind::Float);
-        let bottleneck = self.conditioned(time, condition, mode, |inputs| self.unet.bottleneck(&x, inputs));
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, _mode: Mode) -> Tensor {
+        let x = x_t.to_kind(self.kind());
+        let bottleneck = self.conditioned(time, condition, |inputs| self.unet.bottleneck(&x, inputs));
         bottleneck.to_kind(Kind::Float)
     }
 
@@ -179,12 +192,12 @@ impl Denoiser for LatentDenoiser {
         }
     }
 
-    fn duplicate(&self) -> Box<dyn Denoiser> {
-        Box::new(self.over(self.parameters.over(self.parameters.flat().copy(), true)))
-    }
-
-    fn frozen(&self) -> Box<dyn Denoiser> {
-        Box::new(self.over(self.parameters.over(self.parameters.flat().shallow_clone(), false)))
+    fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
+        let mut made =
+            Self::bind(self.config.clone(), self.schedule.clone(), self.parameters.over(flat, trainable));
+        made.sides = self.sides;
+        made.checkpointing = self.checkpointing;
+        Box::new(made)
     }
 
     fn config_json(&self) -> String {

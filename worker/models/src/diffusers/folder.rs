@@ -118,6 +118,20 @@ impl ModelFolder {
         self.config("vae", "config.json", AutoencoderConfig::parse)
     }
 
+    /// Number of parameters of all text encoders, and tokens of a text.
+    ///
+    /// # Errors
+    /// [`LoadError`], with the file.
+    pub fn text_size(&self) -> Result<(i64, i64), LoadError> {
+        let (mut size, mut tokens) = (0, 0);
+        for encoder in self.parts().filter(|part| part.starts_with("text_encoder")) {
+            let config = self.config(encoder, "config.json", TextEncoderConfig::parse)?;
+            size += config.size(self.parts[encoder] == "CLIPTextModelWithProjection");
+            tokens = config.max_position_embeddings;
+        }
+        Ok((size, tokens))
+    }
+
     /// The U-Net.
     ///
     /// # Errors

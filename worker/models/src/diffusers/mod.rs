@@ -25,8 +25,8 @@ pub use self::{
     denoiser::LatentDenoiser,
     folder::ModelFolder,
     schedule::ScheduleConfig,
-    text::TextConditioner,
+    text::{TextConditioner, Tokens},
     text_encoder::{TextEncoder, TextEncoderConfig, TextStates},
     tokenizer::Tokenizer,
-    unet::{SampleSize, UNetConfig, UNetInputs},
+    unet::{Kept, Pass, SampleSize, UNetConfig, UNetInputs},
 };

@@ -1,6 +1,6 @@
 //! Prompts → what a U-Net is conditioned on.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{text_encoder::TextEncoder, tokenizer::Tokenizer};
 use crate::{denoiser::Embedded, weights::LoadError};
@@ -18,29 +18,65 @@ pub struct TextConditioner {
     zeros_for_empty: bool,
 }
 
+/// Texts as tokens, for each of a model's encoders.
+pub struct Tokens(
+    /// int32 [N, tokens] each.
+    Vec<Tensor>,
+);
+
+impl Tokens {
+    /// Some of the texts.
+    #[must_use]
+    pub fn rows(&self, indices: &[i64]) -> Self {
+        let indices = Tensor::from_slice(indices);
+        Self(self.0.iter().map(|ids| ids.index_select(0, &indices)).collect())
+    }
+}
+
 impl TextConditioner {
     pub(crate) fn new(readers: Vec<Reader>, zeros_for_empty: bool) -> Self {
         Self { readers, zeros_for_empty }
     }
 
-    /// SD: the last states of the only encoder. SDXL (2307.01952, section 2.1): the penultimate states of both, side by side, and
-    /// the second one's projected pooled output. No gradients are recorded.
+    /// Texts → tokens.
     ///
     /// # Errors
     /// The tokenizer's.
-    pub fn embed(&self, prompts: &[&str]) -> Result<Embedded, LoadError> {
-        let mut said = Vec::with_capacity(self.readers.len());
-        for reader in &self.readers {
-            said.push(reader.encoder.encode(&reader.tokenizer.encode(prompts)?));
-        }
-        Ok(match &said[..] {
+    pub fn tokenize(&self, texts: &[&str]) -> Result<Tokens, LoadError> {
+        let encode = |reader: &Reader| Ok(reader.tokenizer.encode(texts)?.to_kind(Kind::Int));
+        Ok(Tokens(self.readers.iter().map(encode).collect::<Result<_, LoadError>>()?))
+    }
+
+    /// [`embed_tokens`](Self::embed_tokens) of texts.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn embed(&self, texts: &[&str]) -> Result<Embedded, LoadError> {
+        Ok(self.embed_tokens(&self.tokenize(texts)?))
+    }
+
+    /// SD: the last states of the only encoder. SDXL (2307.01952, section 2.1): the penultimate states of both, side by side, and
+    /// the second one's projected pooled output. No gradients are recorded.
+    ///
+    /// # Panics
+    /// When the tokens are another model's.
+    #[must_use]
+    pub fn embed_tokens(&self, tokens: &Tokens) -> Embedded {
+        assert_eq!(tokens.0.len(), self.readers.len(), "one row of tokens for each encoder");
+        let said: Vec<_> = self
+            .readers
+            .iter()
+            .zip(&tokens.0)
+            .map(|(reader, ids)| reader.encoder.encode(&ids.to_kind(Kind::Int64)))
+            .collect();
+        match &said[..] {
             [one] => Embedded { states: one.last.shallow_clone(), pooled: None },
             all => {
                 let states: Vec<&Tensor> = all.iter().map(|one| &one.penultimate).collect();
                 let pooled = all.last().map(|last| last.pooled.shallow_clone());
                 Embedded { states: Tensor::cat(&states, -1), pooled }
             }
-        })
+        }
     }
 
     /// What stands for no text.

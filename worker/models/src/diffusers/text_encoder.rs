@@ -1,7 +1,7 @@
 //! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection` (2103.00020).
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, IndexOp, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{
     config::ConfigError,
@@ -84,6 +84,12 @@ impl TextEncoderConfig {
             }
         }
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
+    }
+
+    /// Number of parameters of such an encoder, which projects its pooled output or does not.
+    #[must_use]
+    pub fn size(&self, projects: bool) -> i64 {
+        self.declare(projects).numel()
     }
 
     fn declare(&self, projects: bool) -> Declaration {
@@ -191,7 +197,7 @@ impl TextEncoder {
                 eos => ids.eq(eos).to_kind(Kind::Int64).argmax(-1, false),
             };
             let rows = Tensor::arange(ids.size()[0], (Kind::Int64, ids.device()));
-            let pooled = last.i((&rows, &end));
+            let pooled = last.index(&[Some(&rows), Some(&end)]);
             let pooled = match &network.projection {
                 Some(projection) => projection.forward(&pooled),
                 None => pooled,

@@ -85,7 +85,9 @@ impl Tokenizer {
             .add_prefix_space(false);
         inner.with_post_processor(Some(PostProcessorWrapper::Roberta(marks)));
         // The padding token too: with SDXL's second tokenizer, whose it is, "!" is never part of a word.
-        inner.add_special_tokens([START, END, &pad].map(|mark| AddedToken::from(mark, true))).map_err(library)?;
+        inner
+            .add_special_tokens([START, END, &pad].map(|mark| AddedToken::from(mark, true)))
+            .map_err(library)?;
         let pad_id = id(&inner, &pad)?;
         inner
             .with_truncation(Some(TruncationParams { max_length: tokens, ..TruncationParams::default() }))

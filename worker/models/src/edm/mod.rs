@@ -197,12 +197,8 @@ impl Denoiser for EdmNetwork {
         [self.config.sigma_min, self.config.sigma_max]
     }
 
-    fn duplicate(&self) -> Box<dyn Denoiser> {
-        Box::new(self.rebind(self.parameters.flat().copy(), true))
-    }
-
-    fn frozen(&self) -> Box<dyn Denoiser> {
-        Box::new(self.rebind(self.parameters.flat().shallow_clone(), false))
+    fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
+        Box::new(self.rebind(flat, trainable))
     }
 
     fn config_json(&self) -> String {

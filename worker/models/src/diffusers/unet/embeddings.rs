@@ -137,6 +137,6 @@ impl TwoLayers {
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.second.forward(&self.first.forward(x).silu())
+        self.second.forward(&self.first.forward(&x.to_kind(self.first.kind())).silu())
     }
 }

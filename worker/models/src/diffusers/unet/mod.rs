@@ -1,12 +1,16 @@
 //! diffusers' `UNet2DConditionModel`: the U-Net of Stable Diffusion 1.x, 2.x and SDXL, under its parameters' names.
 
+mod activations;
 pub(crate) mod config;
 mod embeddings;
 mod transformer;
 
 use tch::{Kind, Tensor};
 
-pub use self::config::{SampleSize, UNetConfig};
+pub use self::{
+    activations::{Kept, Pass},
+    config::{SampleSize, UNetConfig},
+};
 use self::{
     embeddings::Embeddings,
     transformer::{Transformer, TransformerShape},

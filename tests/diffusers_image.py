@@ -1,0 +1,44 @@
+"""Loads an exported few-step generator as anybody would, with diffusers, and compares its images with `potstill sample`'s.
+
+    python tests/diffusers_image.py FOLDER NOISE PICTURES PROMPT...
+
+NOISE is what `potstill sample --save-noise` wrote, PICTURES its folder. Images must agree to 1e-3 before they are rounded to
+eight bits, so pixels may differ by one step.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers import scheduling_lcm
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def main() -> None:
+    folder, noise_file, pictures, *prompts = sys.argv[1:]
+    torch.set_num_threads(1)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = pipeline.scheduler
+    times = scheduler.config["few_step_timesteps"]
+    noises = load_file(noise_file)["noise"]
+    first = (1 - scheduler.alphas_cumprod[times[0]]) ** 0.5
+    for index, prompt in enumerate(prompts):
+        # Later noises come from the scheduler's own source, which is made to give those of the file.
+        later = iter(noises[index, 1:])
+        scheduling_lcm.randn_tensor = lambda shape, **_: next(later).reshape(shape)
+        image = pipeline(
+            prompt, latents=first * noises[index, :1], timesteps=times, guidance_scale=0.0, output_type="np"
+        ).images[0]
+        ours = np.asarray(Image.open(f"{pictures}/{index:06}.png").convert("RGB"), dtype=np.float64) / 255
+        # Half a step of rounding, and the 1e-3 that are allowed.
+        worst = np.abs(image - ours).max()
+        print(f"{prompt!r}: largest difference {worst:.2e}")
+        if worst > 0.5 / 255 + 1e-3:
+            sys.exit(f"{prompt!r}: images differ by {worst:.2e}")
+
+
+if __name__ == "__main__":
+    main()

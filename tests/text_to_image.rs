@@ -1,0 +1,435 @@
+//! Text-to-image models as real processes: a tiny random SDXL teacher is distilled on two workers, resumed, exported, sampled,
+//! and loaded by Python's diffusers.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use potstill_tests::{Cluster, Process, binary, relative_difference, repository, text, tiny_model};
+
+/// A cluster with a model and prompts.
+struct Studio {
+    cluster: Cluster,
+    config: PathBuf,
+}
+
+impl Studio {
+    fn new(family: &str) -> Self {
+        let cluster = Cluster::default();
+        tiny_model::write(family, &cluster.storage().join("model"));
+        let prompts =
+            "a red circle\ntwo blue squares\nthe best photo\nwe say word\na circle beside a square\n";
+        std::fs::write(cluster.storage().join("prompts.txt"), prompts).unwrap();
+        let config = cluster.storage().join("run-file.toml");
+        let spec = "[teacher]\nmodel = 'model'\n[prompts]\ndata = 'prompts.txt'\n[generator]\nsteps = 4\n\
+                    [distillation]\nglobal_batch = 8\nmicro_batch = 2\nalpha = 1.0\n\
+                    [optimiser]\ngenerator_learning_rate = 1e-4\nfake_score_learning_rate = 1e-4\n\
+                    [evaluation]\nteacher_steps = 2\n";
+        std::fs::write(&config, spec).unwrap();
+        Self { cluster, config }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.cluster.storage().join(name)
+    }
+
+    /// Writes twelve images with captions, and returns where.
+    fn pairs(&self) -> PathBuf {
+        let mut members = Vec::new();
+        for index in 0..12u8 {
+            let mut bytes = std::io::Cursor::new(Vec::new());
+            image::RgbImage::from_fn(20 + u32::from(index), 24, |x, y| {
+                image::Rgb([index * 20, (x * 10) as u8, (y * 10) as u8])
+            })
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
+            members.push((format!("{index:03}.png"), bytes.into_inner()));
+            members.push((format!("{index:03}.txt"), format!("photo {index}").into_bytes()));
+        }
+        let path = self.path("pairs.tar");
+        tiny_model::write_tar(&path, &members);
+        path
+    }
+
+    fn launch(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
+        let mut command = Command::new(binary("potstill"));
+        command
+            .arg("launch")
+            .arg(&self.config)
+            .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1", "--storage"])
+            .arg(self.cluster.storage())
+            .args(sets.iter().flat_map(|set| ["--set", set]))
+            .args(flags)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Output {
+        self.launch(run, workers, sets, flags).output().unwrap()
+    }
+
+    fn succeed(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> String {
+        let output = self.output(run, workers, sets, flags);
+        assert!(output.status.success(), "{run}: {}: {}", output.status, text(&output.stderr));
+        text(&output.stderr)
+    }
+
+    fn refused(&self, sets: &[&str]) -> String {
+        let output = self.output("bad", 2, sets, &[]);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{sets:?}: {message}");
+        assert!(!self.cluster.run("bad").exists(), "{sets:?} left something behind: {message}");
+        message
+    }
+
+    #[track_caller]
+    fn assert_close(&self, a: &str, b: &str, iteration: u64, most: f64) {
+        let (a, b) = (self.cluster.checkpoint(a, iteration), self.cluster.checkpoint(b, iteration));
+        for part in ["generator/", "fake_score/", "generator_ema/"] {
+            let difference = relative_difference(&a, &b, part);
+            assert!(difference <= most, "{part}: {difference}");
+        }
+    }
+}
+
+fn potstill(arguments: &[&str]) -> String {
+    let output = Command::new(binary("potstill")).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// Python with diffusers, where `scripts/test.sh` has installed it.
+fn python(test: &str) -> Option<PathBuf> {
+    let python = repository().join(".venv/bin/python");
+    let found = Command::new(&python).args(["-c", "import diffusers, transformers"]).stderr(Stdio::null());
+    let found = { found }.status().is_ok_and(|status| status.success());
+    if !found {
+        eprintln!("skipped: {test}: diffusers is not installed (pip install -r requirements-test.txt)");
+    }
+    found.then_some(python)
+}
+
+#[test]
+fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers() {
+    let studio = Studio::new("sdxl");
+    let storage = studio.cluster.storage().to_str().unwrap().to_owned();
+    let python = python("sdxl_is_distilled_…");
+    for (preset, more) in [
+        ("none", vec![]),
+        ("lsg", vec!["guidance.scale=1.5"]),
+        ("zero-cfg", vec![]),
+        ("anti-cfg", vec![]),
+        ("custom", vec!["guidance.teacher=2.0", "guidance.fake_score=0.5"]),
+    ] {
+        let preset_set = format!("guidance.preset={preset}");
+        let sets = |iterations: &'static str| [&[iterations, preset_set.as_str()], &more[..]].concat();
+        studio.succeed(preset, 2, &sets("distillation.iterations=10"), &[]);
+        studio.succeed(preset, 2, &sets("distillation.iterations=20"), &["--resume"]);
+        let run = format!("{storage}/runs/{preset}");
+        let exported = format!("{storage}/exported-{preset}");
+        potstill(&["export", "--checkpoint", &run, "--out", &exported]);
+        let (pictures, noise) = (format!("{storage}/{preset}"), format!("{storage}/{preset}.safetensors"));
+        let asked = ["--prompt", "a red circle", "--prompt", "two blue squares", "--count", "2"];
+        potstill(
+            &[&["sample", "--checkpoint", &exported, "--out", &pictures, "--save-noise", &noise], &asked[..]]
+                .concat(),
+        );
+        let again = format!("{storage}/{preset}-run");
+        potstill(&[&["sample", "--checkpoint", &run, "--out", &again], &asked[..]].concat());
+        let read = |folder: &str| std::fs::read(Path::new(folder).join("000001.png")).unwrap();
+        assert_eq!(read(&pictures), read(&again), "{preset}: the run's and its export's images differ");
+        if let Some(python) = &python {
+            let checked = Command::new(python)
+                .arg(repository().join("tests/diffusers_image.py"))
+                .args([&exported, &noise, &pictures, "a red circle", "two blue squares"])
+                .output()
+                .unwrap();
+            assert!(checked.status.success(), "{preset}: {}", text(&checked.stderr));
+        }
+    }
+    // Twenty iterations are ten and ten more, bit by bit.
+    studio.succeed("straight", 2, &["distillation.iterations=20", "guidance.preset=none"], &[]);
+    assert!(studio.cluster.checkpoint("straight", 20) == studio.cluster.checkpoint("none", 20));
+}
+
+#[test]
+fn what_saves_memory_changes_nothing() {
+    let studio = Studio::new("sdxl");
+    let sets = |more: &[&'static str]| -> Vec<&'static str> {
+        [&["distillation.iterations=6", "guidance.preset=lsg", "guidance.scale=1.5"], more].concat()
+    };
+    studio.succeed("plain", 1, &sets(&[]), &[]);
+    for (run, workers, more) in [
+        ("checkpointing", 2, vec!["memory.activation_checkpointing=true"]),
+        ("cache", 2, vec!["prompts.cache=embeddings"]),
+        ("sharded-2", 2, vec!["memory.shard_optimiser=true", "optimiser.clip_norm=1e9"]),
+        ("sharded-3", 3, vec!["memory.shard_optimiser=true", "memory.offload_ema=true"]),
+    ] {
+        studio.succeed(run, workers, &sets(&more), &[]);
+        studio.assert_close(run, "plain", 6, 1e-4);
+    }
+    assert!(studio.path("embeddings").is_dir(), "embeddings were kept");
+    // bf16 weights with fp32 masters: near, but not the same; sharded or not.
+    let bf16 = ["distillation.precision=bf16", "memory.bf16_weights=true"];
+    studio.succeed("bf16", 1, &sets(&bf16), &[]);
+    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard_optimiser=true"]].concat()), &[]);
+    studio.assert_close("bf16", "plain", 6, 2e-2);
+    studio.assert_close("bf16-sharded", "bf16", 6, 2e-2);
+    let (bf16, plain) = (studio.cluster.checkpoint("bf16", 6), studio.cluster.checkpoint("plain", 6));
+    assert!(relative_difference(&bf16, &plain, "generator/") > 0.0);
+}
+
+/// Pieces of a tensor `name@first` put together.
+fn assembled(
+    tensors: std::collections::BTreeMap<String, Vec<f32>>,
+) -> std::collections::BTreeMap<String, Vec<f32>> {
+    let mut pieces: Vec<(String, usize, Vec<f32>)> = tensors
+        .into_iter()
+        .map(|(name, values)| match name.rsplit_once('@') {
+            Some((tensor, first)) => (tensor.to_owned(), first.parse().unwrap(), values),
+            None => (name, 0, values),
+        })
+        .collect();
+    pieces.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
+    let mut whole: std::collections::BTreeMap<String, Vec<f32>> = Default::default();
+    for (name, first, values) in pieces {
+        let tensor = whole.entry(name).or_default();
+        assert_eq!(tensor.len(), first, "pieces follow each other");
+        tensor.extend(values);
+    }
+    whole
+}
+
+#[test]
+fn a_sharded_optimisers_checkpoint_is_loaded_by_any_number_of_ranks() {
+    let studio = Studio::new("sd15");
+    let sharded = "memory.shard_optimiser=true";
+    studio.succeed("straight", 1, &["distillation.iterations=6"], &[]);
+    for (workers, then, more) in [
+        (3, 1, sharded),
+        (3, 2, sharded),
+        (2, 4, sharded),
+        (1, 3, sharded),
+        (3, 2, "memory.shard_optimiser=false"),
+    ] {
+        let run = format!("from-{workers}-to-{then}-{}", more.len());
+        studio.succeed(&run, workers, &["distillation.iterations=3", sharded], &[]);
+        studio.succeed(&run, then, &["distillation.iterations=6", more], &["--resume"]);
+        let (a, b) =
+            (assembled(studio.cluster.checkpoint(&run, 6)), studio.cluster.checkpoint("straight", 6));
+        for part in ["generator/", "fake_score/", "generator_ema/", "generator_adam.exp_avg_sq/"] {
+            let difference = relative_difference(&a, &b, part);
+            assert!(difference <= 1e-4, "{run}: {part}: {difference}");
+        }
+    }
+    // Resumed at the same size it is the same, bit by bit.
+    studio.succeed("halves", 2, &["distillation.iterations=3", sharded], &[]);
+    studio.succeed("halves", 2, &["distillation.iterations=6", sharded], &["--resume"]);
+    studio.succeed("whole", 2, &["distillation.iterations=6", sharded], &[]);
+    assert!(studio.cluster.checkpoint("halves", 6) == studio.cluster.checkpoint("whole", 6));
+}
+
+#[test]
+fn a_sharded_run_goes_back_to_its_checkpoint_when_a_rank_dies() {
+    let studio = Studio::new("sd15");
+    let sets = ["distillation.iterations=6", "checkpoint.every=2", "memory.shard_optimiser=true"];
+    studio.succeed("undisturbed", 2, &sets, &[]);
+    for (at, rank) in [("forward", 0), ("stepped", 1)] {
+        let run = format!("{at}-{rank}");
+        let mut command = studio.launch(&run, 2, &sets, &[]);
+        let once = studio.path(&format!("once-{run}"));
+        command.env("POTSTILL_FAULT", format!("die:{at}:3:{rank}:{}", once.display()));
+        let output = command.output().unwrap();
+        let log = text(&output.stderr);
+        assert!(output.status.success(), "{run}: {log}");
+        let end = assembled(studio.cluster.checkpoint(&run, 6));
+        let undisturbed = assembled(studio.cluster.checkpoint("undisturbed", 6));
+        for part in ["generator/", "fake_score/", "generator_ema/"] {
+            let difference = relative_difference(&end, &undisturbed, part);
+            assert!(difference <= 1e-4, "{run}: {part}: {difference}");
+        }
+        let repeated = studio.cluster.summary(&run)["repeated_iterations"].as_u64().unwrap();
+        assert!(repeated <= 2, "{run}: no more than since the checkpoint: {repeated}");
+    }
+}
+
+#[test]
+fn sharded_workers_join_without_a_step_lost() {
+    let studio = Studio::new("sd15");
+    let sets = ["distillation.iterations=60", "memory.shard_optimiser=true", "checkpoint.every=1000"];
+    studio.succeed("undisturbed", 2, &sets, &[]);
+    let port = potstill_tests::free_port();
+    let mut serve = Command::new(binary("potstill"));
+    serve
+        .arg("serve")
+        .arg(&studio.config)
+        .args(["--workers", "2", "--run-id", "joined", "--listen", &format!("127.0.0.1:{port}"), "--storage"])
+        .arg(studio.cluster.storage())
+        .args(sets.iter().flat_map(|set| ["--set", set]))
+        .args(["--set", "cluster.min_workers=1", "--set", "cluster.failure_timeout_seconds=2"]);
+    let mut serve = Process::start(serve);
+    serve.until(&["waiting"]);
+    let first = Process::start(Cluster::agent("joined", port, 1));
+    serve.until(&["generation=1"]);
+    let second = Process::start(Cluster::agent("joined", port, 1));
+    let (code, log) = serve.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("world_size=2"), "{log}");
+    let _ = (first.end(), second.end());
+    let end = assembled(studio.cluster.checkpoint("joined", 60));
+    let undisturbed = assembled(studio.cluster.checkpoint("undisturbed", 60));
+    let difference = relative_difference(&end, &undisturbed, "generator/");
+    assert!(difference <= 1e-4, "{difference}");
+    assert_eq!(studio.cluster.summary("joined")["repeated_iterations"], 0, "{log}");
+}
+
+#[test]
+fn the_adversarial_loss_sees_images_with_captions() {
+    let studio = Studio::new("sdxl");
+    let pairs = format!("adversarial.data={}", studio.pairs().display());
+    let sets = |more: &[&'static str]| -> Vec<String> {
+        ["distillation.iterations=6", "guidance.preset=zero-cfg", "adversarial.start_images=16", &pairs]
+            .into_iter()
+            .chain(more.iter().copied())
+            .map(str::to_owned)
+            .collect()
+    };
+    let run = |name: &str, workers: u32, sets: &[String]| {
+        studio.succeed(name, workers, &sets.iter().map(String::as_str).collect::<Vec<_>>(), &[])
+    };
+    run("one", 1, &sets(&[]));
+    run("two", 2, &sets(&[]));
+    run("cached", 2, &sets(&["adversarial.cache=latents", "prompts.cache=embeddings"]));
+    studio.assert_close("two", "one", 6, 1e-4);
+    studio.assert_close("cached", "two", 6, 1e-6);
+    let rows = studio.cluster.metrics("one");
+    let last = rows.iter().rfind(|row| row["kind"] == "iteration").unwrap();
+    assert!(last["discriminator_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
+    run("without", 1, &sets(&["adversarial.start_images=1000"]));
+    let (with, without) = (studio.cluster.checkpoint("one", 6), studio.cluster.checkpoint("without", 6));
+    assert!(relative_difference(&with, &without, "fake_score/") > 0.0);
+    // A finished generator is what the next run starts from.
+    let exported = studio.path("exported");
+    let run_url = studio.cluster.run("one");
+    potstill(&[
+        "export",
+        "--checkpoint",
+        run_url.to_str().unwrap(),
+        "--out",
+        exported.to_str().unwrap(),
+        "--link",
+    ]);
+    assert!(exported.join("vae/config.json").is_symlink());
+    let start = format!("generator.start_from={}", exported.display());
+    studio.succeed("continued", 1, &["distillation.iterations=1", &start], &[]);
+}
+
+#[test]
+fn wrong_input_is_named_before_anything_is_written() {
+    let studio = Studio::new("sdxl");
+    let says = |message: String, words: &[&str]| {
+        for word in words {
+            assert!(message.contains(word), "{word:?} is not in: {message}");
+        }
+    };
+    let write = |name: &str, content: &[u8]| {
+        std::fs::write(studio.path(name), content).unwrap();
+        format!("prompts.data={}", studio.path(name).display())
+    };
+    says(studio.refused(&[&write("empty.txt", b"\n")]), &["empty.txt", "holds no prompts"]);
+    says(studio.refused(&[&write("latin.txt", b"fine\ncaf\xe9\n")]), &["line 2", "UTF-8"]);
+    says(studio.refused(&["prompts.data=/nowhere/p.txt"]), &["/nowhere/p.txt"]);
+    says(studio.refused(&["generator.initial_timestep=1000"]), &["initial_timestep", "999"]);
+    says(studio.refused(&["distillation.weighting=one-minus-t"]), &["one-minus-t"]);
+    says(studio.refused(&["teacher.image_size=[17,16]"]), &["image_size", "multiples of 2"]);
+    says(studio.refused(&["memory.bf16_weights=true"]), &["bf16_weights", "precision"]);
+    says(studio.refused(&["teacher.model=/nowhere/model"]), &["/nowhere/model", "model_index.json"]);
+
+    // Folders with something wrong.
+    let broken = |name: &str, change: &dyn Fn(&Path)| {
+        let folder = studio.path(name);
+        tiny_model::write("sdxl", &folder);
+        change(&folder);
+        studio.refused(&[&format!("teacher.model={}", folder.display())])
+    };
+    let message = broken("no-weights", &|folder| {
+        std::fs::remove_file(folder.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
+    });
+    says(message, &["no-weights/unet", "diffusion_pytorch_model.safetensors is missing"]);
+    let message = broken("pickled", &|folder| {
+        let unet = folder.join("unet");
+        std::fs::rename(
+            unet.join("diffusion_pytorch_model.safetensors"),
+            unet.join("diffusion_pytorch_model.bin"),
+        )
+        .unwrap();
+    });
+    says(message, &["diffusion_pytorch_model.bin", "pickle", "safe_serialization"]);
+    let message = broken("no-tokenizer", &|folder| {
+        std::fs::remove_file(folder.join("tokenizer_2/merges.txt")).unwrap();
+    });
+    says(message, &["tokenizer_2", "merges.txt"]);
+    let message = broken("other-tokenizer", &|folder| {
+        let path = folder.join("text_encoder/config.json");
+        let config =
+            std::fs::read_to_string(&path).unwrap().replace("\"vocab_size\": 550", "\"vocab_size\": 90");
+        std::fs::write(path, config).unwrap();
+    });
+    says(message, &["tokenizer", "another encoder"]);
+    let message = broken("scheduler", &|folder| {
+        let path = folder.join("scheduler/scheduler_config.json");
+        let config = std::fs::read_to_string(&path)
+            .unwrap()
+            .replace("DDIMScheduler", "FlowMatchEulerDiscreteScheduler");
+        std::fs::write(path, config).unwrap();
+    });
+    says(message, &["scheduler_config.json", "FlowMatchEulerDiscreteScheduler"]);
+
+    // Pairs.
+    let pairs = |path: &Path| format!("adversarial.data={}", path.display());
+    says(studio.refused(&[&pairs(&studio.path("model"))]), &["holds no tars"]);
+    let tar = studio.path("broken.tar");
+    let members = |count: usize| -> Vec<(String, Vec<u8>)> {
+        (0..count).map(|index| (format!("{index}.png"), b"no picture".to_vec())).collect()
+    };
+    tiny_model::write_tar(&tar, &members(3));
+    says(studio.refused(&[&pairs(&tar)]), &["3 of 3 images cannot be used"]);
+}
+
+#[test]
+fn a_plan_says_yes_or_no_before_anything_is_loaded() {
+    let studio = Studio::new("sdxl");
+    // The weights are not looked at.
+    std::fs::remove_file(studio.path("model/unet/diffusion_pytorch_model.safetensors")).unwrap();
+    let config = studio.config.to_str().unwrap();
+    let plan = |more: &[&str]| {
+        let output = Command::new(binary("potstill")).args(["plan", config]).args(more).output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, said, _) = plan(&["--device-memory", "80GiB", "--workers", "8"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("yes: it fits 80.0 GiB") && said.contains("Adam's moments"), "{said}");
+    let (code, said, _) = plan(&["--device-memory", "1MiB"]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("no:") && said.contains("memory.bf16_weights"), "{said}");
+    let (code, said, _) = plan(&[
+        "--device-memory",
+        "1GiB",
+        "--json",
+        "--workers",
+        "2",
+        "--set",
+        "memory.shard_optimiser=true",
+    ]);
+    assert_eq!(code, Some(0));
+    let sharded: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let (_, said, _) = plan(&["--device-memory", "1GiB", "--json"]);
+    let alone: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let moments = |plan: &serde_json::Value| plan["plan"]["moments"].as_u64().unwrap();
+    assert!(moments(&sharded).abs_diff(moments(&alone) / 2) < 64, "half of the moments on each of two ranks");
+    let (code, _, error) = plan(&["--device-memory", "lots"]);
+    assert_eq!(code, Some(2), "{error}");
+}

@@ -1,0 +1,67 @@
+//! The tiny text-to-image models of `tests/fixtures/sd_model_*.safetensors`, as folders that a hub would send.
+
+use std::{collections::HashMap, path::Path};
+
+use safetensors::{SafeTensors, tensor::TensorView};
+
+use crate::repository;
+
+/// Writes the model of a family (`sd15`, `sd21`, `sdxl`) below `folder`.
+///
+/// # Panics
+/// The fixture cannot be read, or the folder cannot be written.
+pub fn write(family: &str, folder: &Path) {
+    let path = repository().join(format!("tests/fixtures/sd_model_{family}.safetensors"));
+    let bytes = std::fs::read(path).expect("the fixture can be read");
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("the fixture is safetensors");
+    let metadata: HashMap<String, String> = header.metadata().clone().expect("the fixture has metadata");
+    let archive = SafeTensors::deserialize(&bytes).expect("the fixture is safetensors");
+    let write = |name: &str, content: &[u8]| {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().expect("a file has a folder")).expect("a folder");
+        std::fs::write(path, content).expect("a file");
+    };
+    let class = match metadata.contains_key("text_encoder_2") {
+        true => "StableDiffusionXLPipeline",
+        false => "StableDiffusionPipeline",
+    };
+    let mut index: serde_json::Value = serde_json::from_str(&metadata["model_index"]).expect("JSON");
+    index["_class_name"] = class.into();
+    write("model_index.json", index.to_string().as_bytes());
+    write("scheduler/scheduler_config.json", metadata["scheduler"].as_bytes());
+    for (name, content) in metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
+        write(name, content.as_bytes());
+    }
+    for (part, stem) in [
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
+    ] {
+        let Some(config) = metadata.get(part) else { continue };
+        write(&format!("{part}/config.json"), config.as_bytes());
+        let prefix = format!("{part}.");
+        let tensors: Vec<(String, TensorView)> = archive
+            .iter()
+            .filter_map(|(name, view)| Some((name.strip_prefix(&prefix)?.to_owned(), view)))
+            .collect();
+        let bytes = safetensors::serialize(tensors, None).expect("safetensors");
+        write(&format!("{part}/{stem}.safetensors"), &bytes);
+    }
+}
+
+/// Writes a tar in the WebDataset layout.
+///
+/// # Panics
+/// It cannot be written.
+pub fn write_tar(path: &Path, members: &[(String, Vec<u8>)]) {
+    let mut builder = tar::Builder::new(std::fs::File::create(path).expect("a file"));
+    for (name, content) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        builder.append_data(&mut header, name, content.as_slice()).expect("a member");
+    }
+    builder.finish().expect("a tar");
+}

@@ -1,0 +1,90 @@
+//! How much memory tensors take, as libtorch's allocators count it.
+
+use std::marker::PhantomData;
+use std::ptr::{self, NonNull};
+
+use tch::Device;
+
+use crate::error::{Error, call};
+use crate::ffi;
+
+/// Follows, while it lives, how many bytes of a device's memory tensors hold at a time. On the host it sees what this thread and the
+/// backward passes that it starts allocate, and only one may live in a thread; on a GPU it sees the whole process.
+#[derive(Debug)]
+pub struct MemoryMeter {
+    raw: NonNull<ffi::Memory>,
+    /// On the host it belongs to the thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl MemoryMeter {
+    /// Begins.
+    ///
+    /// # Errors
+    /// libtorch has no such device.
+    pub fn start(device: Device) -> Result<Self, Error> {
+        let index = match device {
+            Device::Cuda(index) => i32::try_from(index).unwrap_or(i32::MAX),
+            _ => -1,
+        };
+        let mut raw = ptr::null_mut();
+        let begun = call(|error| {
+            // SAFETY: the function takes plain values, and gives an object that is ended once.
+            unsafe { ffi::potstill_memory_begin(index, &mut raw, error) }
+        });
+        let failed = |cause| Error::from_text("measure memory", None, cause);
+        begun.map_err(failed)?;
+        let raw = NonNull::new(raw).ok_or_else(|| failed("no meter".to_owned()))?;
+        Ok(Self { raw, not_send: PhantomData })
+    }
+
+    /// The most bytes at a time since it began, beyond those that were there then.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn peak(&self) -> Result<u64, Error> {
+        let mut bytes = 0;
+        call(|error| {
+            // SAFETY: the object is alive.
+            unsafe { ffi::potstill_memory_peak(self.raw.as_ptr(), &mut bytes, error) }
+        })
+        .map_err(|cause| Error::from_text("measure memory", None, cause))?;
+        Ok(u64::try_from(bytes).unwrap_or(0))
+    }
+}
+
+impl Drop for MemoryMeter {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from the shim and is used no more.
+        unsafe { ffi::potstill_memory_end(self.raw.as_ptr()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Kind, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn the_most_at_a_time_is_counted_and_not_what_came_and_went() {
+        let options = (Kind::Float, Device::Cpu);
+        let before = Tensor::zeros([1 << 20], options);
+        let meter = MemoryMeter::start(Device::Cpu).unwrap();
+        for _ in 0..3 {
+            let _ = Tensor::zeros([1 << 20], options);
+        }
+        drop(before);
+        let kept = Tensor::zeros([1 << 20], options).set_requires_grad(true);
+        kept.square().sum(Kind::Float).backward();
+        let peak = meter.peak().unwrap();
+        let megabytes = peak >> 20;
+        assert!(
+            (8..=24).contains(&megabytes),
+            "a tensor, its square, its gradient, and what that needs: {peak}"
+        );
+        drop(meter);
+        let meter = MemoryMeter::start(Device::Cpu).unwrap();
+        assert_eq!(meter.peak().unwrap(), 0);
+    }
+}

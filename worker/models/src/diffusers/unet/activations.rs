@@ -1,0 +1,144 @@
+//! How much a U-Net's pass keeps for its backward pass, from the architecture alone. It counts what libtorch's operations save:
+//! a convolution or linear layer its input, a normalisation its input, attention its query, key, value and output, a product
+//! both factors.
+
+use super::UNetConfig;
+
+/// A pass through a U-Net whose gradient is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Samples in it; a guided one has twice as many.
+    pub samples: i64,
+    /// Height and width of the latents.
+    pub sides: [i64; 2],
+    /// Tokens of a text.
+    pub tokens: i64,
+    /// Whether weights take gradients; else only the input does.
+    pub trained: bool,
+    /// Whether blocks are computed again in the backward pass.
+    pub again: bool,
+}
+
+/// Elements of the network's kind of number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// From the forward pass until its backward pass.
+    pub elements: i64,
+    /// Beyond these while the largest block that is computed again is.
+    pub again: i64,
+    /// The largest of what is made and dropped on the way, which the first steps of the backward pass need too.
+    pub passing: i64,
+}
+
+/// Adds up a pass.
+struct Sum<'a> {
+    config: &'a UNetConfig,
+    pass: Pass,
+    kept: Kept,
+}
+
+impl UNetConfig {
+    /// What a pass keeps.
+    #[must_use]
+    pub fn kept(&self, pass: Pass) -> Kept {
+        let mut sum = Sum { config: self, pass, kept: Kept::default() };
+        sum.whole();
+        sum.kept
+    }
+}
+
+impl Sum<'_> {
+    fn whole(&mut self) {
+        let config = self.config;
+        let channels = &config.block_out_channels;
+        let last = channels.len() - 1;
+        let mut sides = self.pass.sides;
+        // The input, and what the first convolution makes of it.
+        self.keep(self.image(config.in_channels, sides) + self.image(channels[0], sides));
+        let mut skips = vec![channels[0]];
+        let mut inputs = channels[0];
+        let mut levels = vec![sides];
+        for (level, outputs) in channels.iter().copied().enumerate() {
+            for _ in 0..config.layers_per_block.at(level) {
+                self.step(inputs, outputs, sides, config.attends_down(level).then_some(level));
+                inputs = outputs;
+                skips.push(outputs);
+            }
+            if level < last {
+                sides = sides.map(|side| (side + 1) / 2);
+                self.keep(self.image(outputs, sides));
+                skips.push(outputs);
+            }
+            levels.push(sides);
+        }
+        if config.mid_block_type.is_some() {
+            self.step(inputs, inputs, sides, Some(last));
+            self.step(inputs, inputs, sides, None);
+        }
+        for (place, level) in (0..=last).rev().enumerate() {
+            let outputs = channels[level];
+            for _ in 0..=config.layers_per_block.at(level) {
+                let merged = inputs + skips.pop().unwrap_or(0);
+                self.keep(self.image(merged, sides));
+                self.step(merged, outputs, sides, config.attends_up(place).then_some(level));
+                inputs = outputs;
+            }
+            if level > 0 {
+                sides = levels[level - 1];
+                // Repeated pixels, which the convolution behind them keeps, and what it makes of them.
+                self.keep(2 * self.image(outputs, sides));
+            }
+        }
+        // Normalised, and through the activation.
+        self.keep(2 * self.image(channels[0], sides));
+    }
+
+    /// A residual block, and attention where `attends` says on which level.
+    fn step(&mut self, inputs: i64, outputs: i64, sides: [i64; 2], attends: Option<usize>) {
+        let image = |channels| self.image(channels, sides);
+        // Normalised and activated, before each convolution; what the first one makes.
+        let inside = 2 * image(inputs) + 3 * image(outputs);
+        self.block(inside, image(outputs));
+        if let Some(level) = attends {
+            let (inside, output) = self.attention(level, outputs, sides);
+            self.block(inside, output);
+        }
+    }
+
+    /// What a transformer keeps inside, and its output.
+    fn attention(&self, level: usize, channels: i64, sides: [i64; 2]) -> (i64, i64) {
+        let sequence = self.image(channels, sides);
+        let text = self.pass.samples * self.pass.tokens * channels;
+        let heads = self.config.attention_head_dim.at(level);
+        // The logarithms of its sums, fp32; those of two attentions.
+        let sums = 2 * 2 * self.pass.samples * heads * sides[0] * sides[1];
+        // Query, key, value and output of attention to itself, query and output of attention to the text, the sums behind them,
+        // the gate's halves, the activated half, the output.
+        let attended = 4 + 2 + 2 + 8 + 4 + 1;
+        // Inputs of linear layers: normalised three times, and the gated product.
+        let inputs = if self.pass.trained { 3 + 4 } else { 0 };
+        let layer = (attended + inputs) * sequence + 2 * text + sums;
+        let layers = self.config.transformer_layers_per_block.at(level);
+        // Normalised, and projected; the output.
+        (2 * sequence + layers * layer, sequence)
+    }
+
+    /// A block that keeps so much inside and has this output.
+    fn block(&mut self, inside: i64, output: i64) {
+        if self.pass.again {
+            self.kept.again = self.kept.again.max(inside);
+        } else {
+            self.kept.elements += inside;
+        }
+        self.kept.passing = self.kept.passing.max(2 * output);
+        self.keep(output);
+    }
+
+    fn keep(&mut self, elements: i64) {
+        self.kept.elements += elements;
+    }
+
+    fn image(&self, channels: i64, sides: [i64; 2]) -> i64 {
+        self.pass.samples * channels * sides[0] * sides[1]
+    }
+}

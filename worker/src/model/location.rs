@@ -1,0 +1,148 @@
+//! Where a model lies: a folder here, an object store, or the Hugging Face hub. What is elsewhere is copied here once for all
+//! processes of a machine.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, ensure};
+use nix::fcntl::{Flock, FlockArg};
+use potstill_storage::Source;
+use sha2::{Digest, Sha256};
+
+/// The part of a repository that a model folder consists of.
+fn belongs(name: &str) -> bool {
+    const PARTS: [&str; 7] =
+        ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"];
+    let known = |name: &str| [".json", ".txt", ".safetensors"].iter().any(|end| name.ends_with(end));
+    match name.split_once('/') {
+        None => name == "model_index.json",
+        // Weights that were not averaged are for those who train on.
+        Some((part, file)) => {
+            PARTS.contains(&part) && !file.contains('/') && !file.contains(".non_ema.") && known(file)
+        }
+    }
+}
+
+/// A model's folder on this machine. `location` is a path, a URL of an object store, or `owner/name` or `owner/name@revision` on
+/// the hub.
+///
+/// # Errors
+/// There is no such folder, and it cannot be fetched.
+pub fn fetch_model(location: &str) -> anyhow::Result<PathBuf> {
+    let path = Path::new(location.strip_prefix("file://").unwrap_or(location));
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    if location.contains("://") && !location.starts_with("file://") {
+        return from_store(location);
+    }
+    let hub = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['/', '\\', ':']);
+    ensure!(
+        location.split_once('/').is_some_and(|(owner, name)| hub(owner) && hub(name)),
+        "there is no such folder; expected one with a model_index.json, a URL, or owner/name on the Hugging Face hub"
+    );
+    from_hub(location)
+}
+
+/// Where copies are kept.
+fn cache() -> anyhow::Result<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))
+        .context("no place for a copy: set XDG_CACHE_HOME or HOME")?;
+    Ok(base.join("potstill/models"))
+}
+
+fn from_store(location: &str) -> anyhow::Result<PathBuf> {
+    let name: String = Sha256::digest(location).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let folder = cache()?.join(name);
+    let parent = folder.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+    let lock = File::create(folder.with_extension("lock"))?;
+    let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let partial = folder.with_extension("partial");
+    let copied: anyhow::Result<()> = runtime.block_on(async {
+        let source = Source::open(location)?;
+        let names: Vec<String> = source.list().await?.into_iter().filter(|name| belongs(name)).collect();
+        ensure!(names.iter().any(|name| name == "model_index.json"), "{location} holds no model_index.json");
+        for name in names {
+            tracing::info!(name, "copying the model");
+            let path = partial.join(&name);
+            std::fs::create_dir_all(path.parent().unwrap_or(&partial))?;
+            source.read_to(&name, &path).await?;
+        }
+        Ok(())
+    });
+    copied?;
+    // A folder under its own name is whole.
+    std::fs::rename(&partial, &folder)
+        .with_context(|| format!("cannot rename {} to {}", partial.display(), folder.display()))?;
+    Ok(folder)
+}
+
+fn from_hub(location: &str) -> anyhow::Result<PathBuf> {
+    let advice =
+        "cannot fetch it from the Hugging Face hub; where there is no network, name a folder on this machine";
+    let api = hf_hub::api::sync::ApiBuilder::from_env().build().context(advice)?;
+    let repository = match location.split_once('@') {
+        Some((name, revision)) => {
+            hf_hub::Repo::with_revision(name.to_owned(), hf_hub::RepoType::Model, revision.to_owned())
+        }
+        None => hf_hub::Repo::model(location.to_owned()),
+    };
+    let repository = api.repo(repository);
+    let info = repository.info().context(advice)?;
+    let names: Vec<String> =
+        info.siblings.into_iter().map(|file| file.rfilename).filter(|name| belongs(name)).collect();
+    // Of weights that come in full and in half precision, one is enough.
+    let full = |name: &str| name.replace(".fp16", "");
+    let wanted = names.iter().filter(|name| !name.contains(".fp16") || !names.contains(&full(name)));
+    let mut folder = None;
+    for name in wanted {
+        let path = repository.get(name).with_context(|| format!("{name}: {advice}"))?;
+        if name == "model_index.json" {
+            folder = path.parent().map(Path::to_owned);
+        }
+    }
+    folder.with_context(|| format!("{location} on the hub holds no model_index.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_text_to_image_model_needs_is_copied() {
+        for name in [
+            "model_index.json",
+            "unet/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+            "tokenizer/merges.txt",
+        ] {
+            assert!(belongs(name), "{name}");
+        }
+        for name in [
+            "README.md",
+            "v1-5-pruned.safetensors",
+            "safety_checker/model.safetensors",
+            "unet/diffusion_pytorch_model.bin",
+            "unet/diffusion_pytorch_model.non_ema.safetensors",
+        ] {
+            assert!(!belongs(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_place_that_is_none_says_what_is_expected() {
+        for location in ["/nowhere/model", "model", "../up/model", "file:///nowhere"] {
+            let error = fetch_model(location).unwrap_err().to_string();
+            assert!(error.contains("model_index.json"), "{location}: {error}");
+        }
+    }
+}

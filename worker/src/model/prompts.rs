@@ -1,0 +1,160 @@
+//! The prompts that a text-to-image model is shown, as its conditions.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use anyhow::{Context, ensure};
+use potstill_models::{
+    Condition, Embedded, TextCondition,
+    diffusers::{TextConditioner, Tokens},
+};
+use tch::{Device, Kind, Tensor};
+
+use super::{Wanted, prompt_file::read_prompts, row_cache::RowCache};
+
+/// Prompts, and what turns them into conditions.
+pub struct Prompts {
+    /// How many there are; the numbers from here on are those of real images' captions.
+    count: i64,
+    /// Class of each, where the file has some: what an extractor's classifier should see.
+    labels: Option<Vec<i64>>,
+    embedder: Embedder,
+    null: Arc<Embedded>,
+    /// SDXL's micro-conditioning of what is made, [1, 6].
+    sizes: Option<Tensor>,
+}
+
+enum Embedder {
+    /// Computes them when they are wanted.
+    Encoders { conditioner: TextConditioner, tokens: Tokens },
+    /// Has them on disk; the text encoders are gone.
+    Cache(RowCache),
+}
+
+impl Prompts {
+    /// Reads and tokenises the prompts, and the captions of real images. `image` is height and width of what is made for them;
+    /// `digest` names the model, for the cache.
+    ///
+    /// # Errors
+    /// The file is missing, empty, or malformed; the cache cannot be written.
+    pub fn new(
+        wanted: Wanted<'_>,
+        captions: Vec<String>,
+        conditioner: TextConditioner,
+        image: [i64; 2],
+        digest: Option<&str>,
+    ) -> anyhow::Result<Self> {
+        let (mut texts, labels, cache, original, crop) = match wanted {
+            Wanted::These(texts) => (texts, None, None, None, [0, 0]),
+            Wanted::File(spec) => {
+                let read = read_prompts(&spec.data, &spec.column)
+                    .with_context(|| format!("prompts.data {}", spec.data))?;
+                tracing::info!(prompts = read.texts.len(), "prompts loaded");
+                (read.texts, read.labels, spec.cache.as_deref(), spec.original_size, spec.crop)
+            }
+        };
+        ensure!(!texts.is_empty(), "there are no prompts");
+        let count = texts.len() as i64;
+        texts.extend(captions);
+        let sizes = conditioner.pooled_width().map(|_| {
+            let original = original.map_or(image, |sides| sides.map(i64::from));
+            let numbers = [original[0], original[1], crop[0].into(), crop[1].into(), image[0], image[1]];
+            Tensor::from_slice(&numbers).to_kind(Kind::Float).unsqueeze(0)
+        });
+        let null = Arc::new(conditioner.null()?);
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let embedder = match cache {
+            Some(folder) => {
+                let digest = digest.context("the model's folder was not hashed, which names what is kept")?;
+                let cache = embed_all(folder, digest, &texts, &conditioner)
+                    .with_context(|| format!("prompts.cache {}", folder.display()))?;
+                Embedder::Cache(cache)
+            }
+            None => {
+                let tokens = conditioner.tokenize(&texts)?;
+                Embedder::Encoders { conditioner, tokens }
+            }
+        };
+        Ok(Self { count, labels, embedder, null, sizes })
+    }
+
+    /// How many there are, captions not among them.
+    pub fn len(&self) -> i64 {
+        self.count
+    }
+
+    /// The class of one prompt, where the file has classes.
+    pub fn label(&self, index: i64) -> Option<i64> {
+        self.labels.as_ref().map(|labels| labels[index as usize])
+    }
+
+    /// The condition of samples made for these prompts. A prompt that is asked for several times is embedded once.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    pub fn condition(&self, indices: &[i64], device: Device) -> Condition {
+        let sizes = self.sizes.as_ref().map(|sizes| sizes.expand([indices.len() as i64, 6], true));
+        self.conditioned(indices, sizes, device)
+    }
+
+    /// The condition of real images with these captions and this micro-conditioning [N, 6], where the model takes some.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    pub fn condition_of(&self, captions: &[i64], sizes: Tensor, device: Device) -> Condition {
+        let captions: Vec<i64> = captions.iter().map(|caption| self.count + caption).collect();
+        self.conditioned(&captions, self.sizes.as_ref().map(|_| sizes), device)
+    }
+
+    fn conditioned(&self, indices: &[i64], sizes: Option<Tensor>, device: Device) -> Condition {
+        let (distinct, places) = distinct(indices);
+        let embedded = match &self.embedder {
+            Embedder::Encoders { conditioner, tokens } => conditioner.embed_tokens(&tokens.rows(&distinct)),
+            Embedder::Cache(cache) => Embedded {
+                states: cache.rows("states", &distinct).expect("every row was written with its states"),
+                pooled: cache.rows("pooled", &distinct),
+            },
+        };
+        let texts = embedded.map(|x| x.to_device(Device::Cpu).index_select(0, &places).to_device(device));
+        let null = match self.null.states.device() == device {
+            true => Arc::clone(&self.null),
+            false => Arc::new(self.null.map(|x| x.to_device(device))),
+        };
+        Condition::Text(TextCondition::new(texts, null, sizes.map(|sizes| sizes.to_device(device))))
+    }
+}
+
+/// The different numbers among these, rising, and the place of each of these among them, int64.
+pub(super) fn distinct(indices: &[i64]) -> (Vec<i64>, Tensor) {
+    let mut places: BTreeMap<i64, i64> = indices.iter().map(|index| (*index, 0)).collect();
+    for (place, known) in (0..).zip(places.values_mut()) {
+        *known = place;
+    }
+    let order: Vec<i64> = indices.iter().map(|index| places[index]).collect();
+    (places.into_keys().collect(), Tensor::from_slice(&order))
+}
+
+fn embed_all(
+    folder: &Path,
+    digest: &str,
+    texts: &[&str],
+    conditioner: &TextConditioner,
+) -> anyhow::Result<RowCache> {
+    let identity = std::iter::once(digest.as_bytes()).chain(texts.iter().map(|text| text.as_bytes()));
+    RowCache::open(folder, identity, texts.len(), |rows| {
+        let embedded = conditioner.embed(&texts[rows])?;
+        let pooled = embedded.pooled.map(|pooled| ("pooled", pooled));
+        Ok([("states", embedded.states)].into_iter().chain(pooled).collect())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_twice_is_made_once() {
+        let (numbers, places) = distinct(&[7, 2, 7, 9]);
+        assert_eq!(numbers, [2, 7, 9]);
+        assert_eq!(Vec::<i64>::try_from(places).unwrap(), [1, 0, 1, 2]);
+    }
+}

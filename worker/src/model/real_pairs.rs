@@ -1,0 +1,100 @@
+//! Real images with captions, as the adversarial loss of a text-to-image model sees them: latents, each conditioned on its own
+//! caption and on how it was cut out.
+
+use std::{path::Path, rc::Rc};
+
+use anyhow::Context;
+use potstill_c10d::Autocast;
+use potstill_distill::{adversarial::RealData, random::Stream};
+use potstill_models::Condition;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::{Texts, prompts::distinct, row_cache::RowCache};
+use crate::dataset::pairs::Pair;
+
+/// See the module's documentation.
+pub struct RealPairs {
+    texts: Rc<Texts>,
+    pairs: Vec<Pair>,
+    /// Height and width of the images.
+    sides: [i64; 2],
+    /// Mean and log variance of each one's latent, where they are kept.
+    moments: Option<RowCache>,
+}
+
+impl RealPairs {
+    /// Of images whose captions `texts` knows in the same order. With a folder, and a digest that names the model, their latents are
+    /// computed once and kept there.
+    ///
+    /// # Errors
+    /// The cache cannot be written.
+    pub(super) fn new(
+        texts: Rc<Texts>,
+        pairs: Vec<Pair>,
+        sides: [i64; 2],
+        cache: Option<(&Path, &str)>,
+    ) -> anyhow::Result<Self> {
+        let mut made = Self { texts, pairs, sides, moments: None };
+        if let Some((folder, digest)) = cache {
+            let size = format!("{sides:?}");
+            let identity =
+                [digest.as_bytes(), size.as_bytes()].into_iter().chain(made.pairs.iter().map(Pair::encoded));
+            let computed = RowCache::open(folder, identity, made.pairs.len(), |rows| {
+                let indices: Vec<i64> = rows.map(|row| row as i64).collect();
+                let (means, log_variances) = made.encode(&indices)?;
+                Ok(vec![("mean", means), ("log_variance", log_variances)])
+            });
+            made.moments = Some(computed.with_context(|| format!("adversarial.cache {}", folder.display()))?);
+        }
+        Ok(made)
+    }
+
+    /// Moments of some images' latents, one image at a time: an autoencoder's activations are large.
+    fn encode(&self, indices: &[i64]) -> anyhow::Result<(Tensor, Tensor)> {
+        let autoencoder = &self.texts.autoencoder;
+        let (mut means, mut log_variances) = (Vec::new(), Vec::new());
+        for index in indices {
+            let image = self.pairs[*index as usize].image(self.sides)?.unsqueeze(0);
+            let (mean, log_variance) =
+                no_grad(|| autoencoder.moments(&image.to_device(autoencoder.device())));
+            means.push(mean.to_device(Device::Cpu));
+            log_variances.push(log_variance.to_device(Device::Cpu));
+        }
+        Ok((Tensor::cat(&means, 0), Tensor::cat(&log_variances, 0)))
+    }
+
+    /// Moments of some images' latents; one that is asked for several times is encoded once.
+    fn moments(&self, indices: &[i64]) -> (Tensor, Tensor) {
+        if let Some(cache) = &self.moments {
+            let rows = |name| cache.rows(name, indices).expect("every row was written with both");
+            return (rows("mean"), rows("log_variance"));
+        }
+        let (numbers, order) = distinct(indices);
+        let (means, log_variances) = self.encode(&numbers).expect("each image was decoded when it was read");
+        (means.index_select(0, &order), log_variances.index_select(0, &order))
+    }
+}
+
+impl RealData for RealPairs {
+    fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition) {
+        // What is kept on disk and what is computed now are the same.
+        let _fp32 = Autocast::pause();
+        let indices = stream.integers(count, self.pairs.len() as i64);
+        let (means, log_variances) = self.moments(&indices);
+        let noise = stream.normal(&means.size());
+        let latents = self.texts.autoencoder.draw(
+            &means.to_device(device),
+            &log_variances.to_device(device),
+            &noise.to_device(device),
+        );
+        let sizes: Vec<i64> = indices
+            .iter()
+            .flat_map(|index| {
+                let [height, width, top, left] = self.pairs[*index as usize].placement;
+                [height, width, top, left, self.sides[0], self.sides[1]]
+            })
+            .collect();
+        let sizes = Tensor::from_slice(&sizes).to_kind(Kind::Float).reshape([count, 6]);
+        (latents, self.texts.prompts.condition_of(&indices, sizes, device))
+    }
+}

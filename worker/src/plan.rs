@@ -1,0 +1,245 @@
+//! `plan`: whether a run fits its devices, before anything is loaded.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use potstill_distill::state::Slice;
+use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
+use potstill_proto::spec::{AdversarialSpec, Matching, Precision, RunSpec};
+use serde::Serialize;
+
+use crate::model::fetch_model;
+
+#[derive(Args)]
+pub struct Arguments {
+    /// The run file (TOML)
+    config: PathBuf,
+    /// Memory of one device, as in 80GiB
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    device_memory: u64,
+    /// Ranks that share the work
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    workers: u32,
+    /// Change one key, as in memory.shard_optimiser=true
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Beyond what tensors take: CUDA's context, libraries, NCCL's buffers, and what the allocator cannot use. Ours.
+const OVERHEAD: f64 = 0.08;
+
+/// Memory of one rank by what it is for, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// Weights of teacher, generator and fake score.
+    pub weights: u64,
+    /// fp32 copies of weights that are of lower precision.
+    pub master_weights: u64,
+    /// Adam's moments.
+    pub moments: u64,
+    /// G_ema, unless it lies in the host's memory.
+    pub average: u64,
+    /// Text encoders and autoencoder.
+    pub surroundings: u64,
+    /// Gradients, and the buffers in which they are reduced.
+    pub gradients: u64,
+    /// What the phase that needs most keeps for its backward pass.
+    pub activations: u64,
+    /// What an optimiser step needs beside these, while there are no activations.
+    pub step: u64,
+}
+
+impl Plan {
+    /// Of one of `workers` ranks.
+    ///
+    /// # Errors
+    /// The run's model cannot be found, or is not supported.
+    pub fn new(spec: &RunSpec, workers: u32) -> anyhow::Result<Self> {
+        let Some(location) = &spec.teacher.model else {
+            bail!("a plan is for text-to-image models: {} is none", spec.teacher.weights.display());
+        };
+        let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
+        let folder = ModelFolder::open(&path)?;
+        let (unet, autoencoder) = (folder.unet_config()?, folder.autoencoder_config()?);
+        let (text, tokens) = folder.text_size()?;
+        let cell = autoencoder.downscale() as u32;
+        let sides = match spec.teacher.image_size {
+            Some(sides) => sides.map(|side| i64::from(side / cell)),
+            None => unet.sides(),
+        };
+        let size = unet.size()?;
+        let memory = &spec.memory;
+        let kind = if memory.bf16_weights { 2 } else { 4 };
+        let slice = match memory.shard_optimiser {
+            true => Slice { rank: 0, world: workers as usize }.width(size),
+            false => size,
+        };
+        let buffered = memory.bf16_weights || (memory.shard_optimiser && workers > 1);
+        let networks = 3 + i64::from(spec.generator.start_from.is_some());
+        let encoders =
+            if spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some()) { 0 } else { text };
+        let plan = Self {
+            weights: bytes_of(networks * size * kind),
+            master_weights: bytes_of(if memory.bf16_weights { 2 * 4 * slice } else { 0 }),
+            moments: bytes_of(2 * 2 * 4 * slice),
+            average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
+            surroundings: bytes_of(4 * (encoders + autoencoder.size()?)),
+            gradients: bytes_of(match buffered {
+                // One network's own, and the sum of all micro-batches.
+                true => (kind + 4) * size,
+                // c10d's buckets of both networks.
+                false => 2 * 4 * size,
+            }),
+            activations: bytes_of(activations(spec, &unet, sides, tokens)?),
+            // The reduced gradient, its square or the root of the second moment, and the update.
+            step: bytes_of(if buffered { 3 * 4 * slice } else { 3 * 4 * size }),
+        };
+        Ok(plan)
+    }
+
+    /// The most at a time: activations and an optimiser step are never there together.
+    pub fn peak(&self) -> u64 {
+        self.resident() + self.activations.max(self.step)
+    }
+
+    fn resident(&self) -> u64 {
+        self.weights + self.master_weights + self.moments + self.average + self.surroundings + self.gradients
+    }
+
+    /// What a device needs to hold it.
+    pub fn needed(&self) -> u64 {
+        (self.peak() as f64 * (1.0 + OVERHEAD)) as u64
+    }
+
+    fn rows(&self) -> [(&'static str, u64); 8] {
+        [
+            ("weights of teacher, generator, fake score", self.weights),
+            ("fp32 master weights", self.master_weights),
+            ("Adam's moments", self.moments),
+            ("averaged generator", self.average),
+            ("text encoders and autoencoder", self.surroundings),
+            ("gradients", self.gradients),
+            ("activations of a micro-batch, at most", self.activations),
+            ("or an optimiser step's temporaries", self.step),
+        ]
+    }
+}
+
+fn bytes_of(elements: i64) -> u64 {
+    u64::try_from(elements).unwrap_or(0)
+}
+
+/// Bytes of the phase that keeps most.
+fn activations(spec: &RunSpec, unet: &UNetConfig, sides: [i64; 2], tokens: i64) -> anyhow::Result<i64> {
+    let [training, fake, teacher] = spec.guidance.scales();
+    let samples = |scale: f64| match scale == 0.0 || scale == 1.0 {
+        true => i64::from(spec.distillation.micro_batch),
+        // Both halves of a guided call run as one batch.
+        false => 2 * i64::from(spec.distillation.micro_batch),
+    };
+    let again = spec.memory.activation_checkpointing;
+    let kept = |samples, trained| unet.kept(Pass { samples, sides, tokens, trained, again });
+    let steps = match spec.generator.matching {
+        Matching::UniformStep => 1,
+        Matching::FinalStep => i64::from(spec.generator.steps),
+    };
+    let generator = kept(samples(1.0), true);
+    let [fake, teacher] = [fake, teacher].map(|scale| kept(samples(scale), false));
+    let trained_fake = kept(samples(training), true);
+    let encoded = |adversarial: &Option<AdversarialSpec>| match adversarial {
+        // The encoder is less than half of the network.
+        Some(_) => kept(samples(1.0), true).elements / 2,
+        None => 0,
+    };
+    let most = |passes: &[&potstill_models::diffusers::Kept]| {
+        let again = passes.iter().map(|kept| kept.again).max().unwrap_or(0);
+        let passing = passes.iter().map(|kept| kept.passing).max().unwrap_or(0);
+        again + passing
+    };
+    let generator_phase =
+        steps * generator.elements + fake.elements + teacher.elements + most(&[&generator, &fake, &teacher]);
+    let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + most(&[&trained_fake]);
+    let kind = match (spec.memory.bf16_weights, spec.distillation.precision) {
+        (true, _) => 2,
+        // Mixed precision: normalisations stay fp32 on a GPU.
+        (false, _) => 4,
+    };
+    // Each product's copy of its weights in lower precision is kept for the backward pass.
+    let casts = match (spec.memory.bf16_weights, spec.distillation.precision) {
+        (true, _) | (_, Precision::Fp32) => 0,
+        _ if again => 0,
+        _ => 2 * unet.size()? * (2 + steps),
+    };
+    Ok(kind * generator_phase.max(fake_phase) + casts)
+}
+
+pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let spec = RunSpec::load(&arguments.config, &arguments.sets)?;
+    let plan = Plan::new(&spec, arguments.workers)?;
+    let fits = plan.needed() <= arguments.device_memory;
+    if arguments.json {
+        let report = serde_json::json!({
+            "plan": plan,
+            "peak": plan.peak(),
+            "needed": plan.needed(),
+            "device_memory": arguments.device_memory,
+            "fits": fits,
+        });
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        for (what, size) in plan.rows() {
+            println!("{what:<46} {:>10.2} GiB", gib(size));
+        }
+        println!("{:<46} {:>10.2} GiB", "at most at a time", gib(plan.peak()));
+        println!("{:<46} {:>10.2} GiB", "with a device's own needs", gib(plan.needed()));
+        match fits {
+            true => println!("yes: it fits {:.1} GiB", gib(arguments.device_memory)),
+            false => println!(
+                "no: {:.1} GiB are {:.1} GiB too few{}",
+                gib(arguments.device_memory),
+                gib(plan.needed() - arguments.device_memory),
+                advice(&spec, arguments.workers)
+            ),
+        }
+    }
+    Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What else could be tried.
+fn advice(spec: &RunSpec, workers: u32) -> String {
+    let memory = &spec.memory;
+    let untried: Vec<&str> = [
+        (memory.activation_checkpointing, "memory.activation_checkpointing"),
+        (memory.bf16_weights, "memory.bf16_weights (with distillation.precision = \"bf16\")"),
+        (memory.shard_optimiser || workers == 1, "memory.shard_optimiser"),
+        (spec.distillation.micro_batch == 1, "a smaller distillation.micro_batch"),
+        (memory.offload_ema, "memory.offload_ema"),
+        (false, "more workers"),
+    ]
+    .into_iter()
+    .filter_map(|(tried, what)| (!tried).then_some(what))
+    .collect();
+    format!("; try {}", untried.join(", "))
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1u32 << 30)
+}
+
+/// Reads a size with its unit.
+fn bytes(text: &str) -> Result<u64, String> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[number.len()..] {
+        "GiB" => 1u64 << 30,
+        "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "MB" => 1_000_000,
+        _ => return Err("expected a number with GiB, MiB, GB or MB behind it".to_owned()),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
+    Ok((number * factor as f64) as u64)
+}

@@ -1,0 +1,129 @@
+//! How the ranks' gradients of one network become one gradient, or one slice of it on each rank.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use potstill_c10d::{Error, ProcessGroup, ReduceOp, Reducer, ReducerOptions, clear_gradients};
+use potstill_distill::state::Slice;
+use potstill_models::{Denoiser, Parameters};
+use tch::{Kind, Tensor, no_grad};
+
+use super::Interruption;
+
+/// See the module's documentation.
+pub enum Reduction {
+    /// By c10d's Reducer, bucket by bucket while the backward pass still runs: where weights are fp32 and every rank steps all of
+    /// them.
+    Overlapped(Reducer),
+    /// Added up in one fp32 vector, whatever the weights' kind, and reduced when the phase is over.
+    Buffered(Buffer),
+}
+
+/// The vector, which the networks use in turn.
+pub struct Buffer {
+    /// Room for as many slices of equal length as there are ranks.
+    sum: Tensor,
+    slice: Slice,
+}
+
+impl Buffer {
+    /// For gradients of `parameters`, of which this rank wants a slice.
+    pub fn new(parameters: &Parameters, slice: Slice) -> Self {
+        let flat = parameters.flat();
+        let room = slice.width(flat.numel() as i64) * slice.world as i64;
+        Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())), slice }
+    }
+
+    /// The same memory.
+    fn share(&self) -> Self {
+        Self { sum: self.sum.shallow_clone(), slice: self.slice }
+    }
+}
+
+impl Reduction {
+    /// For each of two networks of the same parameters.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn of(networks: [&dyn Denoiser; 2], slice: Slice, group: &ProcessGroup) -> Result<[Self; 2], Error> {
+        let plain = slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
+        for network in networks {
+            // An interrupted phase may have left gradients behind.
+            clear_gradients(network.parameters().leaves())?;
+        }
+        if plain {
+            let reducer = |network: &dyn Denoiser| {
+                Reducer::new(network.parameters().leaves(), group, ReducerOptions::default())
+            };
+            return Ok([Self::Overlapped(reducer(networks[0])?), Self::Overlapped(reducer(networks[1])?)]);
+        }
+        let buffer = Buffer::new(networks[0].parameters(), slice);
+        Ok([Self::Buffered(buffer.share()), Self::Buffered(buffer)])
+    }
+
+    /// What a sum over samples is multiplied with, so that the reduced gradient is that of the mean over `batch` samples.
+    pub fn scale(&self, world: u32, batch: u32) -> f64 {
+        match self {
+            // The reducer takes the mean over ranks.
+            Self::Overlapped(_) => f64::from(world) / f64::from(batch),
+            Self::Buffered(_) => f64::from(batch).recip(),
+        }
+    }
+
+    /// Backward pass of one micro-batch; `last` is the phase's last one on this rank. Returns how long it waited for peers.
+    ///
+    /// # Errors
+    /// Those of the collectives; the loss cannot be differentiated.
+    pub(super) fn backward(
+        &self,
+        network: &dyn Denoiser,
+        loss: &Tensor,
+        last: bool,
+    ) -> Result<Duration, Interruption> {
+        match self {
+            Self::Overlapped(reducer) if last => return Ok(reducer.backward(loss)?),
+            Self::Overlapped(_) => loss.f_backward().context("backward pass")?,
+            Self::Buffered(buffer) => {
+                loss.f_backward().context("backward pass")?;
+                network.parameters().add_gradients_to(&buffer.sum);
+                clear_gradients(network.parameters().leaves())?;
+            }
+        }
+        Ok(Duration::ZERO)
+    }
+
+    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers.
+    ///
+    /// # Errors
+    /// Those of the collectives.
+    pub fn finish(&self, network: &dyn Denoiser, group: &ProcessGroup) -> Result<(Tensor, Duration), Error> {
+        let started = Instant::now();
+        let Self::Buffered(Buffer { sum, slice }) = self else {
+            return Ok((network.parameters().flat_grad(), Duration::ZERO));
+        };
+        let numel = network.parameters().flat().numel() as i64;
+        let gradient = if slice.world == 1 {
+            group.all_reduce(sum, ReduceOp::Sum)?.wait(None)?;
+            sum.narrow(0, 0, numel).copy()
+        } else {
+            let (width, range) = (slice.width(numel), slice.range(numel));
+            let own = Tensor::empty([width], (Kind::Float, sum.device()));
+            group.reduce_scatter(&own, sum)?.wait(None)?;
+            own.narrow(0, 0, range.end - range.start)
+        };
+        let _ = no_grad(|| sum.shallow_clone().zero_());
+        Ok((gradient, started.elapsed()))
+    }
+
+    /// Forgets the gradients of a phase that is over.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn clear(&self) -> Result<(), Error> {
+        match self {
+            Self::Overlapped(reducer) => reducer.zero_grad(),
+            // Its sum is 0 again already.
+            Self::Buffered(_) => Ok(()),
+        }
+    }
+}
