@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use object_store::{ObjectStoreExt, WriteMultipart};
+use object_store::{Error as StoreError, ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -78,8 +78,14 @@ impl Run {
                 }
                 parts.put(rest.split_to(rest.len().min(PART)));
             }
-            // Removes the parts by itself when it fails.
-            parts.finish().await
+            // Removes the parts by itself when it fails. An upload that is not there may be complete: the client asks again
+            // when an answer is lost, and the store no longer knows it. From the start, then.
+            parts.finish().await.map_err(|error| match error {
+                StoreError::NotFound { .. } => {
+                    StoreError::Generic { store: "multipart", source: error.into() }
+                }
+                error => error,
+            })
         };
         self.ask("write", key, shard.bytes, upload).await?;
         Ok(shard)

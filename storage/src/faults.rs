@@ -15,10 +15,11 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, stream::BoxStream};
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
     CopyOptions, Error as StoreError, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload,
-    ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, path::Path,
+    ObjectMeta, ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
+    path::Path,
 };
 
 /// Environment variable with the faults.
@@ -84,6 +85,12 @@ pub fn wrapped(store: Arc<dyn ObjectStore>) -> std::result::Result<Arc<dyn Objec
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn ObjectStore>,
+    faults: Arc<Faults>,
+}
+
+/// Decides what goes wrong.
+#[derive(Debug)]
+struct Faults {
     rates: Rates,
     operations: AtomicU64,
 }
@@ -114,9 +121,11 @@ fn failure(what: &'static str) -> StoreError {
 
 impl Faulty {
     pub fn new(inner: Arc<dyn ObjectStore>, rates: Rates) -> Self {
-        Self { inner, rates, operations: AtomicU64::new(0) }
+        Self { inner, faults: Arc::new(Faults { rates, operations: AtomicU64::new(0) }) }
     }
+}
 
+impl Faults {
     /// What happens before an operation.
     async fn before(&self) -> Result<Dice> {
         let number = self.operations.fetch_add(1, Ordering::Relaxed);
@@ -146,9 +155,9 @@ impl Faulty {
 #[async_trait]
 impl ObjectStore for Faulty {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let mut dice = self.before().await?;
+        let mut dice = self.faults.before().await?;
         let result = self.inner.put_opts(location, payload, options).await?;
-        self.after(&mut dice, result)
+        self.faults.after(&mut dice, result)
     }
 
     async fn put_multipart_opts(
@@ -156,14 +165,15 @@ impl ObjectStore for Faulty {
         location: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        let _ = self.before().await?;
-        self.inner.put_multipart_opts(location, options).await
+        let _ = self.faults.before().await?;
+        let inner = self.inner.put_multipart_opts(location, options).await?;
+        Ok(Box::new(Upload { inner, faults: self.faults.clone() }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        let mut dice = self.before().await?;
+        let mut dice = self.faults.before().await?;
         let result = self.inner.get_opts(location, options).await?;
-        let (short, flip) = (dice.roll() < self.rates.short, dice.roll() < self.rates.flip);
+        let (short, flip) = (dice.roll() < self.faults.rates.short, dice.roll() < self.faults.rates.flip);
         if !(short || flip) {
             return Ok(result);
         }
@@ -183,30 +193,68 @@ impl ObjectStore for Faulty {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
+        let faults = self.faults.clone();
+        let before = move |location| {
+            let faults = faults.clone();
+            async move { faults.before().await.and(location) }
+        };
+        self.inner.delete_stream(locations.then(before).boxed())
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        let (faults, listed) = (self.faults.clone(), self.inner.list(prefix));
+        futures::stream::once(async move { faults.before().await.map(|_| listed) }).try_flatten().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        let _ = self.before().await?;
+        let _ = self.faults.before().await?;
         self.inner.list_with_delimiter(prefix).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        let _ = self.before().await?;
+        let _ = self.faults.before().await?;
         self.inner.copy_opts(from, to, options).await
+    }
+}
+
+/// A multipart upload to a store that misbehaves.
+#[derive(Debug)]
+struct Upload {
+    inner: Box<dyn MultipartUpload>,
+    faults: Arc<Faults>,
+}
+
+#[async_trait]
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let (faults, part) = (self.faults.clone(), self.inner.put_part(data));
+        Box::pin(async move {
+            let mut dice = faults.before().await?;
+            part.await?;
+            faults.after(&mut dice, ())
+        })
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        let mut dice = self.faults.before().await?;
+        let result = self.inner.complete().await?;
+        self.faults.after(&mut dice, result)
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        let _ = self.faults.before().await?;
+        self.inner.abort().await
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use object_store::memory::InMemory;
 
     use super::*;
-    use crate::{Error, Root, Run, checkpoint::Manifest, layout};
+    use crate::{Error, Root, Run, checkpoint::Manifest, layout, retention::Policy};
 
     /// A run in a store that misbehaves, and the same without.
     fn runs(rates: &str) -> (Run, Run) {
@@ -259,6 +307,45 @@ mod tests {
             }
         }
         assert!(created > 100 && failed > 0, "{created} were created, {failed} failed");
+    }
+
+    /// Parts of an upload, listings and removals misbehave too; what is swept or counted in the end is right.
+    #[tokio::test(start_paused = true)]
+    async fn uploads_in_parts_listings_and_sweeps_do_what_they_say_or_fail() {
+        let bytes = Bytes::from(vec![7; 20 << 20]);
+        let policy = Policy { keep_last: 1, keep_every: 0 };
+        let (mut written, mut failed) = (0, 0);
+        for seed in 0..20 {
+            let (run, truth) = runs(&format!("seed={seed},error=0.2,delay=0.2,lost=0.1"));
+            for iteration in [10, 20] {
+                let key = layout::shard_key(iteration, "g1", 0, 1);
+                match run.write_shard(&key, 0, bytes.clone()).await {
+                    Ok(shard) => {
+                        written += 1;
+                        assert!(truth.read_shard(&shard).await.unwrap() == bytes, "{seed}");
+                        truth.commit(&Manifest::new(iteration, 1, vec![shard])).await.unwrap();
+                    }
+                    Err(error) => {
+                        failed += 1;
+                        assert!(error.to_string().contains(&key), "{error}");
+                    }
+                }
+            }
+            let committed = truth.checkpoints().await.unwrap();
+            if let Ok(listed) = run.checkpoints().await {
+                assert_eq!(listed, committed, "{seed}");
+            }
+            match run.sweep(policy, &BTreeSet::new(), 20).await {
+                Ok(_) => {
+                    assert_eq!(truth.checkpoints().await.unwrap().len(), committed.len().min(1), "{seed}")
+                }
+                Err(error) => assert!(error.to_string().contains("checkpoints"), "{error}"),
+            }
+            // Never the newest, and what is left is whole.
+            assert_eq!(truth.checkpoints().await.unwrap().last(), committed.last(), "{seed}");
+            assert!(truth.survey().await.unwrap().1.is_empty(), "{seed}");
+        }
+        assert!(written > 20 && failed > 0, "{written} were written, {failed} failed");
     }
 
     #[tokio::test(start_paused = true)]

@@ -22,6 +22,12 @@ pub struct Root {
     folder: Option<PathBuf>,
 }
 
+/// The environment of this process. What is not text configures no store.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
 impl Root {
     /// Opens a path, or a URL of `file://`, `s3://`, `gs://`, `az://` or `memory://`. A local folder is created, and
     /// everything written to it is synced to disk. Credentials of the others come from their usual environment variables.
@@ -30,6 +36,17 @@ impl Root {
     /// # Errors
     /// The URL does not name a store, or the folder cannot be made.
     pub fn open(location: &str) -> Result<Self, Error> {
+        Self::open_with(location, environment())
+    }
+
+    /// [`open`](Self::open) with other variables than those of this process's environment.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_with(
+        location: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
         if !location.contains("://") {
             return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
@@ -40,14 +57,22 @@ impl Root {
                 url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
             return Self::local(folder, location);
         }
-        let (store, prefix) = Self::open_store(location)?;
-        // Without what may follow: a query can hold credentials.
-        let shown = format!("{}://{}{}", url.scheme(), url.host_str().unwrap_or_default(), url.path());
+        let (store, prefix) = Self::open_store(location, variables)?;
+        // Without what may follow: a query can hold credentials. Before the host of az:// there may be the container.
+        let container = match (url.scheme(), url.username()) {
+            ("az", name) if !name.is_empty() => format!("{name}@"),
+            _ => String::new(),
+        };
+        let host = url.host_str().unwrap_or_default();
+        let shown = format!("{}://{container}{host}{}", url.scheme(), url.path());
         Ok(Self { store: faults::wrapped(store).map_err(bad)?, prefix, url: shown, folder: None })
     }
 
     /// The store that a URL of `s3://`, `gs://`, `az://` or `memory://` names, and the place in it.
-    pub(crate) fn open_store(location: &str) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
+    pub(crate) fn open_store(
+        location: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
         let scheme = url.scheme();
@@ -55,7 +80,8 @@ impl Root {
         if !["s3", "gs", "az", "memory"].contains(&scheme) {
             return Err(bad(format!("the scheme {scheme}:// is not known")));
         }
-        let options = std::env::vars()
+        let options = variables
+            .into_iter()
             .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))
             .map(|(name, value)| (name.to_ascii_lowercase(), value));
         let (store, path) = object_store::parse_url_opts(&url, options).map_err(|e| bad(e.to_string()))?;

@@ -8,7 +8,10 @@ use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Pa
 
 use tokio::io::AsyncWriteExt;
 
-use crate::{Error, root::Root};
+use crate::{
+    Error,
+    root::{Root, environment},
+};
 
 /// One object, or a folder of them, on a local path or in an object store. Nothing is ever written or created.
 #[derive(Clone, Debug)]
@@ -31,7 +34,7 @@ impl Source {
             None => None,
         };
         let Some(local) = local else {
-            let (store, path) = Root::open_store(location)?;
+            let (store, path) = Root::open_store(location, environment())?;
             return Ok(Self { store, path, location: location.to_owned() });
         };
         let absolute = local.canonicalize().map_err(|e| bad(e.to_string()))?;

@@ -125,6 +125,22 @@ fn a_url_is_shown_without_credentials() {
     }
 }
 
+#[test]
+fn the_container_of_an_azure_url_is_no_credential() {
+    let variables = || {
+        let pairs = [("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", "czNjcmV0")];
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned()))
+    };
+    for place in ["container", "container@account.blob.core.windows.net"] {
+        let root = Root::open_with(&format!("az://{place}/a/b?token=s3cret"), variables()).unwrap();
+        assert_eq!(root.url(), format!("az://{place}/a/b"));
+        assert_eq!(run(&root).describe("x"), format!("az://{place}/a/b/runs/one/x"));
+        assert_eq!(Root::open_with(root.url(), variables()).unwrap().url(), root.url());
+    }
+    let root = Root::open_with("az://container:s3cret@account.blob.core.windows.net/a", variables()).unwrap();
+    assert_eq!(root.url(), "az://container@account.blob.core.windows.net/a");
+}
+
 #[tokio::test]
 async fn a_prefix_of_a_url_is_kept() {
     let root = Root::open("memory:///below/this").unwrap();

@@ -1,0 +1,198 @@
+//! Tests against Azure's Blob service over the wire: Azurite, which each test starts. Without it (`scripts/test.sh` installs it
+//! where there is Node) each test says that it is skipped.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::{
+    collections::BTreeSet,
+    env,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use bytes::Bytes;
+use futures::future::join_all;
+use object_store::{
+    ClientOptions,
+    azure::{AzureAccessKey, AzureAuthorizer, AzureCredential},
+    client::{HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector},
+};
+use potstill_storage::{
+    Error, Root, Run,
+    checkpoint::Manifest,
+    journal::Journal,
+    layout,
+    retention::{Policy, Swept},
+};
+
+/// What scripts/test.sh installs.
+const VERSION: &str = "3.35.0";
+/// Of the account that every Azurite has, with the key that Microsoft publishes for it.
+const ACCOUNT: &str = "devstoreaccount1";
+const KEY: &str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+
+/// Azurite with an empty container, in memory. Ends with this value.
+struct Server {
+    child: Child,
+    /// Of the account.
+    url: String,
+    /// Where it writes what it writes in spite of that.
+    _folder: tempfile::TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn installed() -> Option<PathBuf> {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let folders =
+        [".venv/azurite/node_modules/.bin", "node_modules/.bin"].map(|folder| repository.join(folder));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = folders.into_iter().chain(env::split_paths(&path)).map(|folder| folder.join("azurite-blob"));
+    found.into_iter().find(|program| program.is_file())
+}
+
+impl Server {
+    /// `None`, and a line that says so, where Azurite is not installed.
+    async fn start(test: &str) -> Option<Self> {
+        let Some(program) = installed() else {
+            eprintln!(
+                "skipped: {test}: azurite is not installed (npm install --prefix .venv/azurite azurite@{VERSION})"
+            );
+            return None;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new(program.canonicalize().unwrap())
+            .args(["--blobHost", "127.0.0.1", "--blobPort", "0"])
+            .args(["--inMemoryPersistence", "--silent", "--disableTelemetry"])
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        let address = loop {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the server ended");
+            if let Some((_, address)) = line.split_once("listens on ") {
+                break address.trim().to_owned();
+            }
+        };
+        // Somebody must read what it goes on to say.
+        thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let server = Self { child, url: format!("{address}/{ACCOUNT}"), _folder: folder };
+        server.make_container().await;
+        Some(server)
+    }
+
+    /// Containers are nothing that `object_store` makes, but it signs the request.
+    async fn make_container(&self) {
+        let mut request = HttpRequest::new(HttpRequestBody::empty());
+        *request.method_mut() = "PUT".parse().unwrap();
+        *request.uri_mut() = format!("{}/container?restype=container", self.url).parse().unwrap();
+        request.headers_mut().insert("content-length", "0".parse().unwrap());
+        let credential = AzureCredential::AccessKey(AzureAccessKey::try_new(KEY).unwrap());
+        AzureAuthorizer::new(&credential, ACCOUNT).try_authorize(&mut request).unwrap();
+        let options = ClientOptions::new().with_allow_http(true);
+        let client = ReqwestConnector::default().connect(&options).unwrap();
+        assert_eq!(client.execute(request).await.unwrap().status(), 201);
+    }
+
+    /// A root in the container, opened as a user opens it.
+    fn root(&self) -> Root {
+        let variables = [
+            ("AZURE_STORAGE_ENDPOINT", self.url.as_str()),
+            ("AZURE_ALLOW_HTTP", "true"),
+            ("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT),
+            ("AZURE_STORAGE_ACCOUNT_KEY", KEY),
+        ];
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Root::open_with("az://container/some/where", variables).unwrap()
+    }
+}
+
+fn run(root: &Root) -> Run {
+    root.run(&"one".parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_passes_the_probe_and_of_many_writers_one_wins() {
+    let Some(server) = Server::start("a_container_passes_the_probe_and_of_many_writers_one_wins").await
+    else {
+        return;
+    };
+    let root = server.root();
+    assert_eq!(root.url(), "az://container/some/where");
+    root.probe().await.unwrap();
+    let run = run(&root);
+    for key in ["a/0", "a/1", "a/2", "a/3", "a/4"] {
+        let answers = join_all((0..16).map(|writer| {
+            let run = run.clone();
+            tokio::spawn(async move { run.create(key, format!("writer {writer}").into()).await })
+        }));
+        let answers: Vec<_> = answers.await.into_iter().map(Result::unwrap).collect();
+        let won: Vec<usize> = (0..16).filter(|&writer| answers[writer].is_ok()).collect();
+        let [winner] = won[..] else { panic!("{key}: {won:?} have won") };
+        for error in answers.into_iter().filter_map(Result::err) {
+            assert!(matches!(error, Error::AlreadyExists { .. }), "{error}");
+        }
+        let winner = format!("writer {winner}");
+        assert_eq!(run.get(key).await.unwrap().unwrap(), winner);
+        // What is there already is our own, where it is.
+        run.create(key, winner.into()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn two_coordinators_cannot_both_write_the_next_record() {
+    let Some(server) = Server::start("two_coordinators_cannot_both_write_the_next_record").await else {
+        return;
+    };
+    let run = run(&server.root());
+    let (mut one, _) = Journal::open(&run).await.unwrap();
+    one.append("one, 0".into()).await.unwrap();
+    let (mut two, records) = Journal::open(&run).await.unwrap();
+    assert_eq!(records, ["one, 0"]);
+    two.append("two, 1".into()).await.unwrap();
+    assert!(matches!(one.append("one, 1".into()).await, Err(Error::Fenced { .. })));
+    let (_, records) = Journal::open(&run).await.unwrap();
+    assert_eq!(records, ["one, 0", "two, 1"]);
+}
+
+#[tokio::test]
+async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
+    let Some(server) = Server::start("checkpoints_come_back_whole_or_are_named_and_old_ones_go").await else {
+        return;
+    };
+    let run = run(&server.root());
+    // The first goes up in parts.
+    let large: Bytes = (0..20_u32 << 20).map(|n| (n % 251) as u8).collect();
+    for (iteration, bytes) in [(10, large.clone()), (20, "small".into()), (30, "small".into())] {
+        let key = layout::shard_key(iteration, "g1", 0, 1);
+        let shard = run.write_shard(&key, 0, bytes).await.unwrap();
+        run.commit(&Manifest::new(iteration, 1, vec![shard])).await.unwrap();
+    }
+    let (whole, damaged) = run.survey().await.unwrap();
+    assert_eq!((whole.len(), damaged.len()), (3, 0));
+    assert!(run.read_shard(&whole[0].shards[0]).await.unwrap() == large);
+
+    run.put(&whole[1].shards[0].key, "smell".into()).await.unwrap();
+    let error = run.read_shard(&whole[1].shards[0]).await.unwrap_err();
+    let place = run.describe(&whole[1].shards[0].key);
+    assert!(error.to_string().contains(&format!("{place} is damaged")), "{error}");
+
+    let orphan = layout::shard_key(15, "g1", 0, 2);
+    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
+    let policy = Policy { keep_last: 1, keep_every: 20 };
+    let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
+    assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });
+    assert_eq!(run.checkpoints().await.unwrap(), [20, 30]);
+}
