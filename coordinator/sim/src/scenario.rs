@@ -37,6 +37,8 @@ pub struct Faults {
     pub twice: f64,
     /// Share of messages that take up to half the failure timeout.
     pub late: f64,
+    /// Share of journal records whose answer is an error. Half of them are written all the same. Either ends the coordinator.
+    pub journal: f64,
     /// Share of shards that cannot be written.
     pub shard: f64,
     /// Share of manifests that cannot be written.

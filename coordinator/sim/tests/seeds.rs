@@ -8,7 +8,7 @@
 use std::{env, ops::Range};
 
 use potstill_core::observation::Outcome;
-use potstill_sim::{Scenario, Seed, replay, run};
+use potstill_sim::{Scenario, Seed, replay, run, run_in};
 
 /// Actions that are shown of a world that broke.
 const SHOWN: usize = 400;
@@ -48,6 +48,22 @@ fn whatever_goes_wrong_the_invariants_hold_and_the_run_succeeds_once_faults_stop
         panic!("{} of {worlds} worlds broke; the first: {scenario:?}\n{violation}", broken.len());
     }
     assert!(worlds < 1000 || faults > 5 * worlds, "hardly anything went wrong");
+}
+
+/// A coordinator whose record was answered with an error leaves, and does not know whether its successor will read it.
+#[test]
+fn a_journal_that_answers_with_errors_costs_coordinators_and_not_the_run() {
+    let (worlds, mut coordinators) = (1000, 0);
+    for seed in (0..worlds).map(Seed) {
+        let mut scenario = Scenario::mixed(seed);
+        scenario.faults.journal = 0.2;
+        match run_in(&scenario, seed) {
+            Ok(report) => coordinators += report.coordinators as u64,
+            Err(_) => panic!("{scenario:?}\n{}", replay(&scenario, seed, SHOWN).unwrap_err()),
+        }
+    }
+    println!("{worlds} worlds, {coordinators} coordinators");
+    assert!(coordinators > 2 * worlds, "hardly anything went wrong");
 }
 
 #[test]

@@ -38,12 +38,16 @@ pub(super) struct Coordinator {
     pub(super) told: Option<u64>,
     /// The newest generation that it wrote down.
     pub(super) generation: Option<u64>,
+    /// Its last record was answered with an error.
+    unwritten: bool,
 }
 
 /// Why a shell stops carrying out a step's actions.
 enum Halt {
     /// The journal belongs to another coordinator.
     Fenced,
+    /// The journal answers with an error.
+    Unwritten,
     /// It died.
     Died,
 }
@@ -84,6 +88,7 @@ impl World {
             clients: BTreeMap::new(),
             told: None,
             generation: None,
+            unwritten: false,
         });
         self.step(number, Event::Started);
         self.plan(self.scenario.watch_millis, Happening::Watch { coordinator: number });
@@ -151,6 +156,11 @@ impl World {
                         events = VecDeque::from([Event::JournalLost { reason }]);
                         break;
                     }
+                    Err(Halt::Unwritten) => {
+                        self.coordinators[coordinator].unwritten = true;
+                        events = VecDeque::from([Event::JournalLost { reason: "503 Slow Down".into() }]);
+                        break;
+                    }
                     Err(Halt::Died) => return self.coordinator_dies(coordinator),
                 }
             }
@@ -189,7 +199,8 @@ impl World {
             Action::Observe(observation) => self.check_observation(coordinator, &observation),
             Action::Log(_) => {}
             Action::End(outcome) => {
-                let owns = self.coordinators[coordinator].next_record == self.storage.records();
+                let of = &self.coordinators[coordinator];
+                let owns = !of.unwritten && of.next_record == self.storage.records();
                 // Where the journal is lost, answers go with the step that was cut off, and whoever asked sees the shell end.
                 if owns && !self.coordinators[coordinator].clients.is_empty() {
                     self.breaks("the run ended and somebody who asked for a checkpoint has no answer".into());
@@ -207,6 +218,10 @@ impl World {
     }
 
     fn persists(&mut self, coordinator: usize, record: &Record) -> Result<(), Halt> {
+        let fails = !self.calm && self.chance(self.scenario.faults.journal);
+        if fails && self.rng.random_bool(0.5) {
+            return Err(Halt::Unwritten);
+        }
         let of = &mut self.coordinators[coordinator];
         match self.storage.append(of.next_record, record) {
             Ok(true) => of.next_record += 1,
@@ -215,6 +230,9 @@ impl World {
         }
         if let Record::GenerationOpened { generation, members, source, .. } = record {
             self.check_opening(coordinator, *generation, members, source);
+        }
+        if fails {
+            return Err(Halt::Unwritten);
         }
         let of = &mut self.coordinators[coordinator];
         match &mut of.dies_after {
