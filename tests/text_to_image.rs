@@ -104,8 +104,9 @@ fn potstill(arguments: &[&str]) -> String {
 /// Python with diffusers, where `scripts/test.sh` has installed it.
 fn python(test: &str) -> Option<PathBuf> {
     let python = repository().join(".venv/bin/python");
-    let found = Command::new(&python).args(["-c", "import diffusers, transformers"]).stderr(Stdio::null());
-    let found = { found }.status().is_ok_and(|status| status.success());
+    let mut command = Command::new(&python);
+    command.args(["-c", "import diffusers, transformers"]).stderr(Stdio::null());
+    let found = command.status().is_ok_and(|status| status.success());
     if !found {
         eprintln!("skipped: {test}: diffusers is not installed (pip install -r requirements-test.txt)");
     }

@@ -31,6 +31,13 @@ pub fn write(family: &str, folder: &Path) {
     write("scheduler/scheduler_config.json", metadata["scheduler"].as_bytes());
     for (name, content) in metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
         write(name, content.as_bytes());
+        // What transformers wants to be told; the loader here takes it from the encoder.
+        if let Some(folder) = name.strip_suffix("special_tokens_map.json") {
+            let mut config: serde_json::Value = serde_json::from_str(content).expect("JSON");
+            config["model_max_length"] = 77.into();
+            config["tokenizer_class"] = "CLIPTokenizer".into();
+            write(&format!("{folder}tokenizer_config.json"), config.to_string().as_bytes());
+        }
     }
     for (part, stem) in [
         ("unet", "diffusion_pytorch_model"),
