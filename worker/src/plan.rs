@@ -53,12 +53,25 @@ pub struct Plan {
     pub step: u64,
 }
 
-impl Plan {
-    /// Of one of `workers` ranks.
+/// What a model is, without its weights.
+struct Sizes {
+    unet: UNetConfig,
+    /// Height and width of the latents.
+    sides: [i64; 2],
+    /// Tokens of a text.
+    tokens: i64,
+    /// Parameters of the text encoders.
+    text: i64,
+    /// Parameters of the autoencoder.
+    autoencoder: i64,
+}
+
+impl Sizes {
+    /// Of the run's model.
     ///
     /// # Errors
-    /// The run's model cannot be found, or is not supported.
-    pub fn new(spec: &RunSpec, workers: u32) -> anyhow::Result<Self> {
+    /// It cannot be found, or is not supported.
+    fn of(spec: &RunSpec) -> anyhow::Result<Self> {
         let Some(location) = &spec.teacher.model else {
             bail!("a plan is for text-to-image models: {} is none", spec.teacher.weights.display());
         };
@@ -71,7 +84,17 @@ impl Plan {
             Some(sides) => sides.map(|side| i64::from(side / cell)),
             None => unet.sides(),
         };
-        let size = unet.size()?;
+        Ok(Self { unet, sides, tokens, text, autoencoder: autoencoder.size()? })
+    }
+}
+
+impl Plan {
+    /// Of one of `workers` ranks.
+    ///
+    /// # Errors
+    /// The model's configuration describes no network.
+    fn new(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Self> {
+        let size = model.unet.size()?;
         let memory = &spec.memory;
         let kind = if memory.bf16_weights { 2 } else { 4 };
         let slice = match memory.shard_optimiser {
@@ -80,25 +103,24 @@ impl Plan {
         };
         let buffered = memory.bf16_weights || (memory.shard_optimiser && workers > 1);
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
-        let encoders =
-            if spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some()) { 0 } else { text };
-        let plan = Self {
+        let cached = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some());
+        let encoders = if cached { 0 } else { model.text };
+        Ok(Self {
             weights: bytes_of(networks * size * kind),
             master_weights: bytes_of(if memory.bf16_weights { 2 * 4 * slice } else { 0 }),
             moments: bytes_of(2 * 2 * 4 * slice),
             average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
-            surroundings: bytes_of(4 * (encoders + autoencoder.size()?)),
+            surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match buffered {
                 // One network's own, and the sum of all micro-batches.
                 true => (kind + 4) * size,
                 // c10d's buckets of both networks.
                 false => 2 * 4 * size,
             }),
-            activations: bytes_of(activations(spec, &unet, sides, tokens)?),
+            activations: bytes_of(activations(spec, model)?),
             // The reduced gradient, its square or the root of the second moment, and the update.
             step: bytes_of(if buffered { 3 * 4 * slice } else { 3 * 4 * size }),
-        };
-        Ok(plan)
+        })
     }
 
     /// The most at a time: activations and an optimiser step are never there together.
@@ -134,7 +156,8 @@ fn bytes_of(elements: i64) -> u64 {
 }
 
 /// Bytes of the phase that keeps most.
-fn activations(spec: &RunSpec, unet: &UNetConfig, sides: [i64; 2], tokens: i64) -> anyhow::Result<i64> {
+fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
+    let Sizes { unet, sides, tokens, .. } = model;
     let [training, fake, teacher] = spec.guidance.scales();
     let samples = |scale: f64| match scale == 0.0 || scale == 1.0 {
         true => i64::from(spec.distillation.micro_batch),
@@ -142,7 +165,7 @@ fn activations(spec: &RunSpec, unet: &UNetConfig, sides: [i64; 2], tokens: i64) 
         false => 2 * i64::from(spec.distillation.micro_batch),
     };
     let again = spec.memory.activation_checkpointing;
-    let kept = |samples, trained| unet.kept(Pass { samples, sides, tokens, trained, again });
+    let kept = |samples, trained| unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again });
     let steps = match spec.generator.matching {
         Matching::UniformStep => 1,
         Matching::FinalStep => i64::from(spec.generator.steps),
@@ -179,7 +202,7 @@ fn activations(spec: &RunSpec, unet: &UNetConfig, sides: [i64; 2], tokens: i64) 
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let spec = RunSpec::load(&arguments.config, &arguments.sets)?;
-    let plan = Plan::new(&spec, arguments.workers)?;
+    let plan = Plan::new(&spec, &Sizes::of(&spec)?, arguments.workers)?;
     let fits = plan.needed() <= arguments.device_memory;
     if arguments.json {
         let report = serde_json::json!({
@@ -242,4 +265,181 @@ fn bytes(text: &str) -> Result<u64, String> {
     };
     let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
     Ok((number * factor as f64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, thread, time::Duration};
+
+    use potstill_c10d::{Backend, MemoryMeter, ProcessGroup, TcpStore};
+    use potstill_distill::{
+        adam::AdamSettings,
+        condition::Conditions,
+        gradient::Gradient,
+        loss_scale::LossScales,
+        phase,
+        random::Stream,
+        state::{Layout, State},
+    };
+    use potstill_models::{
+        Condition, Denoiser, Embedded, TextCondition,
+        diffusers::{LatentDenoiser, ScheduleConfig},
+    };
+    use potstill_proto::spec::{GuidancePreset, PromptsSpec};
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{
+        training::{Reduction, settings},
+        transfer,
+    };
+
+    const TOKENS: i64 = 16;
+    const WIDTH: i64 = 32;
+
+    /// Texts that are nothing but noise.
+    struct Noise;
+
+    impl Conditions for Noise {
+        fn draw(&self, stream: &mut Stream, n: i64, _: Device) -> Condition {
+            let states = stream.normal(&[n, TOKENS, WIDTH]);
+            let null = Embedded { states: stream.normal(&[1, TOKENS, WIDTH]), pooled: None };
+            Condition::Text(TextCondition::new(Embedded { states, pooled: None }, Arc::new(null), None))
+        }
+    }
+
+    fn unet() -> UNetConfig {
+        UNetConfig::parse(
+            r#"{"block_out_channels": [32, 64, 96], "layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 8,
+                "cross_attention_dim": 32, "transformer_layers_per_block": [1, 1, 2], "use_linear_projection": true,
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "sample_size": 32}"#,
+        )
+        .unwrap()
+    }
+
+    /// The most that one of `world` ranks holds in an iteration, which is computed as the training loop does.
+    fn measured(spec: &RunSpec, world: usize) -> u64 {
+        let timeout = Duration::from_secs(60);
+        let store = TcpStore::serve("127.0.0.1", 0, timeout).unwrap();
+        let port = store.port();
+        let rank = |rank: usize, spec: RunSpec| {
+            thread::spawn(move || {
+                let store = TcpStore::connect("127.0.0.1", port, timeout).unwrap().prefix("plan").unwrap();
+                let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
+                let group = ProcessGroup::new(&backend, &store, rank, world, timeout).unwrap();
+                iterate(&spec, &group)
+            })
+        };
+        let ranks: Vec<_> = (0..world).map(|index| rank(index, spec.clone())).collect();
+        let peaks: Vec<u64> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+        peaks[0]
+    }
+
+    fn iterate(spec: &RunSpec, group: &ProcessGroup) -> u64 {
+        let meter = MemoryMeter::start(Device::Cpu).unwrap();
+        let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
+        let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
+        let teacher = {
+            let drawn = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
+            let drawn = drawn.with_checkpointing(spec.memory.activation_checkpointing);
+            drawn.over(drawn.parameters().flat().to_kind(weights), false)
+        };
+        let (rank, world) = (group.member().rank, group.member().world);
+        let slice = if spec.memory.shard_optimiser { Slice { rank, world } } else { Slice::WHOLE };
+        let layout = Layout { slice, weights, average_on_host: false };
+        let scales = LossScales::new(false, Device::Cpu);
+        let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), scales, layout);
+        let networks = [state.fake_score.network(), state.generator.network()];
+        let [fake, generator] = Reduction::of(networks, slice, group).unwrap();
+        let frozen = state.fake_score.network().frozen();
+        let settings = settings(spec, Device::Cpu);
+        let adam = AdamSettings { learning_rate: 1e-4, betas: [0.0, 0.999], epsilon: 1e-8 };
+        for iteration in 0..2 {
+            let (network, trained) = (state.generator.network(), state.fake_score.network());
+            let loss =
+                phase::fake_score(network, trained, &Noise, None, &settings, iteration, rank as u32).loss;
+            fake.backward(trained, &loss, true).ok().unwrap();
+            drop(loss);
+            let (flat, _) = fake.finish(trained, group).unwrap();
+            state.step_fake_score(&Gradient::repaired(flat), iteration, &adam);
+            fake.clear().unwrap();
+            transfer::publish(group, &mut state).unwrap();
+
+            let (network, teacher) = (state.generator.network(), teacher.as_ref());
+            let frozen = frozen.as_ref();
+            let batch = phase::generator(network, frozen, teacher, &Noise, &settings, iteration, rank as u32);
+            generator.backward(network, &batch.loss, true).ok().unwrap();
+            drop(batch);
+            let (flat, _) = generator.finish(network, group).unwrap();
+            state.step_generator(&Gradient::repaired(flat), iteration, &adam, 1e4, 4);
+            generator.clear().unwrap();
+            transfer::publish(group, &mut state).unwrap();
+        }
+        meter.peak().unwrap()
+    }
+
+    #[test]
+    fn the_plan_is_what_is_measured() {
+        let model = Sizes { unet: unet(), sides: [32, 32], tokens: TOKENS, text: 0, autoencoder: 0 };
+        let base = || {
+            let mut spec = RunSpec::default();
+            spec.teacher.model = Some("model".to_owned());
+            spec.prompts = Some(PromptsSpec::default());
+            spec.distillation.micro_batch = 2;
+            spec.distillation.alpha = 1.0;
+            spec
+        };
+        let guided = |spec: &mut RunSpec| {
+            spec.guidance.preset = GuidancePreset::Lsg;
+            spec.guidance.scale = 1.5;
+        };
+        let low = |spec: &mut RunSpec| {
+            spec.distillation.precision = Precision::Bf16;
+            spec.memory.bf16_weights = true;
+        };
+        let cases: [(&str, usize, &dyn Fn(&mut RunSpec)); 7] = [
+            ("plain", 1, &|_| {}),
+            ("guided", 1, &guided),
+            ("checkpointing", 1, &|spec| {
+                guided(spec);
+                spec.memory.activation_checkpointing = true;
+            }),
+            ("final step", 1, &|spec| {
+                spec.generator.matching = Matching::FinalStep;
+                spec.generator.steps = 2;
+            }),
+            ("bf16", 1, &low),
+            ("sharded", 2, &|spec| spec.memory.shard_optimiser = true),
+            ("all", 2, &|spec| {
+                low(spec);
+                guided(spec);
+                spec.memory.shard_optimiser = true;
+                spec.memory.activation_checkpointing = true;
+            }),
+        ];
+        let mut wrong = Vec::new();
+        for (name, world, change) in cases {
+            let mut spec = base();
+            change(&mut spec);
+            let plan = Plan::new(&spec, &model, world as u32).unwrap();
+            let (planned, found) = (plan.peak(), measured(&spec, world));
+            let ratio = planned as f64 / found as f64;
+            println!("{name}: planned {planned}, measured {found}: {ratio:.3}; {plan:?}");
+            if (ratio - 1.0).abs() > 0.1 {
+                wrong.push(format!("{name}: {ratio:.3}"));
+            }
+        }
+        assert!(wrong.is_empty(), "more than 10 % off: {wrong:?}");
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(bytes("80GiB"), Ok(80 << 30));
+        assert_eq!(bytes("1.5GB"), Ok(1_500_000_000));
+        assert_eq!(bytes("24 MiB"), Ok(24 << 20));
+        for wrong in ["80", "GiB", "80 pounds", ""] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
 }

@@ -258,7 +258,8 @@ fn time_laws(spec: &RunSpec) -> [TimeLaw; 2] {
     ]
 }
 
-fn settings(spec: &RunSpec, device: Device) -> Settings {
+/// What decides a micro-batch besides the networks.
+pub fn settings(spec: &RunSpec, device: Device) -> Settings {
     let [fake_score_times, generator_times] = time_laws(spec);
     let (d, [fake_score_training, fake_score, teacher]) = (&spec.distillation, spec.guidance.scales());
     Settings {

@@ -7,9 +7,11 @@ mod reduction;
 
 use std::time::Duration;
 
-pub use self::job::{Inputs, Job, times};
-use self::{
-    joining::{join, obtain_state},
+#[cfg(test)]
+pub use self::job::settings;
+use self::joining::{join, obtain_state};
+pub use self::{
+    job::{Inputs, Job, times},
     reduction::Reduction,
 };
 use crate::{
@@ -51,7 +53,7 @@ pub enum Ending {
 }
 
 /// Why the work of a generation stops before its end.
-enum Interruption {
+pub enum Interruption {
     Left(String),
     Damaged { manifest_key: String, error: String },
     Collective(potstill_c10d::Error),

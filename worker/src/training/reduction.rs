@@ -74,7 +74,7 @@ impl Reduction {
     ///
     /// # Errors
     /// Those of the collectives; the loss cannot be differentiated.
-    pub(super) fn backward(
+    pub fn backward(
         &self,
         network: &dyn Denoiser,
         loss: &Tensor,
