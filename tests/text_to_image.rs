@@ -434,3 +434,28 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     let (code, _, error) = plan(&["--device-memory", "lots"]);
     assert_eq!(code, Some(2), "{error}");
 }
+
+/// The shipped teacher of shapes obeys its prompts, and so do its students (a classifier's agreement at least 0.9 times the
+/// teacher's), with one step and with four.
+#[test]
+fn students_of_the_shapes_teacher_obey_its_prompts() {
+    let cluster = Cluster::default();
+    for (config, iterations) in [("one-step", 120), ("four-step", 60)] {
+        let output = Command::new(binary("potstill"))
+            .arg("launch")
+            .arg(repository().join(format!("configs/shapes/{config}.toml")))
+            .args(["--workers", "2", "--threads", "1", "--run-id", config, "--storage"])
+            .arg(cluster.storage())
+            .args(["--set", &format!("distillation.iterations={iterations}")])
+            .args(["--set", "evaluation.every=0", "--set", "evaluation.samples=480"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{config}: {}", text(&output.stderr));
+        let summary = cluster.summary(config);
+        let agreement = |who: &str| summary[who]["agreement"].as_f64().unwrap();
+        let (initial, teacher, student) = (agreement("initial"), agreement("teacher"), agreement("student"));
+        assert!(teacher > 0.95, "{config}: {summary}");
+        assert!(student >= 0.9 * teacher, "{config}: {student} of {teacher}: {summary}");
+        assert!(initial < student || config == "four-step", "{config}: it has learned nothing: {summary}");
+    }
+}

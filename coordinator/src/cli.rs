@@ -109,6 +109,9 @@ struct Launch {
     /// Workers beyond these that stand by with everything loaded, to take the place of one that dies
     #[arg(long, value_name = "N", default_value_t = 0)]
     spares: u32,
+    /// Where the workers compute: auto takes a GPU of its own for each where there are some
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
+    device: String,
     /// Address of the coordinator; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -237,7 +240,10 @@ struct HandedOn {
 /// Does what the command line asks for.
 pub fn main(cli: Cli) -> ExitCode {
     let job = match cli.command {
-        Command::Launch(a) => a.run.job(a.listen, &Workers::Local { threads: a.threads, spares: a.spares }),
+        Command::Launch(a) => {
+            let (threads, spares, device) = (a.threads, a.spares, a.device);
+            a.run.job(a.listen, &Workers::Local { threads, spares, device })
+        }
         Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
         Command::Report(arguments) => return ended(arguments.write()),
         Command::Checkpoints(arguments) => return ended(arguments.list()),
@@ -291,7 +297,7 @@ fn run(job: Job) -> anyhow::Result<Exit> {
 /// Where a run's workers come from.
 enum Workers {
     /// An agent on this machine.
-    Local { threads: Option<u32>, spares: u32 },
+    Local { threads: Option<u32>, spares: u32, device: String },
     /// Agents that somebody else starts.
     Elsewhere,
 }
@@ -307,10 +313,11 @@ impl RunArguments {
         let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
         let run_id = run_id.parse().context("--run-id")?;
         let agent = match from {
-            Workers::Local { threads, spares } => Some(AgentPlan {
+            Workers::Local { threads, spares, device } => Some(AgentPlan {
                 program: worker::find()?,
                 ranks: workers,
                 spares: *spares,
+                device: device.clone(),
                 threads: *threads,
             }),
             Workers::Elsewhere => None,

@@ -38,6 +38,8 @@ pub struct AgentPlan {
     pub ranks: u32,
     /// Processes beyond these that stand by.
     pub spares: u32,
+    /// Where they compute: `auto`, `cpu` or `cuda`.
+    pub device: String,
     /// Threads of each rank; the agent's choice without.
     pub threads: Option<u32>,
 }
@@ -50,7 +52,7 @@ impl AgentPlan {
             .args(["--coordinator", &format!("http://{coordinator}")])
             .args(["--run-id", run_id])
             .args(["--ranks", &self.ranks.to_string(), "--spares", &self.spares.to_string()])
-            .args(["--log-format", format.name()])
+            .args(["--device", &self.device, "--log-format", format.name()])
             .arg("--lifeline");
         if let Some(threads) = self.threads {
             command.args(["--threads", &threads.to_string()]);
