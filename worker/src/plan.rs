@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use potstill_distill::state::Slice;
+use potstill_distill::{adam::STRETCH, state::Slice};
 use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
 use potstill_proto::spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
@@ -45,9 +45,9 @@ pub struct Plan {
     pub average: u64,
     /// Text encoders and autoencoder.
     pub surroundings: u64,
-    /// Gradients, and the buffers in which they are reduced.
+    /// The buffers in which gradients are summed and reduced.
     pub gradients: u64,
-    /// What the phase that needs most keeps for its backward pass.
+    /// What the phase that needs most keeps for its backward pass, or the gradients that are there at its end.
     pub activations: u64,
     /// What an optimiser step needs beside these, while there are no activations.
     pub step: u64,
@@ -102,6 +102,11 @@ impl Plan {
             false => size,
         };
         let buffered = memory.bf16_weights || (memory.shard_optimiser && workers > 1);
+        let reduced = match buffered {
+            true if slice == size => 0,
+            true => slice,
+            false => size,
+        };
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
         let cached = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some());
         let encoders = if cached { 0 } else { model.text };
@@ -112,14 +117,14 @@ impl Plan {
             average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match buffered {
-                // One network's own, and the sum of all micro-batches.
-                true => (kind + 4) * size,
+                // The sum of all micro-batches; one network's own come as the activations go.
+                true => 4 * size,
                 // c10d's buckets of both networks.
                 false => 2 * 4 * size,
             }),
-            activations: bytes_of(activations(spec, model)?),
-            // The reduced gradient, its square or the root of the second moment, and the update.
-            step: bytes_of(if buffered { 3 * 4 * slice } else { 3 * 4 * size }),
+            activations: bytes_of(activations(spec, model)?.max(kind * size)),
+            // The reduced gradient, where it is not the buffer itself; the root of the second moment and the update.
+            step: bytes_of(4 * reduced + 2 * 4 * slice.min(STRETCH)),
         })
     }
 
@@ -269,7 +274,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, thread, time::Duration};
+    use std::{sync::Arc, time::Duration};
 
     use potstill_c10d::{Backend, MemoryMeter, ProcessGroup, TcpStore};
     use potstill_distill::{
@@ -289,10 +294,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::{
-        training::{Reduction, settings},
-        transfer,
-    };
+    use crate::training::{Reduction, settings};
 
     const TOKENS: i64 = 16;
     const WIDTH: i64 = 32;
@@ -318,25 +320,13 @@ mod tests {
         .unwrap()
     }
 
-    /// The most that one of `world` ranks holds in an iteration, which is computed as the training loop does.
+    /// The most that one of `world` ranks holds in two iterations, which are computed as the training loop does but for the
+    /// collectives: their threads free what they needed at a time of their own.
     fn measured(spec: &RunSpec, world: usize) -> u64 {
         let timeout = Duration::from_secs(60);
         let store = TcpStore::serve("127.0.0.1", 0, timeout).unwrap();
-        let port = store.port();
-        let rank = |rank: usize, spec: RunSpec| {
-            thread::spawn(move || {
-                let store = TcpStore::connect("127.0.0.1", port, timeout).unwrap().prefix("plan").unwrap();
-                let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
-                let group = ProcessGroup::new(&backend, &store, rank, world, timeout).unwrap();
-                iterate(&spec, &group)
-            })
-        };
-        let ranks: Vec<_> = (0..world).map(|index| rank(index, spec.clone())).collect();
-        let peaks: Vec<u64> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
-        peaks[0]
-    }
-
-    fn iterate(spec: &RunSpec, group: &ProcessGroup) -> u64 {
+        let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
+        let alone = ProcessGroup::new(&backend, &store.prefix("plan").unwrap(), 0, 1, timeout).unwrap();
         let meter = MemoryMeter::start(Device::Cpu).unwrap();
         let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
@@ -345,36 +335,37 @@ mod tests {
             let drawn = drawn.with_checkpointing(spec.memory.activation_checkpointing);
             drawn.over(drawn.parameters().flat().to_kind(weights), false)
         };
-        let (rank, world) = (group.member().rank, group.member().world);
-        let slice = if spec.memory.shard_optimiser { Slice { rank, world } } else { Slice::WHOLE };
+        let slice = if spec.memory.shard_optimiser { Slice { rank: 0, world } } else { Slice::WHOLE };
         let layout = Layout { slice, weights, average_on_host: false };
         let scales = LossScales::new(false, Device::Cpu);
         let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), scales, layout);
         let networks = [state.fake_score.network(), state.generator.network()];
-        let [fake, generator] = Reduction::of(networks, slice, group).unwrap();
+        let [fake, generator] = Reduction::of(networks, slice, &alone).unwrap();
         let frozen = state.fake_score.network().frozen();
         let settings = settings(spec, Device::Cpu);
         let adam = AdamSettings { learning_rate: 1e-4, betas: [0.0, 0.999], epsilon: 1e-8 };
+        let reduced = |reduction: &Reduction, network: &dyn Denoiser| match reduction {
+            Reduction::Buffered(buffer) if world > 1 => buffer.own_sum(network.parameters()),
+            _ => reduction.finish(network, &alone).unwrap().0,
+        };
         for iteration in 0..2 {
             let (network, trained) = (state.generator.network(), state.fake_score.network());
-            let loss =
-                phase::fake_score(network, trained, &Noise, None, &settings, iteration, rank as u32).loss;
+            let loss = phase::fake_score(network, trained, &Noise, None, &settings, iteration, 0).loss;
             fake.backward(trained, &loss, true).ok().unwrap();
             drop(loss);
-            let (flat, _) = fake.finish(trained, group).unwrap();
-            state.step_fake_score(&Gradient::repaired(flat), iteration, &adam);
+            let gradient = Gradient::repaired(reduced(&fake, trained));
+            state.step_fake_score(&gradient, iteration, &adam);
+            drop(gradient);
             fake.clear().unwrap();
-            transfer::publish(group, &mut state).unwrap();
 
-            let (network, teacher) = (state.generator.network(), teacher.as_ref());
-            let frozen = frozen.as_ref();
-            let batch = phase::generator(network, frozen, teacher, &Noise, &settings, iteration, rank as u32);
+            let (network, frozen) = (state.generator.network(), frozen.as_ref());
+            let batch = phase::generator(network, frozen, teacher.as_ref(), &Noise, &settings, iteration, 0);
             generator.backward(network, &batch.loss, true).ok().unwrap();
             drop(batch);
-            let (flat, _) = generator.finish(network, group).unwrap();
-            state.step_generator(&Gradient::repaired(flat), iteration, &adam, 1e4, 4);
+            let gradient = Gradient::repaired(reduced(&generator, network));
+            state.step_generator(&gradient, iteration, &adam, 1e4, 4);
+            drop(gradient);
             generator.clear().unwrap();
-            transfer::publish(group, &mut state).unwrap();
         }
         meter.peak().unwrap()
     }

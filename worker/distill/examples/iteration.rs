@@ -107,7 +107,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         weighting: Weighting::ScoreIdentity,
         fake_score_times: TimeLaw::Uniform { first: 20, last: 979 },
         generator_times: TimeLaw::Uniform { first: 20, last: 979 },
-        guidance: Guidance { fake_score_training: 1.5, fake_score: 1.5, teacher: 1.5, condition_dropout: 0.1 },
+        guidance: Guidance {
+            fake_score_training: 1.5,
+            fake_score: 1.5,
+            teacher: 1.5,
+            condition_dropout: 0.1,
+        },
         adversarial: None,
         training_mode: Mode::Train,
         device,

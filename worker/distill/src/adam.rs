@@ -1,5 +1,5 @@
-//! Adam (1412.6980) over a network's flat parameter vector: a handful of tensor operations a step, whatever the number
-//! of layers.
+//! Adam (1412.6980) over a network's flat parameter vector, a long stretch at a time: a handful of tensor operations for each,
+//! whatever the number of layers.
 
 use tch::{Tensor, no_grad};
 
@@ -22,6 +22,9 @@ pub struct Adam {
     pub exp_avg_sq: Tensor,
 }
 
+/// Elements that are stepped at a time, so that what a step needs beside the moments does not grow with the network.
+pub const STRETCH: i64 = 1 << 26;
+
 impl Adam {
     /// Zero moments for a flat parameter vector.
     #[must_use]
@@ -33,16 +36,22 @@ impl Adam {
     pub fn step(&mut self, parameters: &Tensor, gradient: &Tensor, step: u64, settings: &AdamSettings) {
         let [beta1, beta2] = settings.betas;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-        no_grad(|| {
-            let _ = self.exp_avg.lerp_(gradient, 1.0 - beta1);
-            let _ = self.exp_avg_sq.lerp_(&gradient.square(), 1.0 - beta2);
-            let mut denominator = self.exp_avg_sq.sqrt();
-            let _ = denominator.g_div_scalar_(correction(beta2).sqrt());
-            let _ = denominator.g_add_scalar_(settings.epsilon);
-            let mut update = &self.exp_avg / denominator;
-            let _ = update.g_mul_scalar_(settings.learning_rate / correction(beta1));
-            let _ = parameters.shallow_clone().g_sub_(&update);
-        });
+        let numel = parameters.numel() as i64;
+        for first in (0..numel).step_by(STRETCH as usize) {
+            let stretch = |x: &Tensor| x.narrow(0, first, STRETCH.min(numel - first));
+            let (mut exp_avg, mut exp_avg_sq) = (stretch(&self.exp_avg), stretch(&self.exp_avg_sq));
+            let gradient = stretch(gradient);
+            no_grad(|| {
+                let _ = exp_avg.lerp_(&gradient, 1.0 - beta1);
+                let _ = exp_avg_sq.lerp_(&gradient.square(), 1.0 - beta2);
+                let mut denominator = exp_avg_sq.sqrt();
+                let _ = denominator.g_div_scalar_(correction(beta2).sqrt());
+                let _ = denominator.g_add_scalar_(settings.epsilon);
+                let mut update = &exp_avg / denominator;
+                let _ = update.g_mul_scalar_(settings.learning_rate / correction(beta1));
+                let _ = stretch(parameters).g_sub_(&update);
+            });
+        }
     }
 }
 

@@ -34,6 +34,13 @@ impl Buffer {
         Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())), slice }
     }
 
+    /// This rank's slice of its own sum.
+    #[cfg(test)]
+    pub fn own_sum(&self, parameters: &Parameters) -> Tensor {
+        let range = self.slice.range(parameters.flat().numel() as i64);
+        self.sum.narrow(0, range.start, range.end - range.start).copy()
+    }
+
     /// The same memory.
     fn share(&self) -> Self {
         Self { sum: self.sum.shallow_clone(), slice: self.slice }
@@ -92,7 +99,8 @@ impl Reduction {
         Ok(Duration::ZERO)
     }
 
-    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers.
+    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers. It may lie in this
+    /// value's own memory, until that is [cleared](Self::clear).
     ///
     /// # Errors
     /// Those of the collectives.
@@ -104,14 +112,13 @@ impl Reduction {
         let numel = network.parameters().flat().numel() as i64;
         let gradient = if slice.world == 1 {
             group.all_reduce(sum, ReduceOp::Sum)?.wait(None)?;
-            sum.narrow(0, 0, numel).copy()
+            sum.narrow(0, 0, numel)
         } else {
             let (width, range) = (slice.width(numel), slice.range(numel));
             let own = Tensor::empty([width], (Kind::Float, sum.device()));
             group.reduce_scatter(&own, sum)?.wait(None)?;
             own.narrow(0, 0, range.end - range.start)
         };
-        let _ = no_grad(|| sum.shallow_clone().zero_());
         Ok((gradient, started.elapsed()))
     }
 
@@ -122,8 +129,10 @@ impl Reduction {
     pub fn clear(&self) -> Result<(), Error> {
         match self {
             Self::Overlapped(reducer) => reducer.zero_grad(),
-            // Its sum is 0 again already.
-            Self::Buffered(_) => Ok(()),
+            Self::Buffered(buffer) => {
+                let _ = no_grad(|| buffer.sum.shallow_clone().zero_());
+                Ok(())
+            }
         }
     }
 }
