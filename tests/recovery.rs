@@ -19,10 +19,15 @@ fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration
 #[test]
 fn a_rank_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
-    let undisturbed = cluster.unscored("launch", "undisturbed", 2, &SHORT, &[]).output().unwrap();
+    // Three micro-batches for rank 0, two for rank 1: each has something between two backward passes, and when rank 0 comes
+    // to its last one, rank 1 already waits in the all-reduce.
+    let sets = [SHORT[0], SHORT[1], "distillation.global_batch=40", "distillation.micro_batch=8"];
+    let undisturbed = cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     assert!(undisturbed.status.success(), "{}", text(&undisturbed.stderr));
     for (at, iteration) in [
         ("forward", 3),
+        ("backward", 3),
+        ("reducing", 3),
         ("reduced", 3),
         ("stepped", 3),
         ("reported", 3),
@@ -33,7 +38,7 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
     ] {
         for rank in [0, 1] {
             let run = format!("{at}-{iteration}-{rank}");
-            let mut command = cluster.unscored("launch", &run, 2, &SHORT, &[]);
+            let mut command = cluster.unscored("launch", &run, 2, &sets, &[]);
             dies(&mut command, &cluster, "die", at, iteration, rank);
             let output = command.output().unwrap();
             let log = text(&output.stderr);

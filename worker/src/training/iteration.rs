@@ -233,11 +233,13 @@ impl Member<'_> {
             let scaled = &micro_batch.loss * scale;
             let reduction = self.reduction(phase);
             if index == last {
+                faults::point("reducing", iteration, self.assignment.rank);
                 // It ends when the gradients of all ranks are in.
                 exposed =
                     self.session.progress.while_waiting(|| reduction.backward(network, &scaled, true))?;
             } else {
                 reduction.backward(network, &scaled, false)?;
+                faults::point("backward", iteration, self.assignment.rank);
             }
             let MicroBatchLoss { score_loss, adversarial_loss, score_difference, dropped, .. } = micro_batch;
             reported.push((score_loss, adversarial_loss, score_difference, dropped));
