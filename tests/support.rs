@@ -130,6 +130,17 @@ impl Cluster {
         command
     }
 
+    /// Runs [`unscored`](Self::unscored)'s `potstill launch` to its end, which must be a success. Returns its log.
+    ///
+    /// # Panics
+    /// It was not.
+    pub fn finish(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> String {
+        let output = self.unscored("launch", run, workers, sets, flags).output().expect("potstill starts");
+        let log = text(&output.stderr);
+        assert!(output.status.success(), "{run}: {}: {log}", output.status);
+        log
+    }
+
     /// `potstill agent` for a coordinator on this machine.
     #[must_use]
     pub fn agent(run: &str, port: u16, ranks: u32) -> Command {

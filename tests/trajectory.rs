@@ -45,6 +45,29 @@ fn one_and_two_and_three_workers_follow_the_same_trajectory() {
 }
 
 #[test]
+fn what_three_workers_saved_is_loaded_by_any_number_of_workers() {
+    let cluster = Cluster::default();
+    // Eight micro-batches: five workers share them unevenly.
+    let micro_batch = "distillation.micro_batch=4";
+    cluster.finish("straight", 1, &["distillation.iterations=6", micro_batch], &[]);
+    cluster.finish("three", 3, &["distillation.iterations=3", micro_batch], &[]);
+    let straight = cluster.checkpoint("straight", 6);
+    for workers in [1, 2, 5] {
+        let run = format!("by-{workers}");
+        let copied =
+            cluster.about("restore", "three").args(["--to", &run]).output().expect("potstill starts");
+        assert!(copied.status.success(), "{}", text(&copied.stderr));
+        let log = cluster.finish(&run, workers, &["distillation.iterations=6", micro_batch], &["--resume"]);
+        assert!(log.contains("state_from=checkpoints/000000000003/manifest.json"), "{log}");
+        let resumed = cluster.checkpoint(&run, 6);
+        for part in ["generator/", "fake_score/", "generator_ema/", "generator_adam.exp_avg_sq/"] {
+            let difference = relative_difference(&resumed, &straight, part);
+            assert!(difference <= 1e-4, "{run}: {part}: {difference}");
+        }
+    }
+}
+
+#[test]
 fn guided_generators_of_two_steps_follow_the_same_trajectory_too() {
     let cluster = Cluster::default();
     let sets = [
