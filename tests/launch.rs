@@ -1,9 +1,10 @@
-//! What `potstill launch` leaves behind, and how it ends: by itself, by Ctrl-C, by kill -9, with a rank lost on the way.
+//! What `potstill launch` leaves behind, and how it ends: by itself, by a signal, by kill -9, with a rank lost on the way; and what it
+//! says of itself meanwhile.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use nix::sys::signal::Signal;
-use potstill_tests::{Cluster, Process, kill, relative_difference, text, worker_pid};
+use potstill_tests::{Cluster, Process, free_port, kill, relative_difference, text, worker_pid};
 
 #[test]
 fn a_finished_run_leaves_scores_pictures_and_metrics() {
@@ -55,25 +56,67 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     }
 }
 
-#[test]
-fn ctrl_c_saves_and_resume_goes_on_bit_by_bit() {
-    let cluster = Cluster::default();
-    let many = ["distillation.iterations=100000", "checkpoint.every=100000"];
-    let mut launched = Process::start(cluster.launch("stopped", 2, &many, &[]));
-    launched.until(&["iteration", "images/s"]);
-    launched.signal(Signal::SIGINT);
-    let (code, log) = launched.end();
-    assert_eq!(code, Some(75), "{log}");
-    assert!(log.contains("--resume"), "it says how to go on: {log}");
+/// The iteration of a run's only checkpoint: it was asked to stop, and saved at the next boundary.
+fn saved_at(cluster: &Cluster, run: &str) -> u64 {
+    let folders = std::fs::read_dir(cluster.run(run).join("checkpoints")).unwrap();
+    let saved: Vec<u64> =
+        folders.map(|entry| entry.unwrap().file_name().to_string_lossy().parse().unwrap()).collect();
+    let [iteration] = saved[..] else { panic!("{run}: one checkpoint, at the stop: {saved:?}") };
+    iteration
+}
 
-    let checkpoints = std::fs::read_dir(cluster.run("stopped").join("checkpoints")).unwrap();
-    let reached: Vec<u64> =
-        checkpoints.map(|entry| entry.unwrap().file_name().to_string_lossy().parse().unwrap()).collect();
-    let [reached] = reached[..] else { panic!("one checkpoint, at the stop: {reached:?}") };
-    let end = format!("distillation.iterations={}", reached + 5);
-    cluster.succeed("stopped", 2, &[&end], &["--resume"]);
-    cluster.succeed("straight", 2, &[&end], &[]);
-    assert_eq!(cluster.checkpoint("stopped", reached + 5), cluster.checkpoint("straight", reached + 5));
+/// A run that saves only when it is asked to.
+const ENDLESS: [&str; 2] = ["distillation.iterations=100000", "checkpoint.every=100000"];
+
+#[test]
+fn signals_save_and_resume_goes_on_bit_by_bit() {
+    let cluster = Cluster::default();
+    let signals = [("Ctrl-C", Signal::SIGINT), ("SIGTERM", Signal::SIGTERM), ("SIGUSR1", Signal::SIGUSR1)];
+    let saved = signals.map(|(name, signal)| {
+        let run = name.to_lowercase();
+        let mut launched = Process::start(cluster.unscored("launch", &run, 2, &ENDLESS, &[]));
+        launched.until(&["iteration", "images/s"]);
+        launched.signal(signal);
+        let (code, log) = launched.end();
+        assert_eq!(code, Some(75), "{log}");
+        assert!(log.contains(&format!("{name} received")), "{log}");
+        assert!(log.contains("--resume"), "it says how to go on: {log}");
+        let iteration = saved_at(&cluster, &run);
+        (run, iteration)
+    });
+    let end = saved.iter().map(|(_, iteration)| iteration).max().unwrap() + 5;
+    let iterations = format!("distillation.iterations={end}");
+    cluster.finish("straight", 2, &[&iterations], &[]);
+    for (run, _) in saved {
+        cluster.finish(&run, 2, &[&iterations], &["--resume"]);
+        assert_eq!(cluster.checkpoint(&run, end), cluster.checkpoint("straight", end), "{run}");
+    }
+}
+
+#[test]
+fn a_signal_to_an_agent_saves_its_ranks_leave_and_resume_goes_on_bit_by_bit() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let mut served =
+        Process::start(cluster.unscored("serve", "preempted", 2, &ENDLESS, &["--listen", &listen]));
+    served.until(&["coordinator started"]);
+    let agent = Process::start(Cluster::agent("preempted", port, 2));
+    served.until(&["iteration", "images/s"]);
+    agent.signal(Signal::SIGUSR1);
+    let (code, log) = agent.end();
+    assert_eq!(code, Some(75), "{log}");
+    assert_eq!(log.matches("is saved").count(), 2, "both ranks leave when what they did is safe: {log}");
+    served.until(&["waiting for workers", "0 of 2 workers"]);
+    served.signal(Signal::SIGTERM);
+    let (code, log) = served.end();
+    assert_eq!(code, Some(75), "{log}");
+
+    let end = saved_at(&cluster, "preempted") + 5;
+    let iterations = format!("distillation.iterations={end}");
+    cluster.finish("preempted", 2, &[&iterations], &["--resume"]);
+    cluster.finish("straight", 2, &[&iterations], &[]);
+    assert_eq!(cluster.checkpoint("preempted", end), cluster.checkpoint("straight", end));
 }
 
 #[test]
