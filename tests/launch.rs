@@ -120,6 +120,68 @@ fn a_signal_to_an_agent_saves_its_ranks_leave_and_resume_goes_on_bit_by_bit() {
 }
 
 #[test]
+fn status_says_who_is_there_and_what_a_run_waits_for() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let sets = ["distillation.iterations=100000", "checkpoint.every=2"];
+    let mut served = Process::start(cluster.unscored("serve", "asked", 2, &sets, &["--listen", &listen]));
+    let ask = |flags: &[&str]| text(&cluster.about("status", "asked").args(flags).output().unwrap().stdout);
+    let status = || serde_json::from_str::<serde_json::Value>(&ask(&["--json"])).unwrap();
+    served.until(&["coordinator started"]);
+
+    let first = Process::start(Cluster::agent("asked", port, 1));
+    let pid = worker_pid(&served.until(&["worker attached"]));
+    served.until(&["waiting for workers", "1 of 2 workers"]);
+    let waiting = status();
+    assert_eq!(waiting["state"], "waiting");
+    let reason = waiting["reason"].as_str().unwrap();
+    assert!(reason.contains("the run starts: 1 of 2 workers; it gives up after"), "{reason}");
+    let member = &waiting["members"][0];
+    assert_eq!((&member["pid"], &member["liveness"]), (&pid.into(), &"alive".into()), "{waiting}");
+    assert!(member["rank"].is_null() && waiting["committed_iteration"].is_null(), "{waiting}");
+    let said = ask(&[]);
+    for words in [&format!("asked: waiting: {reason}"), "generation 0, iteration 0", "there is no checkpoint"]
+    {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+
+    let second = Process::start(Cluster::agent("asked", port, 1));
+    let lost = worker_pid(&served.until(&["worker attached"]));
+    served.until(&["checkpoint committed"]);
+    let training = status();
+    assert_eq!((&training["state"], &training["generation"]), (&"training".into(), &1.into()), "{training}");
+    assert!(training["iteration"].as_u64() >= Some(2) && training["committed_iteration"].as_u64() >= Some(2));
+    let members = training["members"].as_array().unwrap();
+    let mut ranks: Vec<_> = members.iter().map(|member| member["rank"].as_u64().unwrap()).collect();
+    ranks.sort_unstable();
+    assert_eq!(ranks, [0, 1]);
+    assert!(members.iter().all(|member| member["cursor"].as_str().unwrap().starts_with("iteration ")));
+    let said = ask(&[]);
+    for words in
+        ["asked: training", "generation 1, iteration", "of 100000", "the newest checkpoint is checkpoints/"]
+    {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+
+    // Not its rank alone, which it would start again.
+    second.signal(Signal::SIGKILL);
+    assert_eq!(second.end().0, None);
+    served.until(&["waiting for workers", "1 of 2 workers"]);
+    let waiting = status();
+    let reason = waiting["reason"].as_str().unwrap();
+    let named = reason.contains(&format!("process {lost},")) && reason.contains("is lost");
+    assert!(named && reason.contains("1 of 2 workers"), "it says who is missing: {reason}");
+
+    served.signal(Signal::SIGTERM);
+    assert_eq!(served.end().0, Some(75));
+    assert_eq!(first.end().0, Some(0));
+    let stopped = status();
+    assert_eq!(stopped["state"], "stopped");
+    assert!(stopped["reason"].as_str().unwrap().contains("SIGTERM"), "{stopped}");
+}
+
+#[test]
 fn nothing_outlives_a_launcher_that_is_killed() {
     let cluster = Cluster::default();
     let mut launched = Process::start(cluster.launch("killed", 2, &["distillation.iterations=100000"], &[]));
