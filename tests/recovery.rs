@@ -334,3 +334,24 @@ fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
     let list = cluster.about("checkpoints", "shaky").args(["--verify"]).output().unwrap();
     assert!(list.status.success(), "every checkpoint that exists is whole: {}", text(&list.stdout));
 }
+
+#[test]
+fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=40", "checkpoint.every=1", "checkpoint.keep_last=0"];
+    let mut command = cluster.unscored("launch", "slow", 2, &sets, &[]);
+    // Each write takes as long as many iterations.
+    command.env("POTSTILL_STORAGE_FAULTS", "seed=1,delay=1");
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    let given_up = |line: &&str| {
+        line.contains("checkpoint failed; training goes on") && line.contains("still being written")
+    };
+    assert!(log.lines().any(|line| given_up(&line)), "{log}");
+    cluster.finish("undisturbed", 2, &sets, &[]);
+    assert_eq!(cluster.checkpoint("slow", 40), cluster.checkpoint("undisturbed", 40));
+    assert_eq!(cluster.summary("slow")["repeated_iterations"], 0, "{log}");
+    let list = cluster.about("checkpoints", "slow").args(["--verify"]).output().unwrap();
+    assert!(list.status.success(), "what exists is whole: {}", text(&list.stdout));
+}

@@ -123,6 +123,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
     session.send(FromWorker::Ready);
 
     let mut holding = Holding::default();
+    let mut saving = None;
     loop {
         let orders = session.wait()?;
         if let Some((success, reason)) = orders.stop.take() {
@@ -135,6 +136,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
                 &job,
                 &mut session,
                 &mut holding,
+                &mut saving,
                 &assignment,
                 &host,
                 terms.collective_timeout,

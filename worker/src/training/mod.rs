@@ -91,11 +91,12 @@ struct Member<'a> {
     generator: Reduction,
     /// Views of the fake score for the generator phase.
     frozen_fake_score: Box<dyn Denoiser>,
-    saving: Option<Save>,
+    saving: &'a mut Option<Save>,
     non_finite_streak: u32,
 }
 
-/// Takes part in the assigned generation until it is over. `holding` keeps the state whatever happens.
+/// Takes part in the assigned generation until it is over. `holding` keeps the state whatever happens, `saving` the newest save,
+/// which may outlive the generation.
 ///
 /// # Errors
 /// What no other worker could do better: the run must end.
@@ -103,13 +104,14 @@ pub fn run_generation(
     job: &Job,
     session: &mut Session,
     holding: &mut Holding,
+    saving: &mut Option<Save>,
     assignment: &Assignment,
     host: &str,
     collective_timeout: Duration,
 ) -> anyhow::Result<Ending> {
     session.progress.set_generation(assignment.generation);
     session.progress.set_waiting(false);
-    let result = take_part(job, session, holding, assignment, host, collective_timeout);
+    let result = take_part(job, session, holding, saving, assignment, host, collective_timeout);
     session.leave_group();
     match result {
         Ok(ending) => Ok(ending),
@@ -128,6 +130,7 @@ fn take_part(
     job: &Job,
     session: &mut Session,
     holding: &mut Holding,
+    saving: &mut Option<Save>,
     assignment: &Assignment,
     host: &str,
     timeout: Duration,
@@ -157,7 +160,7 @@ fn take_part(
         session,
         assignment,
         group,
-        saving: None,
+        saving,
         non_finite_streak: 0,
     };
     member.work(state, &mut holding.cursor)
@@ -235,13 +238,13 @@ impl Member<'_> {
         let share = Share::of(state, iteration, a.rank, a.world_size, self.job.staging.clone());
         let (runtime, run) = (&self.job.runtime, self.job.run.clone());
         let outbox = self.session.outbox();
-        self.saving = Some(share.save(runtime, run, a.generation, a.rank, a.world_size, outbox));
+        *self.saving = Some(share.save(runtime, run, a.generation, a.rank, a.world_size, outbox));
         faults::point("snapshot", iteration, a.rank);
     }
 
     /// The state is about to change: waits for a copy of it that is under way.
     fn wait_for_copy(&mut self) {
-        if let Some(saving) = &mut self.saving {
+        if let Some(saving) = self.saving {
             saving.wait_for_copy();
         }
     }
