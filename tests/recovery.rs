@@ -355,3 +355,39 @@ fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
     let list = cluster.about("checkpoints", "slow").args(["--verify"]).output().unwrap();
     assert!(list.status.success(), "what exists is whole: {}", text(&list.stdout));
 }
+
+#[test]
+fn each_transition_is_one_line_of_json() {
+    let cluster = Cluster::default();
+    let mut command = cluster.unscored("launch", "json", 2, &SHORT, &["--log-format", "json"]);
+    dies(&mut command, &cluster, "die", "forward", 3, 1);
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    let object = |line: &str| {
+        let parsed: Result<serde_json::Map<_, _>, _> = serde_json::from_str(line);
+        parsed.unwrap_or_else(|error| panic!("{error}: {line}"))
+    };
+    let lines: Vec<_> = log.lines().map(object).collect();
+    for (message, times, says) in [
+        ("generation opened", 2, "reason"),
+        ("generation abandoned", 1, "reason"),
+        ("worker lost", 1, "reason"),
+        ("checkpoint committed", 2, "bytes"),
+        ("run succeeded", 1, "iteration"),
+    ] {
+        let told: Vec<_> = lines.iter().filter(|line| line["message"] == message).collect();
+        assert_eq!(told.len(), times, "{message}: {log}");
+        for line in told {
+            assert!(line.get(says).is_some_and(|value| value != ""), "{says}: {line:?}");
+        }
+    }
+    // What cannot be started is said in the same way.
+    let output = cluster.unscored("launch", "json", 2, &SHORT, &["--log-format", "json"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let log = text(&output.stderr);
+    assert!(
+        log.lines().map(object).any(|line| line["message"].as_str().unwrap().contains("run json exists")),
+        "{log}"
+    );
+}

@@ -17,7 +17,7 @@ use potstill_coordinator::{
     client::Client,
     decision::{self, Price, Threshold},
     launch::{self, Exit, Job, agent::AgentPlan, worker},
-    report::screen::LogFormat,
+    report::screen::{LogFormat, Screen},
     server::Resume,
     status,
 };
@@ -239,12 +239,12 @@ struct HandedOn {
 
 /// Does what the command line asks for.
 pub fn main(cli: Cli) -> ExitCode {
-    let job = match cli.command {
+    let handed_on = match cli.command {
         Command::Launch(a) => {
             let (threads, spares, device) = (a.threads, a.spares, a.device);
-            a.run.job(a.listen, &Workers::Local { threads, spares, device })
+            return a.run.run(a.listen, &Workers::Local { threads, spares, device });
         }
-        Command::Serve(a) => a.run.job(a.listen, &Workers::Elsewhere),
+        Command::Serve(a) => return a.run.run(a.listen, &Workers::Elsewhere),
         Command::Report(arguments) => return ended(arguments.write()),
         Command::Checkpoints(arguments) => return ended(arguments.list()),
         Command::Status(arguments) => return ended(arguments.show()),
@@ -259,14 +259,7 @@ pub fn main(cli: Cli) -> ExitCode {
         Command::Export(handed) => handed.on("export"),
         Command::Sample(handed) => handed.on("sample"),
     };
-    let job = match job {
-        Ok(job) => job,
-        Err(error) => return complain(&error, Exit::Usage),
-    };
-    match run(job) {
-        Ok(exit) => exit.into(),
-        Err(error) => complain(&error, launch::exit_for(&error)),
-    }
+    handed_on.unwrap_or_else(|error| complain(&error, Exit::Usage))
 }
 
 fn complain(error: &anyhow::Error, exit: Exit) -> ExitCode {
@@ -303,6 +296,25 @@ enum Workers {
 }
 
 impl RunArguments {
+    /// Coordinates the run until it has ended.
+    fn run(self, listen: SocketAddr, from: &Workers) -> ExitCode {
+        let format = self.log_format;
+        let ended = match self.job(listen, from) {
+            Ok(job) => run(job).map_err(|error| (launch::exit_for(&error), error)),
+            Err(error) => Err((Exit::Usage, error)),
+        };
+        match (ended, format) {
+            (Ok(exit), _) => exit.into(),
+            (Err((exit, error)), LogFormat::Human) => complain(&error, exit),
+            (Err((exit, error)), LogFormat::Json) => {
+                // Where the log has started already it stays.
+                let _screen = Screen::new(format);
+                tracing::error!("{}", explain(&error));
+                exit.into()
+            }
+        }
+    }
+
     /// Checks everything that can be checked before anything is written.
     fn job(self, listen: SocketAddr, from: &Workers) -> anyhow::Result<Job> {
         let workers = self.workers;
@@ -438,7 +450,7 @@ impl ReportArguments {
 }
 
 impl HandedOn {
-    fn on<T>(self, subcommand: &str) -> anyhow::Result<T> {
+    fn on(self, subcommand: &str) -> anyhow::Result<ExitCode> {
         let never: Infallible = worker::become_worker(subcommand, &self.arguments)?;
         match never {}
     }

@@ -82,9 +82,16 @@ enum News {
     Signal(&'static str),
 }
 
-pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub fn main(arguments: &Arguments) -> ExitCode {
+    arguments.service.enter();
+    keep_ranks(arguments).unwrap_or_else(|error| {
+        tracing::error!("{}", chain(&error));
+        ExitCode::FAILURE
+    })
+}
+
+fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let service = &arguments.service;
-    service.enter();
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.ranks).max(1));
     let program =

@@ -36,7 +36,10 @@ impl LogFormat {
                 let time = ChronoUtc::new("%Y-%m-%d %H:%M:%SZ".to_owned());
                 subscriber.with_target(false).compact().with_timer(time).init();
             }
-            Self::Json => subscriber.json().flatten_event(true).init(),
+            Self::Json => {
+                std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+                subscriber.json().flatten_event(true).init();
+            }
         }
     }
 }

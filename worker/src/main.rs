@@ -59,7 +59,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Agent(arguments) => agent::main(arguments),
+        Command::Agent(arguments) => Ok(agent::main(&arguments)),
         Command::Rank(arguments) => rank::main(arguments),
         Command::Evaluate(arguments) => evaluate::main(arguments),
         Command::Plan(arguments) => plan::main(arguments),

@@ -49,6 +49,13 @@ pub enum Observation {
         /// Why it was formed.
         reason: String,
     },
+    /// A membership is over before the run is.
+    GenerationAbandoned {
+        /// Its number.
+        generation: Generation,
+        /// Who is lost, or what failed.
+        reason: String,
+    },
     /// An iteration is finished: every rank has reported it, or the members that lived on had completed it. An index comes
     /// again only where a run had to go back to an older checkpoint because nobody held its newest state any more.
     Iteration(IterationTotals),

@@ -19,6 +19,9 @@ pub fn observation(observation: &Observation) {
             };
             info!(generation = generation.0, world_size, state_from = %source, repeated, %reason, "generation opened");
         }
+        Observation::GenerationAbandoned { generation, reason } => {
+            warn!(generation = generation.0, %reason, "generation abandoned");
+        }
         Observation::Iteration(t) => debug!(
             iteration = t.iteration,
             world_size = t.world_size,

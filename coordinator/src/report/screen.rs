@@ -54,7 +54,10 @@ impl Screen {
                 .with_target(false)
                 .with_timer(ChronoUtc::new("%Y-%m-%d %H:%M:%SZ".into()))
                 .try_init(),
-            LogFormat::Json => log.json().flatten_event(true).try_init(),
+            LogFormat::Json => {
+                std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+                log.json().flatten_event(true).try_init()
+            }
         };
         screen
     }

@@ -33,7 +33,8 @@ impl Core {
         for stream in members {
             send(actions, *stream, ToWorker::Abandon { generation, reason: reason.to_owned() });
         }
-        log(actions, format!("{generation} is abandoned: {reason}"));
+        let reason = reason.to_owned();
+        actions.push(Action::Observe(Observation::GenerationAbandoned { generation, reason }));
     }
 
     /// A rank has parted from the others, as all of them agreed to: the others are about to say the same.
