@@ -324,7 +324,7 @@ fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
     let cluster = Cluster::default();
     let sets = ["distillation.iterations=30", "checkpoint.every=3", "checkpoint.keep_last=0"];
     let mut command = cluster.unscored("launch", "shaky", 2, &sets, &[]);
-    command.env("POTSTILL_STORAGE_FAULTS", "seed=5,error=0.3,delay=0.1,lost=0.1");
+    command.env("POTSTILL_STORAGE_FAULTS", "seed=5,error=0.2,delay=0.1,lost=0.1");
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
