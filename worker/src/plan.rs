@@ -274,7 +274,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, time::Duration};
+    use std::{rc::Rc, time::Duration};
 
     use potstill_c10d::{Backend, MemoryMeter, ProcessGroup, TcpStore};
     use potstill_distill::{
@@ -306,7 +306,7 @@ mod tests {
         fn draw(&self, stream: &mut Stream, n: i64, _: Device) -> Condition {
             let states = stream.normal(&[n, TOKENS, WIDTH]);
             let null = Embedded { states: stream.normal(&[1, TOKENS, WIDTH]), pooled: None };
-            Condition::Text(TextCondition::new(Embedded { states, pooled: None }, Arc::new(null), None))
+            Condition::Text(TextCondition::new(Embedded { states, pooled: None }, Rc::new(null), None))
         }
     }
 
@@ -389,7 +389,8 @@ mod tests {
             spec.distillation.precision = Precision::Bf16;
             spec.memory.bf16_weights = true;
         };
-        let cases: [(&str, usize, &dyn Fn(&mut RunSpec)); 7] = [
+        type Change<'a> = &'a dyn Fn(&mut RunSpec);
+        let cases: [(&str, usize, Change); 7] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("checkpointing", 1, &|spec| {

@@ -71,10 +71,11 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Some(file) => PromptsSpec { data: file.clone(), ..PromptsSpec::default() },
         None => PromptsSpec::default(),
     };
-    let wanted = reads.then(|| match arguments.prompts {
-        Some(_) => Wanted::File(&prompts),
-        None => Wanted::These(arguments.prompt),
-    });
+    let wanted = match arguments.prompts {
+        _ if !reads => None,
+        Some(_) => Some(Wanted::File(&prompts)),
+        None => Some(Wanted::These(arguments.prompt)),
+    };
     let (network, space) = model.into_space(wanted, vec![])?;
     let channels = space.image_shape()[0];
     ensure!(

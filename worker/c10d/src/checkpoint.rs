@@ -31,7 +31,6 @@ unsafe impl<B: Block> Send for SharedBlock<B> {}
 impl<B: Block> SharedBlock<B> {
     /// Takes it.
     #[must_use]
-    #[expect(clippy::arc_with_non_send_sync, reason = "see the implementation of `Send`")]
     pub fn new(block: B) -> SharedBlock<B> {
         SharedBlock(Arc::new(block))
     }

@@ -5,7 +5,7 @@
 //! iterations but the first, and the peak of allocated bytes. Weights are bf16 on a GPU with fp32 masters, activations are
 //! computed again, guidance is LSG 1.5, the generator takes its one step.
 
-use std::{error::Error, sync::Arc, time::Instant};
+use std::{error::Error, rc::Rc, time::Instant};
 
 use potstill_c10d::MemoryMeter;
 use potstill_distill::{
@@ -46,7 +46,7 @@ impl Conditions for Noise {
         let sizes = self.pooled.map(|_| {
             Tensor::from_slice(&[side, side, 0.0, 0.0, side, side]).to_device(device).expand([n, 6], true)
         });
-        Condition::Text(TextCondition::new(texts, Arc::new(null), sizes))
+        Condition::Text(TextCondition::new(texts, Rc::new(null), sizes))
     }
 }
 

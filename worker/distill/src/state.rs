@@ -117,7 +117,6 @@ impl Trained {
     }
 
     /// This rank's slice of the weights, and the place of all slices, one after the other, each as long as this one.
-    #[must_use]
     pub fn gathered(&self) -> (Tensor, Tensor) {
         let width = self.slice.width(self.network.parameters().flat().numel() as i64);
         let own = self.memory.narrow(0, self.slice.rank as i64 * width, width);
@@ -261,7 +260,6 @@ impl State {
     }
 
     /// G_ema's slice, as a vector on the device of the networks.
-    #[must_use]
     pub fn average(&self) -> Tensor {
         self.average.to_device(self.generator.memory.device())
     }

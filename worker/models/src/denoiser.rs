@@ -1,6 +1,6 @@
 //! The contract between networks and everything that uses them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, rc::Rc};
 
 use tch::Tensor;
 
@@ -52,7 +52,7 @@ impl Embedded {
 /// Texts, what stands for no text, and SDXL's micro-conditioning.
 pub struct TextCondition {
     texts: Embedded,
-    null: Arc<Embedded>,
+    null: Rc<Embedded>,
     sizes: Option<Tensor>,
 }
 
@@ -61,7 +61,7 @@ impl TextCondition {
     /// micro-conditioning (2307.01952, section 2.2): original height and width, top and left of the crop, target height and
     /// width.
     #[must_use]
-    pub fn new(texts: Embedded, null: Arc<Embedded>, sizes: Option<Tensor>) -> Self {
+    pub fn new(texts: Embedded, null: Rc<Embedded>, sizes: Option<Tensor>) -> Self {
         Self { texts, null, sizes }
     }
 
@@ -79,7 +79,7 @@ impl TextCondition {
 
     fn with_texts(&self, texts: Embedded) -> Self {
         let sizes = self.sizes.as_ref().map(Tensor::shallow_clone);
-        Self { texts, null: Arc::clone(&self.null), sizes }
+        Self { texts, null: Rc::clone(&self.null), sizes }
     }
 }
 
@@ -135,7 +135,7 @@ impl Condition {
                 let texts =
                     text.null.zip(&text.texts, |null, text| Tensor::cat(&[&null.expand_as(text), text], 0));
                 let sizes = text.sizes.as_ref().map(|sizes| Tensor::cat(&[sizes, sizes], 0));
-                Some(Self::Text(TextCondition { texts, null: Arc::clone(&text.null), sizes }))
+                Some(Self::Text(TextCondition { texts, null: Rc::clone(&text.null), sizes }))
             }
         }
     }

@@ -207,7 +207,6 @@ impl Stored {
     ///
     /// # Panics
     /// When there is no such row.
-    #[must_use]
     pub fn row(&self, index: usize) -> Tensor {
         match self {
             Self::Memory(tensor) => tensor.get(index as i64).copy(),
@@ -221,7 +220,6 @@ impl Stored {
     }
 
     /// The tensor; a copy, on the host, if it lies in a file.
-    #[must_use]
     pub fn tensor(&self) -> Tensor {
         match self {
             Self::Memory(tensor) => tensor.shallow_clone(),

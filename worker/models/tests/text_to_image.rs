@@ -8,7 +8,7 @@ mod common;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    rc::Rc,
 };
 
 use common::{fixtures, relative_error, relative_error_of_elements};
@@ -166,7 +166,7 @@ fn whole_models_equal_diffusers() {
             assert_close(&name, "decoded", &autoencoder.decode(&scaled), run("decoded"));
             assert_close(&name, "decoded in tiles", &autoencoder.decode_tiled(&scaled), run("tiled"));
 
-            let null = Arc::new(text.null().unwrap());
+            let null = Rc::new(text.null().unwrap());
             let sizes = model.is_xl().then(|| {
                 let side = 16i64;
                 Tensor::from_slice(&[side, side, 0, 0, side, side]).to_kind(Kind::Float).unsqueeze(0)
@@ -310,7 +310,8 @@ fn what_is_wrong_with_a_folder_is_named() {
             std::fs::write(path.join(name), text.replace(from, to)).unwrap();
         }
     };
-    let cases: Vec<(Box<dyn FnOnce(&Path)>, &[&str])> = vec![
+    type Change = Box<dyn FnOnce(&Path)>;
+    let cases: Vec<(Change, &[&str])> = vec![
         (Box::new(remove("model_index.json")), &["/model_index.json", "cannot read"]),
         (Box::new(remove("unet/config.json")), &["/unet/config.json"]),
         (Box::new(remove("tokenizer/merges.txt")), &["/tokenizer", "merges.txt is missing"]),

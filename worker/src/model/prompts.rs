@@ -1,6 +1,6 @@
 //! The prompts that a text-to-image model is shown, as its conditions.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, rc::Rc};
 
 use anyhow::{Context, ensure};
 use potstill_models::{
@@ -18,7 +18,7 @@ pub struct Prompts {
     /// Class of each, where the file has some: what an extractor's classifier should see.
     labels: Option<Vec<i64>>,
     embedder: Embedder,
-    null: Arc<Embedded>,
+    null: Rc<Embedded>,
     /// SDXL's micro-conditioning of what is made, [1, 6].
     sizes: Option<Tensor>,
 }
@@ -60,7 +60,7 @@ impl Prompts {
             let numbers = [original[0], original[1], crop[0].into(), crop[1].into(), image[0], image[1]];
             Tensor::from_slice(&numbers).to_kind(Kind::Float).unsqueeze(0)
         });
-        let null = Arc::new(conditioner.null()?);
+        let null = Rc::new(conditioner.null()?);
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let embedder = match cache {
             Some(folder) => {
@@ -116,8 +116,8 @@ impl Prompts {
         };
         let texts = embedded.map(|x| x.to_device(Device::Cpu).index_select(0, &places).to_device(device));
         let null = match self.null.states.device() == device {
-            true => Arc::clone(&self.null),
-            false => Arc::new(self.null.map(|x| x.to_device(device))),
+            true => Rc::clone(&self.null),
+            false => Rc::new(self.null.map(|x| x.to_device(device))),
         };
         Condition::Text(TextCondition::new(texts, null, sizes.map(|sizes| sizes.to_device(device))))
     }
