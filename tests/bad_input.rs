@@ -83,6 +83,8 @@ fn evaluation_data() {
     let message = refused(&cluster, &[&format!("evaluation.reference={}", path.display())], &[]);
     says(&message, &["d.safetensors", "label 77", "out of range"]);
     let script = repository().join("configs/digits/one-step.toml");
+    let message = refused(&cluster, &[&format!("evaluation.clip={}", script.display())], &[]);
+    says(&message, &["evaluation.clip", "text-to-image"]);
     let message = refused(&cluster, &[&format!("evaluation.features={}", script.display())], &[]);
     says(&message, &["one-step.toml", "TorchScript"]);
 }

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::process::{Command, Output};
+use std::{
+    path::Path,
+    process::{Command, Output},
+};
 
 use potstill_tests::{Cluster, binary, repository, text};
 use serde_json::Value;
@@ -101,6 +104,101 @@ fn what_cannot_be_scored_is_refused() {
     refused(&["--checkpoint", &teacher], &["not an exported generator"]);
     refused(&["--teacher", &config], &["teacher.toml"]);
     refused(&["--teacher", &teacher, "--neighbours", "100"], &["--samples 100", "--neighbours 100"]);
+}
+
+/// `evaluate` of the shapes, a text-to-image teacher.
+fn shapes(clip: &Path, more: &[&str]) -> Output {
+    let shapes = repository().join("configs/shapes");
+    Command::new(binary("potstill"))
+        .args(["evaluate", "--teacher-guidance", "2", "--json", "--teacher"])
+        .args([shapes.join("model"), "--prompts".into(), shapes.join("prompts.jsonl")])
+        .args([Path::new("--features"), &shapes.join("features.pt"), Path::new("--clip"), clip])
+        .args([Path::new("--reference"), &shapes.join("shapes.safetensors")])
+        .args(more)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn the_clip_score_says_whether_images_match_their_prompts() {
+    let clip = repository().join("tests/fixtures/clip_shapes.pt");
+    let score = |more: &[&str]| {
+        let output =
+            shapes(&clip, &[&["--samples", "120", "--teacher-steps", "8", "--threads", "1"], more].concat());
+        assert!(output.status.success(), "{more:?}: {}", text(&output.stderr));
+        let scores: Value = serde_json::from_slice(&output.stdout).unwrap();
+        scores["clip_score"].as_f64().unwrap()
+    };
+    // The teacher draws nearly every shape in its colour; colours taken at random would score about half.
+    let one = score(&["--workers", "1"]);
+    assert!((90.0..=100.0).contains(&one), "{one}");
+    // More processes than chunks: one of them makes nothing.
+    let four = score(&["--workers", "4"]);
+    assert!((one - four).abs() < 1e-3, "{one} {four}");
+    assert!(score(&["--seed", "1"]) != one);
+}
+
+/// Modules that are no CLIP.
+const NO_CLIPS: &str = "
+import sys
+import torch
+
+class One(torch.nn.Module):
+    def forward(self, x, ids):
+        return x.flatten(1)
+
+class Three(torch.nn.Module):
+    def forward(self, x, ids):
+        return x, x, ids
+
+class Widths(torch.nn.Module):
+    def forward(self, x, ids):
+        return x.flatten(1), ids.float()
+
+class Mean(torch.nn.Module):
+    def forward(self, x, ids):
+        return x.flatten(1).mean(0), x.flatten(1).mean(0)
+
+class Small(torch.nn.Module):
+    def forward(self, x, ids):
+        return x.flatten(1)[:, :3], torch.zeros(5, 3)[ids].sum(1)
+
+class Infinite(torch.nn.Module):
+    def forward(self, x, ids):
+        return x.flatten(1) / 0.0, x.flatten(1)
+
+for kind in [One, Three, Widths, Mean, Small, Infinite]:
+    torch.jit.script(kind()).save(f'{sys.argv[1]}/{kind.__name__}.pt')
+";
+
+#[test]
+fn what_is_no_clip_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("make.py");
+    std::fs::write(&script, NO_CLIPS).unwrap();
+    let python = repository().join(".venv/bin/python");
+    let made = Command::new(python).arg(&script).arg(folder.path()).output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let features = repository().join("configs/shapes/features.pt");
+    for (name, says) in [
+        ("One.pt", "does not return (image embeddings, text embeddings)"),
+        ("Three.pt", "a tuple that is not (image embeddings, text embeddings)"),
+        ("Widths.pt", "expected [2, D] twice"),
+        ("Mean.pt", "expected [2, D] twice"),
+        ("Small.pt", "fails on images of shape [2, 3, 16, 16] and tokens of shape [2, 16]"),
+        ("Infinite.pt", "embeddings are not finite"),
+        ("make.py", "is not a TorchScript module"),
+        ("none.pt", "none.pt"),
+        (features.to_str().unwrap(), "fails on images of shape"),
+    ] {
+        let output = shapes(&folder.path().join(name), &["--samples", "20", "--teacher-steps", "2"]);
+        let message = text(&output.stderr);
+        assert!(!output.status.success() && message.contains(says), "{name}: {message}");
+    }
+    // Classes have no prompts.
+    let teacher = repository().join("configs/digits/teacher.safetensors").display().to_string();
+    let clip = repository().join("tests/fixtures/clip_shapes.pt").display().to_string();
+    refused(&["--teacher", &teacher, "--clip", &clip], &["clip_shapes.pt", "text-to-image models"]);
 }
 
 /// Extractors that return other things than features, and one that returns nothing but them.

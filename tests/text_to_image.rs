@@ -329,6 +329,75 @@ fn the_adversarial_loss_sees_images_with_captions() {
 }
 
 #[test]
+fn a_run_is_scored_with_clip_where_it_names_one() {
+    let studio = Studio::new("sdxl");
+    let file = |key: &str, path: &str| format!("evaluation.{key}={}", repository().join(path).display());
+    let (features, reference) = (
+        file("features", "configs/shapes/features.pt"),
+        file("reference", "configs/shapes/shapes.safetensors"),
+    );
+    let clip = file("clip", "tests/fixtures/clip_tiny.pt");
+    // What is made at random has no meaning, and may be as alike as it likes.
+    let common = ["distillation.iterations=2", "evaluation.samples=24", "evaluation.collapse_share=0.0"];
+    let sets = [&common[..], &[&features, &reference]].concat();
+    let with = [&sets[..], &[&clip]].concat();
+    let scores = |run: &str| {
+        let summary = studio.cluster.summary(run);
+        ["teacher", "student", "initial"].map(|whose| summary[whose]["clip_score"].clone())
+    };
+    let table = |run: &str, sets: &[&str]| {
+        let output = studio.output(run, 1, sets, &[]);
+        assert!(output.status.success(), "{run}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let with_clip = table("one", &with);
+    assert!(with_clip.contains("CLIP score"), "{with_clip}");
+    studio.succeed("two", 2, &[&with[..], &["prompts.cache=embeddings"]].concat(), &[]);
+    for (one, two) in scores("one").iter().zip(scores("two")) {
+        let (one, two) = (one.as_f64().unwrap(), two.as_f64().unwrap());
+        assert!((0.0..=100.0).contains(&one) && (one - two).abs() < 0.1, "{one} {two}");
+    }
+    assert!(scores("one").iter().any(|score| score.as_f64() > Some(1.0)), "{:?}", scores("one"));
+    let evaluated = |run: &str| {
+        let rows = studio.cluster.metrics(run);
+        rows.into_iter()
+            .filter(|row| row["kind"] == "evaluation")
+            .map(|row| row["scores"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert!(evaluated("one").iter().all(|scores| scores["clip_score"].is_f64()));
+    // Where there is none, nothing is said.
+    let without = table("without", &sets);
+    assert!(without.contains("FID") && !without.contains("CLIP"), "{without}");
+    assert!(scores("without").iter().all(serde_json::Value::is_null));
+    assert!(evaluated("without").iter().all(|scores| scores.get("clip_score").is_none()));
+
+    let report = |run: &str, required: &str| {
+        let mut command = Command::new(binary("potstill"));
+        command.args(["report", run, "--require", required, "--storage"]).arg(studio.cluster.storage());
+        let output = command.output().unwrap();
+        (output.status.code(), text(&output.stderr))
+    };
+    assert_eq!(report("one", "student.clip_score>=0").0, Some(0));
+    assert_eq!(report("one", "teacher.clip_score>100").0, Some(3));
+    let (code, said) = report("without", "student.clip_score>=0");
+    assert!(code == Some(3) && said.contains("student.clip_score was not measured"), "{said}");
+
+    for (sets, says) in [
+        (vec![clip.as_str()], "evaluation.clip needs evaluation.features and evaluation.reference"),
+        (vec![&features, &reference, "evaluation.clip=/nowhere/clip.pt"], "/nowhere/clip.pt"),
+        (vec![&features, &reference, &format!("evaluation.clip={}", studio.config.display())], "TorchScript"),
+        (
+            vec![&features, &reference, &file("clip", "configs/shapes/features.pt")],
+            "fails on images of shape",
+        ),
+    ] {
+        let message = studio.refused(&sets);
+        assert!(message.contains(says), "{says:?} is not in: {message}");
+    }
+}
+
+#[test]
 fn wrong_input_is_named_before_anything_is_written() {
     let studio = Studio::new("sdxl");
     let says = |message: String, words: &[&str]| {

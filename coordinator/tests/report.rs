@@ -103,6 +103,30 @@ fn thresholds_set_the_exit_code() {
 }
 
 #[test]
+fn a_clip_score_is_shown_and_required_where_there_is_one() {
+    let storage = storage(true);
+    let run = storage.path().join("runs/demo");
+    let required = ["--require", "student.clip_score>=0.95*teacher.clip_score"];
+    let output = report(storage.path(), &required);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(3) && said.contains("clip_score was not measured"), "{said}");
+    for name in ["report.html", "report.md"] {
+        assert!(!page(storage.path(), name).contains("CLIP score"), "{name}");
+    }
+    let with = |text: &str, clip_score: &str| {
+        text.replace("\"diversity\":", &format!("\"clip_score\": {clip_score}, \"diversity\":"))
+    };
+    std::fs::write(run.join("summary.json"), with(SUMMARY, "31.416")).unwrap();
+    std::fs::write(run.join("metrics.jsonl"), with(EVALUATION, "27.182").replace('\n', " ") + "\n").unwrap();
+    assert_eq!(report(storage.path(), &required).status.code(), Some(0));
+    for name in ["report.html", "report.md"] {
+        let page = page(storage.path(), name);
+        assert_eq!(page.matches("CLIP score").count(), 2, "{name}: {page}");
+        assert!(page.contains("31.42") && page.contains("27.18"), "{name}: {page}");
+    }
+}
+
+#[test]
 fn a_run_that_is_not_finished_says_so_and_one_that_is_not_there_is_an_error() {
     let storage = storage(false);
     assert_eq!(report(storage.path(), &[]).status.code(), Some(0));

@@ -477,6 +477,9 @@ pub struct EvaluationSpec {
     /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel range
     /// in its metadata.
     pub reference: Option<PathBuf>,
+    /// TorchScript CLIP, for text-to-image models: images in [−1, 1] and the prompts' tokens, int64 [N, tokens], of the model's first
+    /// tokenizer → (image embeddings [N, D], text embeddings [N, D]). With one there is a CLIP score.
+    pub clip: Option<PathBuf>,
     /// Steps of the teacher's sampler: Heun's for EDM, where 18 steps are 35 evaluations; guided DDIM for text-to-image models, where
     /// each step is two, and 50 steps are usual.
     pub teacher_steps: u32,
@@ -496,6 +499,7 @@ impl Default for EvaluationSpec {
             seed: 1_000_000_007,
             features: None,
             reference: None,
+            clip: None,
             teacher_steps: 18,
             teacher_guidance: 7.5,
             neighbours: 3,
@@ -575,6 +579,7 @@ impl RunSpec {
             Some(&mut spec.teacher.weights).filter(|p| !p.as_os_str().is_empty()),
             spec.evaluation.features.as_mut(),
             spec.evaluation.reference.as_mut(),
+            spec.evaluation.clip.as_mut(),
             spec.generator.start_from.as_mut(),
         ]
         .into_iter()
@@ -833,6 +838,14 @@ impl RunSpec {
         require(
             e.features.is_some() == e.reference.is_some(),
             "evaluation.features and evaluation.reference go together: give both or neither".into(),
+        );
+        require(
+            e.clip.is_none() || e.features.is_some(),
+            "evaluation.clip needs evaluation.features and evaluation.reference: without them nothing is scored".into(),
+        );
+        require(
+            e.clip.is_none() || self.teacher.model.is_some(),
+            "evaluation.clip is for text-to-image models: it compares images with their prompts".into(),
         );
         require(e.teacher_steps >= 2, "evaluation.teacher_steps must be at least 2".into());
         require(

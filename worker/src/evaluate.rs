@@ -48,6 +48,9 @@ pub struct Arguments {
     /// Real images (see adversarial.data in a run file for the forms), or statistics of them that --save-statistics wrote
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
+    /// TorchScript CLIP, for text-to-image models: images in [−1, 1], tokens int64 [N, tokens] → (image embeddings, text embeddings)
+    #[arg(long, value_name = "FILE")]
+    clip: Option<PathBuf>,
     /// Images to score
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(2..))]
     samples: u32,
@@ -96,6 +99,7 @@ struct Record {
     recall: Option<f64>,
     agreement: Option<f64>,
     diversity: Option<f64>,
+    clip_score: Option<f64>,
     evaluations_per_image: f64,
     images_per_second: f64,
     samples: u64,
@@ -113,6 +117,7 @@ impl Record {
             recall: measured(scores.recall),
             agreement: measured(scores.agreement),
             diversity: measured(scores.diversity),
+            clip_score: scores.clip_score,
             evaluations_per_image: scores.evaluations_per_image,
             images_per_second: scores.images_per_second,
             samples: scores.samples,
@@ -124,16 +129,20 @@ impl Record {
     fn print(&self) {
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
         println!("{}", self.subject);
-        for (name, value) in [
+        let clip_score = self.clip_score.map(|x| ("CLIP score", number(Some(x))));
+        let quality = [
             ("FID", number(self.fid)),
             ("precision", number(self.precision)),
             ("recall", number(self.recall)),
             ("class agreement", number(self.agreement)),
             ("diversity", number(self.diversity)),
+        ];
+        let others = [
             ("evaluations per image", self.evaluations_per_image.to_string()),
             ("images/s", format!("{:.1}", self.images_per_second)),
             ("samples", self.samples.to_string()),
-        ] {
+        ];
+        for (name, value) in quality.into_iter().chain(clip_score).chain(others) {
             println!("  {name:<22}{value:>10}");
         }
     }
@@ -205,6 +214,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         seed: arguments.seed,
         features: Some(arguments.features.clone()),
         reference: Some(arguments.reference.clone()),
+        clip: arguments.clip.clone(),
         teacher_steps: arguments.teacher_steps,
         teacher_guidance: arguments.teacher_guidance,
         neighbours: arguments.neighbours,

@@ -1,7 +1,7 @@
 //! Scoring teacher and student, spread over the ranks.
 //!
-//! Each rank makes every world-th chunk of the samples and puts features and logits into its rows of a zero matrix; a sum over ranks puts them together, and
-//! every rank computes the same scores.
+//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of zero matrices; a sum over ranks puts them
+//! together, and every rank computes the same scores.
 
 use std::{collections::BTreeMap, path::Path, time::Instant};
 
@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{
+    clip::Clip,
     dataset::{Dataset, Shape},
     model::Space,
     samples::{CHUNK, SampleSet, Sampler},
@@ -42,9 +43,7 @@ impl Extractor {
         let context = || format!("feature extractor {}", path.display());
         let bytes = std::fs::read(path).with_context(context)?;
         let digest = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let module = CModule::load_data_on_device(&mut bytes.as_slice(), device)
-            .map_err(|e| anyhow!("is not a TorchScript module: {}", first_line(&e)))
-            .with_context(context)?;
+        let module = torch_script(&bytes, device).with_context(context)?;
         let extractor = Self { module, device, digest };
         let [channels, height, width] = shape.sample;
         let trial = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
@@ -84,7 +83,17 @@ impl Extractor {
     }
 }
 
-fn first_line(error: &tch::TchError) -> String {
+/// A TorchScript module from the bytes of its file.
+///
+/// # Errors
+/// It is none.
+pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
+    CModule::load_data_on_device(&mut &bytes[..], device)
+        .map_err(|e| anyhow!("is not a TorchScript module: {}", first_line(&e)))
+}
+
+/// What libtorch says, without where in its source.
+pub fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
@@ -92,6 +101,7 @@ fn first_line(error: &tch::TchError) -> String {
 pub struct Evaluator {
     spec: EvaluationSpec,
     extractor: Extractor,
+    clip: Option<Clip>,
     reference: Reference,
     samples: SampleSet,
     image_shape: [i64; 3],
@@ -109,14 +119,15 @@ pub enum Scoring {
 }
 
 impl Evaluator {
-    /// Loads extractor and reference, if the specification has them.
+    /// Loads extractor and reference, and CLIP, if the specification has them.
     ///
     /// # Errors
-    /// Either is missing or does not fit the model.
+    /// One of them is missing or does not fit the model.
     pub fn load(spec: &EvaluationSpec, space: &Space, device: Device) -> anyhow::Result<Option<Self>> {
         let (Some(features), Some(reference)) = (&spec.features, &spec.reference) else { return Ok(None) };
         let shape = Shape { sample: space.image_shape(), classes: space.classes };
         let extractor = Extractor::load(features, shape, device)?;
+        let clip = spec.clip.as_ref().map(|path| Clip::load(path, space, device)).transpose()?;
         let reference = Reference::load(reference, &extractor, shape)?;
         ensure!(
             reference.features.size()[0] > i64::from(spec.neighbours),
@@ -125,7 +136,8 @@ impl Evaluator {
             spec.neighbours
         );
         let samples = SampleSet::new(spec, space.clone(), device);
-        Ok(Some(Self { spec: spec.clone(), extractor, reference, samples, image_shape: shape.sample }))
+        let (spec, image_shape) = (spec.clone(), shape.sample);
+        Ok(Some(Self { spec, extractor, clip, reference, samples, image_shape }))
     }
 
     /// What it compares with.
@@ -147,6 +159,7 @@ impl Evaluator {
         let samples = i64::from(self.spec.samples);
         let mut rows: Option<(Tensor, Option<Tensor>)> = None;
         let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
+        let clip_scores = self.clip.as_ref().map(|clip| (clip, clip.zeros(samples)));
         let mut sampling = 0.0;
         let mut labels = Vec::new();
         for index in 0..(samples + CHUNK - 1) / CHUNK {
@@ -167,6 +180,9 @@ impl Evaluator {
             if let (Some(all), Some(logits)) = (all_logits, logits) {
                 all.narrow(0, first, count).copy_(&logits);
             }
+            if let Some((clip, all)) = &clip_scores {
+                all.narrow(0, first, count).copy_(&clip.scores(&images, &chunk.groups)?);
+            }
             tell(Scoring::Sample);
         }
         let (features, logits) = match rows {
@@ -182,7 +198,9 @@ impl Evaluator {
         // All ranks sample side by side; the slowest one's time is the sampling's.
         let seconds = Tensor::from_slice(&[sampling]).to_kind(Kind::Float).to_device(group.device());
         tell(Scoring::Gather);
-        if let Err(error) = gather(group, &features, logits.as_ref(), &seconds) {
+        let clip_scores = clip_scores.map(|(_, all)| all);
+        let sums = [Some(&features), logits.as_ref(), clip_scores.as_ref()];
+        if let Err(error) = gather(group, sums.into_iter().flatten(), &seconds) {
             return Ok(Err(error));
         }
         tell(Scoring::Compare);
@@ -190,6 +208,11 @@ impl Evaluator {
         ensure!(
             bool::try_from(features.isfinite().all())?,
             "the extractor's features are not finite: the samples are broken"
+        );
+        let clip_score = clip_scores.map(|all| all.mean(Kind::Double).double_value(&[]));
+        ensure!(
+            clip_score.is_none_or(f64::is_finite),
+            "evaluation.clip: the embeddings are not finite, though the features are"
         );
         let (precision, recall) =
             score::precision_recall(&self.reference.features, &features, self.spec.neighbours.into());
@@ -206,6 +229,7 @@ impl Evaluator {
             precision,
             recall,
             diversity: score::diversity(&features, self.samples.groups()),
+            clip_score,
             evaluations_per_image: self.samples.evaluations(sampler) as f64,
             images_per_second: samples as f64 / seconds.double_value(&[0]).max(1e-9),
             samples: samples as u64,
@@ -213,13 +237,12 @@ impl Evaluator {
     }
 }
 
-fn gather(
+fn gather<'a>(
     group: &ProcessGroup,
-    features: &Tensor,
-    logits: Option<&Tensor>,
-    seconds: &Tensor,
+    sums: impl Iterator<Item = &'a Tensor>,
+    seconds: &'a Tensor,
 ) -> Result<(), Error> {
-    let sums = [Some(features), logits].into_iter().flatten().map(|tensor| (tensor, ReduceOp::Sum));
+    let sums = sums.map(|tensor| (tensor, ReduceOp::Sum));
     for (tensor, op) in sums.chain([(seconds, ReduceOp::Max)]) {
         group.all_reduce(tensor, op)?.wait(None)?;
     }

@@ -4,6 +4,7 @@ mod agent;
 mod chain;
 mod check;
 mod checkpoint;
+mod clip;
 mod control_lane;
 mod dataset;
 mod device;

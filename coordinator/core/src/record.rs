@@ -95,6 +95,9 @@ pub struct Evaluation {
     /// Mean feature distance between two samples of one condition; records of earlier versions lack it.
     #[serde(with = "lenient", default = "f64::default")]
     pub diversity: f64,
+    /// Mean CLIP score, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_score: Option<f64>,
     /// Network evaluations per image.
     #[serde(with = "lenient")]
     pub evaluations_per_image: f64,
@@ -125,6 +128,7 @@ impl From<&EvaluationReport> for Evaluation {
             precision: scores.precision,
             recall: scores.recall,
             diversity: scores.diversity,
+            clip_score: scores.clip_score,
             evaluations_per_image: scores.evaluations_per_image,
             images_per_second: scores.images_per_second,
             samples: scores.samples,

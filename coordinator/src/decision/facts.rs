@@ -36,8 +36,16 @@ pub struct Facts {
     pub training: Vec<(&'static str, String)>,
     /// How the cost of sampling was computed.
     pub formula: String,
-    /// The student's scores over the run: iteration, images, FID, agreement, recall, diversity.
-    pub course: Vec<[String; 6]>,
+    /// The student's scores over the run.
+    pub course: Course,
+}
+
+/// Scores over a run.
+pub struct Course {
+    /// What each column holds.
+    pub titles: Vec<&'static str>,
+    /// One row for each evaluation.
+    pub rows: Vec<Vec<String>>,
 }
 
 impl Facts {
@@ -82,6 +90,16 @@ impl Facts {
             let show = |x: f64| format!("{} {}", significant(x), price.currency);
             cost.push(row("Price of 1,000 images", "at the price given", &money, &show));
         }
+        let mut alignment = vec![row(
+            "Class agreement",
+            "share whose classifier agrees with the condition",
+            &|s| s.agreement,
+            &percent,
+        )];
+        if t.clip_score.or(s.clip_score).is_some() {
+            let meaning = "100 × cosine of image and prompt in CLIP's space, at least 0";
+            alignment.push(row("CLIP score", meaning, &|s| s.clip_score, &|x| format!("{x:.2}")));
+        }
         let mut groups = vec![
             Group {
                 title: "Quality",
@@ -91,15 +109,7 @@ impl Facts {
                     row("Recall", "share of real images that are covered", &|s| s.recall, &three),
                 ],
             },
-            Group {
-                title: "Alignment",
-                rows: vec![row(
-                    "Class agreement",
-                    "share whose classifier agrees with the condition",
-                    &|s| s.agreement,
-                    &percent,
-                )],
-            },
+            Group { title: "Alignment", rows: alignment },
             Group {
                 title: "Diversity",
                 rows: vec![row(
@@ -145,21 +155,28 @@ fn training(gathered: &Gathered, price: Option<&Price>) -> Vec<(&'static str, St
     rows
 }
 
-fn course(gathered: &Gathered) -> Vec<[String; 6]> {
+fn course(gathered: &Gathered) -> Course {
     let number =
         |x: f64, digits: usize| if x.is_finite() { format!("{x:.digits$}") } else { DASH.to_owned() };
+    let clip = gathered.evaluations.iter().any(|e| e.scores.clip_score.is_some());
     let row = |e: &crate::report::metrics::Evaluation| {
         let s = &e.scores;
-        [
+        let clip_score = clip.then(|| number(s.clip_score.unwrap_or(f64::NAN), 2));
+        let known = [
             grouped(e.iteration),
             grouped(e.images),
             number(s.fid, 3),
             number(s.agreement, 3),
             number(s.recall, 3),
             number(s.diversity, 3),
-        ]
+        ];
+        known.into_iter().chain(clip_score).collect()
     };
-    gathered.evaluations.iter().map(row).collect()
+    let titles = ["Iteration", "Images", "FID", "Agreement", "Recall", "Diversity"];
+    Course {
+        titles: titles.into_iter().chain(clip.then_some("CLIP score")).collect(),
+        rows: gathered.evaluations.iter().map(row).collect(),
+    }
 }
 
 /// Three significant digits, and no more zeros than needed.

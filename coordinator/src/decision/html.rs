@@ -137,13 +137,13 @@ fn course(facts: &Facts) -> Markup {
             table {
                 thead {
                     tr {
-                        @for title in ["Iteration", "Images", "FID", "Agreement", "Recall", "Diversity"] {
+                        @for title in &facts.course.titles {
                             th scope="col" { (title) }
                         }
                     }
                 }
                 tbody {
-                    @for row in &facts.course {
+                    @for row in &facts.course.rows {
                         tr { @for value in row { td { (value) } } }
                     }
                 }

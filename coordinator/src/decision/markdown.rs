@@ -48,11 +48,9 @@ fn write(
     if beside_pictures && gathered.curves.is_some() {
         writeln!(text, "![FID and losses over images seen](curves.png)\n")?;
     }
-    writeln!(
-        text,
-        "| iteration | images | FID | agreement | recall | diversity |\n|---:|---:|---:|---:|---:|---:|"
-    )?;
-    for row in &facts.course {
+    let titles = &facts.course.titles;
+    writeln!(text, "| {} |\n|{}", titles.join(" | "), "---:|".repeat(titles.len()))?;
+    for row in &facts.course.rows {
         writeln!(text, "| {} |", row.join(" | "))?;
     }
     writeln!(

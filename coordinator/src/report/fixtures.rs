@@ -45,6 +45,7 @@ pub fn evaluation(subject: wire::Subject, iteration: u64, fid: f64) -> wire::Eva
             precision: 0.71,
             recall: 0.412,
             diversity: 7.5,
+            clip_score: None,
             evaluations_per_image: if subject == wire::Subject::Teacher { 35.0 } else { 1.0 },
             images_per_second: if subject == wire::Subject::Teacher { 38.2 } else { 1310.0 },
             samples: 2000,

@@ -42,6 +42,7 @@ pub fn observation(observation: &Observation) {
                 agreement = rounded(scores.agreement),
                 recall = rounded(scores.recall),
                 diversity = rounded(scores.diversity),
+                clip_score = scores.clip_score.map(rounded),
                 "{subject} evaluated"
             );
         }

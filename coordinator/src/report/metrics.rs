@@ -131,6 +131,9 @@ pub struct Scores {
     /// Mean distance in feature space between two samples of one condition.
     #[serde(deserialize_with = "nan_if_null")]
     pub diversity: f64,
+    /// Mean over samples of 100·max(cos(image, text), 0), in [0, 100], where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_score: Option<f64>,
     /// Network evaluations behind one image.
     #[serde(deserialize_with = "nan_if_null")]
     pub evaluations_per_image: f64,
@@ -163,6 +166,7 @@ impl From<wire::Scores> for Scores {
             precision: scores.precision,
             recall: scores.recall,
             diversity: scores.diversity,
+            clip_score: scores.clip_score,
             evaluations_per_image: scores.evaluations_per_image,
             images_per_second: scores.images_per_second,
             samples: scores.samples,

@@ -46,6 +46,8 @@ pub struct Scored {
     pub recall: Option<f64>,
     /// See [`Scores::diversity`].
     pub diversity: Option<f64>,
+    /// See [`Scores::clip_score`].
+    pub clip_score: Option<f64>,
     /// See [`Scores::evaluations_per_image`].
     pub evaluations_per_image: Option<f64>,
     /// See [`Scores::images_per_second`].
@@ -59,6 +61,8 @@ pub struct Initial {
     pub fid: Option<f64>,
     /// See [`Scores::agreement`].
     pub agreement: Option<f64>,
+    /// See [`Scores::clip_score`].
+    pub clip_score: Option<f64>,
 }
 
 impl From<&Scores> for Scored {
@@ -69,6 +73,7 @@ impl From<&Scores> for Scored {
             precision: Some(scores.precision),
             recall: Some(scores.recall),
             diversity: Some(scores.diversity),
+            clip_score: scores.clip_score,
             evaluations_per_image: Some(scores.evaluations_per_image),
             images_per_second: Some(scores.images_per_second),
         }
@@ -102,7 +107,7 @@ impl Summary {
             teacher: teacher.map(Scored::from).unwrap_or_default(),
             student: student_at(iterations).map(Scored::from).unwrap_or_default(),
             initial: student_at(0)
-                .map(|s| Initial { fid: Some(s.fid), agreement: Some(s.agreement) })
+                .map(|s| Initial { fid: Some(s.fid), agreement: Some(s.agreement), clip_score: s.clip_score })
                 .unwrap_or_default(),
         }
     }
@@ -126,9 +131,16 @@ impl Summary {
             None => "–".to_owned(),
         };
         let (t, s) = (&self.teacher, &self.student);
-        for (name, teacher, student) in [
+        let clip_score = [t.clip_score, s.clip_score];
+        let clip_score = clip_score.iter().any(Option::is_some).then(|| {
+            let [teacher, student] = clip_score.map(number(2));
+            ("CLIP score", teacher, student)
+        });
+        let quality = [
             ("FID (lower is better)", number(3)(t.fid), number(3)(s.fid)),
             ("class agreement", percent(t.agreement), percent(s.agreement)),
+        ];
+        let others = [
             ("recall", number(3)(t.recall), number(3)(s.recall)),
             ("diversity", number(3)(t.diversity), number(3)(s.diversity)),
             (
@@ -137,7 +149,8 @@ impl Summary {
                 number(0)(s.evaluations_per_image),
             ),
             ("images/s", number(1)(t.images_per_second), number(1)(s.images_per_second)),
-        ] {
+        ];
+        for (name, teacher, student) in quality.into_iter().chain(clip_score).chain(others) {
             table.add_row([name.to_owned(), teacher, student]);
         }
         for column in table.column_iter_mut().skip(1) {
@@ -219,5 +232,20 @@ mod tests {
         for part in ["teacher", "student", "3.000", "5.000", "93.1 %", "35", "1310.0"] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
+        assert!(!text.contains("CLIP"), "what nothing measures has no row:\n{text}");
+    }
+
+    #[test]
+    fn a_clip_score_is_shown_where_there_is_one() {
+        let mut metrics = scored();
+        let mut report = evaluation(Student, 20, 5.0);
+        report.scores.as_mut().unwrap().clip_score = Some(31.416);
+        metrics.evaluation(&report, 0.0);
+        let summary = Summary::new("r", &metrics, 20, Some(2), 1.0);
+        let json = serde_json::to_value(&summary).unwrap();
+        assert_eq!(json["student"]["clip_score"], 31.416);
+        assert!(json["teacher"]["clip_score"].is_null());
+        let text = summary.table().unwrap().to_string();
+        assert!(text.contains("CLIP score") && text.contains("31.42"), "{text}");
     }
 }

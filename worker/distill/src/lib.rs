@@ -14,7 +14,7 @@
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
 //! - [`adam`], [`ema`], [`gradient`]: the optimiser step.
-//! - [`score`]: FID, precision, recall, agreement.
+//! - [`score`]: FID, precision, recall, agreement, CLIP score.
 
 pub mod adam;
 pub mod adversarial;

@@ -1,4 +1,4 @@
-//! How good samples are: FID, precision and recall on features, agreement on logits (ALGORITHM §8).
+//! How good samples are: FID, precision and recall on features, agreement on logits, CLIP score on embeddings (ALGORITHM §8).
 
 use tch::{Kind, Tensor};
 
@@ -77,6 +77,14 @@ fn distances(a: &Tensor, b: &Tensor) -> Tensor {
 #[must_use]
 pub fn agreement(logits: &Tensor, labels: &Tensor) -> f64 {
     logits.argmax(1, false).eq_tensor(labels).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
+}
+
+/// CLIPScore (2104.08718, section 3) of each sample, 100·max(cos(image, text), 0), fp64 `[N]`: with the customary factor 100
+/// instead of the paper's 2.5. Embeddings of images and of the texts they were made for are [N, D].
+#[must_use]
+pub fn clip(images: &Tensor, texts: &Tensor) -> Tensor {
+    let (images, texts) = (images.to_kind(Kind::Double), texts.to_kind(Kind::Double));
+    Tensor::cosine_similarity(&images, &texts, 1, 1e-12).clamp_min(0.0) * 100.0
 }
 
 /// Diversity among samples of one condition: the mean Euclidean distance between two of them, over all pairs of each class
@@ -165,6 +173,19 @@ mod tests {
         let all = diversity(&features.slice(0, 0, 2, 1), 0);
         assert!((all - 10.0).abs() < 1e-9);
         assert!(diversity(&features, 5).is_nan(), "no class has a pair");
+    }
+
+    #[test]
+    fn the_clip_score_is_the_cosine_in_percent_and_never_negative() {
+        let (images, texts) = (normal(6, &[40, 5]), normal(7, &[40, 5]) * 3.0);
+        let rows = |t: &Tensor| -> Vec<Vec<f64>> { Vec::try_from(t.to_kind(Kind::Double)).unwrap() };
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let found = Vec::<f64>::try_from(clip(&images, &texts)).unwrap();
+        assert!(found.contains(&0.0) && found.iter().any(|x| *x > 10.0), "{found:?}");
+        for ((image, text), found) in rows(&images).iter().zip(&rows(&texts)).zip(found) {
+            let cosine = dot(image, text) / (dot(image, image) * dot(text, text)).sqrt();
+            assert!((found - 100.0 * cosine.max(0.0)).abs() < 1e-9, "{found} {cosine}");
+        }
     }
 
     #[test]

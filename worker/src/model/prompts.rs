@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path, rc::Rc};
 use anyhow::{Context, ensure};
 use potstill_models::{
     Condition, Embedded, TextCondition,
-    diffusers::{TextConditioner, Tokens},
+    diffusers::{TextConditioner, Tokenizer, Tokens},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -26,8 +26,8 @@ pub struct Prompts {
 enum Embedder {
     /// Computes them when they are wanted.
     Encoders { conditioner: TextConditioner, tokens: Tokens },
-    /// Has them on disk; the text encoders are gone.
-    Cache(RowCache),
+    /// Has them on disk; the text encoders are gone. The prompts themselves, without captions, are kept for who wants their tokens.
+    Cache { cache: RowCache, tokenizer: Tokenizer, texts: Vec<String> },
 }
 
 impl Prompts {
@@ -61,16 +61,18 @@ impl Prompts {
             Tensor::from_slice(&numbers).to_kind(Kind::Float).unsqueeze(0)
         });
         let null = Rc::new(conditioner.null()?);
-        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let all: Vec<&str> = texts.iter().map(String::as_str).collect();
         let embedder = match cache {
             Some(folder) => {
                 let digest = digest.context("the model's folder was not hashed, which names what is kept")?;
-                let cache = embed_all(folder, digest, &texts, &conditioner)
+                let cache = embed_all(folder, digest, &all, &conditioner)
                     .with_context(|| format!("prompts.cache {}", folder.display()))?;
-                Embedder::Cache(cache)
+                texts.truncate(count as usize);
+                let tokenizer = conditioner.into_tokenizer().context("the model has no tokenizer")?;
+                Embedder::Cache { cache, tokenizer, texts }
             }
             None => {
-                let tokens = conditioner.tokenize(&texts)?;
+                let tokens = conditioner.tokenize(&all)?;
                 Embedder::Encoders { conditioner, tokens }
             }
         };
@@ -85,6 +87,25 @@ impl Prompts {
     /// The class of one prompt, where the file has classes.
     pub fn label(&self, index: i64) -> Option<i64> {
         self.labels.as_ref().map(|labels| labels[index as usize])
+    }
+
+    /// Tokens of these prompts, as the model's first tokenizer gives them, int64 [N, tokens] on the host.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    pub fn tokens(&self, indices: &[i64]) -> anyhow::Result<Tensor> {
+        let (distinct, places) = distinct(indices);
+        let tokens = match &self.embedder {
+            Embedder::Encoders { tokens, .. } => tokens.rows(&distinct).first(),
+            Embedder::Cache { tokenizer, texts, .. } => {
+                let texts: Vec<&str> = distinct.iter().map(|index| texts[*index as usize].as_str()).collect();
+                tokenizer.encode(&texts)?
+            }
+        };
+        Ok(tokens.index_select(0, &places))
     }
 
     /// The condition of samples made for these prompts. A prompt that is asked for several times is embedded once.
@@ -109,7 +130,7 @@ impl Prompts {
         let (distinct, places) = distinct(indices);
         let embedded = match &self.embedder {
             Embedder::Encoders { conditioner, tokens } => conditioner.embed_tokens(&tokens.rows(&distinct)),
-            Embedder::Cache(cache) => Embedded {
+            Embedder::Cache { cache, .. } => Embedded {
                 states: cache.rows("states", &distinct).expect("every row was written with its states"),
                 pooled: cache.rows("pooled", &distinct),
             },

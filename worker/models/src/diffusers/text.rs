@@ -31,6 +31,15 @@ impl Tokens {
         let indices = Tensor::from_slice(indices);
         Self(self.0.iter().map(|ids| ids.index_select(0, &indices)).collect())
     }
+
+    /// Those of the first encoder, int64 [N, tokens].
+    ///
+    /// # Panics
+    /// When there are none.
+    #[must_use]
+    pub fn first(&self) -> Tensor {
+        self.0[0].to_kind(Kind::Int64)
+    }
 }
 
 impl TextConditioner {
@@ -92,6 +101,12 @@ impl TextConditioner {
             });
         }
         Ok(empty)
+    }
+
+    /// The tokenizer of the first encoder, alone; the encoders are released.
+    #[must_use]
+    pub fn into_tokenizer(self) -> Option<Tokenizer> {
+        self.readers.into_iter().next().map(|reader| reader.tokenizer)
     }
 
     /// Parameters of all encoders.

@@ -1,0 +1,70 @@
+//! How well images match their prompts, as a CLIP (2103.00020) sees it.
+
+use std::path::Path;
+
+use anyhow::{Context, anyhow, ensure};
+use potstill_distill::score;
+use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
+
+use crate::{
+    evaluation::{first_line, torch_script},
+    model::Space,
+};
+
+/// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D], text embeddings
+/// [N, D]). The tokens are those of the model's first tokenizer: for SD 1.x, 2.x and SDXL OpenAI's vocabulary, padded behind the mark of the end.
+pub struct Clip {
+    module: CModule,
+    device: Device,
+    space: Space,
+}
+
+impl Clip {
+    /// Loads it, and tries it on images and prompts of `space`.
+    ///
+    /// # Errors
+    /// Not TorchScript; another signature; a model that knows no texts.
+    pub fn load(path: &Path, space: &Space, device: Device) -> anyhow::Result<Self> {
+        let context = || format!("CLIP {}", path.display());
+        ensure!(space.prompts().is_some(), "{}: a CLIP score is for text-to-image models", context());
+        let bytes = std::fs::read(path).with_context(context)?;
+        let module = torch_script(&bytes, device).with_context(context)?;
+        let clip = Self { module, device, space: space.clone() };
+        let [channels, height, width] = space.image_shape();
+        let images = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
+        let _trial =
+            clip.scores(&images, &Tensor::zeros([2], (Kind::Int64, Device::Cpu))).with_context(context)?;
+        Ok(clip)
+    }
+
+    /// Where the scores of all samples go, `[N]`.
+    pub fn zeros(&self, samples: i64) -> Tensor {
+        Tensor::zeros([samples], (Kind::Float, self.device))
+    }
+
+    /// The score of each image with the prompt of its number, `[N]`; numbers are int64 `[N]` on the host.
+    ///
+    /// # Errors
+    /// The module fails, or returns something else than two embeddings of each.
+    pub fn scores(&self, images: &Tensor, prompts: &Tensor) -> anyhow::Result<Tensor> {
+        let known = self.space.prompts().context("there are no prompts")?;
+        let tokens = known.tokens(&Vec::try_from(prompts)?)?;
+        let inputs = [images, &tokens].map(|input| IValue::Tensor(input.to_device(self.device)));
+        let output = no_grad(|| self.module.forward_is(&inputs)).map_err(|e| {
+            let (images, tokens) = (images.size(), tokens.size());
+            anyhow!("fails on images of shape {images:?} and tokens of shape {tokens:?}: {}", first_line(&e))
+        })?;
+        let IValue::Tuple(parts) = output else {
+            return Err(anyhow!("does not return (image embeddings, text embeddings)"));
+        };
+        let Ok([IValue::Tensor(images), IValue::Tensor(texts)]) = <[IValue; 2]>::try_from(parts) else {
+            return Err(anyhow!("returns a tuple that is not (image embeddings, text embeddings)"));
+        };
+        let (of_images, of_texts, count) = (images.size(), texts.size(), prompts.size()[0]);
+        ensure!(
+            of_images == of_texts && matches!(of_images[..], [n, _] if n == count),
+            "turns {count} images and prompts into embeddings {of_images:?} and {of_texts:?}; expected [{count}, D] twice"
+        );
+        Ok(score::clip(&images, &texts))
+    }
+}
