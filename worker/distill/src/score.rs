@@ -81,7 +81,6 @@ pub fn agreement(logits: &Tensor, labels: &Tensor) -> f64 {
 
 /// CLIPScore (2104.08718, section 3) of each sample, 100·max(cos(image, text), 0), fp64 `[N]`: with the customary factor 100
 /// instead of the paper's 2.5. Embeddings of images and of the texts they were made for are [N, D].
-#[must_use]
 pub fn clip(images: &Tensor, texts: &Tensor) -> Tensor {
     let (images, texts) = (images.to_kind(Kind::Double), texts.to_kind(Kind::Double));
     Tensor::cosine_similarity(&images, &texts, 1, 1e-12).clamp_min(0.0) * 100.0

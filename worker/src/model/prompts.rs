@@ -27,7 +27,7 @@ enum Embedder {
     /// Computes them when they are wanted.
     Encoders { conditioner: TextConditioner, tokens: Tokens },
     /// Has them on disk; the text encoders are gone. The prompts themselves, without captions, are kept for who wants their tokens.
-    Cache { cache: RowCache, tokenizer: Tokenizer, texts: Vec<String> },
+    Cache { cache: RowCache, tokenizer: Box<Tokenizer>, texts: Vec<String> },
 }
 
 impl Prompts {
@@ -69,7 +69,7 @@ impl Prompts {
                     .with_context(|| format!("prompts.cache {}", folder.display()))?;
                 texts.truncate(count as usize);
                 let tokenizer = conditioner.into_tokenizer().context("the model has no tokenizer")?;
-                Embedder::Cache { cache, tokenizer, texts }
+                Embedder::Cache { cache, tokenizer: Box::new(tokenizer), texts }
             }
             None => {
                 let tokens = conditioner.tokenize(&all)?;

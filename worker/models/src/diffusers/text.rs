@@ -36,7 +36,6 @@ impl Tokens {
     ///
     /// # Panics
     /// When there are none.
-    #[must_use]
     pub fn first(&self) -> Tensor {
         self.0[0].to_kind(Kind::Int64)
     }
