@@ -186,7 +186,10 @@ fn an_agent_that_exits_fails_the_run() {
     let (code, log) = folder.launch("echo \"agent: $*\" >&2; exit 3").end();
     assert_eq!(code, Some(1), "{log}");
     assert!(log.contains("the worker agent exited (exit status: 3)"), "{log}");
-    assert!(log.contains("--run-id r --ranks 1 --spares 0 --device auto --log-format human --lifeline"), "{log}");
+    assert!(
+        log.contains("--run-id r --ranks 1 --spares 0 --device auto --log-format human --lifeline"),
+        "{log}"
+    );
 }
 
 #[test]

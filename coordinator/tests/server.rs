@@ -509,12 +509,13 @@ async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
     lab.train(Never).await;
     lab.spec.distillation.iterations = ITERATIONS + 1;
     let mut old = lab.start(Always).await;
+    let mut worker = Worker::attach(&old, "a").await;
+    worker.assignment().await;
     // Another one, which did not find this one, writes its first record.
     let run = lab.storage.run(&run_id());
     let (mut journal, _) = Journal::open(&run).await.unwrap();
     journal.append("another".into()).await.unwrap();
-    // The next thing that the old one has to write down shows it that it is not alone.
-    let mut worker = Worker::attach(&old, "a").await;
+    // A look at the journal, or the next thing that it has to write down, shows the old one that it is not alone.
     let Outcome::Failed { reason } = old.outcome().await else { panic!() };
     assert!(reason.contains("another coordinator has taken over"), "{reason}");
     // Its worker is told nothing that it should act on.
