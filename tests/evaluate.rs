@@ -101,6 +101,7 @@ fn what_cannot_be_scored_is_refused() {
     let config = repository().join("configs/digits/teacher.toml").display().to_string();
     refused(&[], &["--checkpoint", "--teacher"]);
     refused(&["--checkpoint", "/nowhere/runs/x"], &["no run x"]);
+    assert!(!std::path::Path::new("/nowhere").exists(), "reading creates nothing");
     refused(&["--checkpoint", &teacher], &["not an exported generator"]);
     refused(&["--teacher", &config], &["teacher.toml"]);
     refused(&["--teacher", &teacher, "--neighbours", "100"], &["--samples 100", "--neighbours 100"]);

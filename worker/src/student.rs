@@ -131,6 +131,12 @@ impl Student {
 
     async fn from_run(place: Place, device: Device) -> anyhow::Result<Self> {
         let Place { storage, run: id, iteration } = place;
+        // Opening a storage on this machine would create its folder.
+        let local = storage.strip_prefix("file://").unwrap_or(&storage);
+        ensure!(
+            local.contains("://") || Path::new(local).is_dir(),
+            "there is no run {id} in {storage}: there is no such folder"
+        );
         let run = Root::open(&storage)?.run(&id);
         let specification = run.specification().await?.with_context(|| {
             format!("there is no run {id} in {storage}: {} is missing", run.describe("run.toml"))

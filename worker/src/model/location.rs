@@ -140,7 +140,9 @@ mod tests {
 
     #[test]
     fn a_place_that_is_none_says_what_is_expected() {
-        for location in ["/nowhere/model", "model", "../up/model", "file:///nowhere"] {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("missing").display().to_string();
+        for location in [missing.as_str(), "model", "../up/model", &format!("file://{missing}")] {
             let error = fetch_model(location).unwrap_err().to_string();
             assert!(error.contains("model_index.json"), "{location}: {error}");
         }
