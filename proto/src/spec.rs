@@ -300,13 +300,6 @@ impl Default for GuidanceSpec {
 }
 
 impl GeneratorSpec {
-    /// The timesteps of a text-to-image model's steps: t_i = ⌊t_init·(1 − i/K)⌋ (2406.01561).
-    #[must_use]
-    pub fn timesteps(&self) -> Vec<f64> {
-        let (initial, steps) = (u64::from(self.initial_timestep), u64::from(self.steps));
-        (0..steps).map(|i| (initial * (steps - i) / steps) as f64).collect()
-    }
-
     /// How often each step is chosen, relative to the others.
     #[must_use]
     pub fn weights(&self) -> Vec<f64> {

@@ -53,7 +53,9 @@ impl Unroll {
 /// t_i = ⌊t_init·(1 − i/K)⌋: the timesteps of a K-step generator on a DDPM process (2406.01561: t_init = 625).
 #[must_use]
 pub fn ddpm_times(initial: u32, steps: u32) -> Vec<f64> {
-    (0..steps).map(|i| (f64::from(initial) * (1.0 - f64::from(i) / f64::from(steps))).floor()).collect()
+    // In whole numbers, which round nothing before the floor.
+    let (initial, steps) = (u64::from(initial), u64::from(steps));
+    (0..steps).map(|i| (initial * (steps - i) / steps) as f64).collect()
 }
 
 /// t_i = 1 − i/K: the times of a K-step generator on a flow (2509.25127).

@@ -8,7 +8,7 @@ use potstill_distill::{
     adam::AdamSettings,
     adversarial::{Adversarial, RealData},
     condition::Conditions,
-    generator::Matching,
+    generator::{Matching, ddpm_times},
     gradient::Clip,
     guidance::Guidance,
     loss::Weighting,
@@ -235,7 +235,7 @@ impl Job {
 /// Times of the generator's steps.
 pub fn times(spec: &RunSpec) -> Vec<f64> {
     match spec.teacher.model {
-        Some(_) => spec.generator.timesteps(),
+        Some(_) => ddpm_times(spec.generator.initial_timestep, spec.generator.steps),
         None => spec.generator.sigmas.clone(),
     }
 }
