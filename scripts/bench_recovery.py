@@ -12,16 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "target" / "debug"
 POTSTILL = PROGRAMS / "potstill"
 KILLS = 10
 # A network of 38 million parameters makes a state of 1 GiB: generator, average, fake score and two moments of two networks.
-LARGE = {"network.model_channels": 256, "network.channel_mult": "[2, 2]", "network.num_blocks": 4}
+LARGE = {"network.model_channels": 128, "network.channel_mult": "[2, 2]", "network.num_blocks": 4}
 SAVE_EVERY = 20
-ROUNDS = 3
+SAVES = 3
+GLOBAL_BATCH = 32
 
 
 def environment(log: str) -> dict[str, str]:
@@ -50,13 +54,16 @@ class Log:
         )  # fmt: skip
         self.attached = 0
 
-    def until(self, message: str, **fields: object) -> tuple[dict, float]:
+    def messages(self) -> Iterator[tuple[dict, float]]:
         for line in self.process.stderr:
             now = time.monotonic()
             try:
-                said = json.loads(line)
+                yield json.loads(line), now
             except ValueError:
                 continue
+
+    def until(self, message: str, **fields: object) -> tuple[dict, float]:
+        for said, now in self.messages():
             self.attached += said.get("message") == "worker attached"
             if said.get("message") == message and all(said.get(key) == value for key, value in fields.items()):
                 return said, now
@@ -104,14 +111,19 @@ def kills(folder: Path, spares: int) -> list[float]:
     return seconds
 
 
-def step_seconds(folder: Path, run: str) -> list[float]:
-    """Wall time of each iteration, from the log's times."""
-    lines = [line for line in (folder / f"{run}.log").read_text().splitlines() if line.startswith("{")]
-    rows = [json.loads(line) for line in lines]
-    return [row["seconds"] for row in rows if row.get("message") == "iteration"][2:]
+def copy_seconds(size: int) -> float:
+    """One memory copy of so many bytes on one thread, into memory that was touched before."""
+    source, target = numpy.ones(size, numpy.uint8), numpy.ones(size, numpy.uint8)
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        numpy.copyto(target, source)
+        seconds.append(time.monotonic() - started)
+    return statistics.median(seconds)
 
 
 def checkpoints(folder: Path) -> None:
+    """What saves cost, within one run: the iterations beside a save against the others."""
     teacher = folder / "large.safetensors"
     config = ROOT / "configs" / "digits" / "teacher.toml"
     sets = LARGE | {
@@ -127,38 +139,45 @@ def checkpoints(folder: Path) -> None:
     if made.returncode != 0:
         sys.exit(f"cannot make the large teacher: {made.stderr}")
     config = unscored(folder, teacher)
-    wall: dict[bool, list[float]] = {True: [], False: []}
-    worst: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(ROUNDS):
-        for saving in (True, False) if number % 2 == 0 else (False, True):
-            run = f"large-{number}-{int(saving)}"
-            iterations = 2 * SAVE_EVERY + 10
-            settings = {
-                "distillation.iterations": iterations,
-                "distillation.global_batch": 4,
-                "distillation.micro_batch": 2,
-                "checkpoint.every": SAVE_EVERY if saving else 10 * iterations,
-                "cluster.failure_timeout_seconds": 60,
-            }
-            with open(folder / f"{run}.log", "w") as log:
-                subprocess.run(
-                    launch(folder, config, run, settings), stderr=log, stdout=log, check=True,
-                    env=environment("potstill=debug,info"),
-                )  # fmt: skip
-            rows = [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
-            rows = [row for row in rows if row["kind"] == "iteration"]
-            # From the end of the first window to the last iteration: two checkpoints lie between.
-            wall[saving].append(rows[-1]["wall_seconds"] - rows[0]["wall_seconds"])
-            worst[saving].append(max(step_seconds(folder, run)) - statistics.median(step_seconds(folder, run)))
-            manifest = folder / "runs" / run / f"checkpoints/{iterations:012}/manifest.json"
-            size = sum(shard["bytes"] for shard in json.loads(manifest.read_text())["shards"])
-            subprocess.run(["rm", "-r", str(folder / "runs" / run / "checkpoints")], check=True)
-    ratios = [a / b - 1 for a, b in zip(wall[True], wall[False], strict=True)]
-    print(f"state of {size / 2**30:.2f} GiB, saved every {SAVE_EVERY} iterations of", end=" ")
-    print(f"{statistics.median(wall[False]) / (2 * SAVE_EVERY):.2f} s: {statistics.median(ratios):+.1%} wall time", end=" ")
-    print(f"(rounds: {', '.join(f'{ratio:+.1%}' for ratio in ratios)})")
-    print(f"longest iteration beyond the median, with saves: {statistics.median(worst[True]) * 1000:.0f} ms,", end=" ")
-    print(f"without: {statistics.median(worst[False]) * 1000:.0f} ms")
+    settings = {
+        "distillation.iterations": 1_000_000,
+        "distillation.global_batch": GLOBAL_BATCH,
+        "distillation.micro_batch": GLOBAL_BATCH // 2,
+        "checkpoint.every": SAVE_EVERY,
+        "cluster.failure_timeout_seconds": 60,
+    }
+    log = Log(launch(folder, config, "large", settings), "potstill=debug,info")
+    seconds, waits, size, committed = [], [], 0, []
+    try:
+        for said, _ in log.messages():
+            match said.get("message"):
+                case "iteration":
+                    seconds.append(said["seconds"])
+                    print(f"\riteration {len(seconds)}/{SAVES * SAVE_EVERY + SAVE_EVERY}", end="", file=sys.stderr)
+                case "training waited for the checkpoint's copy":
+                    waits.append(said["seconds"])
+                case "checkpoint committed" if "bytes" in said:
+                    size = said["bytes"]
+                    committed.append(len(seconds) - said["iteration"])
+            if len(seconds) == (SAVES + 1) * SAVE_EVERY:
+                break
+    finally:
+        log.end()
+        print(file=sys.stderr)
+    if len(committed) != SAVES:
+        sys.exit(f"{len(committed)} of {SAVES} checkpoints were committed")
+    beside = max(committed) + 1
+    slower = []
+    for start in range(SAVE_EVERY, len(seconds), SAVE_EVERY):
+        window = seconds[start : start + SAVE_EVERY]
+        usual = statistics.median(window[beside:])
+        slower.append((sum(window[:beside]) - beside * usual) / (SAVE_EVERY * usual))
+    usual = statistics.median(seconds)
+    print(f"state of {size / 2**30:.2f} GiB, saved every {SAVE_EVERY} iterations of {usual:.2f} s:", end=" ")
+    print(f"{statistics.median(slower):+.1%} wall time ({', '.join(f'{ratio:+.1%}' for ratio in slower)});", end=" ")
+    print(f"committed within {beside} iterations")
+    print(f"longest wait of a rank for the copy of its share: {max(waits) * 1000:.0f} ms;", end=" ")
+    print(f"one memory copy of the state: {copy_seconds(size) * 1000:.0f} ms")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context, bail, ensure};
@@ -93,8 +94,13 @@ impl Save {
     /// Waits until the state has been copied, and may change.
     pub fn wait_for_copy(&mut self) {
         if let Some(copied) = self.copied.take() {
+            let waiting = Instant::now();
             // An error means that the copying ended otherwise: the state is not looked at any more.
             let _ = copied.blocking_recv();
+            tracing::debug!(
+                seconds = waiting.elapsed().as_secs_f64(),
+                "training waited for the checkpoint's copy"
+            );
         }
     }
 
@@ -189,10 +195,12 @@ impl Share {
         rank: u32,
         copied: oneshot::Sender<()>,
     ) -> anyhow::Result<Shard> {
+        let iteration = self.iteration;
         let bytes = tokio::task::spawn_blocking(move || {
             let bytes = self.serialise();
             // Nobody waits where the rank is on its way out.
             let _ = copied.send(());
+            faults::point("copied", iteration, rank);
             bytes
         })
         .await??;

@@ -1,7 +1,8 @@
-//! Faults on purpose, for tests of recovery: a rank that dies or hangs at a chosen point of a chosen iteration.
+//! Faults on purpose, for tests of recovery: a rank that dies, hangs or is held up at a chosen point of a chosen iteration.
 //!
 //! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. It happens to the first process that gets there as
-//! that rank: the one that can create the file. Release builds know nothing of it.
+//! that rank: the one that can create the file. `hold:…` lasts until somebody has written to the file, a named pipe.
+//! Release builds know nothing of it.
 
 use std::{fs::OpenOptions, sync::OnceLock, thread};
 
@@ -10,12 +11,18 @@ use crate::lifeline;
 /// Environment variable with the fault.
 const VARIABLE: &str = "POTSTILL_FAULT";
 
+enum Kind {
+    Die,
+    Hang,
+    Hold,
+}
+
 struct Fault {
-    hangs: bool,
+    kind: Kind,
     point: String,
     iteration: u64,
     rank: u32,
-    once: String,
+    file: String,
 }
 
 /// A point in the training loop at which a fault may be wanted.
@@ -25,18 +32,29 @@ pub fn point(name: &str, iteration: u64, rank: u32) {
         return;
     }
     let Some(fault) = FAULT.get_or_init(wanted) else { return };
-    let here = fault.point == name && fault.iteration == iteration && fault.rank == rank;
-    if !here || OpenOptions::new().write(true).create_new(true).open(&fault.once).is_err() {
+    if fault.point != name || fault.iteration != iteration || fault.rank != rank {
         return;
     }
-    if fault.hangs {
-        tracing::warn!(name, iteration, "hanging, as {VARIABLE} wants");
-        loop {
-            thread::park();
+    let first = || OpenOptions::new().write(true).create_new(true).open(&fault.file).is_ok();
+    match fault.kind {
+        Kind::Die if first() => {
+            tracing::warn!(name, iteration, "dying, as {VARIABLE} wants");
+            lifeline::end_now();
         }
+        Kind::Hang if first() => {
+            tracing::warn!(name, iteration, "hanging, as {VARIABLE} wants");
+            loop {
+                thread::park();
+            }
+        }
+        Kind::Hold => {
+            tracing::warn!(name, iteration, "held, as {VARIABLE} wants");
+            if let Err(error) = std::fs::read(&fault.file) {
+                tracing::error!(%error, "{VARIABLE}: {} cannot be read", fault.file);
+            }
+        }
+        Kind::Die | Kind::Hang => {}
     }
-    tracing::warn!(name, iteration, "dying, as {VARIABLE} wants");
-    lifeline::end_now();
 }
 
 fn wanted() -> Option<Fault> {
@@ -45,19 +63,20 @@ fn wanted() -> Option<Fault> {
     let mut next = || parts.next().map(str::to_owned);
     let fault = (|| {
         Some(Fault {
-            hangs: match next()?.as_str() {
-                "die" => false,
-                "hang" => true,
+            kind: match next()?.as_str() {
+                "die" => Kind::Die,
+                "hang" => Kind::Hang,
+                "hold" => Kind::Hold,
                 _ => return None,
             },
             point: next()?,
             iteration: next()?.parse().ok()?,
             rank: next()?.parse().ok()?,
-            once: next()?,
+            file: next()?,
         })
     })();
     if fault.is_none() {
-        tracing::error!("{VARIABLE}={text:?} is not die|hang:point:iteration:rank:file; ignored");
+        tracing::error!("{VARIABLE}={text:?} is not die|hang|hold:point:iteration:rank:file; ignored");
     }
     fault
 }
