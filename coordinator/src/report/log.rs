@@ -47,13 +47,13 @@ pub fn observation(observation: &Observation) {
             );
         }
         Observation::Committed { iteration, bytes } => {
-            info!(iteration, bytes, reason = "the shards of all ranks are written", "checkpoint committed");
+            info!(iteration, bytes, reason = %"the shards of all ranks are written", "checkpoint committed");
         }
         Observation::CheckpointFailed { iteration, reason } => {
             warn!(iteration, %reason, "checkpoint failed; training goes on");
         }
         Observation::Ended(Outcome::Succeeded { iteration }) => {
-            info!(iteration, reason = "all iterations are done and saved", "run succeeded");
+            info!(iteration, reason = %"all iterations are done and saved", "run succeeded");
         }
         Observation::Ended(Outcome::Stopped { iteration, reason }) => {
             info!(iteration, %reason, "run stopped");
