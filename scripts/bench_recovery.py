@@ -122,19 +122,6 @@ def copy_seconds(size: int) -> float:
     return statistics.median(seconds)
 
 
-def file_seconds(folder: Path, size: int) -> float:
-    """CPU time of one process that writes so many bytes to a new file: what no save to files can do without."""
-    piece = bytes(8 << 20)
-    started = time.process_time()
-    with open(folder / "plain", "wb") as file:
-        for _ in range(size // len(piece)):
-            file.write(piece)
-        os.fsync(file.fileno())
-    seconds = time.process_time() - started
-    (folder / "plain").unlink()
-    return seconds
-
-
 def checkpoints(folder: Path) -> None:
     """What saves cost, within one run: the iterations beside a save against the others."""
     teacher = folder / "large.safetensors"
@@ -190,8 +177,7 @@ def checkpoints(folder: Path) -> None:
     print(f"{statistics.median(slower):+.1%} wall time ({', '.join(f'{ratio:+.1%}' for ratio in slower)});", end=" ")
     print(f"committed within {beside} iterations")
     print(f"longest wait of a rank for the copy of its share: {max(waits) * 1000:.0f} ms;", end=" ")
-    print(f"one memory copy of the state: {copy_seconds(size) * 1000:.0f} ms;", end=" ")
-    print(f"a plain file of its size: {file_seconds(folder, size):.1f} s of CPU")
+    print(f"one memory copy of the state: {copy_seconds(size) * 1000:.0f} ms")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures on this machine how long a run takes to go on after a rank was killed, what checkpoints of a large state cost,
-# and how long a generation takes to form. About 15 minutes on 2 idle CPU cores, after the build.
+# and how long a generation takes to form. About 20 minutes on 2 idle CPU cores, after the build.
 #
 #   scripts/bench_recovery.sh                  everything
 #   scripts/bench_recovery.sh --only kill      only what begins so: kill, checkpoint, form
