@@ -18,6 +18,13 @@ pub enum Condition {
     Class(Tensor),
     /// Texts.
     Text(TextCondition),
+    /// Augmented samples (2206.00364, appendix F.2); [`augmented`](Self::augmented) makes it.
+    Augmented {
+        /// What was done to each sample, fp32 [N, `augment_dim`]. An all-zero row says nothing was, as no labels do.
+        labels: Tensor,
+        /// What the samples are conditioned on besides.
+        of: Box<Condition>,
+    },
 }
 
 /// Texts as a network sees them.
@@ -84,20 +91,42 @@ impl TextCondition {
 }
 
 impl Condition {
+    /// The same condition of samples that were augmented as `labels`, fp32 [N, `augment_dim`], say. They replace labels
+    /// that it already has.
+    #[must_use]
+    pub fn augmented(self, labels: Tensor) -> Self {
+        match self {
+            Self::Augmented { of, .. } => Self::Augmented { labels, of },
+            other => Self::Augmented { labels, of: Box::new(other) },
+        }
+    }
+
+    /// The condition without augmentation labels, and the labels.
+    #[must_use]
+    pub fn split_augmentation(&self) -> (&Self, Option<&Tensor>) {
+        match self {
+            Self::Augmented { labels, of } => (of, Some(labels)),
+            other => (other, None),
+        }
+    }
+
     /// The same.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
         match self {
+            Self::Augmented { labels, of } => of.shallow_clone().augmented(labels.shallow_clone()),
             Self::None => Self::None,
             Self::Class(labels) => Self::Class(labels.shallow_clone()),
             Self::Text(text) => Self::Text(text.with_texts(text.texts.shallow_clone())),
         }
     }
 
-    /// Every sample unconditional. SDXL's micro-conditioning stays: it says what is made, not of what.
+    /// Every sample unconditional. SDXL's micro-conditioning and augmentation labels stay: they say how the sample is
+    /// shown, not of what.
     #[must_use]
     pub fn dropped(&self) -> Self {
         match self {
+            Self::Augmented { labels, of } => of.dropped().augmented(labels.shallow_clone()),
             Self::None => Self::None,
             Self::Class(labels) => Self::Class(labels.zeros_like()),
             Self::Text(text) => {
@@ -107,10 +136,12 @@ impl Condition {
         }
     }
 
-    /// The samples for which `kept`, fp32 [N, 1] of 0 and 1, is 1 keep their condition.
+    /// The samples for which `kept`, fp32 [N, 1] of 0 and 1, is 1 keep their condition. All keep their augmentation
+    /// labels.
     #[must_use]
     pub fn kept(&self, kept: &Tensor) -> Self {
         match self {
+            Self::Augmented { labels, of } => of.kept(kept).augmented(labels.shallow_clone()),
             Self::None => Self::None,
             Self::Class(labels) => Self::Class(labels * kept),
             Self::Text(text) => {
@@ -124,11 +155,14 @@ impl Condition {
         }
     }
 
-    /// Both halves of a guided prediction as one batch: [`dropped`](Self::dropped) first. `None` where there is no condition to
-    /// drop.
+    /// Both halves of a guided prediction as one batch: [`dropped`](Self::dropped) first; both have the augmentation
+    /// labels. `None` where there is no condition to drop.
     #[must_use]
     pub fn doubled(&self) -> Option<Self> {
         match self {
+            Self::Augmented { labels, of } => {
+                of.doubled().map(|both| both.augmented(Tensor::cat(&[labels, labels], 0)))
+            }
             Self::None => None,
             Self::Class(labels) => Some(Self::Class(Tensor::cat(&[&labels.zeros_like(), labels], 0))),
             Self::Text(text) => {
@@ -159,7 +193,7 @@ pub trait Denoiser: Send {
     /// Every parameter takes part in every call, so that none is ever left without a gradient.
     ///
     /// # Panics
-    /// When shapes or devices do not fit, or when a network without classes gets some.
+    /// When shapes or devices do not fit, or when a network without classes or augmentation labels gets some.
     fn denoise(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
         self.denoise_and_encode(x_t, time, condition, mode).0
     }
@@ -194,6 +228,11 @@ pub trait Denoiser: Send {
 
     /// Number of classes; 0 for an unconditional network.
     fn classes(&self) -> i64;
+
+    /// How many augmentation labels a sample has; 0 for a network that takes none.
+    fn augment_dim(&self) -> i64 {
+        0
+    }
 
     /// The least and the greatest time that the network supports. A sampler stays within.
     fn time_range(&self) -> [f64; 2] {

@@ -154,6 +154,97 @@ fn dropout_is_for_training() {
     assert!(!run(&labels, &b, Mode::Eval).allclose(&unconditional, 1e-3, 1e-4, false));
 }
 
+fn augmentation(n: i64, config: &EdmConfig) -> Tensor {
+    Tensor::randn([n, config.augment_dim], CPU)
+}
+
+#[test]
+fn augmentation_labels_reach_every_output_of_their_own_sample() {
+    for model_type in [ModelType::SongUNet, ModelType::DhariwalUNet] {
+        let network = lively(EdmConfig { model_type, ..small() });
+        let b = batch(3, &small());
+        let labels = augmentation(3, &small());
+        let condition = b.condition.shallow_clone().augmented(labels.shallow_clone());
+        let (x0, bottleneck) = network.denoise_and_encode(&b.x, &b.sigma, &condition, Mode::Eval);
+        assert!(equal(&network.denoise(&b.x, &b.sigma, &condition, Mode::Eval), &x0));
+        assert!(equal(&network.encode(&b.x, &b.sigma, &condition, Mode::Eval), &bottleneck));
+        let (silent, silent_bottleneck) =
+            network.denoise_and_encode(&b.x, &b.sigma, &b.condition, Mode::Eval);
+        assert!(!silent.allclose(&x0, 1e-3, 1e-3, false));
+        assert!(!silent_bottleneck.allclose(&bottleneck, 1e-3, 1e-3, false));
+
+        // Only the second sample's.
+        let mask = Tensor::from_slice(&[0.0f32, 1.0, 0.0]).view([3, 1]);
+        let second = b.condition.shallow_clone().augmented(&labels * mask);
+        let mixed = network.denoise(&b.x, &b.sigma, &second, Mode::Eval);
+        for (sample, expected) in [&silent, &x0, &silent].into_iter().enumerate() {
+            let at = |x: &Tensor| x.get(sample as i64);
+            assert!(at(&mixed).allclose(&at(expected), 1e-5, 1e-6, false), "sample {sample}");
+        }
+
+        // All zeros say what no labels say.
+        let zeros = b.condition.shallow_clone().augmented(labels.zeros_like());
+        assert!(network.denoise(&b.x, &b.sigma, &zeros, Mode::Eval).allclose(&silent, 0.0, 1e-6, false));
+    }
+}
+
+#[test]
+fn a_condition_keeps_its_augmentation_labels() {
+    let labels = augmentation(2, &small());
+    let class = Condition::Class(Tensor::eye(3, CPU).narrow(0, 0, 2));
+    let kept = Tensor::from_slice(&[1.0f32, 0.0]).view([2, 1]);
+    let condition = class.augmented(Tensor::zeros([2, 9], CPU)).augmented(labels.shallow_clone());
+    let parts = |condition: &Condition| match condition.split_augmentation() {
+        (Condition::Class(class), Some(labels)) => (class.shallow_clone(), labels.shallow_clone()),
+        _ => panic!("a class and augmentation labels"),
+    };
+    let rows = |rows: [[f32; 3]; 2]| Tensor::from_slice2(&rows);
+    let (all, first) = (rows([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), rows([[1.0, 0.0, 0.0], [0.0; 3]]));
+    let cases = [
+        (condition.shallow_clone(), all.shallow_clone()),
+        (condition.dropped(), all.zeros_like()),
+        (condition.kept(&kept), first),
+    ];
+    for (got, expected) in cases {
+        let (class, own) = parts(&got);
+        assert!(equal(&class, &expected) && equal(&own, &labels));
+    }
+    let (class, own) = parts(&condition.doubled().unwrap());
+    assert!(equal(&class, &Tensor::cat(&[&all.zeros_like(), &all], 0)));
+    assert!(equal(&own, &Tensor::cat(&[&labels, &labels], 0)));
+
+    let unconditional = Condition::None.augmented(labels.shallow_clone());
+    assert!(unconditional.doubled().is_none());
+    for same in [unconditional.shallow_clone(), unconditional.dropped(), unconditional.kept(&kept)] {
+        let (Condition::None, Some(own)) = same.split_augmentation() else { panic!("labels and no class") };
+        assert!(equal(own, &labels));
+    }
+    assert!(Condition::None.split_augmentation().1.is_none());
+}
+
+#[test]
+fn a_network_says_how_many_augmentation_labels_it_takes() {
+    assert_eq!(lively(small()).augment_dim(), 4);
+    assert_eq!(lively(EdmConfig { augment_dim: 0, ..small() }).augment_dim(), 0);
+}
+
+#[test]
+#[should_panic(expected = "augmentation labels given to a network that takes none")]
+fn augmentation_labels_for_a_network_without_them_are_an_error() {
+    let b = batch(1, &small());
+    let network = lively(EdmConfig { augment_dim: 0, ..small() });
+    let condition = b.condition.augmented(augmentation(1, &small()));
+    let _ = network.denoise(&b.x, &b.sigma, &condition, Mode::Eval);
+}
+
+#[test]
+#[should_panic(expected = "augmentation labels of another width than the network's")]
+fn augmentation_labels_of_another_width_are_an_error() {
+    let b = batch(1, &small());
+    let condition = b.condition.augmented(Tensor::zeros([1, 9], CPU));
+    let _ = lively(small()).encode(&b.x, &b.sigma, &condition, Mode::Eval);
+}
+
 #[test]
 #[should_panic(expected = "class labels given to a network that takes none")]
 fn labels_for_an_unconditional_network_are_an_error() {

@@ -41,9 +41,11 @@ fn equals_the_official_networks() {
             Some(labels) => Condition::Class(labels.shallow_clone()),
             None => Condition::None,
         };
-        let augment = archive.tensors.get("input.augment_labels");
-        let sigma = &archive.tensors["input.sigma"];
-        let (x0, _) = network.denoise_augmented(&x, sigma, &condition, augment, Mode::Eval);
+        let condition = match archive.tensors.get("input.augment_labels") {
+            Some(labels) => condition.augmented(labels.shallow_clone()),
+            None => condition,
+        };
+        let x0 = network.denoise(&x, &archive.tensors["input.sigma"], &condition, Mode::Eval);
         let direction = Tensor::linspace(-1.0, 1.0, x0.numel() as i64, (Kind::Float, x0.device()));
         (&x0 * direction.view_as(&x0)).sum(Kind::Float).backward();
         let norms: Vec<_> = network.parameters().leaves().iter().map(|leaf| leaf.grad().norm()).collect();

@@ -13,7 +13,7 @@ use std::{
 
 use common::{fixtures, relative_error, relative_error_of_elements};
 use potstill_models::{
-    Condition, Denoiser, ForwardProcess, Mode, TextCondition,
+    Condition, Denoiser, Embedded, ForwardProcess, Mode, TextCondition,
     diffusers::{LatentDenoiser, ModelFolder, ScheduleConfig, Tokenizer, UNetConfig, UNetInputs},
     process::DdpmPrediction,
     sampler,
@@ -123,18 +123,33 @@ fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive
     }
 }
 
+/// The network of a file of one U-Net.
+fn latent_denoiser(archive: &Archive) -> LatentDenoiser {
+    let config = UNetConfig::parse(&archive.metadata["unet"]).unwrap();
+    let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
+    let tensors = archive.with_prefix("unet.").into_iter();
+    let tensors = tensors.map(|(name, tensor)| (name, Stored::Memory(tensor))).collect();
+    LatentDenoiser::from_tensors(config, schedule, &tensors, Device::Cpu).unwrap()
+}
+
 #[test]
 fn u_nets_equal_diffusers() {
     for (name, archive) in files("sd_unet_") {
-        let load = || {
-            let config = UNetConfig::parse(&archive.metadata["unet"]).unwrap();
-            let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
-            let tensors = archive.with_prefix("unet.").into_iter();
-            let tensors = tensors.map(|(name, tensor)| (name, Stored::Memory(tensor))).collect();
-            LatentDenoiser::from_tensors(config, schedule, &tensors, Device::Cpu).unwrap()
-        };
-        compare_unet(&name, load, &archive);
+        compare_unet(&name, || latent_denoiser(&archive), &archive);
     }
+}
+
+#[test]
+#[should_panic(expected = "augmentation labels given to a network that takes none")]
+fn a_u_net_of_texts_takes_no_augmentation_labels() {
+    let (_, archive) = files("sd_unet_").into_iter().next().unwrap();
+    let network = latent_denoiser(&archive);
+    let states = archive.tensors["run.input.states"].shallow_clone();
+    let null = Rc::new(Embedded { states: states.narrow(0, 0, 1), pooled: None });
+    let condition = Condition::Text(TextCondition::new(Embedded { states, pooled: None }, null, None));
+    let condition = condition.augmented(Tensor::zeros([1, 9], (Kind::Float, Device::Cpu)));
+    let (x, time) = (&archive.tensors["run.input.sample"], &archive.tensors["run.input.time"]);
+    let _ = network.denoise(x, time, &condition, Mode::Eval);
 }
 
 #[test]

@@ -106,7 +106,11 @@ impl LatentDenoiser {
         condition: &Condition,
         forward: impl FnOnce(&UNetInputs) -> T,
     ) -> T {
-        let Condition::Text(text) = condition else { panic!("a text-to-image network needs a text") };
+        let text = match condition {
+            Condition::Text(text) => text,
+            Condition::Augmented { .. } => panic!("augmentation labels given to a network that takes none"),
+            Condition::None | Condition::Class(_) => panic!("a text-to-image network needs a text"),
+        };
         let embedded = text.embedded();
         let text_time = match (&embedded.pooled, text.sizes()) {
             (Some(pooled), Some(sizes)) if self.config.takes_text_time() => Some((pooled, sizes)),

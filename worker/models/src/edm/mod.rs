@@ -100,42 +100,17 @@ impl EdmNetwork {
         &self.config
     }
 
-    /// [`denoise_and_encode`](Denoiser::denoise_and_encode) with augmentation labels [N, `augment_dim`] (2206.00364,
-    /// appendix F.2). Without them a sample counts as not augmented, which is what all-zero labels say.
-    ///
-    /// # Panics
-    /// As `denoise`, and when a network without augmentation labels gets some.
-    pub fn denoise_augmented(
-        &self,
-        x_t: &Tensor,
-        time: &Tensor,
-        condition: &Condition,
-        augment_labels: Option<&Tensor>,
-        mode: Mode,
-    ) -> (Tensor, Tensor) {
-        let x = x_t.to_kind(Kind::Float);
-        let coefficients = self.coefficients(time);
-        let inputs = self.inputs(&coefficients, condition, augment_labels, mode);
-        let (output, bottleneck) = self.unet.forward(&coefficients.network_input(&x), &inputs);
-        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
-        (coefficients.denoised(&x, &output.to_kind(Kind::Float)), bottleneck.to_kind(Kind::Float))
-    }
-
     fn coefficients(&self, time: &Tensor) -> Coefficients {
         Coefficients::new(&time.to_kind(Kind::Float).reshape([-1]), self.config.sigma_data)
     }
 
-    fn inputs<'a>(
-        &self,
-        coefficients: &'a Coefficients,
-        condition: &Condition,
-        augment_labels: Option<&Tensor>,
-        mode: Mode,
-    ) -> Inputs<'a> {
+    fn inputs<'a>(&self, coefficients: &'a Coefficients, condition: &Condition, mode: Mode) -> Inputs<'a> {
+        let (condition, augment_labels) = condition.split_augmentation();
         let labels = match condition {
             Condition::None => None,
             Condition::Class(labels) => Some(labels),
             Condition::Text(_) => panic!("an EDM network knows classes, not texts"),
+            Condition::Augmented { .. } => panic!("a sample has augmentation labels once"),
         };
         Inputs {
             noise: &coefficients.noise,
@@ -149,7 +124,11 @@ impl EdmNetwork {
     /// takes part and gets a gradient.
     fn side_input(&self, what: &str, given: Option<&Tensor>, width: i64) -> Option<Tensor> {
         match given {
-            Some(labels) if width > 0 => Some(labels.to_kind(Kind::Float)),
+            Some(labels) if width > 0 => {
+                let given = labels.size().last().copied();
+                assert_eq!(given, Some(width), "{what} labels of another width than the network's");
+                Some(labels.to_kind(Kind::Float))
+            }
             Some(_) => panic!("{what} labels given to a network that takes none"),
             None => {
                 let device = self.parameters.flat().device();
@@ -167,12 +146,17 @@ impl Denoiser for EdmNetwork {
         condition: &Condition,
         mode: Mode,
     ) -> (Tensor, Tensor) {
-        self.denoise_augmented(x_t, time, condition, None, mode)
+        let x = x_t.to_kind(Kind::Float);
+        let coefficients = self.coefficients(time);
+        let inputs = self.inputs(&coefficients, condition, mode);
+        let (output, bottleneck) = self.unet.forward(&coefficients.network_input(&x), &inputs);
+        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
+        (coefficients.denoised(&x, &output.to_kind(Kind::Float)), bottleneck.to_kind(Kind::Float))
     }
 
     fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
         let coefficients = self.coefficients(time);
-        let inputs = self.inputs(&coefficients, condition, None, mode);
+        let inputs = self.inputs(&coefficients, condition, mode);
         let input = coefficients.network_input(&x_t.to_kind(Kind::Float));
         self.unet.bottleneck(&input, &inputs).to_kind(Kind::Float)
     }
@@ -191,6 +175,10 @@ impl Denoiser for EdmNetwork {
 
     fn classes(&self) -> i64 {
         self.config.label_dim
+    }
+
+    fn augment_dim(&self) -> i64 {
+        self.config.augment_dim
     }
 
     fn time_range(&self) -> [f64; 2] {
