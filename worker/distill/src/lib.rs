@@ -6,6 +6,7 @@
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
 //! - [`time`]: the laws of the diffusion time.
 //! - [`condition`]: classes or texts of generated samples.
+//! - [`augmentation`]: what the fake score's samples go through first.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
 //! - [`guidance`]: predictions between and beyond conditional and unconditional.
 //! - [`loss`]: the two losses, as plain functions of tensors.
@@ -18,6 +19,7 @@
 
 pub mod adam;
 pub mod adversarial;
+pub mod augmentation;
 pub mod condition;
 pub mod ema;
 pub mod generator;
