@@ -37,14 +37,16 @@ GUIDANCE = {
     "zero-cfg": {"guidance.preset": "zero-cfg"},
     "anti-cfg": {"guidance.preset": "anti-cfg"},
 }
-# The adversarial loss joins after a tenth of the run. Its weight is a hundred times SiDA's: at SiDA's nothing is seen here.
+# The generator's adversarial term joins after a tenth of the run; the discriminator learns from the first image. Scaling and weight
+# are SiD-DiT's: at SiDA's weight nothing is seen here.
 REAL = ROOT / "configs" / "digits" / "digits.safetensors"
 WEIGHT = 1.0
 
 
 def adversarial(limit: int | None) -> dict[str, str]:
     some = f",limit={limit}" if limit else ""
-    return {"adversarial": f"{{data='{REAL}',start_images=12800,generator_weight={WEIGHT}{some}}}"}
+    given = f"data='{REAL}',scaling='sid-dit',join_images=12800,generator_weight={WEIGHT}{some}"
+    return {"adversarial": f"{{{given}}}"}
 
 
 @dataclass(frozen=True)

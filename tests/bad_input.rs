@@ -99,6 +99,11 @@ fn distillation_settings_that_do_not_fit() {
     says(&refused(&["generator.step_weights=[1, 2]"]), &["generator.step_weights", "each of the 1 steps"]);
     says(&refused(&["adversarial.limit=5"]), &["adversarial.data is missing"]);
     says(&refused(&["adversarial.data=/nowhere/real"]), &["adversarial.data", "/nowhere/real"]);
+    let former = refused(&["adversarial.start_images=5"]);
+    says(&former, &["adversarial.start_images", "earlier version", "adversarial.join_images"]);
+    says(&refused(&["optimiser.clip_value=5"]), &["optimiser.generator_clip_value"]);
+    let augmentation = refused(&["distillation.augmentation=0.12"]);
+    says(&augmentation, &["distillation.augmentation", "9 augmentation labels", "takes 0"]);
     let weighting = refused(&["distillation.weighting=one-minus-t"]);
     says(&weighting, &["distillation.weighting", "flow-matching"]);
     says(&refused(&["distillation.precision=fp8"]), &["distillation.precision", "fp16"]);

@@ -292,7 +292,7 @@ fn the_adversarial_loss_sees_images_with_captions() {
     let studio = Studio::new("sdxl");
     let pairs = format!("adversarial.data={}", studio.pairs().display());
     let sets = |more: &[&'static str]| -> Vec<String> {
-        ["distillation.iterations=6", "guidance.preset=zero-cfg", "adversarial.start_images=16", &pairs]
+        ["distillation.iterations=6", "guidance.preset=zero-cfg", "adversarial.scaling=sid-dit", &pairs]
             .into_iter()
             .chain(more.iter().copied())
             .map(str::to_owned)
@@ -309,9 +309,13 @@ fn the_adversarial_loss_sees_images_with_captions() {
     let rows = studio.cluster.metrics("one");
     let last = rows.iter().rfind(|row| row["kind"] == "iteration").unwrap();
     assert!(last["discriminator_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
-    run("without", 1, &sets(&["adversarial.start_images=1000"]));
-    let (with, without) = (studio.cluster.checkpoint("one", 6), studio.cluster.checkpoint("without", 6));
-    assert!(relative_difference(&with, &without, "fake_score/") > 0.0);
+    run("waiting", 1, &sets(&["adversarial.join_images=1000"]));
+    let (with, waiting) = (studio.cluster.checkpoint("one", 6), studio.cluster.checkpoint("waiting", 6));
+    assert!(relative_difference(&with, &waiting, "generator/") > 0.0);
+    // Without a list of prompts, generated samples share the captions of the real images.
+    run("shared", 1, &sets(&["prompts.data="]));
+    let shared = studio.cluster.checkpoint("shared", 6);
+    assert!(relative_difference(&with, &shared, "generator/") > 0.0);
     // A finished generator is what the next run starts from.
     let exported = studio.path("exported");
     let run_url = studio.cluster.run("one");
@@ -413,7 +417,10 @@ fn wrong_input_is_named_before_anything_is_written() {
     says(studio.refused(&[&write("latin.txt", b"fine\ncaf\xe9\n")]), &["line 2", "UTF-8"]);
     says(studio.refused(&["prompts.data=/nowhere/p.txt"]), &["/nowhere/p.txt"]);
     says(studio.refused(&["generator.initial_timestep=1000"]), &["initial_timestep", "999"]);
-    says(studio.refused(&["distillation.weighting=one-minus-t"]), &["one-minus-t"]);
+    for weighting in ["one-minus-t", "one-minus-t-squared", "inverse-t", "inverse-t-squared"] {
+        let set = format!("distillation.weighting={weighting}");
+        says(studio.refused(&[&set]), &[weighting, "flow-matching"]);
+    }
     says(studio.refused(&["teacher.image_size=[17,16]"]), &["image_size", "multiples of 2"]);
     says(studio.refused(&["memory.bf16_weights=true"]), &["bf16_weights", "precision"]);
     says(studio.refused(&["teacher.model=/nowhere/model"]), &["/nowhere/model", "model_index.json"]);

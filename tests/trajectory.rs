@@ -93,10 +93,11 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
             iterations,
             "adversarial.data=digits.safetensors",
             "adversarial.limit=100",
-            // Joins after iteration 3; the generator moves from iteration 2 on.
-            "adversarial.start_images=96",
+            // Halved, the run is resumed between the two: the generator moves from iteration 3 on, its term joins in iteration 5.
+            "adversarial.join_images=128",
             "adversarial.approximate_r1=1",
             "distillation.generator_start_images=64",
+            "optimiser.fake_score_clip_value=1.0",
             "guidance.preset=zero-cfg",
             "optimiser.clip_norm=1000.0",
             "optimiser.decay={start_images=100,end_images=400}",
@@ -116,6 +117,50 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
     let last = rows.iter().rfind(|row| row["kind"] == "iteration").expect("iterations were measured");
     assert!(last["discriminator_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
     assert!(last["generator_adversarial_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
+}
+
+/// Adam's bias correction counts the generator's own steps: after any number of frozen iterations its first step is as long as
+/// the learning rate, element by element (β₁ = 0), and so is the fake score's.
+#[test]
+fn the_first_step_after_a_freeze_is_as_long_as_any_first_step() {
+    let cluster = Cluster::default();
+    let sets = |iterations: &'static str| {
+        [
+            iterations,
+            "distillation.generator_start_images=1568",
+            "distillation.global_batch=32",
+            "distillation.micro_batch=32",
+            "optimiser.generator_learning_rate=1e-4",
+        ]
+    };
+    cluster.succeed("frozen", 1, &sets("distillation.iterations=50"), &[]);
+    cluster.succeed("frozen", 1, &sets("distillation.iterations=51"), &["--resume"]);
+    let (before, after) = (cluster.checkpoint("frozen", 50), cluster.checkpoint("frozen", 51));
+    let mut steps: Vec<f32> = before
+        .iter()
+        .filter(|(name, _)| name.starts_with("generator/"))
+        .flat_map(|(name, values)| values.iter().zip(&after[name]).map(|(a, b)| (b - a).abs() / 1e-4))
+        .collect();
+    steps.sort_by(f32::total_cmp);
+    let median = steps[steps.len() / 2];
+    assert!((0.5..=1.05).contains(&median), "{median}");
+    assert_eq!(before["counters/loss_scale_and_steps"], [1.0, 0.0, 0.0, 1.0, 0.0, 50.0]);
+    assert_eq!(after["counters/loss_scale_and_steps"], [1.0, 0.0, 1.0, 1.0, 0.0, 51.0]);
+}
+
+#[test]
+fn several_updates_of_the_fake_score_come_to_one_of_the_generator() {
+    let cluster = Cluster::default();
+    let sets = |iterations: &'static str| [iterations, "distillation.fake_score_updates=3"];
+    cluster.succeed("halves", 1, &sets("distillation.iterations=4"), &[]);
+    let counted = cluster.checkpoint("halves", 4)["counters/loss_scale_and_steps"].clone();
+    assert_eq!((counted[2], counted[5]), (1.0, 4.0));
+    cluster.succeed("halves", 1, &sets("distillation.iterations=7"), &["--resume"]);
+    cluster.succeed("straight", 1, &sets("distillation.iterations=7"), &[]);
+    let (halves, straight) = (cluster.checkpoint("halves", 7), cluster.checkpoint("straight", 7));
+    assert!(halves == straight, "a resumed run differs");
+    let counted = &straight["counters/loss_scale_and_steps"];
+    assert_eq!((counted[2], counted[5]), (2.0, 7.0));
 }
 
 #[test]
@@ -167,8 +212,12 @@ fn lower_precisions_stay_close_and_resume_bit_by_bit() {
             let difference = relative_difference(&lower, &reference, part);
             assert!(difference > 0.0 && difference < 0.01, "{precision}: {part}: {difference}");
         }
-        let scale = lower["loss_scales/scale_and_steps"][0];
+        let counters = &lower["counters/loss_scale_and_steps"];
+        let [scale, _, steps, _, _, fake_steps] = counters[..] else { panic!("{counters:?}") };
         assert_eq!(scale > 1.0, precision == "fp16", "{precision}: {scale}");
+        // A step that fp16 leaves out does not count.
+        let skipped = |steps: f32| steps < 6.0;
+        assert!(precision == "fp16" || !(skipped(steps) || skipped(fake_steps)), "{counters:?}");
     }
 }
 

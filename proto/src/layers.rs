@@ -27,6 +27,14 @@ pub enum LayerError {
         /// What is wrong, with the key.
         problem: String,
     },
+    /// A key that an earlier version had.
+    #[error("the key `{key}` is of an earlier version: {now}")]
+    FormerKey {
+        /// The key, dotted.
+        key: String,
+        /// What became of it.
+        now: &'static str,
+    },
     /// A key that means nothing.
     #[error("unknown key `{key}`{}", nearest.as_ref().map(|n| format!("; the nearest valid key is `{n}`")).unwrap_or_default())]
     UnknownKey {
@@ -46,12 +54,15 @@ pub enum LayerError {
     },
 }
 
+/// Keys that earlier versions had, dotted, each with a sentence that says what became of it.
+pub type FormerKeys = [(&'static str, &'static str)];
+
 /// Reads a `T` from its layers. `sets` are the `key=value` strings of `--set`, applied in order; a value is read as TOML
-/// where it parses as such and as a string otherwise.
+/// where it parses as such and as a string otherwise. `former` keys are refused with what became of them.
 ///
 /// # Errors
 /// See [`LayerError`]. Ranges are not checked here: that is the business of `T`'s own `validate`.
-pub fn load<T>(file: &Path, sets: &[String]) -> Result<T, LayerError>
+pub fn load<T>(file: &Path, sets: &[String], former: &FormerKeys) -> Result<T, LayerError>
 where
     T: Default + Serialize + DeserializeOwned,
 {
@@ -62,22 +73,28 @@ where
         .separator("__")
         .try_parsing(true)
         .ignore_empty(true);
-    parse(&text, &file.display().to_string(), sets, environment)
+    parse(&text, &file.display().to_string(), sets, environment, former)
 }
 
 /// [`load`] for a text that is already in memory, without environment.
 ///
 /// # Errors
 /// As [`load`].
-pub fn from_str<T>(text: &str, origin: &str) -> Result<T, LayerError>
+pub fn from_str<T>(text: &str, origin: &str, former: &FormerKeys) -> Result<T, LayerError>
 where
     T: Default + Serialize + DeserializeOwned,
 {
     let none = Environment::default().source(Some(Default::default()));
-    parse(text, origin, &[], none)
+    parse(text, origin, &[], none, former)
 }
 
-fn parse<T>(text: &str, origin: &str, sets: &[String], environment: Environment) -> Result<T, LayerError>
+fn parse<T>(
+    text: &str,
+    origin: &str,
+    sets: &[String],
+    environment: Environment,
+    former: &FormerKeys,
+) -> Result<T, LayerError>
 where
     T: Default + Serialize + DeserializeOwned,
 {
@@ -98,7 +115,7 @@ where
     // Optional values serialise as null, so the defaults list every key there is.
     let template = serde_json::to_value(T::default()).unwrap_or_default();
     let given: Value = merged.try_deserialize().map_err(invalid(origin))?;
-    refuse_unknown_keys(&given, &template)?;
+    refuse_unknown_keys(&given, &template, former)?;
 
     // Not the configuration library's own conversion: it would round 1.5 to 2 where a count is wanted.
     serde_path_to_error::deserialize(given).map_err(|e| LayerError::Invalid {
@@ -128,7 +145,7 @@ fn toml_value(text: &str) -> config::Value {
     }
 }
 
-fn refuse_unknown_keys(given: &Value, template: &Value) -> Result<(), LayerError> {
+fn refuse_unknown_keys(given: &Value, template: &Value, former: &FormerKeys) -> Result<(), LayerError> {
     let mut valid = Vec::new();
     leaves(template, "", &mut valid);
     let mut present = Vec::new();
@@ -140,6 +157,9 @@ fn refuse_unknown_keys(given: &Value, template: &Value) -> Result<(), LayerError
             .any(|v| key == *v || key.strip_prefix(v.as_str()).is_some_and(|r| r.starts_with('.')));
         let section = valid.iter().any(|v| v.starts_with(&format!("{key}.")));
         if !known && !section {
+            if let Some((_, now)) = former.iter().find(|(former, _)| *former == key) {
+                return Err(LayerError::FormerKey { key, now });
+            }
             return Err(LayerError::UnknownKey { nearest: nearest(&key, &valid), key });
         }
     }
@@ -201,7 +221,7 @@ mod tests {
             .try_parsing(true)
             .source(Some(vars));
         let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
-        parse(text, "run.toml", &sets, environment)
+        parse(text, "run.toml", &sets, environment, &[("inner.rate", "it is `inner.learning_rate` now")])
     }
 
     #[test]
@@ -228,6 +248,13 @@ mod tests {
     }
 
     #[test]
+    fn a_key_of_an_earlier_version_is_refused_with_what_became_of_it() {
+        let error = with("[inner]\nrate = 1", &[], &[]).unwrap_err().to_string();
+        assert_eq!(error, "the key `inner.rate` is of an earlier version: it is `inner.learning_rate` now");
+        assert!(matches!(with("", &["inner.rate=1"], &[]), Err(LayerError::FormerKey { .. })));
+    }
+
+    #[test]
     fn mistyped_values_and_bad_grammar_name_their_place() {
         let error = with("[inner]\nsteps = 'many'", &[], &[]).unwrap_err().to_string();
         assert!(error.contains("steps") && error.contains("run.toml"), "{error}");
@@ -235,7 +262,7 @@ mod tests {
         assert!(error.contains("steps"), "{error}");
         assert!(with("[inner", &[], &[]).is_err());
         assert!(matches!(with("", &["novalue"], &[]), Err(LayerError::NotKeyValue(_))));
-        let missing = load::<Outer>(Path::new("/nonexistent/run.toml"), &[]).unwrap_err().to_string();
+        let missing = load::<Outer>(Path::new("/nonexistent/run.toml"), &[], &[]).unwrap_err().to_string();
         assert!(missing.contains("/nonexistent/run.toml"), "{missing}");
     }
 }

@@ -58,7 +58,8 @@ pub struct TeacherSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsSpec {
-    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it, or a URL.
+    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it, or a URL. In
+    /// an adversarial run it may be left out: then generated samples share the captions of the real images.
     pub data: String,
     /// Column of the prompts in JSONL and Parquet.
     pub column: String,
@@ -89,11 +90,12 @@ impl Default for PromptsSpec {
 pub struct GeneratorSpec {
     /// K, the number of steps.
     pub steps: u32,
-    /// Noise level of each step for the EDM family, falling; as many as steps. The first is σ_init: 2.5 in SiD. No grid for
-    /// K > 1 is published.
+    /// Noise level of each step for the EDM family, falling; as many as steps. The first is σ_init: 2.5 in SiD. SiDA's code for
+    /// EDM2 has σ_init·(K − i)/K for step i, with final-step matching.
     pub sigmas: Vec<f64>,
-    /// t_init of a text-to-image model, whose step i is at timestep ⌊t_init·(1 − i/K)⌋: 625 in SiD-LSG (2406.01561).
-    pub initial_timestep: u32,
+    /// t_init of a text-to-image model, whose step i is at timestep ⌊t_init·(1 − i/K)⌋. By default 625 (SiD-LSG, 2406.01561), and
+    /// 999 for a flow (SiD-DiT, 2509.25127), whose times are timesteps/999.
+    pub initial_timestep: Option<u32>,
     /// Which step's output is matched.
     pub matching: Matching,
     /// With uniform-step matching: how often each step is chosen, relative to the others; as many as steps. Without them all
@@ -120,7 +122,7 @@ impl Default for GeneratorSpec {
         Self {
             steps: 1,
             sigmas: vec![2.5],
-            initial_timestep: 625,
+            initial_timestep: None,
             matching: Matching::UniformStep,
             step_weights: vec![],
             start_from: None,
@@ -144,8 +146,18 @@ pub struct DistillationSpec {
     pub alpha: f64,
     /// ω of the generator loss.
     pub weighting: Weighting,
-    /// Images that only the fake score sees before the generator moves for the first time. SiDA: 100,000.
-    pub generator_start_images: u64,
+    /// λ_sid: weight of the score identity loss, halved once the adversarial term has joined. 100 in SiD, SiDA and SiD-DiT, 1 in
+    /// SiD-LSG. With Adam it decides what `optimiser.epsilon` means, and how the adversarial term compares.
+    pub score_identity_weight: f64,
+    /// The generator is frozen until more images than this have been seen; without it, it never is. SiDA: 100,000; SiD-DiT:
+    /// 20,000.
+    pub generator_start_images: Option<u64>,
+    /// Updates of the fake score (iterations) to one update of the generator: 1 in SiD, 5 in DMD2 (2405.14867).
+    pub fake_score_updates: u32,
+    /// Probability of EDM's augmentations (2206.00364, appendix F.2) of what the fake score and the discriminator learn from,
+    /// horizontal flips always among them: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQ in SiD's code. The teacher must take
+    /// augmentation labels.
+    pub augmentation: Option<f64>,
     /// Kind of number that the networks compute with. Weights, moments and reductions are fp32 whatever this is.
     pub precision: Precision,
     /// Noise law of the fake-score phase: ln σ ~ N(mean, std²).
@@ -169,7 +181,10 @@ impl Default for DistillationSpec {
             micro_batch: 64,
             alpha: 1.2,
             weighting: Weighting::ScoreIdentity,
-            generator_start_images: 0,
+            score_identity_weight: 100.0,
+            generator_start_images: None,
+            fake_score_updates: 1,
+            augmentation: None,
             precision: Precision::Fp32,
             fake_score_noise: LogNormalSpec::default(),
             generator_noise: KarrasSpec::default(),
@@ -189,6 +204,12 @@ pub enum Weighting {
     ScoreIdentity,
     /// 1 − t; for flow-matching teachers only (2509.25127).
     OneMinusT,
+    /// 1 − t²; for flow-matching teachers only (2509.25127's code).
+    OneMinusTSquared,
+    /// 1/t; for flow-matching teachers only (2509.25127's code).
+    InverseT,
+    /// 1/t²; for flow-matching teachers only (2509.25127's code).
+    InverseTSquared,
     /// The signal-to-noise ratio.
     Snr,
     /// Its root.
@@ -221,18 +242,31 @@ pub struct AdversarialSpec {
     pub cache: Option<PathBuf>,
     /// Use only so many of them, spread evenly over the whole.
     pub limit: Option<u64>,
-    /// λ_sid. SiDA: 100.
-    pub score_identity_weight: f64,
-    /// λ_adv of the generator. SiDA: 0.01.
+    /// How the cross entropies become losses.
+    pub scaling: Scaling,
+    /// λ_adv of the generator. SiDA: 0.01; SiD-DiT: 1.
     pub generator_weight: f64,
-    /// λ_adv of the discriminator. SiDA: 1.
+    /// λ_D of the discriminator, which learns from the first image. SiDA and SiD-DiT: 1.
     pub discriminator_weight: f64,
-    /// Images seen before the adversarial loss joins. SiDA: 200,000.
-    pub start_images: u64,
+    /// The generator's adversarial term joins when more images than this have been seen; without it, it is there from the first
+    /// image. SiDA: 200,000; SiD-DiT: 40,000.
+    pub join_images: Option<u64>,
     /// Weight of the approximate R1 penalty on real samples (2501.08316); 0: none.
     pub approximate_r1: f64,
     /// Standard deviation of its perturbation.
     pub approximate_r1_sigma: f64,
+}
+
+/// The two published ways to scale the discriminator's and the generator's cross entropies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scaling {
+    /// SiDA's (2410.14919): means over a micro-batch; the discriminator's with the denoising loss's weight, the generator's with ω
+    /// and the number of a sample's elements.
+    #[default]
+    Sida,
+    /// SiD-DiT's (2509.25127): means over a sample, times the number of its elements; the generator's with ω.
+    SidDit,
 }
 
 impl Default for AdversarialSpec {
@@ -241,10 +275,10 @@ impl Default for AdversarialSpec {
             data: String::new(),
             cache: None,
             limit: None,
-            score_identity_weight: 100.0,
+            scaling: Scaling::Sida,
             generator_weight: 0.01,
             discriminator_weight: 1.0,
-            start_images: 0,
+            join_images: None,
             approximate_r1: 0.0,
             approximate_r1_sigma: 0.1,
         }
@@ -265,8 +299,9 @@ pub struct GuidanceSpec {
     pub fake_score: f64,
     /// κ₄ of `custom`: the teacher.
     pub teacher: f64,
-    /// Share of the fake score's samples trained without their condition, when the fake score is guided anywhere.
-    pub condition_dropout: f64,
+    /// Share of the fake score's samples that are made and learnt without their condition, where κ₁ or κ₂ is not 1 and κ₁ is not
+    /// 0. By default 0.1 for `lsg` and `custom` (SiD-LSG), except on flows (SiD-DiT), and 0 for the others.
+    pub condition_dropout: Option<f64>,
 }
 
 /// Known choices of the three scales.
@@ -294,7 +329,7 @@ impl Default for GuidanceSpec {
             fake_score_training: 1.0,
             fake_score: 1.0,
             teacher: 1.0,
-            condition_dropout: 0.1,
+            condition_dropout: None,
         }
     }
 }
@@ -318,6 +353,13 @@ impl GuidanceSpec {
             GuidancePreset::AntiCfg => [-self.scale, -self.scale, 1.0],
             GuidancePreset::Custom => [self.fake_score_training, self.fake_score, self.teacher],
         }
+    }
+
+    /// Share of conditions to drop, given whether the teacher is a flow.
+    #[must_use]
+    pub fn dropout(&self, flow: bool) -> f64 {
+        let published = matches!(self.preset, GuidancePreset::Lsg | GuidancePreset::Custom) && !flow;
+        self.condition_dropout.unwrap_or(if published { 0.1 } else { 0.0 })
     }
 }
 
@@ -367,14 +409,19 @@ pub struct OptimiserSpec {
     pub fake_score_learning_rate: f64,
     /// β₁, β₂.
     pub betas: [f64; 2],
+    /// β₁, β₂ of the generator, where they are others: SiD's for FFHQ has β₁ = 0.9 there.
+    pub generator_betas: Option<[f64; 2]>,
     /// Added to the root of the second moment.
     pub epsilon: f64,
     /// Half-life of G_ema in images; bounded by 5 % of the images seen.
     pub ema_half_life_images: f64,
     /// Gradients longer than this L2 norm are scaled down to it; without it they are not (SiD).
     pub clip_norm: Option<f64>,
-    /// Elements of gradients are kept within ± this; without it they are not (SiD).
-    pub clip_value: Option<f64>,
+    /// Elements of the generator's gradient are kept within ± this; without it they are not (SiD, SiDA).
+    pub generator_clip_value: Option<f64>,
+    /// Elements of the gradient of the fake score, which is the discriminator too, are kept within ± this; without it they are not
+    /// (SiD). SiDA: 1.
+    pub fake_score_clip_value: Option<f64>,
     /// When both learning rates fall; without it they stay (SiD).
     pub decay: Option<DecaySpec>,
 }
@@ -409,10 +456,12 @@ impl Default for OptimiserSpec {
             generator_learning_rate: 1e-5,
             fake_score_learning_rate: 1e-5,
             betas: [0.0, 0.999],
+            generator_betas: None,
             epsilon: 1e-8,
             ema_half_life_images: 500_000.0,
             clip_norm: None,
-            clip_value: None,
+            generator_clip_value: None,
+            fake_score_clip_value: None,
             decay: None,
         }
     }
@@ -558,13 +607,30 @@ impl ClusterSpec {
     }
 }
 
+/// Keys that earlier versions had, each with what became of it.
+const FORMER_KEYS: &[(&str, &str)] = &[
+    (
+        "adversarial.score_identity_weight",
+        "it is `distillation.score_identity_weight` now, and holds in every run, from the first image",
+    ),
+    (
+        "adversarial.start_images",
+        "it is `adversarial.join_images` now: the discriminator learns from the first image, and only the generator's term \
+         waits, until more images than this have been seen",
+    ),
+    (
+        "optimiser.clip_value",
+        "it is `optimiser.generator_clip_value` and `optimiser.fake_score_clip_value` now",
+    ),
+];
+
 impl RunSpec {
     /// Reads the layers, resolves relative paths against the file's folder, and validates.
     ///
     /// # Errors
     /// See [`LayerError`].
     pub fn load(file: &Path, sets: &[String]) -> Result<Self, LayerError> {
-        let mut spec: Self = layers::load(file, sets)?;
+        let mut spec: Self = layers::load(file, sets, FORMER_KEYS)?;
         let absolute = std::path::absolute(file)
             .map_err(|source| LayerError::Unreadable { path: file.to_owned(), source })?;
         let folder = absolute.parent().unwrap_or(Path::new("/"));
@@ -608,7 +674,7 @@ impl RunSpec {
     /// # Errors
     /// See [`LayerError`].
     pub fn from_toml(text: &str) -> Result<Self, LayerError> {
-        let spec: Self = layers::from_str(text, "run.toml")?;
+        let spec: Self = layers::from_str(text, "run.toml", FORMER_KEYS)?;
         spec.validate()?;
         Ok(spec)
     }
@@ -659,7 +725,7 @@ impl RunSpec {
         );
         if let Some(prompts) = &self.prompts {
             require(
-                !prompts.data.is_empty(),
+                !prompts.data.is_empty() || self.adversarial.is_some(),
                 "prompts.data is missing: name the file with the prompts".into(),
             );
         }
@@ -676,10 +742,11 @@ impl RunSpec {
         require(g.steps >= 1, "generator.steps is 0; it must be at least 1".into());
         if t.model.is_some() {
             require(
-                g.initial_timestep >= g.steps,
+                g.initial_timestep.is_none_or(|initial| initial >= g.steps),
                 format!(
                     "generator.initial_timestep is {}, which leaves no {} different timesteps",
-                    g.initial_timestep, g.steps
+                    g.initial_timestep.unwrap_or_default(),
+                    g.steps
                 ),
             );
         } else {
@@ -747,6 +814,25 @@ impl RunSpec {
             d.timesteps[0] <= d.timesteps[1],
             format!("distillation.timesteps are {:?}; the first must not exceed the last", d.timesteps),
         );
+        require(
+            positive(d.score_identity_weight),
+            format!("distillation.score_identity_weight is {}; it must be > 0", d.score_identity_weight),
+        );
+        require(
+            d.fake_score_updates > 0,
+            "distillation.fake_score_updates is 0; it must be at least 1".into(),
+        );
+        require(
+            d.augmentation.is_none_or(|p| (0.0..=1.0).contains(&p)),
+            format!(
+                "distillation.augmentation is {}; a probability lies in [0, 1]",
+                d.augmentation.unwrap_or_default()
+            ),
+        );
+        require(
+            d.augmentation.is_none() || t.model.is_none(),
+            "distillation.augmentation is for EDM networks that take augmentation labels".into(),
+        );
         require(d.non_finite_limit > 0, "distillation.non_finite_limit is 0; it must be at least 1".into());
 
         let g = &self.guidance;
@@ -758,9 +844,10 @@ impl RunSpec {
             g.preset != GuidancePreset::AntiCfg || g.scale > 0.0,
             format!("guidance.scale is {}; anti-cfg needs a strength > 0", g.scale),
         );
+        let dropout = g.condition_dropout.unwrap_or_default();
         require(
-            (0.0..1.0).contains(&g.condition_dropout),
-            format!("guidance.condition_dropout is {}; it must lie in [0, 1)", g.condition_dropout),
+            (0.0..1.0).contains(&dropout),
+            format!("guidance.condition_dropout is {dropout}; it must lie in [0, 1)"),
         );
 
         if let Some(a) = &self.adversarial {
@@ -770,7 +857,6 @@ impl RunSpec {
             );
             require(a.limit != Some(0), "adversarial.limit is 0; it must be at least 1".into());
             for (name, weight) in [
-                ("score_identity_weight", a.score_identity_weight),
                 ("generator_weight", a.generator_weight),
                 ("discriminator_weight", a.discriminator_weight),
                 ("approximate_r1", a.approximate_r1),
@@ -784,7 +870,11 @@ impl RunSpec {
         }
 
         let o = &self.optimiser;
-        for (name, bound) in [("clip_norm", o.clip_norm), ("clip_value", o.clip_value)] {
+        for (name, bound) in [
+            ("clip_norm", o.clip_norm),
+            ("generator_clip_value", o.generator_clip_value),
+            ("fake_score_clip_value", o.fake_score_clip_value),
+        ] {
             require(
                 bound.is_none_or(positive),
                 format!("optimiser.{name} is {}; it must be > 0", bound.unwrap_or_default()),
@@ -820,10 +910,13 @@ impl RunSpec {
                 ),
             );
         }
-        require(
-            o.betas.iter().all(|b| (0.0..1.0).contains(b)),
-            format!("optimiser.betas are {:?}; each must lie in [0, 1)", o.betas),
-        );
+        for (name, betas) in [("betas", Some(o.betas)), ("generator_betas", o.generator_betas)] {
+            let betas = betas.unwrap_or_default();
+            require(
+                betas.iter().all(|b| (0.0..1.0).contains(b)),
+                format!("optimiser.{name} are {betas:?}; each must lie in [0, 1)"),
+            );
+        }
 
         require(self.checkpoint.every > 0, "checkpoint.every is 0; it must be at least 1".into());
 
@@ -903,7 +996,8 @@ impl RunSpec {
             spec.teacher.weights = PathBuf::new();
             spec.teacher.model = spec.teacher.model.map(|_| String::new());
             if let Some(prompts) = &mut spec.prompts {
-                prompts.data.clear();
+                // Whether there is a file counts: without one captions of real images are taken.
+                prompts.data = if prompts.data.is_empty() { "" } else { "a file" }.to_owned();
                 prompts.cache = None;
             }
             spec.generator.start_from = spec.generator.start_from.map(|_| PathBuf::new());

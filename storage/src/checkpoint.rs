@@ -15,8 +15,11 @@ use crate::{Error, Run, digest::hexadecimal, layout};
 const PART: usize = 8 << 20;
 /// Parts under way at a time: bounds the memory of an upload.
 const PARTS_AT_ONCE: usize = 4;
-/// What this code writes; it reads nothing else.
-const VERSION: u32 = 1;
+/// The format that this code writes. Format 2 holds each network's own count of optimizer steps; in format 1, of Potstill's first
+/// runs, both networks were taken to have stepped in every iteration.
+const VERSION: u32 = 2;
+/// The oldest format whose averaged generator can be read. A run goes on from [`VERSION`] alone.
+const OLDEST: u32 = 1;
 
 /// What a checkpoint consists of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +32,12 @@ pub struct Manifest {
     pub generation: u64,
     /// One from each rank; together they hold each tensor once.
     pub shards: Vec<Shard>,
+}
+
+/// The part of a manifest that every format has.
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
 }
 
 impl Manifest {
@@ -141,7 +150,7 @@ impl Run {
         let sizes: BTreeMap<String, u64> = self.list(layout::CHECKPOINTS).await?.into_iter().collect();
         let (mut whole, mut damaged) = (Vec::new(), Vec::new());
         for iteration in sizes.keys().filter_map(|key| layout::manifest_iteration(key)) {
-            match self.manifest(&layout::manifest_key(iteration)).await {
+            match self.resumable_manifest(&layout::manifest_key(iteration)).await {
                 Ok(manifest) => match self.missing(&manifest, &sizes) {
                     Some(problem) => damaged.push(problem),
                     None => whole.push(manifest),
@@ -208,22 +217,55 @@ impl Run {
         Ok(manifest)
     }
 
-    /// The manifest under a key.
+    /// The manifest under a key, of a checkpoint from which a run can go on.
     ///
     /// # Errors
-    /// [`Error::Damaged`] when there is none, or it cannot be read, or another version wrote it; otherwise the store's.
+    /// As [`manifest`](Self::manifest), and [`Error::Format`] when an earlier version wrote it.
+    pub async fn resumable_manifest(&self, key: &str) -> Result<Manifest, Error> {
+        let manifest = self.manifest(key).await?;
+        match manifest.version {
+            VERSION => Ok(manifest),
+            found => Err(self.other_format(key, found)),
+        }
+    }
+
+    fn other_format(&self, key: &str, found: u32) -> Error {
+        let place = self.describe(key);
+        match found < VERSION {
+            true => Error::Format {
+                place,
+                found,
+                advice: format!(
+                    "an earlier version of Potstill wrote it, and a run cannot go on from it, since it lacks what format {VERSION} \
+                     says of the optimizers; finish the run with that version, or export its generator (potstill export \
+                     reads it) and start a new run with generator.start_from"
+                ),
+            },
+            false => Error::Format {
+                place,
+                found,
+                advice: format!(
+                    "a newer version of Potstill wrote it; this one reads formats up to {VERSION}: use that version"
+                ),
+            },
+        }
+    }
+
+    /// The manifest under a key, in any format whose averaged generator can be read.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when there is none, or it cannot be read; [`Error::Format`] when its format is unknown; otherwise the
+    /// store's.
     pub async fn manifest(&self, key: &str) -> Result<Manifest, Error> {
         let damaged =
             |problem: &str| Error::Damaged { place: self.describe(key), problem: problem.to_owned() };
         let bytes = self.get(key).await?.ok_or_else(|| damaged("it is missing"))?;
-        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| self.unreadable(key, &e))?;
-        if manifest.version != VERSION {
-            return Err(damaged(&format!(
-                "it has version {}; this program reads {VERSION}",
-                manifest.version
-            )));
+        let unreadable = |e| self.unreadable(key, &e);
+        let VersionOnly { version } = serde_json::from_slice(&bytes).map_err(unreadable)?;
+        if !(OLDEST..=VERSION).contains(&version) {
+            return Err(self.other_format(key, version));
         }
-        Ok(manifest)
+        serde_json::from_slice(&bytes).map_err(unreadable)
     }
 
     fn unreadable(&self, key: &str, error: &serde_json::Error) -> Error {

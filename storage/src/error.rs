@@ -55,6 +55,16 @@ pub enum Error {
         /// The store.
         url: String,
     },
+    /// A checkpoint is whole, but in another format than is wanted.
+    #[error("checkpoint {place} is in format {found}: {advice}")]
+    Format {
+        /// Path or URL of its manifest.
+        place: String,
+        /// The format that it is in.
+        found: u32,
+        /// Who wrote it, and what to do.
+        advice: String,
+    },
     /// What was read is not what was written.
     #[error("{place} is damaged: {problem}")]
     Damaged {

@@ -134,14 +134,13 @@ async fn a_manifest_that_this_code_did_not_write_is_damaged() {
     let place = run.describe(&key);
     assert_damaged(&run.manifest(&key).await.unwrap_err(), &place, "missing");
 
-    let good = r#"{"version": 1, "iteration": 20, "generation": 1, "shards": []}"#;
+    let good = r#"{"version": 2, "iteration": 20, "generation": 1, "shards": []}"#;
     run.put(&key, good.into()).await.unwrap();
     assert_eq!(run.manifest(&key).await.unwrap(), Manifest::new(20, 1, Vec::new()));
 
     let with = |from: &str, to: &str| good.replace(from, to);
     let shard = r#"[{"rank": 0, "key": "a", "bytes": 1, "sha256": "", "colour": 1}]"#;
     let bad = [
-        (with(r#""version": 1"#, r#""version": 2"#), "version 2"),
         (with("{", r#"{"colour": 1, "#), "colour"),
         (with("[]", shard), "colour"),
         (with(r#""generation": 1, "#, ""), "generation"),
@@ -152,6 +151,38 @@ async fn a_manifest_that_this_code_did_not_write_is_damaged() {
     for (text, how) in bad {
         run.put(&key, text.into()).await.unwrap();
         assert_damaged(&run.manifest(&key).await.unwrap_err(), &place, how);
+    }
+}
+
+/// A checkpoint of another version is neither damaged, which would let it be replaced, nor misread.
+#[tokio::test]
+async fn a_checkpoint_of_another_version_is_refused_by_what_wrote_it() {
+    let run = run_in_memory();
+    let key = layout::manifest_key(20);
+    let of =
+        |version: u32| format!(r#"{{"version": {version}, "iteration": 20, "generation": 1, "shards": []}}"#);
+    run.put(&key, of(1).into()).await.unwrap();
+    assert_eq!(run.manifest(&key).await.unwrap().iteration, 20, "its generator can be exported");
+    let error = run.resumable_manifest(&key).await.unwrap_err();
+    let said = error.to_string();
+    assert!(matches!(error, Error::Format { found: 1, .. }), "{said}");
+    for part in ["manifest.json", "format 1", "earlier version", "potstill export", "generator.start_from"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(matches!(run.survey().await.unwrap_err(), Error::Format { found: 1, .. }));
+
+    // Whatever a newer version writes besides.
+    run.put(&key, of(3).replace('{', r#"{"colour": 1, "#).into()).await.unwrap();
+    for error in [
+        run.manifest(&key).await.unwrap_err(),
+        run.resumable_manifest(&key).await.unwrap_err(),
+        run.survey().await.unwrap_err(),
+        run.is_damaged(&key).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(error, Error::Format { found: 3, .. }) && error.to_string().contains("newer"),
+            "{error}"
+        );
     }
 }
 

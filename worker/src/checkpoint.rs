@@ -20,7 +20,11 @@ use potstill_proto::{
     message::FromWorker,
     wire::{ShardFailed, ShardReceipt},
 };
-use potstill_storage::{Run, checkpoint::Shard, layout};
+use potstill_storage::{
+    Run,
+    checkpoint::{Manifest, Shard},
+    layout,
+};
 use safetensors::{
     Dtype, SafeTensors,
     tensor::{Metadata, TensorInfo},
@@ -255,7 +259,8 @@ fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
 pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<u64> {
-    fill(run, manifest_key, &state.parts(), Others::Refused).await
+    let manifest = run.resumable_manifest(manifest_key).await?;
+    fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await
 }
 
 /// Fills `network` with the averaged generator of the checkpoint whose manifest lies under `manifest_key`; returns the
@@ -272,7 +277,8 @@ pub async fn restore_generator(run: &Run, manifest_key: &str, network: &dyn Deno
         first: 0,
         replicated: true,
     };
-    fill(run, manifest_key, &[part], Others::PassedOver).await
+    let manifest = run.manifest(manifest_key).await?;
+    fill(run, manifest_key, &manifest, &[part], Others::PassedOver).await
 }
 
 /// Tensors of a checkpoint that nobody asked for.
@@ -282,8 +288,13 @@ enum Others {
     PassedOver,
 }
 
-async fn fill(run: &Run, manifest_key: &str, parts: &[Part<'_>], others: Others) -> anyhow::Result<u64> {
-    let manifest = run.manifest(manifest_key).await?;
+async fn fill(
+    run: &Run,
+    manifest_key: &str,
+    manifest: &Manifest,
+    parts: &[Part<'_>],
+    others: Others,
+) -> anyhow::Result<u64> {
     /// A tensor of which elements are still to come.
     struct Missing<'a> {
         part: &'a Part<'a>,

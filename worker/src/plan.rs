@@ -278,11 +278,9 @@ mod tests {
 
     use potstill_c10d::{Backend, MemoryMeter, ProcessGroup, TcpStore};
     use potstill_distill::{
-        adam::AdamSettings,
         condition::Conditions,
-        gradient::Gradient,
-        loss_scale::LossScales,
-        phase,
+        counters::{Counters, Network},
+        draws::NamedStreams,
         random::Stream,
         state::{Layout, State},
     };
@@ -290,11 +288,17 @@ mod tests {
         Condition, Denoiser, Embedded, TextCondition,
         diffusers::{LatentDenoiser, ScheduleConfig},
     };
-    use potstill_proto::spec::{GuidancePreset, PromptsSpec};
+    use potstill_proto::{
+        spec::{GuidancePreset, PromptsSpec},
+        wire::StepSeconds,
+    };
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::training::{Reduction, settings};
+    use crate::{
+        session::Progress,
+        training::{Recipe, settings, step::Trainer},
+    };
 
     const TOKENS: i64 = 16;
     const WIDTH: i64 = 32;
@@ -320,8 +324,8 @@ mod tests {
         .unwrap()
     }
 
-    /// The most that one of `world` ranks holds in two iterations, which are computed as the training loop does but for the
-    /// collectives: their threads free what they needed at a time of their own.
+    /// The most that one of `world` ranks holds in two iterations, which the training step itself computes, but for the exchange
+    /// with the other ranks: their collectives' threads free what they needed at a time of their own.
     fn measured(spec: &RunSpec, world: usize) -> u64 {
         let timeout = Duration::from_secs(60);
         let store = TcpStore::serve("127.0.0.1", 0, timeout).unwrap();
@@ -337,35 +341,21 @@ mod tests {
         };
         let slice = if spec.memory.shard_optimiser { Slice { rank: 0, world } } else { Slice::WHOLE };
         let layout = Layout { slice, weights, average_on_host: false };
-        let scales = LossScales::new(false, Device::Cpu);
-        let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), scales, layout);
-        let networks = [state.fake_score.network(), state.generator.network()];
-        let [fake, generator] = Reduction::of(networks, slice, &alone).unwrap();
-        let frozen = state.fake_score.network().frozen();
-        let settings = settings(spec, Device::Cpu);
-        let adam = AdamSettings { learning_rate: 1e-4, betas: [0.0, 0.999], epsilon: 1e-8 };
-        let reduced = |reduction: &Reduction, network: &dyn Denoiser| match reduction {
-            Reduction::Buffered(buffer) if world > 1 => buffer.own_sum(network.parameters()),
-            _ => reduction.finish(network, &alone).unwrap().0,
-        };
+        let mut state =
+            State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout);
+        let recipe = Recipe::new(spec, settings(spec, teacher.process(), Device::Cpu));
+        let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());
+        let progress = Progress::default();
+        let trainer =
+            Trainer::new(&recipe, teacher.as_ref(), &draws, alone, 0..1, &progress, &state).unwrap();
         for iteration in 0..2 {
-            let (network, trained) = (state.generator.network(), state.fake_score.network());
-            let loss = phase::fake_score(network, trained, &Noise, None, &settings, iteration, 0).loss;
-            fake.backward(trained, &loss, true).ok().unwrap();
-            drop(loss);
-            let gradient = Gradient::repaired(reduced(&fake, trained));
-            state.step_fake_score(&gradient, iteration, &adam);
-            drop(gradient);
-            fake.clear().unwrap();
-
-            let (network, frozen) = (state.generator.network(), frozen.as_ref());
-            let batch = phase::generator(network, frozen, teacher.as_ref(), &Noise, &settings, iteration, 0);
-            generator.backward(network, &batch.loss, true).ok().unwrap();
-            drop(batch);
-            let gradient = Gradient::repaired(reduced(&generator, network));
-            state.step_generator(&gradient, iteration, &adam, 1e4, 4);
-            drop(gradient);
-            generator.clear().unwrap();
+            for network in [Network::FakeScore, Network::Generator] {
+                let mut seconds = StepSeconds::default();
+                let reduced =
+                    trainer.gradient(&state, network, iteration, &mut seconds, || Ok(())).ok().unwrap();
+                trainer.step(&mut state, network, iteration, reduced.gradient, &mut seconds).ok().unwrap();
+            }
+            trainer.update_average(&mut state, iteration);
         }
         meter.peak().unwrap()
     }

@@ -156,7 +156,8 @@ impl Student {
         let model = Model::load(&spec, device)?;
         let key = layout::manifest_key(iteration);
         checkpoint::restore_generator(&run, &key, model.network.as_ref()).await?;
-        Ok(Self { model, times: times(&spec), origin: run.describe(&key) })
+        let times = times(&spec, model.network.process());
+        Ok(Self { model, times, origin: run.describe(&key) })
     }
 
     /// The generator alone, with everything needed to sample from it, as one safetensors file.

@@ -121,7 +121,7 @@ impl TeacherTraining {
     /// # Errors
     /// See [`LayerError`].
     pub fn load(file: &Path, sets: &[String]) -> anyhow::Result<Self> {
-        let mut read: Self = layers::load(file, sets)?;
+        let mut read: Self = layers::load(file, sets, &[])?;
         let folder = file.parent().unwrap_or(Path::new(""));
         for path in [Some(&mut read.training.images), Some(&mut read.output)]
             .into_iter()
@@ -253,7 +253,7 @@ fn train(
         });
         let sigma = law.draw(&mut stream, batch, Device::Cpu);
         let noisy = network.process().add_noise(&clean, &stream.normal(&clean.size()), &sigma);
-        stream.seed_dropout();
+        tch::manual_seed(stream.dropout_seed());
 
         let denoised = network.denoise(&noisy, &sigma, &condition, Mode::Train);
         let weight = network.process().loss_weight(&sigma);

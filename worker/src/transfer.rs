@@ -2,7 +2,7 @@
 //! a slice of the state, every slice comes from whoever holds it.
 
 use potstill_c10d::{Error, ProcessGroup};
-use potstill_distill::state::{Part, Slice, State, Trained};
+use potstill_distill::state::{COUNTERS, Part, Slice, State, Trained};
 use potstill_proto::cursor::{Cursor, Phase};
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -108,7 +108,7 @@ pub fn reshard(
         for (slice, holder) in &sources {
             let Some(holder) = *holder else { continue };
             // What is no slice is everybody's; the first holder's serves as well as any.
-            let range = match part.name == LOSS_SCALES {
+            let range = match part.name == COUNTERS {
                 true if slice.rank > 0 => continue,
                 true => 0..whole(part),
                 false => slice.range(whole(part)),
@@ -146,9 +146,6 @@ pub fn publish(group: &ProcessGroup, state: &mut State) -> Result<(), Error> {
     }
     Ok(())
 }
-
-/// Name of the one part that is never sliced.
-const LOSS_SCALES: &str = "loss_scales";
 
 fn numbers(cursor: Cursor) -> [i64; 2] {
     [cursor.iteration as i64, i64::from(cursor.phase == Phase::Generator)]

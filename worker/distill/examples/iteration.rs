@@ -11,13 +11,15 @@ use potstill_c10d::MemoryMeter;
 use potstill_distill::{
     adam::AdamSettings,
     condition::Conditions,
+    counters::{Counters, Network},
+    draws::{Draws, NamedStreams},
     generator::Matching,
     gradient::Gradient,
     guidance::Guidance,
     loss::Weighting,
-    loss_scale::LossScales,
     phase::{self, Settings},
     random::Stream,
+    schedule::Schedule,
     state::{Layout, Slice, State},
     time::TimeLaw,
 };
@@ -95,8 +97,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         drawn.over(drawn.parameters().flat().to_kind(kind).to_device(device), false)
     };
     let layout = Layout { slice: Slice::WHOLE, weights: kind, average_on_host: device.is_cuda() };
-    let scales = LossScales::new(false, device);
-    let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), scales, layout);
+    let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout);
     let frozen = state.fake_score.network().frozen();
     let settings = Settings {
         seed: 0,
@@ -105,6 +106,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         matching: Matching::OneStep { weights: vec![1.0] },
         alpha: 1.0,
         weighting: Weighting::ScoreIdentity,
+        score_identity_weight: 1.0,
         fake_score_times: TimeLaw::Uniform { first: 20, last: 979 },
         generator_times: TimeLaw::Uniform { first: 20, last: 979 },
         guidance: Guidance {
@@ -113,10 +115,18 @@ fn main() -> Result<(), Box<dyn Error>> {
             teacher: 1.5,
             condition_dropout: 0.1,
         },
+        augmentation: None,
         adversarial: None,
+        schedule: Schedule {
+            global_batch: micro_batch as u64,
+            generator_start_images: None,
+            join_images: None,
+            fake_score_updates: 1,
+        },
         training_mode: Mode::Train,
         device,
     };
+    let draws = NamedStreams::data_free(&settings, &noise, teacher.as_ref());
     let adam = AdamSettings { learning_rate: 1e-6, betas: [0.0, 0.999], epsilon: 1e-8 };
     const PARTS: [&str; 6] = [
         "fake score: forward",
@@ -139,16 +149,18 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (generator, fake) = (state.generator.network(), state.fake_score.network());
             let started = Instant::now();
             let batch = match phase {
-                0 => phase::fake_score(generator, fake, &noise, None, &settings, iteration, 0),
-                _ => phase::generator(
-                    generator,
-                    frozen.as_ref(),
-                    teacher.as_ref(),
-                    &noise,
-                    &settings,
-                    iteration,
-                    0,
-                ),
+                0 => phase::fake_score(generator, fake, &draws.fake_score(iteration, 0), &settings),
+                _ => {
+                    let draw = draws.generator(iteration, 0);
+                    phase::generator(
+                        generator,
+                        frozen.as_ref(),
+                        teacher.as_ref(),
+                        &draw,
+                        &settings,
+                        iteration,
+                    )
+                }
             };
             note(3 * phase, started);
             let started = Instant::now();
@@ -162,9 +174,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             no_grad(|| trained.parameters().add_gradients_to(&sum));
             potstill_c10d::clear_gradients(trained.parameters().leaves())?;
             let gradient = Gradient::repaired(sum);
-            match phase {
-                0 => state.step_fake_score(&gradient, iteration, &adam),
-                _ => state.step_generator(&gradient, iteration, &adam, 50_000.0, micro_batch as u32),
+            state.step(if phase == 0 { Network::FakeScore } else { Network::Generator }, &gradient, &adam);
+            if phase == 1 {
+                let batch = micro_batch as f64;
+                state.update_average(50_000.0, iteration as f64 * batch, batch);
             }
             note(3 * phase + 2, started);
         }

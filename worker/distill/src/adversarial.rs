@@ -2,7 +2,8 @@
 //! discriminator is the fake score's own encoder, so that no network is added.
 //!
 //! Logits are the encoder's bottleneck, averaged over channels: a map of them per sample. Real and generated samples are
-//! diffused to the same times with the same noise, and each keeps its own condition.
+//! diffused to the same times with the same noise, and each keeps its own condition. Whatever the discriminator is told besides
+//! the sample (class, text, SDXL's size and crop) must have one distribution for both, or it tells them apart by that.
 
 use potstill_models::Condition;
 use tch::{Device, Kind, Tensor};
@@ -12,21 +13,31 @@ use crate::random::Stream;
 /// Settings of the adversarial loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Adversarial {
-    /// λ_sid: weight of the score identity loss beside the adversarial one. SiDA: 100.
-    pub score_identity_weight: f64,
-    /// λ_adv of the generator. SiDA: 0.01.
+    /// How the binary cross entropies become losses.
+    pub scaling: Scaling,
+    /// λ_adv of the generator. SiDA: 0.01; SiD-DiT: 1.
     pub generator_weight: f64,
-    /// λ_adv of the discriminator. SiDA: 1.
+    /// λ_D of the discriminator. SiDA and SiD-DiT: 1.
     pub discriminator_weight: f64,
-    /// First iteration with the adversarial loss.
-    pub start_iteration: u64,
     /// Weight of the approximate R1 penalty on real samples; 0: none.
     pub approximate_r1: f64,
     /// Standard deviation of that penalty's perturbation.
     pub approximate_r1_sigma: f64,
 }
 
-/// Logits are kept within ±10, as in SiDA.
+/// The two published ways to scale binary cross entropies (BCE) beside losses that are sums over elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scaling {
+    /// SiDA's code (2410.14919): the BCE is averaged over positions **and** the samples of a micro-batch. The discriminator's is
+    /// weighted with each sample's weight of the denoising loss, the generator's with ω and C·H·W. Only the generator's logits
+    /// are kept within ±10.
+    Sida,
+    /// SiD-DiT's code (2509.25127): the BCE is averaged over each sample's positions and multiplied with C·H·W; the
+    /// discriminator's has no other weight, the generator's ω. All logits are kept within ±10.
+    SidDit,
+}
+
+/// Where logits are clamped, they stay within ± this.
 const LARGEST_LOGIT: f64 = 10.0;
 
 /// One number per sample: the mean over its map.
@@ -36,18 +47,65 @@ fn mean_map(x: &Tensor) -> Tensor {
 
 /// The bottleneck [N, channels, height, width] as logits [N, height, width].
 pub fn logits(bottleneck: &Tensor) -> Tensor {
-    bottleneck.mean_dim([1i64].as_slice(), false, Kind::Float).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    bottleneck.mean_dim([1i64].as_slice(), false, Kind::Float)
 }
 
-/// The discriminator's loss ½·(BCE(real, 1) + BCE(fake, 0)), per sample, mean over the map.
-pub fn discriminator_loss(real: &Tensor, fake: &Tensor) -> Tensor {
-    // BCE of a logit l with target 1 is softplus(−l), with target 0 softplus(l).
-    mean_map(&((-real).softplus() + fake.softplus())) * 0.5
+fn clamped(logits: &Tensor) -> Tensor {
+    logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 }
 
-/// The generator's loss BCE(fake, 1), per sample, mean over the map.
-pub fn generator_loss(fake: &Tensor) -> Tensor {
-    mean_map(&(-fake).softplus())
+/// The losses of a micro-batch's samples.
+pub struct Terms {
+    /// ½·(BCE(real, 1) + BCE(fake, 0)) or BCE(fake, 1), mean over each sample's map, unweighted, `[N]`.
+    pub bce: Tensor,
+    /// What each sample adds to the summed loss, `[N]`; λ is not in it.
+    pub losses: Tensor,
+}
+
+/// The mean over the samples that count, for each sample: what SiDA weights. `finite`, bool `[N]`, says which count.
+fn mean_of_batch(bce: &Tensor, finite: &Tensor) -> Tensor {
+    let count = finite.sum(Kind::Float).clamp_min(1.0);
+    (bce.where_scalarother(finite, 0.0).sum(Kind::Float) / count).expand_as(bce)
+}
+
+impl Scaling {
+    /// The discriminator's loss ½·(BCE(real, 1) + BCE(fake, 0)) of logits [N, height, width]; `weight` `[N]` is the denoising
+    /// loss's, `elements` C·H·W, `finite` bool `[N]`: samples that count.
+    pub fn discriminator(
+        self,
+        real: &Tensor,
+        fake: &Tensor,
+        weight: &Tensor,
+        elements: f64,
+        finite: &Tensor,
+    ) -> Terms {
+        // BCE of a logit l with target 1 is softplus(−l), with target 0 softplus(l).
+        let of = |real: &Tensor, fake: &Tensor| mean_map(&((-real).softplus() + fake.softplus())) * 0.5;
+        match self {
+            Self::Sida => {
+                let bce = of(real, fake);
+                let losses = mean_of_batch(&bce, &bce.isfinite().logical_and(finite)) * weight;
+                Terms { bce, losses }
+            }
+            Self::SidDit => {
+                let bce = of(&clamped(real), &clamped(fake));
+                let losses = &bce * elements;
+                Terms { bce, losses }
+            }
+        }
+    }
+
+    /// The generator's loss BCE(fake, 1) of logits [N, height, width]; `weight` `[N]` is ω, `elements` C·H·W, `finite` bool `[N]`:
+    /// samples that count.
+    pub fn generator(self, fake: &Tensor, weight: &Tensor, elements: f64, finite: &Tensor) -> Terms {
+        let bce = mean_map(&(-clamped(fake)).softplus());
+        let each = match self {
+            Self::Sida => mean_of_batch(&bce, &bce.isfinite().logical_and(finite)),
+            Self::SidDit => bce.shallow_clone(),
+        };
+        let losses = each * weight * elements;
+        Terms { bce, losses }
+    }
 }
 
 /// Approximate R1 (2501.08316): |D(x) − D(x + s·n)|², per sample, mean over the map. It stands in for the gradient penalty
@@ -60,6 +118,9 @@ pub fn approximate_r1(real: &Tensor, perturbed: &Tensor) -> Tensor {
 pub trait RealData {
     /// `count` samples drawn with replacement, fp32 [count, C, H, W] as the networks see them, with their own conditions.
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition);
+
+    /// The conditions alone of `count` samples drawn with replacement.
+    fn conditions(&self, stream: &mut Stream, count: i64, device: Device) -> Condition;
 }
 
 /// Real images in memory.
@@ -98,20 +159,27 @@ impl RealSamples {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    fn classes_of(&self, indices: &Tensor, device: Device) -> Condition {
+        match self.classes {
+            0 => Condition::None,
+            classes => {
+                let labels = self.labels.index_select(0, indices).one_hot(classes);
+                Condition::Class(labels.to_kind(Kind::Float).to_device(device))
+            }
+        }
+    }
 }
 
 impl RealData for RealSamples {
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition) {
         let indices = Tensor::from_slice(&stream.integers(count, self.len()));
         let pixels = self.pixels.index_select(0, &indices).to_device(device).to_kind(Kind::Float);
-        let condition = match self.classes {
-            0 => Condition::None,
-            classes => {
-                let labels = self.labels.index_select(0, &indices).one_hot(classes);
-                Condition::Class(labels.to_kind(Kind::Float).to_device(device))
-            }
-        };
-        (pixels * (2.0 / self.white) - 1.0, condition)
+        (pixels * (2.0 / self.white) - 1.0, self.classes_of(&indices, device))
+    }
+
+    fn conditions(&self, stream: &mut Stream, count: i64, device: Device) -> Condition {
+        self.classes_of(&Tensor::from_slice(&stream.integers(count, self.len())), device)
     }
 }
 
@@ -120,35 +188,54 @@ mod tests {
     use super::*;
     use crate::random::Purpose;
 
-    fn map(values: &[f64]) -> Tensor {
-        Tensor::from_slice(values).to_kind(Kind::Float).reshape([1, 1, values.len() as i64])
-    }
-
-    fn value(x: &Tensor) -> f64 {
-        x.double_value(&[0])
-    }
-
+    /// Two samples of maps of two positions, and what both scalings make of them, by the formulas.
     #[test]
-    fn losses_are_binary_cross_entropies() {
+    fn losses_are_binary_cross_entropies_scaled_as_published() {
         let sigmoid = |l: f64| (1.0 + (-l).exp()).recip();
-        let (real, fake) = ([0.5, -1.0], [2.0, -0.3]);
+        let (real, fake) = ([[0.5, -1.0], [12.0, 0.1]], [[2.0, -0.3], [-14.0, 0.7]]);
+        let maps = |x: [[f64; 2]; 2]| Tensor::from_slice(&x.concat()).to_kind(Kind::Float).reshape([2, 1, 2]);
+        let weight = Tensor::from_slice(&[3.0f32, 0.5]);
+        let (elements, all) = (16.0, Tensor::from_slice(&[true, true]));
         let mean = |values: [f64; 2]| f64::midpoint(values[0], values[1]);
-        let on_real = mean(real.map(|l| -sigmoid(l).ln()));
-        let on_fake = mean(fake.map(|l| -(1.0 - sigmoid(l)).ln()));
-        let expected = f64::midpoint(on_real, on_fake);
-        assert!((value(&discriminator_loss(&map(&real), &map(&fake))) - expected).abs() < 1e-6);
-        let expected = mean(fake.map(|l| -sigmoid(l).ln()));
-        assert!((value(&generator_loss(&map(&fake))) - expected).abs() < 1e-6);
-        assert!((value(&approximate_r1(&map(&real), &map(&fake))) - mean([2.25, 0.49])).abs() < 1e-6);
+        let clamp = |x: [f64; 2]| x.map(|l: f64| l.clamp(-10.0, 10.0));
+        let near = |found: &Tensor, expected: [f64; 2]| {
+            for (index, expected) in (0..).zip(expected) {
+                let found = found.double_value(&[index]);
+                assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+            }
+        };
+        let d = |real: [f64; 2], fake: [f64; 2]| {
+            f64::midpoint(mean(real.map(|l| -sigmoid(l).ln())), mean(fake.map(|l| -(1.0 - sigmoid(l)).ln())))
+        };
+        let g = |fake: [f64; 2]| mean(clamp(fake).map(|l| -sigmoid(l).ln()));
+
+        let terms = Scaling::SidDit.discriminator(&maps(real), &maps(fake), &weight, elements, &all);
+        let each = [0, 1].map(|i| d(clamp(real[i]), clamp(fake[i])));
+        near(&terms.bce, each);
+        near(&terms.losses, each.map(|bce| bce * elements));
+        let terms = Scaling::SidDit.generator(&maps(fake), &weight, elements, &all);
+        near(&terms.losses, [g(fake[0]) * 3.0 * elements, g(fake[1]) * 0.5 * elements]);
+
+        let terms = Scaling::Sida.discriminator(&maps(real), &maps(fake), &weight, elements, &all);
+        let of_batch = mean([0, 1].map(|i| d(real[i], fake[i])));
+        near(&terms.losses, [of_batch * 3.0, of_batch * 0.5]);
+        let terms = Scaling::Sida.generator(&maps(fake), &weight, elements, &all);
+        let of_batch = mean(fake.map(g));
+        near(&terms.losses, [of_batch * 3.0 * elements, of_batch * 0.5 * elements]);
+        // A sample that is left out counts in no mean.
+        let first = Tensor::from_slice(&[true, false]);
+        let terms = Scaling::Sida.generator(&maps(fake), &weight, elements, &first);
+        near(&terms.losses, [g(fake[0]) * 3.0 * elements, g(fake[0]) * 0.5 * elements]);
+
+        let penalty = approximate_r1(&maps(real), &maps(fake));
+        near(&penalty, [mean([2.25, 0.49]), mean([676.0, 0.36])]);
     }
 
     #[test]
-    fn logits_average_channels_and_stay_bounded() {
+    fn logits_average_channels() {
         let bottleneck = Tensor::from_slice(&[1.0f32, 3.0, 50.0, 70.0]).reshape([1, 2, 1, 2]);
         let found: Vec<f32> = Vec::try_from(logits(&bottleneck).reshape([-1])).unwrap();
-        assert_eq!(found, [10.0, 10.0]);
-        let found: Vec<f32> = Vec::try_from(logits(&(bottleneck / -10.0)).reshape([-1])).unwrap();
-        assert!((found[0] + 2.55).abs() < 1e-5 && (found[1] + 3.65).abs() < 1e-5, "{found:?}");
+        assert_eq!(found, [25.5, 36.5]);
     }
 
     #[test]

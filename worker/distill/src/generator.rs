@@ -58,10 +58,11 @@ pub fn ddpm_times(initial: u32, steps: u32) -> Vec<f64> {
     (0..steps).map(|i| (initial * (steps - i) / steps) as f64).collect()
 }
 
-/// t_i = 1 − i/K: the times of a K-step generator on a flow (2509.25127).
+/// t_i = t_init/999·(1 − i/K): the times of a K-step generator on a flow (2509.25127: t_init = 999, so 1 − i/K).
 #[must_use]
-pub fn flow_times(steps: u32) -> Vec<f64> {
-    (0..steps).map(|i| 1.0 - f64::from(i) / f64::from(steps)).collect()
+pub fn flow_times(initial: u32, steps: u32) -> Vec<f64> {
+    let first = f64::from(initial) / 999.0;
+    (0..steps).map(|i| first * (1.0 - f64::from(i) / f64::from(steps))).collect()
 }
 
 /// Runs the generator: one step for each of `noises`, each N(0, 1) of shape [N, C, H, W], at the first of `times`. Steps
@@ -101,7 +102,7 @@ mod tests {
     fn the_grids_are_the_published_ones() {
         assert_eq!(ddpm_times(625, 4), [625.0, 468.0, 312.0, 156.0]);
         assert_eq!(ddpm_times(625, 1), [625.0]);
-        assert_eq!(flow_times(4), [1.0, 0.75, 0.5, 0.25]);
+        assert_eq!(flow_times(999, 4), [1.0, 0.75, 0.5, 0.25]);
     }
 
     fn uniform(steps: usize) -> Matching {

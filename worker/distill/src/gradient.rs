@@ -35,7 +35,10 @@ pub struct Gradient {
 }
 
 impl Gradient {
-    /// Takes a flat gradient and replaces what is not finite by 0, as the official SiD code does, but counts it.
+    /// Takes a flat gradient, replaces what is not finite by 0, and counts it.
+    ///
+    /// The official SiD code replaces NaN by 0 and ±∞ by ±1e5 (`nan_to_num`), counts nothing, and lets Adam step as if
+    /// the gradient were good. An infinite element has no size worth keeping: here it contributes nothing.
     ///
     /// Every rank holds the same reduced gradient, or comes to the same sums, so every rank comes to the same numbers.
     #[must_use]

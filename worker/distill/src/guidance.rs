@@ -12,8 +12,8 @@ pub struct Guidance {
     pub fake_score: f64,
     /// κ₄: the teacher.
     pub teacher: f64,
-    /// Share of the fake score's samples that are trained without their condition where it is guided at all, so that it
-    /// knows the unconditional score.
+    /// Share of the fake score's samples that are made and learnt without their condition where the fake score is guided, so
+    /// that it knows the unconditional score. SiD-LSG: 0.1; SiD-DiT: 0.
     pub condition_dropout: f64,
 }
 
@@ -22,10 +22,12 @@ impl Guidance {
     pub const NONE: Self =
         Self { fake_score_training: 1.0, fake_score: 1.0, teacher: 1.0, condition_dropout: 0.0 };
 
-    /// Share of the fake score's samples to train without condition.
+    /// Share of the fake score's samples to make and learn without condition: none where it is not guided (κ₁ = κ₂ = 1), and
+    /// none where it learns nothing but the unconditional score of conditional samples (κ₁ = 0).
     #[must_use]
     pub fn dropped_share(&self) -> f64 {
-        if self.fake_score_training == 1.0 && self.fake_score == 1.0 { 0.0 } else { self.condition_dropout }
+        let unguided = self.fake_score_training == 1.0 && self.fake_score == 1.0;
+        if unguided || self.fake_score_training == 0.0 { 0.0 } else { self.condition_dropout }
     }
 }
 

@@ -6,14 +6,15 @@
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
 //! - [`time`]: the laws of the diffusion time.
 //! - [`condition`]: classes or texts of generated samples.
-//! - [`augmentation`]: what the fake score's samples go through first.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
 //! - [`guidance`]: predictions between and beyond conditional and unconditional.
 //! - [`loss`]: the two losses, as plain functions of tensors.
 //! - [`adversarial`]: the third one, with real samples.
-//! - [`loss_scale`] keeps fp16's gradients above 0.
+//! - [`augmentation`]: EDM's, of what the fake score sees.
+//! - [`schedule`]: when the generator and its adversarial term start.
+//! - [`draws`]: the random numbers of a micro-batch, as data.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
-//! - [`state`]: what a checkpoint holds: generator, its average, fake score, and their Adam moments.
+//! - [`state`]: what a checkpoint holds: generator, its average, fake score, their Adam moments, and [`counters`].
 //! - [`adam`], [`ema`], [`gradient`]: the optimiser step.
 //! - [`score`]: FID, precision, recall, agreement, CLIP score.
 
@@ -21,14 +22,16 @@ pub mod adam;
 pub mod adversarial;
 pub mod augmentation;
 pub mod condition;
+pub mod counters;
+pub mod draws;
 pub mod ema;
 pub mod generator;
 pub mod gradient;
 pub mod guidance;
 pub mod loss;
-pub mod loss_scale;
 pub mod phase;
 pub mod random;
+pub mod schedule;
 pub mod score;
 pub mod state;
 pub mod time;

@@ -23,8 +23,14 @@ pub fn denoising(denoised: &Tensor, clean: &Tensor, weight: &Tensor) -> Tensor {
 pub enum Weighting {
     /// 1 / max(mean|x_g − f_φ|, 1e-5) (2404.04057).
     ScoreIdentity,
-    /// 1 − t, for flows (2509.25127).
+    /// 1 − t, for flows (2509.25127's default).
     OneMinusT,
+    /// 1 − t², for flows (2509.25127's code).
+    OneMinusTSquared,
+    /// 1/t, for flows (2509.25127's code).
+    InverseT,
+    /// 1/t², for flows (2509.25127's code).
+    InverseTSquared,
     /// The process's signal-to-noise ratio.
     Snr,
     /// Its root.
@@ -32,6 +38,17 @@ pub enum Weighting {
 }
 
 impl Weighting {
+    /// Whether it makes sense on a process: some take the time for a flow's, which lies in [0, 1].
+    #[must_use]
+    pub fn fits(self, process: &ForwardProcess) -> bool {
+        match self {
+            Self::ScoreIdentity | Self::Snr | Self::SqrtSnr => true,
+            Self::OneMinusT | Self::OneMinusTSquared | Self::InverseT | Self::InverseTSquared => {
+                *process == ForwardProcess::Flow
+            }
+        }
+    }
+
     /// ω, `[N]`; takes no gradient.
     pub fn weight(
         self,
@@ -40,9 +57,13 @@ impl Weighting {
         generated: &Tensor,
         teacher: &Tensor,
     ) -> Tensor {
+        let t = time.to_kind(Kind::Float).view([-1]);
         match self {
             Self::ScoreIdentity => score_identity_weight(generated, teacher),
-            Self::OneMinusT => 1.0 - time.to_kind(Kind::Float).view([-1]),
+            Self::OneMinusT => 1.0 - t,
+            Self::OneMinusTSquared => 1.0 - t.square(),
+            Self::InverseT => t.reciprocal(),
+            Self::InverseTSquared => t.square().reciprocal(),
             Self::Snr => process.snr(time),
             Self::SqrtSnr => process.snr(time).sqrt(),
         }

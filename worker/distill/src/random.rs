@@ -70,10 +70,10 @@ impl Stream {
         (0..count).map(|_| self.rng.random_range(0..below)).collect()
     }
 
-    /// Seeds libtorch's own generator, which dropout draws from, out of this stream. libtorch's CPU generator keeps only
-    /// 32 bits of a seed; that is enough for masks, and everything else here does without it.
-    pub fn seed_dropout(&mut self) {
-        tch::manual_seed((self.rng.next_u64() >> 1) as i64);
+    /// A seed for libtorch's own generator, which dropout draws from. libtorch's CPU generator keeps only 32 bits of a seed;
+    /// that is enough for masks, and everything else here does without it.
+    pub fn dropout_seed(&mut self) -> i64 {
+        (self.rng.next_u64() >> 1) as i64
     }
 }
 

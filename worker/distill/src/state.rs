@@ -7,9 +7,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
     adam::{Adam, AdamSettings},
+    counters::{Counters, Network},
     ema,
     gradient::Gradient,
-    loss_scale::LossScales,
 };
 
 /// The part of a flat vector that one rank's optimiser looks after: one of `world` runs of equal length (ZeRO stage 1,
@@ -124,7 +124,7 @@ impl Trained {
     }
 }
 
-/// Generator, its average, fake score, both Adam moments, loss scales. Flat vectors; nothing else has to be saved or
+/// Generator, its average, fake score, both Adam moments, counters. Flat vectors; nothing else has to be saved or
 /// sent, since all randomness is named by the iteration.
 pub struct State {
     /// G_θ.
@@ -133,9 +133,9 @@ pub struct State {
     pub fake_score: Trained,
     /// The slice of G_ema, fp32.
     average: Tensor,
-    /// Factors of both losses; 1 unless the run computes in fp16.
-    pub loss_scales: LossScales,
-    loss_scales_layout: [Entry; 1],
+    /// Optimizer steps and loss scale of each network.
+    pub counters: Counters,
+    counters_layout: [Entry; 1],
     layout: Layout,
     /// Whether what is held does not belong together: a slice has moved and the weights have not followed, or half of it has
     /// been overwritten.
@@ -144,6 +144,9 @@ pub struct State {
 
 /// Name of the averaged generator among the [parts](State::parts).
 pub const GENERATOR_EMA: &str = "generator_ema";
+
+/// Name of the [`Counters`] among the [parts](State::parts): the one part that is never sliced.
+pub const COUNTERS: &str = "counters";
 
 /// One of the state's vectors, or what this rank holds of it.
 pub struct Part<'a> {
@@ -171,8 +174,7 @@ impl State {
     /// The state before the first iteration: three copies of the teacher.
     #[must_use]
     pub fn from_teacher(teacher: &dyn Denoiser) -> Self {
-        let loss_scales = LossScales::new(false, teacher.parameters().flat().device());
-        Self::starting_from(teacher, teacher, loss_scales, Layout::PLAIN)
+        Self::starting_from(teacher, teacher, Counters::new(false), Layout::PLAIN)
     }
 
     /// The state before the first iteration: the fake score is a copy of the teacher, the generator and its average are
@@ -181,7 +183,7 @@ impl State {
     pub fn starting_from(
         teacher: &dyn Denoiser,
         generator: &dyn Denoiser,
-        loss_scales: LossScales,
+        counters: Counters,
         layout: Layout,
     ) -> Self {
         let generator = Trained::copy_of(generator, layout);
@@ -190,8 +192,12 @@ impl State {
             average: generator.master.to_device(host).copy(),
             generator,
             fake_score: Trained::copy_of(teacher, layout),
-            loss_scales,
-            loss_scales_layout: [Entry { name: "scale_and_steps".to_owned(), shape: vec![2, 2], offset: 0 }],
+            counters,
+            counters_layout: [Entry {
+                name: "loss_scale_and_steps".to_owned(),
+                shape: Counters::SHAPE.to_vec(),
+                offset: 0,
+            }],
             layout,
             torn: false,
         }
@@ -209,8 +215,8 @@ impl State {
             average: generator.master.to_device(self.average.device()).zeros_like(),
             generator,
             fake_score,
-            loss_scales: self.loss_scales.duplicate(),
-            loss_scales_layout: self.loss_scales_layout.clone(),
+            counters: self.counters.duplicate(),
+            counters_layout: self.counters_layout.clone(),
             layout,
             torn: true,
         }
@@ -235,9 +241,9 @@ impl State {
             self.part("fake_score_adam.exp_avg", f, &f.adam.exp_avg),
             self.part("fake_score_adam.exp_avg_sq", f, &f.adam.exp_avg_sq),
             Part {
-                name: "loss_scales",
-                entries: &self.loss_scales_layout,
-                values: self.loss_scales.values(),
+                name: COUNTERS,
+                entries: &self.counters_layout,
+                values: self.counters.values(),
                 first: 0,
                 replicated: true,
             },
@@ -270,25 +276,22 @@ impl State {
         self.generator.network.over(average, false)
     }
 
-    /// The fake score's step; `iteration` counts from 0. `gradient` is the slice's.
-    pub fn step_fake_score(&mut self, gradient: &Gradient, iteration: u64, settings: &AdamSettings) {
+    /// One step of a network, and of its counter. `gradient` is the slice's.
+    pub fn step(&mut self, network: Network, gradient: &Gradient, settings: &AdamSettings) {
         self.torn = self.layout.slice.world > 1;
-        self.fake_score.step(gradient, iteration + 1, settings);
+        let step = self.counters.count_step(network);
+        let trained = match network {
+            Network::Generator => &mut self.generator,
+            Network::FakeScore => &mut self.fake_score,
+        };
+        trained.step(gradient, step, settings);
     }
 
-    /// The generator's step and its average's; `iteration` counts from 0. `gradient` is the slice's.
-    pub fn step_generator(
-        &mut self,
-        gradient: &Gradient,
-        iteration: u64,
-        settings: &AdamSettings,
-        ema_half_life_images: f64,
-        global_batch: u32,
-    ) {
-        self.torn = self.layout.slice.world > 1;
-        self.generator.step(gradient, iteration + 1, settings);
-        let batch = f64::from(global_batch);
-        let beta = ema::beta(ema_half_life_images, iteration as f64 * batch, batch);
+    /// G_ema's update at the end of an iteration before which `images_seen` images were counted. It takes place in every
+    /// iteration, whether or not the generator has moved
+    /// (EDM's training loop, which SiD keeps).
+    pub fn update_average(&mut self, half_life_images: f64, images_seen: f64, batch: f64) {
+        let beta = ema::beta(half_life_images, images_seen, batch);
         ema::update(&self.average, &self.generator.master.to_device(self.average.device()), beta);
     }
 }

@@ -43,27 +43,38 @@ pub enum TimeLaw {
 }
 
 impl TimeLaw {
+    /// The law of both phases on a flow: t = sigmoid(N(ln 2, 1.6²)) (2509.25127).
+    pub const SID_DIT: Self = Self::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 };
+
     /// `count` times, fp32 `[count]`.
     pub fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> Tensor {
-        let times: Vec<f64> = match *self {
-            Self::LogNormal { mean, std } => {
-                stream.normal_scalars(count).iter().map(|z| (mean + std * z).exp()).collect()
+        let numbers = match *self {
+            Self::LogNormal { .. } | Self::LogitNormal { .. } => stream.normal_scalars(count),
+            Self::Karras { .. } => stream.uniform(count),
+            Self::Uniform { first, last } => {
+                stream.integers(count, last - first + 1).iter().map(|t| *t as f64).collect()
             }
+        };
+        self.times(&numbers).to_device(device)
+    }
+
+    /// The times that random numbers stand for, fp32 on the host: numbers from N(0, 1) for the normal laws, from U[0, 1) for Karras
+    /// spacing, from U{0, …, last − first} for the uniform one.
+    #[must_use]
+    pub fn times(&self, numbers: &[f64]) -> Tensor {
+        let times: Vec<f64> = match *self {
+            Self::LogNormal { mean, std } => numbers.iter().map(|z| (mean + std * z).exp()).collect(),
             Self::Karras { sigma_min, sigma_max, rho, u_max } => {
                 let (low, high) = (sigma_min.powf(rho.recip()), sigma_max.powf(rho.recip()));
                 let sigma = |u: f64| (high + (1.0 - u * u_max) * (low - high)).powf(rho);
-                stream.uniform(count).iter().map(|u| sigma(*u)).collect()
+                numbers.iter().map(|u| sigma(*u)).collect()
             }
-            Self::Uniform { first, last } => {
-                stream.integers(count, last - first + 1).iter().map(|t| (first + t) as f64).collect()
+            Self::Uniform { first, .. } => numbers.iter().map(|t| first as f64 + t).collect(),
+            Self::LogitNormal { mean, std } => {
+                numbers.iter().map(|z| (1.0 + (-(mean + std * z)).exp()).recip()).collect()
             }
-            Self::LogitNormal { mean, std } => stream
-                .normal_scalars(count)
-                .iter()
-                .map(|z| (1.0 + (-(mean + std * z)).exp()).recip())
-                .collect(),
         };
-        Tensor::from_slice(&times).to_kind(Kind::Float).to_device(device)
+        Tensor::from_slice(&times).to_kind(Kind::Float)
     }
 }
 

@@ -67,7 +67,7 @@ fn recorded(archive: &Archive, case: &str, probability: f64) -> Transforms {
 
 #[test]
 fn equals_the_public_code() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/augmentation.safetensors");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/augmentation.safetensors");
     let archive = Archive::read(&path).unwrap();
     let cases: BTreeMap<String, f64> = serde_json::from_str(&archive.metadata["probability"]).unwrap();
     assert!(cases.len() >= 14);

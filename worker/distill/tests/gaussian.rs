@@ -9,11 +9,13 @@
 use potstill_distill::{
     adam::{Adam, AdamSettings},
     condition::Classes,
+    draws::{Draws, NamedStreams},
     generator::{Matching, ddpm_times},
     gradient::Gradient,
     guidance::Guidance,
     loss::Weighting,
     phase::{self, Settings},
+    schedule::Schedule,
     time::TimeLaw,
 };
 use potstill_models::{Condition, Denoiser, ForwardProcess, Mode, Parameters, process::DdpmPrediction};
@@ -121,12 +123,21 @@ fn distil(
         weighting,
         fake_score_times: laws[0],
         generator_times: laws[1],
+        score_identity_weight: 1.0,
         guidance: Guidance::NONE,
+        augmentation: None,
         adversarial: None,
+        schedule: Schedule {
+            global_batch: 512,
+            generator_start_images: None,
+            join_images: None,
+            fake_score_updates: 1,
+        },
         training_mode: Mode::Eval,
         device: Device::Cpu,
     };
     let frozen_fake = fake.frozen();
+    let draws = NamedStreams::data_free(&settings, &Classes(0), teacher.as_ref());
     let (generator, fake) = (generator.as_ref(), fake.as_ref());
     let mut adams = [fake, generator].map(|network| Adam::new(network.parameters().flat()));
     const ITERATIONS: u64 = 4000;
@@ -139,10 +150,11 @@ fn distil(
             adams[index].step(network.parameters().flat(), &gradient.flat, iteration + 1, &adam);
             network.parameters().zero_grad();
         };
-        phase::fake_score(generator, fake, &Classes(0), None, &settings, iteration, 0).loss.backward();
+        phase::fake_score(generator, fake, &draws.fake_score(iteration, 0), &settings).loss.backward();
         step(fake, 0, 2e-2);
         let teacher = teacher.as_ref();
-        phase::generator(generator, frozen_fake.as_ref(), teacher, &Classes(0), &settings, iteration, 0)
+        let draw = draws.generator(iteration, 0);
+        phase::generator(generator, frozen_fake.as_ref(), teacher, &draw, &settings, iteration)
             .loss
             .backward();
         step(generator, 1, 5e-3);
@@ -185,7 +197,7 @@ fn ddpm_reaches_the_teachers_gaussian_with_either_prediction() {
 
 #[test]
 fn flow_reaches_the_teachers_gaussian_with_either_weighting() {
-    let laws = [TimeLaw::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 }; 2];
+    let laws = [TimeLaw::SID_DIT; 2];
     for weighting in [Weighting::ScoreIdentity, Weighting::OneMinusT] {
         reached("flow", distil(ForwardProcess::Flow, 1.0, laws, weighting, 1.0));
     }

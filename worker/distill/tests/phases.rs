@@ -5,13 +5,16 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use potstill_distill::{
-    adversarial::{Adversarial, RealData, RealSamples},
+    adversarial::{Adversarial, RealData, RealSamples, Scaling},
+    augmentation::Augmentation,
     condition::Classes,
+    draws::{Draws, NamedStreams, RealDraw},
     generator::{Matching, generate},
     guidance::{self, Guidance},
     loss::Weighting,
-    phase::{self, Settings},
+    phase::{self, MicroBatchLoss, Settings},
     random::{Purpose, Stream},
+    schedule::Schedule,
     state::State,
     time::TimeLaw,
 };
@@ -29,10 +32,16 @@ fn turn() -> MutexGuard<'static, ()> {
 const CLASSES: Classes = Classes(3);
 
 fn teacher() -> EdmNetwork {
+    teacher_with(0)
+}
+
+/// One that takes so many augmentation labels.
+fn teacher_with(augment_dim: i64) -> EdmNetwork {
     let config = EdmConfig {
         img_resolution: 4,
         img_channels: 1,
         label_dim: 3,
+        augment_dim,
         model_channels: 8,
         channel_mult: vec![1],
         num_blocks: 1,
@@ -58,11 +67,47 @@ fn settings(training_mode: Mode) -> Settings {
         weighting: Weighting::ScoreIdentity,
         fake_score_times: TimeLaw::LogNormal { mean: -1.2, std: 1.2 },
         generator_times: TimeLaw::Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        score_identity_weight: 100.0,
         guidance: Guidance::NONE,
+        augmentation: None,
         adversarial: None,
+        schedule: Schedule {
+            global_batch: 6,
+            generator_start_images: None,
+            join_images: None,
+            fake_score_updates: 1,
+        },
         training_mode,
         device: Device::Cpu,
     }
+}
+
+fn draws<'a>(settings: &'a Settings, real: Option<&'a dyn RealData>) -> NamedStreams<'a> {
+    let conditions_of_real = real.is_some();
+    NamedStreams { settings, conditions: &CLASSES, real, conditions_of_real, sample_shape: [1, 4, 4] }
+}
+
+/// A micro-batch of the fake-score phase, with a run's random numbers.
+fn fake_phase(
+    networks: (&dyn Denoiser, &dyn Denoiser),
+    real: Option<&dyn RealData>,
+    settings: &Settings,
+    iteration: u64,
+    index: u32,
+) -> MicroBatchLoss {
+    let draw = draws(settings, real).fake_score(iteration, index);
+    phase::fake_score(networks.0, networks.1, &draw, settings)
+}
+
+/// A micro-batch of the generator phase, with a run's random numbers.
+fn generator_phase(
+    (generator, fake_score, teacher): (&dyn Denoiser, &dyn Denoiser, &dyn Denoiser),
+    real: Option<&dyn RealData>,
+    settings: &Settings,
+    iteration: u64,
+) -> MicroBatchLoss {
+    let draw = draws(settings, real).generator(iteration, 0);
+    phase::generator(generator, fake_score, teacher, &draw, settings, iteration)
 }
 
 fn value(loss: &Tensor) -> f64 {
@@ -77,16 +122,8 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
     for mode in [Mode::Eval, Mode::Train] {
         let settings = settings(mode);
         let fake = |iteration, index| {
-            let batch = phase::fake_score(
-                state.generator.network(),
-                state.fake_score.network(),
-                &CLASSES,
-                None,
-                &settings,
-                iteration,
-                index,
-            );
-            value(&batch.loss)
+            let networks = (state.generator.network(), state.fake_score.network());
+            value(&fake_phase(networks, None, &settings, iteration, index).loss)
         };
         let first = fake(3, 1);
         // libtorch's own generator is somewhere else by now.
@@ -108,15 +145,14 @@ fn each_phase_trains_its_own_network_only() {
     let settings = settings(Mode::Eval);
     let gradient = |network: &dyn Denoiser| network.parameters().flat_grad().norm().double_value(&[]);
 
-    phase::fake_score(state.generator.network(), state.fake_score.network(), &CLASSES, None, &settings, 0, 0)
-        .loss
-        .backward();
+    let networks = (state.generator.network(), state.fake_score.network());
+    fake_phase(networks, None, &settings, 0, 0).loss.backward();
     assert!(gradient(state.fake_score.network()) > 0.0);
     assert_eq!(gradient(state.generator.network()), 0.0);
 
     let before = gradient(state.fake_score.network());
     let (generator, fake) = (state.generator.network(), frozen_fake.as_ref());
-    let batch = phase::generator(generator, fake, frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
+    let batch = generator_phase((generator, fake, frozen_teacher.as_ref()), None, &settings, 0);
     batch.loss.backward();
     assert!(gradient(generator) > 0.0);
     assert!(value(&batch.score_difference.unwrap()) > 0.0);
@@ -132,8 +168,8 @@ fn a_teacher_that_the_fake_score_equals_gives_no_gradient() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let generator = state.generator.network();
     let settings = settings(Mode::Eval);
-    let batch =
-        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
+    let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+    let batch = generator_phase(networks, None, &settings, 0);
     assert_eq!(value(&batch.loss), 0.0);
     assert_eq!(value(&batch.score_difference.unwrap()), 0.0);
 }
@@ -148,10 +184,10 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let settings = settings(Mode::Eval);
     let (generator, fake) = (state.generator.network(), state.fake_score.network());
-    let batch = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0);
+    let batch = fake_phase((generator, fake), None, &settings, 0, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
-    let batch =
-        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
+    let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+    let batch = generator_phase(networks, None, &settings, 0);
     assert_eq!((value(&batch.loss), batch.dropped.int64_value(&[])), (0.0, 6));
 }
 
@@ -273,17 +309,9 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let losses = |guidance: Guidance| {
         let settings = Settings { guidance, ..settings(Mode::Eval) };
-        let first = phase::fake_score(generator, fake, &CLASSES, None, &settings, 0, 0).loss;
-        let second = phase::generator(
-            generator,
-            frozen_fake.as_ref(),
-            frozen_teacher.as_ref(),
-            &CLASSES,
-            &settings,
-            0,
-            0,
-        )
-        .loss;
+        let first = fake_phase((generator, fake), None, &settings, 0, 0).loss;
+        let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+        let second = generator_phase(networks, None, &settings, 0).loss;
         (value(&first), value(&second))
     };
     let none = losses(Guidance::NONE);
@@ -306,17 +334,17 @@ fn real_samples() -> RealSamples {
 
 fn adversarial() -> Adversarial {
     Adversarial {
-        score_identity_weight: 100.0,
+        scaling: Scaling::Sida,
         generator_weight: 0.01,
         discriminator_weight: 1.0,
-        start_iteration: 10,
         approximate_r1: 0.0,
         approximate_r1_sigma: 0.1,
     }
 }
 
+/// The discriminator learns from the first image; the generator's term joins later, and halves the score's.
 #[test]
-fn the_adversarial_loss_waits_for_its_start_and_then_joins_both_phases() {
+fn the_adversarial_term_waits_and_the_discriminator_does_not() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
@@ -324,32 +352,88 @@ fn the_adversarial_loss_waits_for_its_start_and_then_joins_both_phases() {
     let (generator, fake) = (state.generator.network(), state.fake_score.network());
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let real = real_samples();
-    let plain = settings(Mode::Eval);
-    for scale in [1.0, 0.0, -1.0, 2.0] {
-        let guidance =
-            Guidance { fake_score_training: scale, fake_score: scale, teacher: 1.0, condition_dropout: 0.3 };
-        let plain = Settings { guidance, ..plain.clone() };
-        let with = Settings { adversarial: Some(adversarial()), ..plain.clone() };
-        for iteration in [9, 10] {
-            let first = phase::fake_score(generator, fake, &CLASSES, Some(&real), &with, iteration, 0);
-            let (teacher, frozen) = (frozen_teacher.as_ref(), frozen_fake.as_ref());
-            let second = phase::generator(generator, frozen, teacher, &CLASSES, &with, iteration, 0);
-            let without = phase::fake_score(generator, fake, &CLASSES, None, &plain, iteration, 0);
-            let relative = value(&first.score_loss) / value(&without.loss) - 1.0;
-            assert!(relative.abs() < 1e-5, "the score's part stays what it is: {relative}");
-            let joined = iteration >= 10;
-            assert_eq!(first.adversarial_loss.is_some(), joined);
-            assert_eq!(second.adversarial_loss.is_some(), joined);
-            assert_eq!(value(&first.loss) > value(&first.score_loss) + 1.0, joined, "scale {scale}");
-            if joined {
+    for scaling in [Scaling::Sida, Scaling::SidDit] {
+        for scale in [1.0, 0.0, -1.0, 2.0] {
+            let guidance = Guidance {
+                fake_score_training: scale,
+                fake_score: scale,
+                teacher: 1.0,
+                condition_dropout: 0.3,
+            };
+            let mut with = Settings { guidance, ..settings(Mode::Eval) };
+            with.adversarial = Some(Adversarial { scaling, ..adversarial() });
+            // 54 images are not more than 54: the term joins in iteration 10.
+            with.schedule.join_images = Some(54);
+            let plain = Settings { adversarial: None, ..with.clone() };
+            for iteration in [0, 9, 10] {
+                let joined = iteration == 10;
+                let first = fake_phase((generator, fake), Some(&real), &with, iteration, 0);
+                let without = fake_phase((generator, fake), Some(&real), &plain, iteration, 0);
+                let relative = value(&first.score_loss) / value(&without.loss) - 1.0;
+                assert!(relative.abs() < 1e-5, "the score's part stays what it is: {relative}");
                 // Logits near 0 know nothing: six samples of about ln 2.
                 let d = value(&first.adversarial_loss.unwrap());
                 assert!(d > 0.5 && d < 60.0, "{d}");
-                let half = 0.5 * 100.0 * value(&second.score_loss);
-                assert!(value(&second.loss) > half, "G's adversarial loss is positive");
+                assert!(value(&first.loss) > value(&first.score_loss) + 1.0, "scale {scale}");
+
+                let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+                let second = generator_phase(networks, Some(&real), &with, iteration);
+                assert_eq!(second.adversarial_loss.is_some(), joined);
+                let sid = 100.0 * value(&second.score_loss);
+                match joined {
+                    false => assert!((value(&second.loss) - sid).abs() <= 1e-5 * sid.abs()),
+                    true => assert!(value(&second.loss) > 0.5 * sid, "its adversarial term is positive"),
+                }
             }
         }
     }
+}
+
+/// At κ₁ = 0 the fake score learns the unconditional score of conditional samples. No condition is dropped then: a
+/// discriminator would see generated samples without their class and no real ones.
+#[test]
+fn what_the_discriminator_is_told_has_one_distribution() {
+    let _turn = turn();
+    let real = real_samples();
+    for (kappa, dropped) in [(0.0, false), (1.5, true), (-1.0, true)] {
+        let guidance =
+            Guidance { fake_score_training: kappa, fake_score: kappa, teacher: 1.0, condition_dropout: 0.5 };
+        let settings = Settings { guidance, adversarial: Some(adversarial()), ..settings(Mode::Eval) };
+        let draw = draws(&settings, Some(&real)).fake_score(3, 1);
+        let rows = |condition: &Condition| match condition {
+            Condition::Class(labels) => Vec::<f32>::try_from(labels.reshape([-1])).unwrap(),
+            _ => panic!("classes were given"),
+        };
+        let (made, beside) = (rows(&draw.condition), rows(&draw.real.unwrap().condition));
+        assert_eq!(made, beside, "generated samples have the conditions of the real ones beside them");
+        let kept = made.iter().sum::<f32>();
+        assert_eq!(kept < 6.0, dropped, "{kept} of 6 keep their class at κ₁ = {kappa}");
+    }
+}
+
+#[test]
+fn augmentation_is_of_what_the_fake_score_learns_from_alone() {
+    let _turn = turn();
+    let teacher = teacher_with(9);
+    let state = State::from_teacher(&teacher);
+    let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.3));
+    let real = real_samples();
+    let plain = Settings { adversarial: Some(adversarial()), ..settings(Mode::Eval) };
+    let augmented = Settings { augmentation: Some(Augmentation { probability: 1.0 }), ..plain.clone() };
+    let draw = draws(&augmented, Some(&real)).fake_score(0, 0);
+    let (of_generated, of_real) = (draw.augmentation.unwrap(), draw.real.unwrap().augmentation.unwrap());
+    assert!(of_generated != of_real, "generated and real samples are augmented apart");
+    let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
+    let losses = |settings: &Settings| {
+        let (generator, fake) = (state.generator.network(), state.fake_score.network());
+        let first = fake_phase((generator, fake), Some(&real), settings, 0, 0);
+        let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+        let second = generator_phase(networks, Some(&real), settings, 0);
+        [first.score_loss, first.adversarial_loss.unwrap(), second.loss].map(|loss| value(&loss))
+    };
+    let (with, without) = (losses(&augmented), losses(&plain));
+    assert!(with[0] != without[0] && with[1] != without[1], "{with:?} {without:?}");
+    assert_eq!(with[2], without[2], "the generator phase augments nothing");
 }
 
 #[test]
@@ -359,18 +443,17 @@ fn the_approximate_r1_penalty_adds_to_the_discriminators_loss() {
     let state = State::from_teacher(&teacher);
     let real = real_samples();
     let loss = |approximate_r1: f64| {
-        let adversarial = Some(Adversarial { approximate_r1, start_iteration: 0, ..adversarial() });
+        let adversarial = Some(Adversarial { approximate_r1, ..adversarial() });
         let settings = Settings { adversarial, ..settings(Mode::Eval) };
-        let (generator, fake) = (state.generator.network(), state.fake_score.network());
-        value(&phase::fake_score(generator, fake, &CLASSES, Some(&real), &settings, 0, 0).loss)
+        let networks = (state.generator.network(), state.fake_score.network());
+        value(&fake_phase(networks, Some(&real), &settings, 0, 0).loss)
     };
     let (none, once, twice) = (loss(0.0), loss(100.0), loss(200.0));
     assert!(once > none);
     assert!(((twice - none) / (once - none) - 2.0).abs() < 1e-2);
 }
 
-/// Both phases against the formulas of ALGORITHM §3–5 written out, for one micro-batch whose random numbers are those of
-/// its stream; gradients too.
+/// Both phases against their formulas written out, for one micro-batch with SiD-DiT's scaling; gradients too.
 #[test]
 fn both_phases_are_their_formulas_written_out() {
     let _turn = turn();
@@ -379,18 +462,9 @@ fn both_phases_are_their_formulas_written_out() {
     let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.3));
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let real = real_samples();
-    let adversarial = Adversarial { start_iteration: 0, generator_weight: 3.0, ..adversarial() };
+    let adversarial = Adversarial { scaling: Scaling::SidDit, generator_weight: 3.0, ..adversarial() };
     let settings = Settings { adversarial: Some(adversarial), ..settings(Mode::Eval) };
     let (n, d) = (6, 16.0);
-    let draw = |purpose, law: TimeLaw| {
-        let mut stream = Stream::new(5, 0, purpose, 0, Device::Cpu);
-        let labels = Tensor::from_slice(&stream.integers(n, 3)).one_hot(3).to_kind(Kind::Float);
-        let z = stream.normal(&[n, 1, 4, 4]);
-        let sigma = law.draw(&mut stream, n, Device::Cpu).view([-1, 1, 1, 1]);
-        let noise = stream.normal(&[n, 1, 4, 4]);
-        stream.seed_dropout();
-        (stream, Condition::Class(labels), z, sigma, noise)
-    };
     let start = Tensor::full([n], 2.5, (Kind::Float, Device::Cpu));
     let flat_sigma = |sigma: &Tensor| sigma.view([-1]);
     let per_sample = |x: &Tensor| x.sum_dim_intlist([1i64, 2, 3].as_slice(), false, Kind::Float);
@@ -400,14 +474,17 @@ fn both_phases_are_their_formulas_written_out() {
     };
 
     // Fake score.
-    let (mut stream, condition, z, sigma, noise) = draw(Purpose::FakeScorePhase, settings.fake_score_times);
-    let generated = no_grad(|| state.generator.network().denoise(&(z * 2.5), &start, &condition, Mode::Eval));
-    let (samples, own) = real.draw(&mut stream, n, Device::Cpu);
+    let draw = draws(&settings, Some(&real)).fake_score(0, 0);
+    let (condition, noise, sigma) = (&draw.condition, &draw.noise, draw.time.view([-1, 1, 1, 1]));
+    let RealDraw { samples, condition: own, .. } = draw.real.as_ref().unwrap();
+    let generated = no_grad(|| {
+        state.generator.network().denoise(&(&draw.latents[0] * 2.5), &start, condition, Mode::Eval)
+    });
     let fake = state.fake_score.network();
     let time = flat_sigma(&sigma);
     let (denoised, bottleneck) =
-        fake.denoise_and_encode(&(&generated + &noise * &sigma), &time, &condition, Mode::Eval);
-    let on_real = fake.encode(&(samples + &noise * &sigma), &time, &own, Mode::Eval);
+        fake.denoise_and_encode(&(&generated + noise * &sigma), &time, condition, Mode::Eval);
+    let on_real = fake.encode(&(samples + noise * &sigma), &time, own, Mode::Eval);
     let weight = ((sigma.square() + 0.25) / (&sigma * 0.5).square()).view([-1]);
     let discriminator = (log_sigmoid_mean(&on_real) + log_sigmoid_mean(&-bottleneck)) * 0.5;
     let expected =
@@ -415,19 +492,20 @@ fn both_phases_are_their_formulas_written_out() {
     expected.backward();
     let gradient = fake.parameters().flat_grad();
     fake.parameters().zero_grad();
-    let batch = phase::fake_score(state.generator.network(), fake, &CLASSES, Some(&real), &settings, 0, 0);
+    let batch = phase::fake_score(state.generator.network(), fake, &draw, &settings);
     batch.loss.backward();
     assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-5);
     let apart = (fake.parameters().flat_grad() - &gradient).norm() / gradient.norm();
     assert!(value(&apart) < 1e-4, "{}", value(&apart));
 
     // Generator.
-    let (_, condition, z, sigma, noise) = draw(Purpose::GeneratorPhase, settings.generator_times);
+    let draw = draws(&settings, Some(&real)).generator(0, 0);
+    let (condition, noise, sigma) = (&draw.condition, &draw.noise, draw.time.view([-1, 1, 1, 1]));
     let generator = state.generator.network();
-    let generated = generator.denoise(&(z * 2.5), &start, &condition, Mode::Eval);
-    let (noisy, time) = (&generated + &noise * &sigma, flat_sigma(&sigma));
-    let f_phi = frozen_teacher.denoise(&noisy, &time, &condition, Mode::Eval);
-    let (f_psi, bottleneck) = frozen_fake.denoise_and_encode(&noisy, &time, &condition, Mode::Eval);
+    let generated = generator.denoise(&(&draw.latents[0] * 2.5), &start, condition, Mode::Eval);
+    let (noisy, time) = (&generated + noise * &sigma, flat_sigma(&sigma));
+    let f_phi = frozen_teacher.denoise(&noisy, &time, condition, Mode::Eval);
+    let (f_psi, bottleneck) = frozen_fake.denoise_and_encode(&noisy, &time, condition, Mode::Eval);
     let omega = no_grad(|| {
         let mean = (&generated - &f_phi).abs().mean_dim([1i64, 2, 3].as_slice(), false, Kind::Float);
         mean.clamp_min(1e-5).reciprocal()
@@ -438,8 +516,8 @@ fn both_phases_are_their_formulas_written_out() {
     expected.backward();
     let gradient = generator.parameters().flat_grad();
     generator.parameters().zero_grad();
-    let batch =
-        phase::generator(generator, frozen_fake.as_ref(), frozen_teacher.as_ref(), &CLASSES, &settings, 0, 0);
+    let networks = (generator, frozen_fake.as_ref(), frozen_teacher.as_ref());
+    let batch = generator_phase(networks, Some(&real), &settings, 0);
     batch.loss.backward();
     assert!((value(&batch.loss) / value(&expected) - 1.0).abs() < 1e-4);
     let apart = (generator.parameters().flat_grad() - &gradient).norm() / gradient.norm();

@@ -14,21 +14,18 @@ pub struct Pair {
     encoded: Vec<u8>,
     /// What it shows.
     pub caption: String,
-    /// SDXL's micro-conditioning (2307.01952, section 2.2): height and width before scaling, top and left of what was cut out.
-    pub placement: [i64; 4],
 }
 
-/// Reads the pairs at `location`, a tar or a folder of tars; `sides` are height and width of the model's images. With `limit` only
-/// so many, spread evenly over the whole.
+/// Reads the pairs at `location`, a tar or a folder of tars. With `limit` only so many, spread evenly over the whole.
 ///
 /// # Errors
 /// There are none, or one in a hundred or more is broken; with the first of them.
-pub fn load(location: &str, sides: [i64; 2], limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
+pub fn load(location: &str, limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(read(location, sides, limit)).with_context(|| format!("image-text pairs at {location}"))
+    runtime.block_on(read(location, limit)).with_context(|| format!("image-text pairs at {location}"))
 }
 
-async fn read(location: &str, sides: [i64; 2], limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
+async fn read(location: &str, limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
     let source = Source::open(location)?;
     let names = match source.name().ends_with(".tar") {
         true => vec![String::new()],
@@ -44,7 +41,7 @@ async fn read(location: &str, sides: [i64; 2], limit: Option<u64>) -> anyhow::Re
         let samples = tars::read(&bytes).with_context(|| format!("tar {name:?}"))?;
         for sample in samples {
             let Some((name, encoded)) = sample.image else { continue };
-            match pair(encoded, sample.caption, sides) {
+            match pair(encoded, sample.caption) {
                 Ok(pair) => pairs.push(pair),
                 Err(error) => tally.broken(format!("{name}: {error:#}")),
             }
@@ -64,14 +61,12 @@ async fn read(location: &str, sides: [i64; 2], limit: Option<u64>) -> anyhow::Re
     Ok(pairs)
 }
 
-fn pair(encoded: Vec<u8>, caption: Option<String>, sides: [i64; 2]) -> anyhow::Result<Pair> {
+fn pair(encoded: Vec<u8>, caption: Option<String>) -> anyhow::Result<Pair> {
     let caption = caption.filter(|text| !text.is_empty()).context("has no caption that can be read")?;
     // Decoded once now, so that what is broken is found before training.
     let image = image::load_from_memory(&encoded)?;
-    let original = [i64::from(image.height()), i64::from(image.width())];
-    ensure!(original.iter().all(|side| *side > 0), "is empty");
-    let ([top, left], _) = cover(original, sides);
-    Ok(Pair { encoded, caption, placement: [original[0], original[1], top, left] })
+    ensure!(image.height() > 0 && image.width() > 0, "is empty");
+    Ok(Pair { encoded, caption })
 }
 
 /// Top and left of the middle of an image that was scaled to cover `sides`, and its scaled height and width.
@@ -113,7 +108,7 @@ mod tests {
 
     fn load_tar(path: &Path, members: &[(&str, &[u8])]) -> anyhow::Result<Vec<Pair>> {
         tar(path, members);
-        load(path.to_str().unwrap(), [4, 4], None)
+        load(path.to_str().unwrap(), None)
     }
 
     #[test]
@@ -131,7 +126,6 @@ mod tests {
         ];
         let pairs = load_tar(&folder.path().join("x.tar"), &members).unwrap();
         assert_eq!(pairs.iter().map(|p| p.caption.as_str()).collect::<Vec<_>>(), ["a red square", "another"]);
-        assert_eq!(pairs[0].placement, [8, 16, 0, 2]);
         let image = pairs[0].image([4, 4]).unwrap();
         assert_eq!(image.size(), [3, 4, 4]);
         let red = image.get(0).mean(Kind::Float).double_value(&[]);
@@ -152,7 +146,7 @@ mod tests {
         members[0].1 = b"no picture";
         let named: Vec<(&str, &[u8])> = members.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
         assert_eq!(load_tar(&path, &named).unwrap().len(), 199);
-        let limited = load(path.to_str().unwrap(), [4, 4], Some(10)).unwrap();
+        let limited = load(path.to_str().unwrap(), Some(10)).unwrap();
         assert_eq!(limited.len(), 10);
 
         let broken: [(&str, &[u8]); 5] = [
@@ -164,8 +158,7 @@ mod tests {
         ];
         let error = format!("{:#}", load_tar(&path, &broken).err().unwrap());
         assert!(error.contains("2 of 3") && error.contains("b.png: has no caption"), "{error}");
-        let error =
-            format!("{:#}", load(folder.path().join("none").to_str().unwrap(), [4, 4], None).err().unwrap());
+        let error = format!("{:#}", load(folder.path().join("none").to_str().unwrap(), None).err().unwrap());
         assert!(error.contains("none"), "{error}");
     }
 }

@@ -115,15 +115,6 @@ impl Model {
         self.network.parameters()
     }
 
-    /// Channels, height, width of its images.
-    pub fn image_shape(&self) -> [i64; 3] {
-        let sample = self.network.sample_shape();
-        match &self.latent {
-            Some(latent) => latent.autoencoder.config().image_shape([sample[1], sample[2]]),
-            None => sample,
-        }
-    }
-
     /// The network alone, and the space of its samples. `prompts` are what a text-to-image model is shown, `captions` what real
     /// images say beside them.
     ///

@@ -13,8 +13,10 @@ use super::{Wanted, prompt_file::read_prompts, row_cache::RowCache};
 
 /// Prompts, and what turns them into conditions.
 pub struct Prompts {
-    /// How many there are; the numbers from here on are those of real images' captions.
+    /// How many there are.
     count: i64,
+    /// Number of the first caption of a real image: `count`, or 0 where the captions are the prompts.
+    first_caption: i64,
     /// Class of each, where the file has some: what an extractor's classifier should see.
     labels: Option<Vec<i64>>,
     embedder: Embedder,
@@ -45,6 +47,9 @@ impl Prompts {
     ) -> anyhow::Result<Self> {
         let (mut texts, labels, cache, original, crop) = match wanted {
             Wanted::These(texts) => (texts, None, None, None, [0, 0]),
+            Wanted::File(spec) if spec.data.is_empty() => {
+                (vec![], None, spec.cache.as_deref(), spec.original_size, spec.crop)
+            }
             Wanted::File(spec) => {
                 let read = read_prompts(&spec.data, &spec.column)
                     .with_context(|| format!("prompts.data {}", spec.data))?;
@@ -52,9 +57,10 @@ impl Prompts {
                 (read.texts, read.labels, spec.cache.as_deref(), spec.original_size, spec.crop)
             }
         };
-        ensure!(!texts.is_empty(), "there are no prompts");
-        let count = texts.len() as i64;
+        let first_caption = texts.len() as i64;
         texts.extend(captions);
+        let count = if first_caption == 0 { texts.len() as i64 } else { first_caption };
+        ensure!(count > 0, "there are no prompts");
         let sizes = conditioner.pooled_width().map(|_| {
             let original = original.map_or(image, |sides| sides.map(i64::from));
             let numbers = [original[0], original[1], crop[0].into(), crop[1].into(), image[0], image[1]];
@@ -76,7 +82,7 @@ impl Prompts {
                 Embedder::Encoders { conditioner, tokens }
             }
         };
-        Ok(Self { count, labels, embedder, null, sizes })
+        Ok(Self { count, first_caption, labels, embedder, null, sizes })
     }
 
     /// How many there are, captions not among them.
@@ -113,20 +119,20 @@ impl Prompts {
     /// # Panics
     /// When an index is out of range.
     pub fn condition(&self, indices: &[i64], device: Device) -> Condition {
-        let sizes = self.sizes.as_ref().map(|sizes| sizes.expand([indices.len() as i64, 6], true));
-        self.conditioned(indices, sizes, device)
+        self.conditioned(indices, device)
     }
 
-    /// The condition of real images with these captions and this micro-conditioning [N, 6], where the model takes some.
+    /// The condition of real images with these captions: micro-conditioning is as of what is made.
     ///
     /// # Panics
     /// When an index is out of range.
-    pub fn condition_of(&self, captions: &[i64], sizes: Tensor, device: Device) -> Condition {
-        let captions: Vec<i64> = captions.iter().map(|caption| self.count + caption).collect();
-        self.conditioned(&captions, self.sizes.as_ref().map(|_| sizes), device)
+    pub fn condition_of(&self, captions: &[i64], device: Device) -> Condition {
+        let captions: Vec<i64> = captions.iter().map(|caption| self.first_caption + caption).collect();
+        self.conditioned(&captions, device)
     }
 
-    fn conditioned(&self, indices: &[i64], sizes: Option<Tensor>, device: Device) -> Condition {
+    fn conditioned(&self, indices: &[i64], device: Device) -> Condition {
+        let sizes = self.sizes.as_ref().map(|sizes| sizes.expand([indices.len() as i64, 6], true));
         let (distinct, places) = distinct(indices);
         let embedded = match &self.embedder {
             Embedder::Encoders { conditioner, tokens } => conditioner.embed_tokens(&tokens.rows(&distinct)),

@@ -1,5 +1,9 @@
 //! Real images with captions, as the adversarial loss of a text-to-image model sees them: latents, each conditioned on its own
-//! caption and on how it was cut out.
+//! caption.
+//!
+//! SDXL's micro-conditioning (2307.01952, section 2.2) is that of the generated samples, whatever size an image had and however it
+//! was cut out: a discriminator that saw other numbers beside real images than beside generated ones could tell them apart by
+//! these alone. DMD2 (2405.14867) does the same.
 
 use std::{path::Path, rc::Rc};
 
@@ -7,7 +11,7 @@ use anyhow::Context;
 use potstill_c10d::Autocast;
 use potstill_distill::{adversarial::RealData, random::Stream};
 use potstill_models::Condition;
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use super::{Texts, prompts::distinct, row_cache::RowCache};
 use crate::dataset::pairs::Pair;
@@ -87,14 +91,12 @@ impl RealData for RealPairs {
             &log_variances.to_device(device),
             &noise.to_device(device),
         );
-        let sizes: Vec<i64> = indices
-            .iter()
-            .flat_map(|index| {
-                let [height, width, top, left] = self.pairs[*index as usize].placement;
-                [height, width, top, left, self.sides[0], self.sides[1]]
-            })
-            .collect();
-        let sizes = Tensor::from_slice(&sizes).to_kind(Kind::Float).reshape([count, 6]);
-        (latents, self.texts.prompts.condition_of(&indices, sizes, device))
+        (latents, self.texts.prompts.condition_of(&indices, device))
+    }
+
+    fn conditions(&self, stream: &mut Stream, count: i64, device: Device) -> Condition {
+        let _fp32 = Autocast::pause();
+        let indices = stream.integers(count, self.pairs.len() as i64);
+        self.texts.prompts.condition_of(&indices, device)
     }
 }

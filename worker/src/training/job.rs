@@ -3,21 +3,21 @@
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use potstill_c10d::LowerPrecision;
 use potstill_distill::{
-    adam::AdamSettings,
-    adversarial::{Adversarial, RealData},
+    adversarial::{Adversarial, RealData, Scaling},
+    augmentation::{self, Augmentation},
     condition::Conditions,
-    generator::{Matching, ddpm_times},
-    gradient::Clip,
+    counters::Counters,
+    draws::NamedStreams,
+    generator::{Matching, ddpm_times, flow_times},
     guidance::Guidance,
     loss::Weighting,
-    loss_scale::LossScales,
     phase::Settings,
+    schedule::Schedule,
     state::{Layout, Slice, State},
     time::TimeLaw,
 };
-use potstill_models::{Denoiser, Mode};
+use potstill_models::{Denoiser, ForwardProcess, Mode};
 use potstill_proto::{
     message::Assignment,
     spec::{self, AdversarialSpec, Precision, RunSpec},
@@ -26,6 +26,7 @@ use potstill_storage::Run;
 use tch::{Device, Kind};
 use tokio::runtime::Handle;
 
+use super::step::Recipe;
 use crate::{
     checkpoint::Staging,
     dataset::{
@@ -46,6 +47,7 @@ pub struct Inputs {
     start: Option<Box<dyn Denoiser>>,
     real: Option<Box<dyn RealData>>,
     evaluator: Option<Evaluator>,
+    settings: Settings,
 }
 
 impl Inputs {
@@ -61,9 +63,7 @@ impl Inputs {
         };
         let pairs = match &spec.adversarial {
             Some(adversarial) if model.latent.is_some() => {
-                let [_, height, width] = model.image_shape();
-                let pairs = pairs::load(&adversarial.data, [height, width], adversarial.limit);
-                pairs.context("adversarial.data")?
+                pairs::load(&adversarial.data, adversarial.limit).context("adversarial.data")?
             }
             _ => vec![],
         };
@@ -74,15 +74,24 @@ impl Inputs {
         ensure!(
             !guided || space.is_conditional(),
             "guidance needs a teacher that knows classes, but {} is unconditional: set guidance.preset = \"none\"",
-            spec.teacher.weights.display()
+            teacher_name(spec)
+        );
+        let settings = settings(spec, teacher.process(), device);
+        ensure!(
+            settings.weighting.fits(teacher.process()),
+            "distillation.weighting = {} is for flow-matching teachers; {} is none",
+            serde_json::to_string(&spec.distillation.weighting)?,
+            teacher_name(spec)
         );
         ensure!(
-            spec.distillation.weighting != spec::Weighting::OneMinusT,
-            "distillation.weighting = \"one-minus-t\" is for flow-matching teachers; {} is none",
-            spec.teacher.model.clone().unwrap_or_else(|| spec.teacher.weights.display().to_string())
+            settings.augmentation.is_none() || teacher.augment_dim() == augmentation::LABELS,
+            "distillation.augmentation needs a teacher that takes EDM's {} augmentation labels (augment_dim); {} takes {}",
+            augmentation::LABELS,
+            teacher_name(spec),
+            teacher.augment_dim()
         );
         let [_, last] = teacher.time_range();
-        let timesteps = [spec.generator.initial_timestep, spec.distillation.timesteps[1]];
+        let timesteps = [initial_timestep(spec, teacher.process()), spec.distillation.timesteps[1]];
         ensure!(
             spec.teacher.model.is_none() || timesteps.iter().all(|time| f64::from(*time) <= last),
             "generator.initial_timestep and distillation.timesteps reach to {timesteps:?}; the teacher's last timestep is {last}"
@@ -92,7 +101,7 @@ impl Inputs {
             None => None,
         };
         let evaluator = Evaluator::load(&spec.evaluation, &space, device)?;
-        Ok(Self { teacher, space, start, real, evaluator })
+        Ok(Self { teacher, space, start, real, evaluator, settings })
     }
 }
 
@@ -130,11 +139,11 @@ fn load_real(spec: &AdversarialSpec, space: &Space, pairs: Vec<Pair>) -> anyhow:
 /// What stays the same over all generations of a process.
 pub struct Job {
     pub(super) spec: RunSpec,
-    pub(super) settings: Settings,
+    pub(super) recipe: Recipe,
     pub(super) teacher: Box<dyn Denoiser>,
     start: Option<Box<dyn Denoiser>>,
-    pub(super) conditions: Box<dyn Conditions>,
-    pub(super) real: Option<Box<dyn RealData>>,
+    conditions: Box<dyn Conditions>,
+    real: Option<Box<dyn RealData>>,
     pub(super) evaluator: Option<Evaluator>,
     pub(super) samples: SampleSet,
     pub(super) run: Run,
@@ -148,8 +157,8 @@ impl Job {
     /// # Errors
     /// See [`Inputs::load`].
     pub fn load(spec: RunSpec, run: Run, runtime: Handle, device: Device) -> anyhow::Result<Self> {
-        let Inputs { teacher, space, start, real, evaluator } = Inputs::load(&spec, device)?;
-        let settings = settings(&spec, device);
+        let Inputs { teacher, space, start, real, evaluator, settings } = Inputs::load(&spec, device)?;
+        let recipe = Recipe::new(&spec, settings);
         let conditions = space.conditions();
         let samples = SampleSet::new(&spec.evaluation, space, device);
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
@@ -158,7 +167,7 @@ impl Job {
         let (teacher, start) = (frozen(teacher), start.map(frozen));
         Ok(Self {
             spec,
-            settings,
+            recipe,
             teacher,
             start,
             conditions,
@@ -181,7 +190,7 @@ impl Job {
             weights: teacher.parameters().flat().kind(),
             average_on_host: self.spec.memory.offload_ema,
         };
-        State::starting_from(teacher, generator, LossScales::new(dynamic, self.settings.device), layout)
+        State::starting_from(teacher, generator, Counters::new(dynamic), layout)
     }
 
     /// What a rank holds of master weights, moments and average.
@@ -192,36 +201,17 @@ impl Job {
         }
     }
 
-    /// What mixed precision makes of fp32 weights, where networks compute in something else than their weights are.
-    pub(super) fn mixed_precision(&self) -> Option<LowerPrecision> {
-        match self.spec.distillation.precision {
-            _ if self.spec.memory.bf16_weights => None,
-            Precision::Fp32 => None,
-            Precision::Bf16 => Some(LowerPrecision::BFloat16),
-            Precision::Fp16 => Some(LowerPrecision::Half),
+    /// Where this run's micro-batches come from.
+    pub(super) fn draws(&self) -> NamedStreams<'_> {
+        // Classes as SiDA has them; texts only where the run has no list of its own for what is generated.
+        let conditions_of_real = self.spec.prompts.as_ref().is_none_or(|prompts| prompts.data.is_empty());
+        NamedStreams {
+            settings: &self.recipe.settings,
+            conditions: self.conditions.as_ref(),
+            real: self.real.as_deref(),
+            conditions_of_real,
+            sample_shape: self.teacher.sample_shape(),
         }
-    }
-
-    /// Images that all ranks together have generated per phase before an iteration.
-    fn images_before(&self, iteration: u64) -> u64 {
-        iteration * u64::from(self.spec.distillation.global_batch)
-    }
-
-    /// Whether the generator moves in an iteration.
-    pub(super) fn trains_generator(&self, iteration: u64) -> bool {
-        self.images_before(iteration) >= self.spec.distillation.generator_start_images
-    }
-
-    /// Adam's settings in an iteration for a network with this learning rate.
-    pub(super) fn adam(&self, learning_rate: f64, iteration: u64) -> AdamSettings {
-        let o = &self.spec.optimiser;
-        let factor = o.decay.as_ref().map_or(1.0, |decay| decay.factor(self.images_before(iteration)));
-        AdamSettings { learning_rate: learning_rate * factor, betas: o.betas, epsilon: o.epsilon }
-    }
-
-    pub(super) fn clip(&self) -> Clip {
-        let o = &self.spec.optimiser;
-        Clip { value: o.clip_value, norm: o.clip_norm }
     }
 
     pub(super) fn evaluation_due(&self, iteration: u64) -> bool {
@@ -232,40 +222,54 @@ impl Job {
     }
 }
 
-/// Times of the generator's steps.
-pub fn times(spec: &RunSpec) -> Vec<f64> {
-    match spec.teacher.model {
-        Some(_) => ddpm_times(spec.generator.initial_timestep, spec.generator.steps),
-        None => spec.generator.sigmas.clone(),
+fn teacher_name(spec: &RunSpec) -> String {
+    spec.teacher.model.clone().unwrap_or_else(|| spec.teacher.weights.display().to_string())
+}
+
+/// t_init, by default the published one of the family.
+fn initial_timestep(spec: &RunSpec, process: &ForwardProcess) -> u32 {
+    let published = if *process == ForwardProcess::Flow { 999 } else { 625 };
+    spec.generator.initial_timestep.unwrap_or(published)
+}
+
+/// Times of the generator's steps on a process.
+pub fn times(spec: &RunSpec, process: &ForwardProcess) -> Vec<f64> {
+    match process {
+        ForwardProcess::Edm { .. } => spec.generator.sigmas.clone(),
+        ForwardProcess::Ddpm { .. } => ddpm_times(initial_timestep(spec, process), spec.generator.steps),
+        ForwardProcess::Flow => flow_times(initial_timestep(spec, process), spec.generator.steps),
     }
 }
 
 /// Laws of the times of the fake-score phase and of the generator phase.
-fn time_laws(spec: &RunSpec) -> [TimeLaw; 2] {
+fn time_laws(spec: &RunSpec, process: &ForwardProcess) -> [TimeLaw; 2] {
     let d = &spec.distillation;
-    if spec.teacher.model.is_some() {
-        let [first, last] = d.timesteps.map(i64::from);
-        return [TimeLaw::Uniform { first, last }; 2];
+    match process {
+        ForwardProcess::Edm { .. } => [
+            TimeLaw::LogNormal { mean: d.fake_score_noise.mean, std: d.fake_score_noise.std },
+            TimeLaw::Karras {
+                sigma_min: d.generator_noise.sigma_min,
+                sigma_max: d.generator_noise.sigma_max,
+                rho: d.generator_noise.rho,
+                u_max: d.generator_noise.u_max,
+            },
+        ],
+        ForwardProcess::Ddpm { .. } => {
+            let [first, last] = d.timesteps.map(i64::from);
+            [TimeLaw::Uniform { first, last }; 2]
+        }
+        ForwardProcess::Flow => [TimeLaw::SID_DIT; 2],
     }
-    [
-        TimeLaw::LogNormal { mean: d.fake_score_noise.mean, std: d.fake_score_noise.std },
-        TimeLaw::Karras {
-            sigma_min: d.generator_noise.sigma_min,
-            sigma_max: d.generator_noise.sigma_max,
-            rho: d.generator_noise.rho,
-            u_max: d.generator_noise.u_max,
-        },
-    ]
 }
 
-/// What decides a micro-batch besides the networks.
-pub fn settings(spec: &RunSpec, device: Device) -> Settings {
-    let [fake_score_times, generator_times] = time_laws(spec);
+/// What decides a micro-batch besides the networks, for a teacher on this process.
+pub fn settings(spec: &RunSpec, process: &ForwardProcess, device: Device) -> Settings {
+    let [fake_score_times, generator_times] = time_laws(spec, process);
     let (d, [fake_score_training, fake_score, teacher]) = (&spec.distillation, spec.guidance.scales());
     Settings {
         seed: d.seed,
         micro_batch: d.micro_batch.into(),
-        times: times(spec),
+        times: times(spec, process),
         matching: match spec.generator.matching {
             spec::Matching::UniformStep => Matching::OneStep { weights: spec.generator.weights() },
             spec::Matching::FinalStep => Matching::FinalStep,
@@ -274,25 +278,38 @@ pub fn settings(spec: &RunSpec, device: Device) -> Settings {
         weighting: match d.weighting {
             spec::Weighting::ScoreIdentity => Weighting::ScoreIdentity,
             spec::Weighting::OneMinusT => Weighting::OneMinusT,
+            spec::Weighting::OneMinusTSquared => Weighting::OneMinusTSquared,
+            spec::Weighting::InverseT => Weighting::InverseT,
+            spec::Weighting::InverseTSquared => Weighting::InverseTSquared,
             spec::Weighting::Snr => Weighting::Snr,
             spec::Weighting::SqrtSnr => Weighting::SqrtSnr,
         },
+        score_identity_weight: d.score_identity_weight,
         fake_score_times,
         generator_times,
         guidance: Guidance {
             fake_score_training,
             fake_score,
             teacher,
-            condition_dropout: spec.guidance.condition_dropout,
+            condition_dropout: spec.guidance.dropout(*process == ForwardProcess::Flow),
         },
+        augmentation: d.augmentation.map(|probability| Augmentation { probability }),
         adversarial: spec.adversarial.as_ref().map(|a| Adversarial {
-            score_identity_weight: a.score_identity_weight,
+            scaling: match a.scaling {
+                spec::Scaling::Sida => Scaling::Sida,
+                spec::Scaling::SidDit => Scaling::SidDit,
+            },
             generator_weight: a.generator_weight,
             discriminator_weight: a.discriminator_weight,
-            start_iteration: a.start_images.div_ceil(d.global_batch.into()),
             approximate_r1: a.approximate_r1,
             approximate_r1_sigma: a.approximate_r1_sigma,
         }),
+        schedule: Schedule {
+            global_batch: d.global_batch.into(),
+            generator_start_images: d.generator_start_images,
+            join_images: spec.adversarial.as_ref().and_then(|a| a.join_images),
+            fake_score_updates: d.fake_score_updates.into(),
+        },
         training_mode: if d.dropout { Mode::Train } else { Mode::Eval },
         device,
     }

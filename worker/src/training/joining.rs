@@ -31,7 +31,7 @@ pub(super) fn join(
         .rsplit_once(':')
         .and_then(|(h, p)| Some((h.to_owned(), p.parse::<u16>().ok()?)))
         .with_context(|| format!("{:?} is not host:port", assignment.store_address))?;
-    let backend = match job.settings.device {
+    let backend = match job.recipe.settings.device {
         Device::Cuda(device) => Backend::Nccl { device },
         _ => Backend::Gloo { host: host.to_owned() },
     };

@@ -4,15 +4,18 @@ mod iteration;
 mod job;
 mod joining;
 mod reduction;
-
-use std::time::Duration;
-
 #[cfg(test)]
-pub use self::job::settings;
-use self::joining::{join, obtain_state};
-pub use self::{
-    job::{Inputs, Job, times},
-    reduction::Reduction,
+mod replay;
+pub mod step;
+
+use std::{sync::Arc, time::Duration};
+
+pub use self::job::{Inputs, Job, times};
+#[cfg(test)]
+pub use self::{job::settings, step::Recipe};
+use self::{
+    joining::{join, obtain_state},
+    step::Trainer,
 };
 use crate::{
     checkpoint::{self, Save, Share},
@@ -23,11 +26,10 @@ use crate::{
     session::Session,
     transfer,
 };
-use potstill_c10d::ProcessGroup;
 use potstill_distill::state::State;
 use potstill_models::Denoiser;
 use potstill_proto::{
-    cursor::{Cursor, Phase},
+    cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker},
     wire::{EvaluationReport, ShardFailed, Subject},
 };
@@ -86,13 +88,17 @@ struct Member<'a> {
     job: &'a Job,
     session: &'a mut Session,
     assignment: &'a Assignment,
-    group: ProcessGroup,
-    fake_score: Reduction,
-    generator: Reduction,
-    /// Views of the fake score for the generator phase.
-    frozen_fake_score: Box<dyn Denoiser>,
+    trainer: Trainer<'a>,
     saving: &'a mut Option<Save>,
     non_finite_streak: u32,
+}
+
+/// Leaves a generation when the coordinator wants that.
+fn heed(session: &mut Session, generation: Generation) -> Result<(), Interruption> {
+    match session.orders()?.interruption(generation) {
+        Some(reason) => Err(Interruption::Left(reason)),
+        None => Ok(()),
+    }
 }
 
 /// Takes part in the assigned generation until it is over. `holding` keeps the state whatever happens, `saving` the newest save,
@@ -150,19 +156,17 @@ fn take_part(
     session.progress.set_loaded(assignment.generation, cursor);
     holding.cursor = cursor;
     let state = holding.state.insert(state);
-    let networks = [state.fake_score.network(), state.generator.network()];
-    let [fake_score, generator] = Reduction::of(networks, state.layout().slice, &group)?;
-    let mut member = Member {
-        fake_score,
-        generator,
-        frozen_fake_score: state.fake_score.network().frozen(),
-        job,
-        session,
-        assignment,
+    let (progress, draws) = (Arc::clone(&session.progress), job.draws());
+    let trainer = Trainer::new(
+        &job.recipe,
+        job.teacher.as_ref(),
+        &draws,
         group,
-        saving,
-        non_finite_streak: 0,
-    };
+        assignment.micro_batches.indices(),
+        &progress,
+        state,
+    )?;
+    let mut member = Member { job, session, assignment, trainer, saving, non_finite_streak: 0 };
     member.work(state, &mut holding.cursor)
 }
 
@@ -212,15 +216,6 @@ impl Member<'_> {
         }
     }
 
-    /// Leaves when the coordinator wants that.
-    fn heed(&mut self) -> Result<(), Interruption> {
-        let generation = self.assignment.generation;
-        match self.session.orders()?.interruption(generation) {
-            Some(reason) => Err(Interruption::Left(reason)),
-            None => Ok(()),
-        }
-    }
-
     /// Starts to save this rank's share. At most one save is under way, so that memory is bounded: where the one before still
     /// is, this one is given up, and training goes on.
     fn save(&mut self, state: &State, iteration: u64) {
@@ -257,12 +252,13 @@ impl Member<'_> {
     }
 
     fn student<'s>(&'s self, generator: &'s dyn Denoiser) -> Sampler<'s> {
-        Sampler::Student { generator, times: &self.job.settings.times }
+        Sampler::Student { generator, times: &self.job.recipe.settings.times }
     }
 
     /// G_ema, whoever holds its elements.
     fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
-        let average = self.session.progress.while_waiting(|| transfer::gather_average(&self.group, state))?;
+        let average =
+            self.session.progress.while_waiting(|| transfer::gather_average(&self.trainer.group, state))?;
         Ok(state.generator_ema(average))
     }
 
@@ -278,7 +274,7 @@ impl Member<'_> {
         };
         self.session.progress.set_activity(activity);
         let progress = &self.session.progress;
-        let scores = evaluator.score(sampler, &self.group, |what| {
+        let scores = evaluator.score(sampler, &self.trainer.group, |what| {
             progress.set_waiting(what == Scoring::Gather);
         });
         progress.set_waiting(false);
@@ -291,7 +287,7 @@ impl Member<'_> {
                 scores: Some(scores),
             }));
         }
-        self.heed()
+        heed(self.session, self.assignment.generation)
     }
 
     /// Writes `samples.png`: teacher above student, same noise, same classes.
