@@ -74,6 +74,8 @@ impl Root {
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        // The client of the clouds takes the process's own; an error says that there is one already.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
         let scheme = url.scheme();
         // object_store knows more schemes, but some of them name the place in parts that `url` leaves out.
