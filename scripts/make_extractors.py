@@ -78,7 +78,18 @@ class Inception(nn.Module):
         return features, logits
 
 
-def inception(weights: Path, half_pixel: bool) -> torch.jit.ScriptModule:
+class Features(nn.Module):
+    """Images in [-1, 1] → features alone."""
+
+    def __init__(self, both: nn.Module) -> None:
+        super().__init__()
+        self.both = both
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.both(images)[0]
+
+
+def inception(weights: Path, half_pixel: bool, features_only: bool) -> torch.jit.ScriptModule:
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as package
     except ImportError as error:
@@ -105,7 +116,8 @@ def inception(weights: Path, half_pixel: bool) -> torch.jit.ScriptModule:
     ):
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(network, torch.zeros(2, 3, INCEPTION_SIDE, INCEPTION_SIDE), check_trace=False)
-    return torch.jit.script(Inception(traced, half_pixel).eval())
+    both = Inception(traced, half_pixel)
+    return torch.jit.script((Features(both) if features_only else both).eval())
 
 
 class Clip(nn.Module):
@@ -188,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     of_inception.add_argument("--resize", choices=["tensorflow", "pytorch"], default="tensorflow",
                               help="how images become 299x299: as TensorFlow 1, EDM and torch-fidelity do it (default), or as "
                                    "pytorch-fid does")
+    of_inception.add_argument("--features-only", action="store_true",
+                              help="leave the 1,008 logits out: for teachers with classes of their own")
     of_clip = kinds.add_parser("clip", help="CLIP, for evaluation.clip")
     of_clip.add_argument("--model", type=Path, required=True, metavar="DIR",
                          help="folder with a CLIPModel: config.json and weights")
@@ -204,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments.out.parent.is_dir():
             raise BadInput(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
         if arguments.kind == "inception":
-            module = inception(arguments.weights, arguments.resize == "pytorch")
+            module = inception(arguments.weights, arguments.resize == "pytorch", arguments.features_only)
         else:
             module = clip(arguments.model, arguments.prefix, arguments.tokens, arguments.image_size)
         save(module, arguments.out)

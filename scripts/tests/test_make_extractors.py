@@ -75,13 +75,15 @@ class Inception(Case):
     def test_features_and_logits_are_the_packages_for_any_number_and_size_of_images(self) -> None:
         network = self.network()
         made = self.make("inception", "--weights", str(self.folder / "weights.pth"))
-        half_pixel = self.make("inception", "--weights", str(self.folder / "weights.pth"), "--resize", "pytorch")
+        more = ["--resize", "pytorch", "--features-only"]
+        half_pixel = self.make("inception", "--weights", str(self.folder / "weights.pth"), *more)
         for count, height, width in [(1, 32, 32), (3, 64, 48), (2, 299, 299)]:
             images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
             with torch.no_grad():
                 found = made(images / 127.5 - 1)
                 expected = network(images)
-                other = half_pixel(images / 127.5 - 1)[0]
+                other = half_pixel(images / 127.5 - 1)
+            self.assertEqual(other.shape, (count, 2048))
             self.assertEqual([x.shape for x in found], [(count, 2048), (count, 1008)])
             for a, b in zip(found, expected):
                 self.close(a, b)
