@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
+    time::Duration,
 };
 
-use potstill_tests::{Cluster, binary, repository, text};
+use nix::sys::signal::Signal;
+use potstill_tests::{Cluster, Process, binary, repository, text};
 use serde_json::Value;
 
 fn evaluate(arguments: &[&str]) -> Output {
@@ -107,12 +109,16 @@ fn what_cannot_be_scored_is_refused() {
     refused(&["--teacher", &teacher, "--neighbours", "100"], &["--samples 100", "--neighbours 100"]);
 }
 
-/// `evaluate` of the shapes, a text-to-image teacher.
+/// `evaluate` of the shapes, a text-to-image teacher, on its own prompts.
 fn shapes(clip: &Path, more: &[&str]) -> Output {
+    shapes_on(&repository().join("configs/shapes/prompts.jsonl"), clip, more)
+}
+
+fn shapes_on(prompts: &Path, clip: &Path, more: &[&str]) -> Output {
     let shapes = repository().join("configs/shapes");
     Command::new(binary("potstill"))
         .args(["evaluate", "--teacher-guidance", "2", "--json", "--teacher"])
-        .args([shapes.join("model"), "--prompts".into(), shapes.join("prompts.jsonl")])
+        .args([&shapes.join("model"), Path::new("--prompts"), prompts])
         .args([Path::new("--features"), &shapes.join("features.pt"), Path::new("--clip"), clip])
         .args([Path::new("--reference"), &shapes.join("shapes.safetensors")])
         .args(more)
@@ -259,4 +265,274 @@ fn an_extractor_of_another_shape_is_refused() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let scores: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(scores["fid"].as_f64().is_some() && scores["agreement"].is_null(), "{scores}");
+}
+
+/// The scores that must be the same bit for bit, as JSON writes them: all digits that tell two numbers apart.
+fn bits(scores: &Value) -> Vec<String> {
+    ["fid", "precision", "recall", "agreement", "diversity", "samples", "seed"]
+        .map(|name| scores[name].to_string())
+        .to_vec()
+}
+
+/// The chunks below a folder of kept ones, and its sub-folders.
+fn kept(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let list = |folder: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path()).collect()
+    };
+    let evaluations = list(folder);
+    let chunks = evaluations.iter().flat_map(|evaluation| list(evaluation));
+    (chunks.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect(), evaluations)
+}
+
+#[test]
+fn an_evaluation_that_is_killed_goes_on_where_it_was_with_the_same_scores() {
+    let folder = tempfile::tempdir().unwrap();
+    let digits = repository().join("configs/digits");
+    let command = |workers: &str, resume: Option<&Path>, seed: &str| {
+        let mut command = Command::new(binary("potstill"));
+        command
+            .args(["evaluate", "--samples", "1150", "--teacher-steps", "10", "--json", "--threads", "1"])
+            .args(["--seed", seed])
+            .args(["--workers", workers])
+            .args([Path::new("--teacher"), &digits.join("teacher.safetensors")])
+            .args([Path::new("--features"), &digits.join("features.pt")])
+            .args([Path::new("--reference"), &digits.join("digits.safetensors")])
+            .args(resume.into_iter().flat_map(|folder| [Path::new("--resume-dir"), folder]));
+        command
+    };
+    let scored = |mut command: Command| -> (Value, String) {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        (serde_json::from_slice(&output.stdout).unwrap(), text(&output.stderr))
+    };
+    let (undisturbed, _) = scored(command("1", None, "7"));
+
+    // Killed twice, each time with another number of workers, when it has made a few more of the twelve chunks.
+    let resume = folder.path().join("kept");
+    let mut before = 0;
+    for workers in ["2", "1"] {
+        let process = Process::start(command(workers, Some(&resume), "7"));
+        while kept(&resume).0.len() < before + 2 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        process.signal(Signal::SIGKILL);
+        // Whoever it had started is gone as well when the log is closed.
+        let (code, log) = process.end();
+        assert_eq!(code, None, "{log}");
+        assert_eq!(log.contains("going on"), before > 0, "{log}");
+        before = kept(&resume).0.len();
+        assert!(before < 12, "there is something left to make");
+    }
+    let (scores, said) = scored(command("2", Some(&resume), "7"));
+    assert!(said.contains("going on"), "{said}");
+    assert_eq!(bits(&scores), bits(&undisturbed));
+    assert!(scores["images_per_second"].as_f64().unwrap() > 0.0);
+    let (chunks, evaluations) = kept(&resume);
+    assert_eq!((chunks.len(), evaluations.len()), (12, 1));
+
+    // Everything is there: nothing is sampled, so nothing is said about its speed.
+    let (again, said) = scored(command("1", Some(&resume), "7"));
+    assert!(said.contains("1150 of 1150"), "{said}");
+    assert_eq!(bits(&again), bits(&undisturbed));
+    assert!(again["images_per_second"].is_null());
+
+    // Another evaluation has a sub-folder of its own.
+    let (other, said) = scored(command("1", Some(&resume), "5"));
+    assert!(!said.contains("going on"), "{said}");
+    assert_ne!(other["fid"], undisturbed["fid"]);
+    let (chunks, evaluations) = kept(&resume);
+    assert_eq!((chunks.len(), evaluations.len()), (24, 2));
+
+    // What is damaged is named.
+    for damaged in chunks.iter().filter(|path| path.ends_with("000004.safetensors")) {
+        std::fs::write(damaged, b"damaged").unwrap();
+    }
+    let output = command("1", Some(&resume), "7").output().unwrap();
+    let message = text(&output.stderr);
+    assert!(!output.status.success() && message.contains("000004.safetensors is damaged"), "{message}");
+}
+
+/// The moments of features that `potstill evaluate` saved, as EDM and pytorch-fid keep them, and files that hold none.
+const MOMENTS: &str = "
+import sys
+import numpy as np
+from safetensors.numpy import load_file
+
+features = load_file(sys.argv[1])['features'].astype(np.float64)
+mu, sigma = features.mean(0), np.cov(features, rowvar=False)
+folder = sys.argv[2]
+np.savez(f'{folder}/stored.npz', mu=mu, sigma=sigma)
+np.savez_compressed(f'{folder}/compressed.npz', mu=mu, sigma=sigma)
+np.savez(f'{folder}/fortran.npz', mu=mu, sigma=np.asfortranarray(sigma))
+np.savez(f'{folder}/lacks.npz', mu=mu, cov=sigma)
+np.savez(f'{folder}/narrow.npz', mu=mu[:3], sigma=sigma[:3, :3])
+np.savez(f'{folder}/whole.npz', mu=mu, sigma=np.ones_like(sigma, dtype=np.int64))
+";
+
+#[test]
+fn moments_give_fid_and_nothing_that_needs_features() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let file = |name: &str| repository().join("configs/digits").join(name).display().to_string();
+    let evaluate = |reference: &str, more: &[&str]| {
+        Command::new(binary("potstill"))
+            .args(["evaluate", "--teacher", &file("teacher.safetensors"), "--features", &file("features.pt")])
+            .args(["--samples", "100", "--teacher-steps", "2", "--reference", reference])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let value = |output: &Output| -> Value {
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let saved = path("features.safetensors");
+    let whole = value(&evaluate(&file("digits.safetensors"), &["--json", "--save-statistics", &saved]));
+    let script = folder.path().join("moments.py");
+    std::fs::write(&script, MOMENTS).unwrap();
+    let python = repository().join(".venv/bin/python");
+    let made = Command::new(python).arg(script).arg(&saved).arg(folder.path()).output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    for name in ["stored.npz", "compressed.npz", "fortran.npz"] {
+        let scores = value(&evaluate(&path(name), &["--json"]));
+        let [found, expected] = [&scores, &whole].map(|scores| scores["fid"].as_f64().unwrap());
+        assert!((found - expected).abs() <= 1e-6 * expected, "{name}: {found} {expected}");
+        assert!(scores["precision"].is_null() && scores["recall"].is_null(), "{scores}");
+        assert_eq!((&scores["agreement"], &scores["diversity"]), (&whole["agreement"], &whole["diversity"]));
+    }
+    let table = text(&evaluate(&path("stored.npz"), &[]).stdout);
+    for name in ["precision", "recall"] {
+        let row = table.lines().find(|line| line.trim_start().starts_with(name)).unwrap();
+        assert!(row.ends_with('–'), "{table}");
+    }
+    for (name, says) in [
+        ("lacks.npz", vec!["lacks.npz", "has no array `sigma`", "\"cov\""]),
+        ("narrow.npz", vec!["`mu` has shape [3]", "the extractor's"]),
+        ("whole.npz", vec!["`sigma` holds numbers of kind", "fp64 or fp32"]),
+    ] {
+        let output = evaluate(&path(name), &[]);
+        let message = text(&output.stderr);
+        assert!(
+            !output.status.success() && says.iter().all(|word| message.contains(word)),
+            "{name}: {message}"
+        );
+    }
+    let output = evaluate(&path("stored.npz"), &["--save-statistics", &path("x.safetensors")]);
+    assert!(text(&output.stderr).contains("moments only"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_run_compared_with_moments_says_nothing_about_recall() {
+    let cluster = Cluster::default();
+    let digits = repository().join("configs/digits");
+    let moments = cluster.storage().join("moments.npz");
+    // No digit has such features; it is about what is said, not about how good it is.
+    let script = "import sys, numpy as np; n = int(sys.argv[2]); np.savez(sys.argv[1], mu=np.zeros(n), sigma=np.eye(n))";
+    let width = "import sys, torch; print(torch.jit.load(sys.argv[1])(torch.zeros(1, 1, 8, 8))[0].shape[1])";
+    let python = |arguments: &[&Path]| {
+        let output = Command::new(repository().join(".venv/bin/python")).arg("-c").args(arguments).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout).trim().to_owned()
+    };
+    let width = python(&[Path::new(width), &digits.join("features.pt")]);
+    python(&[Path::new(script), &moments, Path::new(&width)]);
+    let reference = format!("evaluation.reference={}", moments.display());
+    let output =
+        cluster.launch("moments", 1, &["distillation.iterations=1", &reference], &[]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let summary = cluster.summary("moments");
+    assert!(summary["student"]["fid"].is_f64(), "{summary}");
+    assert!(summary["student"]["recall"].is_null() && summary["teacher"]["precision"].is_null(), "{summary}");
+    assert!(!text(&output.stderr).contains("NaN"), "{}", text(&output.stderr));
+    let table = text(&output.stdout);
+    assert!(table.lines().any(|line| line.contains("recall") && line.contains('–')), "{table}");
+    let rows = cluster.metrics("moments");
+    let scores: Vec<&Value> =
+        rows.iter().filter(|row| row["kind"] == "evaluation").map(|row| &row["scores"]).collect();
+    assert!(!scores.is_empty() && scores.iter().all(|scores| scores["recall"].is_null()));
+    let mut report = Command::new(binary("potstill"));
+    report.args(["report", "moments", "--require", "student.recall>=0", "--storage"]).arg(cluster.storage());
+    let output = report.output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("student.recall was not measured"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn images_are_scored_in_the_size_that_the_protocol_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("make.py");
+    std::fs::write(&script, EXTRACTORS).unwrap();
+    let python = repository().join(".venv/bin/python");
+    let made = Command::new(python).arg(&script).arg(folder.path()).output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let file = |name: &str| repository().join("configs/digits").join(name).display().to_string();
+    let features = folder.path().join("Flat.pt").display().to_string();
+    let digits = file("digits.safetensors");
+    let evaluate = |reference: &str, more: &[&str]| {
+        Command::new(binary("potstill"))
+            .args(["evaluate", "--teacher", &file("teacher.safetensors"), "--features", &features])
+            .args(["--samples", "50", "--teacher-steps", "2", "--json", "--reference", reference])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let fid = |reference: &str, more: &[&str]| {
+        let output = evaluate(reference, more);
+        assert!(output.status.success(), "{more:?}: {}", text(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["fid"].as_f64().unwrap()
+    };
+    let [small, patch] = ["small", "patch"]
+        .map(|name| folder.path().join(name).with_extension("safetensors").display().to_string());
+    let width = |name: &str| -> usize {
+        let bytes = std::fs::read(name).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        tensors.tensor("features").unwrap().shape()[1]
+    };
+    let resized = ["--images", "resized", "--image-size", "5"];
+    let of_patch = ["--images", "patch", "--image-size", "6"];
+    let one = fid(&digits, &[&resized[..], &["--save-statistics", &small]].concat());
+    let two = fid(&digits, &[&of_patch[..], &["--save-statistics", &patch]].concat());
+    assert_eq!((width(&small), width(&patch)), (25, 36), "the extractor sees images of that size");
+    assert!(one != two && one > 0.0);
+    // What they hold belongs to one protocol.
+    assert!((fid(&small, &resized) - one).abs() <= 1e-9 * one);
+    for (reference, more, says) in [
+        (&small, vec![], vec!["images resized to 5", "as-made"]),
+        (&small, of_patch.to_vec(), vec!["resized to 5", "patch of 6"]),
+        (&digits, vec!["--images", "resized"], vec!["evaluation.image_size"]),
+        (&digits, vec!["--image-size", "5"], vec!["as-made", "changes no size"]),
+        (&digits, vec!["--images", "patch"], vec!["299×299", "8×8"]),
+    ] {
+        let output = evaluate(reference, &more);
+        let message = text(&output.stderr);
+        let refused = !output.status.success() && says.iter().all(|word| message.contains(word));
+        assert!(refused, "{more:?}: {message}");
+    }
+}
+
+#[test]
+fn each_caption_can_have_one_image() {
+    let clip = repository().join("tests/fixtures/clip_shapes.pt");
+    let folder = tempfile::tempdir().unwrap();
+    let captions = folder.path().join("captions.jsonl");
+    let line = |colour: &str| format!("{{\"caption\": \"a {colour} circle\", \"label\": 0}}\n");
+    std::fs::write(&captions, ["red", "green", "blue", "yellow"].map(line).concat()).unwrap();
+    let own = repository().join("configs/shapes/prompts.jsonl");
+    let score = |prompts: &Path, samples: &str, more: &[&str]| {
+        let fixed = ["--samples", samples, "--teacher-steps", "4", "--threads", "1"];
+        let output = shapes_on(prompts, &clip, &[&fixed, more].concat());
+        assert!(output.status.success(), "{more:?}: {}", text(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let one_each = score(&own, "48", &["--samples-per-prompt", "1"]);
+    assert!(one_each["diversity"].is_null() && one_each["fid"].is_f64(), "{one_each}");
+    assert!(one_each["agreement"].is_f64() && one_each["clip_score"].is_f64(), "{one_each}");
+    assert!(score(&own, "48", &["--samples-per-prompt", "2"])["diversity"].is_f64());
+    // Fewer captions than samples: they go round, and there are pairs.
+    let circles = score(&captions, "24", &["--prompts-column", "caption", "--samples-per-prompt", "1"]);
+    assert!(circles["diversity"].is_f64(), "{circles}");
+    let output = shapes_on(&captions, &clip, &["--samples", "24"]);
+    let message = text(&output.stderr);
+    assert!(message.contains("\"prompt\"") && message.contains("--prompts-column"), "{message}");
 }

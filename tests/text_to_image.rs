@@ -402,6 +402,62 @@ fn a_run_is_scored_with_clip_where_it_names_one() {
 }
 
 #[test]
+fn a_run_is_scored_on_prompts_of_its_own() {
+    let studio = Studio::new("sdxl");
+    let file = |key: &str, path: &str| format!("evaluation.{key}={}", repository().join(path).display());
+    let features = file("features", "configs/shapes/features.pt");
+    let reference = file("reference", "configs/shapes/shapes.safetensors");
+    let clip = file("clip", "tests/fixtures/clip_tiny.pt");
+    let captions = "{\"caption\": \"a blue circle\"}\n{\"caption\": \"two red squares\"}\n";
+    std::fs::write(studio.path("captions.jsonl"), captions).unwrap();
+    std::fs::write(studio.path("captions.txt"), "a blue circle\ntwo red squares\n").unwrap();
+    let common = [
+        "distillation.iterations=1",
+        "evaluation.samples=24",
+        "evaluation.collapse_share=0.0",
+        &features,
+        &reference,
+        &clip,
+    ];
+    let run = |name: &str, more: &[&str]| {
+        studio.succeed(name, 1, &[&common[..], more].concat(), &[]);
+        studio.cluster.summary(name)
+    };
+    // A relative path counts from the run file. The teacher is the same whatever is trained on.
+    let of_captions = ["evaluation.prompts=captions.jsonl", "evaluation.prompts_column=caption"];
+    let scored = run("captions", &of_captions);
+    let trained = run("trained-on-captions", &["prompts.data=captions.txt"]);
+    let usual = run("usual", &[]);
+    let names = ["fid", "diversity", "clip_score"];
+    for name in names {
+        assert_eq!(scored["teacher"][name], trained["teacher"][name], "{name}");
+        assert_ne!(scored["teacher"][name], usual["teacher"][name], "{name}");
+    }
+    // Training draws from prompts.data all the same.
+    studio.assert_close("captions", "usual", 1, 1e-6);
+    let cached = run("cached", &[&of_captions[..], &["prompts.cache=embeddings"]].concat());
+    for name in names {
+        let [one, other] = [&scored, &cached].map(|summary| summary["student"][name].as_f64().unwrap());
+        assert!((one - other).abs() <= 1e-4 * one.abs(), "{name}: {one} {other}");
+    }
+    assert_eq!(std::fs::read_dir(studio.path("embeddings")).unwrap().count(), 2, "one for each file");
+    // One image for each of two captions.
+    let few = ["evaluation.samples_per_prompt=1", "evaluation.samples=2", "evaluation.neighbours=1"];
+    let summary = run("one-each", &[&of_captions[..], &few].concat());
+    assert!(summary["student"]["diversity"].is_null() && summary["student"]["fid"].is_f64(), "{summary}");
+
+    for (sets, says) in [
+        (vec!["evaluation.prompts=/nowhere/captions.txt"], "evaluation.prompts /nowhere/captions.txt"),
+        (vec!["evaluation.prompts=captions.jsonl"], "evaluation.prompts_column"),
+        (vec!["evaluation.prompts_column=caption"], "evaluation.prompts_column"),
+        (vec!["evaluation.images=resized"], "evaluation.image_size"),
+    ] {
+        let message = studio.refused(&sets);
+        assert!(message.contains(says), "{says:?} is not in: {message}");
+    }
+}
+
+#[test]
 fn wrong_input_is_named_before_anything_is_written() {
     let studio = Studio::new("sdxl");
     let says = |message: String, words: &[&str]| {

@@ -514,10 +514,24 @@ pub struct EvaluationSpec {
     pub samples: u32,
     /// Decides the evaluation's noise and conditions.
     pub seed: u64,
+    /// Prompts to score a text-to-image model on, such as COCO's captions: a file in one of the forms of `prompts.data`, as a
+    /// path relative to the file that names it, or a URL. By default those of `prompts.data`.
+    pub prompts: Option<String>,
+    /// Column of these prompts in JSONL and Parquet; by default `prompts.column`.
+    pub prompts_column: Option<String>,
+    /// How many samples each prompt gets at least, where there are enough prompts: `samples` divided by this many prompts are
+    /// used. COCO's protocol has 1; diversity, which is measured among samples of one prompt, needs 2.
+    pub samples_per_prompt: u32,
+    /// What happens to samples and real images before they are compared.
+    pub images: ImageTreatment,
+    /// Height and width for `images`, in pixels: `resized` needs one (256 for FID on COCO); `patch` has 299, Inception's own, by
+    /// default; `as-made` takes none.
+    pub image_size: Option<u32>,
     /// TorchScript extractor: images in [−1, 1] → (features [N, D], logits [N, classes]). Without one nothing is scored.
     pub features: Option<PathBuf>,
     /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel range
-    /// in its metadata.
+    /// in its metadata, a folder, or a tar; features that `potstill evaluate --save-statistics` wrote; or an `.npz` file with the
+    /// moments `mu` and `sigma`, which give FID but neither precision nor recall.
     pub reference: Option<PathBuf>,
     /// TorchScript CLIP, for text-to-image models: images in [−1, 1] and the prompts' tokens, int64 [N, tokens], of the model's first
     /// tokenizer → (image embeddings [N, D], text embeddings [N, D]). With one there is a CLIP score.
@@ -539,6 +553,11 @@ impl Default for EvaluationSpec {
             every: 0,
             samples: 2000,
             seed: 1_000_000_007,
+            prompts: None,
+            prompts_column: None,
+            samples_per_prompt: 10,
+            images: ImageTreatment::AsMade,
+            image_size: None,
             features: None,
             reference: None,
             clip: None,
@@ -546,6 +565,68 @@ impl Default for EvaluationSpec {
             teacher_guidance: 7.5,
             neighbours: 3,
             collapse_share: 0.25,
+        }
+    }
+}
+
+/// What happens to images before they are scored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageTreatment {
+    /// Nothing: the extractor sees them as they are.
+    #[default]
+    AsMade,
+    /// The largest square in their middle is resized to `image_size` with an antialiased Lanczos filter on 8 bits, as Pillow
+    /// does: FID on COCO (GigaGAN, 2303.05511, and after it SiD-LSG, 2406.01561).
+    Resized,
+    /// A square of `image_size` is cut out of their middle at full resolution: patch FID (SDXL-Lightning, 2402.13929).
+    Patch,
+}
+
+/// An [`ImageTreatment`] with its size in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// See [`ImageTreatment::AsMade`].
+    AsMade,
+    /// See [`ImageTreatment::Resized`].
+    Resized(u32),
+    /// See [`ImageTreatment::Patch`].
+    Patch(u32),
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AsMade => f.write_str("as-made"),
+            Self::Resized(size) => write!(f, "resized to {size}"),
+            Self::Patch(size) => write!(f, "patch of {size}"),
+        }
+    }
+}
+
+/// Side of the patches that patch FID is measured on, in pixels: the size of Inception's input.
+const PATCH: u32 = 299;
+
+impl EvaluationSpec {
+    /// What happens to images, with its size.
+    ///
+    /// # Errors
+    /// The size is missing, or not wanted, or 0.
+    pub fn protocol(&self) -> Result<Protocol, String> {
+        match (self.images, self.image_size) {
+            (_, Some(0)) => Err("evaluation.image_size is 0; it must be at least 1".into()),
+            (ImageTreatment::AsMade, None) => Ok(Protocol::AsMade),
+            (ImageTreatment::AsMade, Some(size)) => Err(format!(
+                "evaluation.image_size is {size}, but evaluation.images is \"as-made\", which changes no size: set it to \
+                 \"resized\" or \"patch\", or leave the size out"
+            )),
+            (ImageTreatment::Resized, Some(size)) => Ok(Protocol::Resized(size)),
+            (ImageTreatment::Resized, None) => {
+                Err("evaluation.images is \"resized\": say to what height and width with \
+                                                    evaluation.image_size"
+                    .into())
+            }
+            (ImageTreatment::Patch, size) => Ok(Protocol::Patch(size.unwrap_or(PATCH))),
         }
     }
 }
@@ -658,6 +739,9 @@ impl RunSpec {
         if let Some(prompts) = &mut spec.prompts {
             from_folder(&mut prompts.data);
             prompts.cache = prompts.cache.take().map(|cache| folder.join(cache));
+        }
+        if let Some(prompts) = &mut spec.evaluation.prompts {
+            from_folder(prompts);
         }
         // A name that is no folder here is one of the hub.
         if let Some(model) = &mut spec.teacher.model
@@ -933,6 +1017,26 @@ impl RunSpec {
             e.clip.is_none() || self.teacher.model.is_some(),
             "evaluation.clip is for text-to-image models: it compares images with their prompts".into(),
         );
+        require(
+            e.prompts.is_none() || self.teacher.model.is_some(),
+            "evaluation.prompts is for text-to-image models: others take none".into(),
+        );
+        require(
+            e.prompts.as_ref().is_none_or(|prompts| !prompts.is_empty()),
+            "evaluation.prompts is empty: name a file with prompts, or leave it out".into(),
+        );
+        require(
+            e.prompts_column.is_none() || e.prompts.is_some(),
+            "evaluation.prompts_column is the column of evaluation.prompts, which is not given; that of prompts.data is \
+             prompts.column"
+                .into(),
+        );
+        require(
+            e.samples_per_prompt >= 1,
+            "evaluation.samples_per_prompt is 0; it must be at least 1".into(),
+        );
+        let protocol = e.protocol();
+        require(protocol.is_ok(), protocol.err().unwrap_or_default());
         require(e.teacher_steps >= 2, "evaluation.teacher_steps must be at least 2".into());
         require(
             e.teacher_guidance.is_finite() && (0.0..=100.0).contains(&e.teacher_guidance),
@@ -1115,5 +1219,48 @@ mod tests {
         std::fs::write(&file, "[teacher]\nweights = 'a/t.safetensors'").unwrap();
         let spec = RunSpec::load(&file, &[]).unwrap();
         assert_eq!(spec.teacher.weights, folder.path().join("a/t.safetensors"));
+
+        let text =
+            "[teacher]\nmodel = 'model'\n[prompts]\ndata = 'p.txt'\n[evaluation]\nprompts = 'coco/val.txt'";
+        std::fs::write(&file, text).unwrap();
+        let prompts = |sets: &[String]| RunSpec::load(&file, sets).unwrap().evaluation.prompts.unwrap();
+        assert_eq!(prompts(&[]), folder.path().join("coco/val.txt").display().to_string());
+        assert_eq!(prompts(&["evaluation.prompts=s3://b/val.txt".into()]), "s3://b/val.txt");
+    }
+
+    #[test]
+    fn the_protocol_of_images_has_the_size_that_it_needs() {
+        let protocol = |images, image_size| {
+            EvaluationSpec { images, image_size, ..EvaluationSpec::default() }.protocol()
+        };
+        use ImageTreatment::{AsMade, Patch, Resized};
+        assert_eq!(protocol(AsMade, None), Ok(Protocol::AsMade));
+        assert_eq!(protocol(Resized, Some(256)), Ok(Protocol::Resized(256)));
+        assert_eq!(protocol(Patch, None), Ok(Protocol::Patch(299)));
+        assert_eq!(protocol(Patch, Some(64)), Ok(Protocol::Patch(64)));
+        for (images, size, says) in [
+            (AsMade, Some(256), "\"as-made\", which changes no size"),
+            (Resized, None, "evaluation.image_size"),
+            (Resized, Some(0), "is 0"),
+        ] {
+            let error = protocol(images, size).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn prompts_of_an_evaluation_are_for_models_that_read() {
+        let mut spec = valid();
+        spec.evaluation.prompts = Some("coco.txt".into());
+        spec.evaluation.prompts_column = Some("caption".into());
+        spec.evaluation.samples_per_prompt = 0;
+        spec.evaluation.image_size = Some(256);
+        let error = spec.validate().unwrap_err().to_string();
+        for key in ["evaluation.prompts is for text-to-image", "samples_per_prompt is 0", "image_size is 256"]
+        {
+            assert!(error.contains(key), "{error}");
+        }
+        spec.evaluation = EvaluationSpec { prompts_column: Some("x".into()), ..EvaluationSpec::default() };
+        assert!(spec.validate().unwrap_err().to_string().contains("prompts_column"));
     }
 }

@@ -4,11 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, ensure};
 use potstill_distill::score;
+use potstill_proto::spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{
-    evaluation::{first_line, torch_script},
+    evaluation::{digest_of, first_line, torch_script},
     model::Space,
+    protocol,
 };
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D], text embeddings
@@ -17,19 +19,22 @@ pub struct Clip {
     module: CModule,
     device: Device,
     space: Space,
+    protocol: Protocol,
+    /// SHA-256 of its file.
+    digest: String,
 }
 
 impl Clip {
-    /// Loads it, and tries it on images and prompts of `space`.
+    /// Loads it, and tries it on images and prompts of `space`; `protocol` is what happens to images before it sees them.
     ///
     /// # Errors
     /// Not TorchScript; another signature; a model that knows no texts.
-    pub fn load(path: &Path, space: &Space, device: Device) -> anyhow::Result<Self> {
+    pub fn load(path: &Path, space: &Space, protocol: Protocol, device: Device) -> anyhow::Result<Self> {
         let context = || format!("CLIP {}", path.display());
         ensure!(space.prompts().is_some(), "{}: a CLIP score is for text-to-image models", context());
         let bytes = std::fs::read(path).with_context(context)?;
         let module = torch_script(&bytes, device).with_context(context)?;
-        let clip = Self { module, device, space: space.clone() };
+        let clip = Self { module, device, space: space.clone(), protocol, digest: digest_of(&bytes) };
         let [channels, height, width] = space.image_shape();
         let images = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
         let _trial =
@@ -37,18 +42,19 @@ impl Clip {
         Ok(clip)
     }
 
-    /// Where the scores of all samples go, `[N]`.
-    pub fn zeros(&self, samples: i64) -> Tensor {
-        Tensor::zeros([samples], (Kind::Float, self.device))
+    /// SHA-256 of its file.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 
-    /// The score of each image with the prompt of its number, `[N]`; numbers are int64 `[N]` on the host.
+    /// The score of each image, as made, with the prompt of its number, fp64 `[N]`; numbers are int64 `[N]` on the host.
     ///
     /// # Errors
     /// The module fails, or returns something else than two embeddings of each.
     pub fn scores(&self, images: &Tensor, prompts: &Tensor) -> anyhow::Result<Tensor> {
-        let known = self.space.prompts().context("there are no prompts")?;
+        let known = self.space.evaluation_prompts().context("there are no prompts")?;
         let tokens = known.tokens(&Vec::try_from(prompts)?)?;
+        let images = &protocol::apply(self.protocol, images)?;
         let inputs = [images, &tokens].map(|input| IValue::Tensor(input.to_device(self.device)));
         let output = no_grad(|| self.module.forward_is(&inputs)).map_err(|e| {
             let (images, tokens) = (images.size(), tokens.size());

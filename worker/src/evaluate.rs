@@ -4,29 +4,34 @@
 //! way. The first process is rank 0; it starts the others and prints.
 
 use std::{
-    path::PathBuf,
+    collections::BTreeMap,
+    ffi::OsStr,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
 use potstill_models::Denoiser;
 use potstill_proto::{
-    spec::{EvaluationSpec, PromptsSpec},
+    spec::{EvaluationSpec, ImageTreatment, PromptsSpec},
     wire::Scores,
 };
+use potstill_storage::digest::sha256_of;
 use serde::Serialize;
-use tch::Device;
+use sha2::{Digest, Sha256};
+use tch::{Device, Tensor};
 
 use crate::{
     device::Choice,
     evaluation::{Evaluator, Scoring},
+    kept::Kept,
     lifeline,
-    model::{Model, Space, Wanted, load_network},
-    samples::{CHUNK, Sampler},
+    model::{Model, Prompts, Space, Wanted, load_network},
+    samples::Sampler,
     student::{Source, Student},
 };
 
@@ -45,7 +50,8 @@ pub struct Arguments {
     /// TorchScript extractor: images in [−1, 1] → features [N, D], or (features, logits [N, classes])
     #[arg(long, value_name = "FILE")]
     features: PathBuf,
-    /// Real images (see adversarial.data in a run file for the forms), or statistics of them that --save-statistics wrote
+    /// Real images (see adversarial.data in a run file for the forms), or their features that --save-statistics wrote, or an .npz
+    /// file with their moments `mu` and `sigma`, which give FID but neither precision nor recall
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
     /// TorchScript CLIP, for text-to-image models: images in [−1, 1], tokens int64 [N, tokens] → (image embeddings, text embeddings)
@@ -60,10 +66,23 @@ pub struct Arguments {
     /// k of the k-nearest-neighbour manifolds behind precision and recall
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     neighbours: u32,
-    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column "prompt", and with
+    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column of prompts, and with
     /// "label" for class agreement
     #[arg(long, value_name = "FILE")]
     prompts: Option<String>,
+    /// Column of the prompts in JSONL and Parquet
+    #[arg(long, value_name = "NAME", default_value_t = PromptsSpec::default().column)]
+    prompts_column: String,
+    /// How many samples each prompt gets at least, where there are enough prompts: COCO's protocol has 1. Diversity needs 2
+    #[arg(long, value_name = "N", default_value_t = EvaluationSpec::default().samples_per_prompt,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    samples_per_prompt: u32,
+    /// What happens to samples and real images before they are compared
+    #[arg(long, value_enum, default_value_t)]
+    images: Treatment,
+    /// Height and width for --images, in pixels: 256 for FID on COCO; a patch has 299 by default
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
+    image_size: Option<u32>,
     /// Guidance scale of a text-to-image teacher
     #[arg(long, value_name = "SCALE", default_value_t = EvaluationSpec::default().teacher_guidance)]
     teacher_guidance: f64,
@@ -79,6 +98,11 @@ pub struct Arguments {
     /// Threads of each process [default: the machine's cores divided by the processes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Keep what finished chunks of 100 samples came to below this folder. The same command, killed and started again, goes on where
+    /// it was, with any number of --workers. Each evaluation has a sub-folder of its own, named by a digest of model, extractors,
+    /// prompts, seed, samplers, size and device; another one cannot take its chunks for its own. Delete it when the scores are there
+    #[arg(long, value_name = "FOLDER")]
+    resume_dir: Option<PathBuf>,
     /// Write the reference's features to this file, which can be given as --reference from then on
     #[arg(long, value_name = "FILE")]
     save_statistics: Option<PathBuf>,
@@ -88,6 +112,51 @@ pub struct Arguments {
     /// Set for the processes that the first one starts: rank, and port of its store
     #[arg(long, hide = true, num_args = 2, value_names = ["RANK", "PORT"])]
     join: Option<Vec<u16>>,
+    /// Set for these processes: the sub-folder of --resume-dir
+    #[arg(long, hide = true, value_name = "FOLDER")]
+    kept: Option<PathBuf>,
+}
+
+/// [`ImageTreatment`] on a command line.
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Treatment {
+    /// Nothing: the extractor sees them as they are
+    #[default]
+    AsMade,
+    /// The largest square in their middle, resized to --image-size with Pillow's Lanczos filter
+    Resized,
+    /// A square of --image-size from their middle, at full resolution: patch FID
+    Patch,
+}
+
+impl From<Treatment> for ImageTreatment {
+    fn from(treatment: Treatment) -> Self {
+        match treatment {
+            Treatment::AsMade => Self::AsMade,
+            Treatment::Resized => Self::Resized,
+            Treatment::Patch => Self::Patch,
+        }
+    }
+}
+
+/// Everything that decides samples and their features: what --resume-dir keeps belongs to one of these.
+#[derive(Serialize)]
+struct Identity<'a> {
+    potstill: &'static str,
+    /// SHA-256 of weights, configuration, and what surrounds the network.
+    network: String,
+    student_times: &'a Option<Vec<f64>>,
+    teacher_steps: u32,
+    teacher_guidance: f64,
+    extractor: &'a str,
+    clip: Option<&'a str>,
+    prompts: Option<&'a str>,
+    samples: u32,
+    samples_per_prompt: u32,
+    seed: u64,
+    images: String,
+    /// A GPU's bits are not a CPU's.
+    device: &'static str,
 }
 
 /// The scores as JSON. What was not measured is null.
@@ -101,7 +170,8 @@ struct Record {
     diversity: Option<f64>,
     clip_score: Option<f64>,
     evaluations_per_image: f64,
-    images_per_second: f64,
+    /// Of the samples that this process and those beside it made; null when all were kept from before.
+    images_per_second: Option<f64>,
     samples: u64,
     seed: u64,
     workers: u32,
@@ -119,7 +189,7 @@ impl Record {
             diversity: measured(scores.diversity),
             clip_score: scores.clip_score,
             evaluations_per_image: scores.evaluations_per_image,
-            images_per_second: scores.images_per_second,
+            images_per_second: measured(scores.images_per_second),
             samples: scores.samples,
             seed: arguments.seed,
             workers: arguments.workers,
@@ -139,7 +209,7 @@ impl Record {
         ];
         let others = [
             ("evaluations per image", self.evaluations_per_image.to_string()),
-            ("images/s", format!("{:.1}", self.images_per_second)),
+            ("images/s", self.images_per_second.map_or("–".to_owned(), |x| format!("{x:.1}"))),
             ("samples", self.samples.to_string()),
         ];
         for (name, value) in quality.into_iter().chain(clip_score).chain(others) {
@@ -155,6 +225,8 @@ struct Subject {
     /// Times of a student's steps; a teacher has none.
     times: Option<Vec<f64>>,
     name: String,
+    /// What names it in a folder of kept chunks; only where somebody needs it.
+    digest: Option<String>,
 }
 
 impl Subject {
@@ -174,17 +246,22 @@ impl Subject {
             }
             _ => bail!("name a student with --checkpoint, or a network with --teacher"),
         };
-        let prompts = arguments
-            .prompts
-            .as_ref()
-            .map(|file| PromptsSpec { data: file.clone(), ..PromptsSpec::default() });
+        let prompts = arguments.prompts.as_ref().map(|file| PromptsSpec {
+            data: file.clone(),
+            column: arguments.prompts_column.clone(),
+            ..PromptsSpec::default()
+        });
         ensure!(
             model.latent.is_some() == prompts.is_some(),
             "--prompts and text-to-image models go together: {name} {}",
             if prompts.is_some() { "knows no texts" } else { "needs some" }
         );
-        let (network, space) = model.into_space(prompts.as_ref().map(Wanted::File), vec![])?;
-        Ok(Self { network, space, times, name })
+        let digest = match arguments.resume_dir.is_some() && arguments.join.is_none() {
+            true => Some(digest(&model)?),
+            false => None,
+        };
+        let (network, space) = model.into_space(prompts.as_ref().map(Wanted::File), vec![], None)?;
+        Ok(Self { network, space, times, name, digest })
     }
 
     fn sampler(&self) -> Sampler<'_> {
@@ -193,6 +270,30 @@ impl Subject {
             None => Sampler::Teacher(self.network.as_ref()),
         }
     }
+}
+
+/// SHA-256 of a model: of a network its configuration, weights and buffers; with text encoders and autoencoder also their files.
+fn digest(model: &Model) -> anyhow::Result<String> {
+    /// Elements that are copied to the host at a time.
+    const PIECE: i64 = 1 << 24;
+    let mut hasher = Sha256::new();
+    match &model.latent {
+        None => hasher.update(model.network.to_safetensors(&BTreeMap::new())?),
+        Some(latent) => {
+            let folder = latent.folder.path();
+            let digest = sha256_of(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+            hasher.update(digest);
+            hasher.update(model.network.config_json());
+            // Those of a checkpoint are not the folder's.
+            for piece in model.parameters().flat().split(PIECE, 0) {
+                let piece: Tensor = piece.to_device(Device::Cpu).contiguous();
+                let mut bytes = vec![0; piece.numel() * piece.kind().elt_size_in_bytes()];
+                piece.f_copy_data_u8(&mut bytes, piece.numel())?;
+                hasher.update(&bytes);
+            }
+        }
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -218,19 +319,53 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         teacher_steps: arguments.teacher_steps,
         teacher_guidance: arguments.teacher_guidance,
         neighbours: arguments.neighbours,
+        samples_per_prompt: arguments.samples_per_prompt,
+        images: arguments.images.into(),
+        image_size: arguments.image_size,
         ..EvaluationSpec::default()
     };
+    let protocol = spec.protocol().map_err(anyhow::Error::msg)?;
     ensure!(
         spec.samples > spec.neighbours,
         "--samples {} must exceed --neighbours {}",
         spec.samples,
         spec.neighbours
     );
-    let evaluator = Evaluator::load(&spec, &subject.space, device)?
+    let mut evaluator = Evaluator::load(&spec, &subject.space, device)?
         .context("an evaluation needs --features and --reference")?;
     if let (0, Some(path)) = (rank, &arguments.save_statistics) {
         std::fs::write(path, evaluator.reference().to_safetensors()?)
             .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+
+    let mut kept = arguments.kept.clone();
+    if let (0, Some(folder), Some(network)) = (rank, &arguments.resume_dir, &subject.digest) {
+        let (extractor, clip) = evaluator.digests();
+        let identity = Identity {
+            potstill: env!("CARGO_PKG_VERSION"),
+            network: network.clone(),
+            student_times: &subject.times,
+            teacher_steps: spec.teacher_steps,
+            teacher_guidance: spec.teacher_guidance,
+            extractor,
+            clip,
+            prompts: subject.space.evaluation_prompts().map(Prompts::digest),
+            samples: spec.samples,
+            samples_per_prompt: spec.samples_per_prompt,
+            seed: spec.seed,
+            images: protocol.to_string(),
+            device: if device.is_cuda() { "cuda" } else { "cpu" },
+        };
+        let opened =
+            Kept::open(folder, &identity).with_context(|| format!("--resume-dir {}", folder.display()))?;
+        kept = Some(opened.folder().to_owned());
+        evaluator.keep(opened);
+        let there = evaluator.kept_samples();
+        if there > 0 {
+            eprintln!("going on: {there} of {} images are scored already", spec.samples);
+        }
+    } else if let Some(folder) = &kept {
+        evaluator.keep(Kept::join(folder.clone()));
     }
 
     // Only now, when everything has been found good: the others load the same.
@@ -240,7 +375,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     if port.is_none() {
         for rank in 1..arguments.workers {
-            supervise(start(rank, store.port(), threads)?);
+            supervise(start(rank, store.port(), threads, kept.as_deref())?);
         }
     }
     let backend = match device {
@@ -249,40 +384,48 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let world = arguments.workers as usize;
     let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
-    let bar = progress(&spec, rank);
-    let scores = evaluator.score(subject.sampler(), &group, |what| {
-        if what == Scoring::Sample {
-            bar.inc(u64::from(arguments.workers));
-        }
-    })??;
+    let bar = progress(&spec, evaluator.kept_samples(), rank)?;
+    let tell = |what| match what {
+        Scoring::Sampled(images) => bar.inc(images),
+        Scoring::Gather => bar.set_message("waiting for the other processes"),
+        Scoring::Compare => bar.set_message("comparing"),
+    };
+    let gathered = evaluator.gather(subject.sampler(), &group, tell)??;
+    // One process compares: for many samples that takes a while on all cores.
+    if rank != 0 {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let scores = evaluator.compare(&gathered, tell)?;
     bar.finish_and_clear();
-    if rank == 0 {
-        let record = Record::new(subject.name.clone(), &scores, &arguments);
-        if arguments.json {
-            println!("{}", serde_json::to_string_pretty(&record)?);
-        } else {
-            record.print();
-        }
+    let record = Record::new(subject.name.clone(), &scores, &arguments);
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&record)?);
+    } else {
+        record.print();
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// A bar over chunks of samples, on the screen of the first process.
-fn progress(spec: &EvaluationSpec, rank: u16) -> ProgressBar {
+/// A bar over samples, on the screen of the first process, with the time that is left for those that are not there yet.
+fn progress(spec: &EvaluationSpec, there: u64, rank: u16) -> anyhow::Result<ProgressBar> {
     if rank != 0 {
-        return ProgressBar::hidden();
+        return Ok(ProgressBar::hidden());
     }
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} chunks, {eta} left")
-        .expect("the template is valid");
-    ProgressBar::new(u64::from(spec.samples).div_ceil(CHUNK as u64)).with_style(style)
+    let style = ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} images, {eta} left {msg}")?;
+    let bar = ProgressBar::new(spec.samples.into()).with_style(style);
+    bar.set_position(there);
+    bar.reset_eta();
+    bar.enable_steady_tick(Duration::from_secs(1));
+    Ok(bar)
 }
 
 /// Starts another process like this one; it ends when this one does.
-fn start(rank: u32, port: u16, threads: u32) -> anyhow::Result<Child> {
+fn start(rank: u32, port: u16, threads: u32, kept: Option<&Path>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program")?;
     Command::new(program)
         .args(std::env::args_os().skip(1))
         .args(["--join", &rank.to_string(), &port.to_string()])
+        .args(kept.into_iter().flat_map(|folder| [OsStr::new("--kept"), folder.as_os_str()]))
         .env("OMP_NUM_THREADS", threads.to_string())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

@@ -1,22 +1,28 @@
 //! Scoring teacher and student, spread over the ranks.
 //!
-//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of zero matrices; a sum over ranks puts them
-//! together, and every rank computes the same scores.
+//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of zero matrices; a
+//! sum over ranks puts them together, and every rank can compute the same scores. Chunks that are [kept](Kept) from an earlier
+//! process are read instead.
 
-use std::{collections::BTreeMap, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::score::{self, Moments};
-use potstill_models::weights::{self, Archive};
-use potstill_proto::{spec::EvaluationSpec, wire::Scores};
+use potstill_proto::{
+    spec::{EvaluationSpec, Protocol},
+    wire::Scores,
+};
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{
     clip::Clip,
-    dataset::{Dataset, Shape},
+    dataset::Shape,
+    kept::{Finished, Kept},
     model::Space,
+    protocol,
+    reference::Reference,
     samples::{CHUNK, SampleSet, Sampler},
 };
 
@@ -26,11 +32,15 @@ pub struct Extractor {
     device: Device,
     /// SHA-256 of its file: what statistics were computed with.
     digest: String,
+    /// D.
+    width: i64,
 }
 
 /// What an extractor makes of images.
-struct Extracted {
-    features: Tensor,
+pub struct Extracted {
+    /// [N, D].
+    pub features: Tensor,
+    /// [N, classes].
     logits: Option<Tensor>,
 }
 
@@ -42,9 +52,9 @@ impl Extractor {
     pub fn load(path: &Path, shape: Shape, device: Device) -> anyhow::Result<Self> {
         let context = || format!("feature extractor {}", path.display());
         let bytes = std::fs::read(path).with_context(context)?;
-        let digest = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = digest_of(&bytes);
         let module = torch_script(&bytes, device).with_context(context)?;
-        let extractor = Self { module, device, digest };
+        let mut extractor = Self { module, device, digest, width: 0 };
         let [channels, height, width] = shape.sample;
         let trial = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
         let Extracted { features, logits } = extractor.run(&trial).with_context(context)?;
@@ -54,6 +64,7 @@ impl Extractor {
             context(),
             features.size()
         );
+        extractor.width = features.size()[1];
         if let Some(logits) = logits {
             let size = logits.size();
             ensure!(
@@ -66,7 +77,21 @@ impl Extractor {
         Ok(extractor)
     }
 
-    fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
+    /// SHA-256 of its file.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Number of features.
+    pub fn width(&self) -> i64 {
+        self.width
+    }
+
+    /// Features of images [N, C, H, W] in [−1, 1], on its device.
+    ///
+    /// # Errors
+    /// The module fails, or returns something else.
+    pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let input = IValue::Tensor(images.to_device(self.device));
         let output = no_grad(|| self.module.forward_is(&[input]))
             .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), first_line(&e)))?;
@@ -83,6 +108,11 @@ impl Extractor {
     }
 }
 
+/// SHA-256 of a file's bytes, hexadecimal.
+pub fn digest_of(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A TorchScript module from the bytes of its file.
 ///
 /// # Errors
@@ -97,25 +127,39 @@ pub fn first_line(error: &tch::TchError) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
-/// What samples are compared with.
+/// What scores samples.
 pub struct Evaluator {
     spec: EvaluationSpec,
+    protocol: Protocol,
     extractor: Extractor,
     clip: Option<Clip>,
     reference: Reference,
     samples: SampleSet,
-    image_shape: [i64; 3],
+    kept: Option<Kept>,
 }
 
-/// What a scoring is about to do.
+/// What a scoring has just done, or is about to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scoring {
-    /// The next chunk of samples: the one before is done.
-    Sample,
-    /// To wait for the other ranks' features.
+    /// This rank, and by and large the others, have made so many samples together.
+    Sampled(u64),
+    /// It will wait for the other ranks' features.
     Gather,
-    /// To compare with the reference.
+    /// It will compare with the reference.
     Compare,
+}
+
+/// Features of all samples, and what else was measured on them.
+pub struct Gathered {
+    /// [N, D] on the host.
+    features: Tensor,
+    /// [N, classes] on the host.
+    logits: Option<Tensor>,
+    /// `[N]`.
+    clip_scores: Option<Tensor>,
+    evaluations_per_image: f64,
+    /// NaN where no sample was made.
+    images_per_second: f64,
 }
 
 impl Evaluator {
@@ -125,19 +169,30 @@ impl Evaluator {
     /// One of them is missing or does not fit the model.
     pub fn load(spec: &EvaluationSpec, space: &Space, device: Device) -> anyhow::Result<Option<Self>> {
         let (Some(features), Some(reference)) = (&spec.features, &spec.reference) else { return Ok(None) };
-        let shape = Shape { sample: space.image_shape(), classes: space.classes };
-        let extractor = Extractor::load(features, shape, device)?;
-        let clip = spec.clip.as_ref().map(|path| Clip::load(path, space, device)).transpose()?;
-        let reference = Reference::load(reference, &extractor, shape)?;
+        let protocol = spec.protocol().map_err(anyhow::Error::msg)?;
         ensure!(
-            reference.features.size()[0] > i64::from(spec.neighbours),
-            "the reference has {} images; evaluation.neighbours = {} needs more",
-            reference.features.size()[0],
-            spec.neighbours
+            spec.prompts.is_none() || space.prompts().is_some(),
+            "evaluation.prompts is for text-to-image models, and this one knows no texts"
         );
+        let shape = protocol::shape_after(protocol, space.image_shape())?;
+        let shape = Shape { sample: shape, classes: space.classes };
+        let extractor = Extractor::load(features, shape, device)?;
+        let clip = match &spec.clip {
+            Some(path) => Some(Clip::load(path, space, seen_by_clip(protocol), device)?),
+            None => None,
+        };
+        let reference = Reference::load(reference, &extractor, shape, protocol)?;
+        if let Some(features) = &reference.features {
+            ensure!(
+                features.size()[0] > i64::from(spec.neighbours),
+                "the reference has {} images; evaluation.neighbours = {} needs more",
+                features.size()[0],
+                spec.neighbours
+            );
+        }
         let samples = SampleSet::new(spec, space.clone(), device);
-        let (spec, image_shape) = (spec.clone(), shape.sample);
-        Ok(Some(Self { spec, extractor, clip, reference, samples, image_shape }))
+        let spec = spec.clone();
+        Ok(Some(Self { spec, protocol, extractor, clip, reference, samples, kept: None }))
     }
 
     /// What it compares with.
@@ -145,7 +200,18 @@ impl Evaluator {
         &self.reference
     }
 
-    /// Scores a sampler; every rank of the group takes part and gets the same scores. `tell` hears what it is about to do.
+    /// SHA-256 of the extractor's file, and of CLIP's where there is one.
+    pub fn digests(&self) -> (&str, Option<&str>) {
+        (self.extractor.digest(), self.clip.as_ref().map(Clip::digest))
+    }
+
+    /// Keeps finished chunks there, and takes from there those that an earlier process has finished. They must be those of the
+    /// sampler that is scored.
+    pub fn keep(&mut self, kept: Kept) {
+        self.kept = Some(kept);
+    }
+
+    /// Scores a sampler; every rank of the group takes part and gets the same scores. `tell` hears how it goes on.
     ///
     /// # Errors
     /// A collective failed, or the extractor did.
@@ -155,151 +221,212 @@ impl Evaluator {
         group: &ProcessGroup,
         mut tell: impl FnMut(Scoring),
     ) -> anyhow::Result<Result<Scores, Error>> {
+        Ok(match self.gather(sampler, group, &mut tell)? {
+            Ok(gathered) => Ok(self.compare(&gathered, tell)?),
+            Err(error) => Err(error),
+        })
+    }
+
+    /// The first half of [`score`](Self::score): makes the samples and gathers their features on every rank.
+    ///
+    /// # Errors
+    /// As `score`; kept chunks that cannot be read or written.
+    pub fn gather(
+        &self,
+        sampler: Sampler<'_>,
+        group: &ProcessGroup,
+        mut tell: impl FnMut(Scoring),
+    ) -> anyhow::Result<Result<Gathered, Error>> {
         let member = group.member();
+        let (rank, world) = (member.rank, member.world);
         let samples = i64::from(self.spec.samples);
-        let mut rows: Option<(Tensor, Option<Tensor>)> = None;
-        let matrix = |x: &Tensor| Tensor::zeros([samples, x.size()[1]], (Kind::Float, x.device()));
-        let clip_scores = self.clip.as_ref().map(|clip| (clip, clip.zeros(samples)));
-        let mut sampling = 0.0;
-        let mut labels = Vec::new();
-        for index in 0..(samples + CHUNK - 1) / CHUNK {
-            let first = index * CHUNK;
-            let count = CHUNK.min(samples - first);
-            let chunk = self.samples.chunk(index, count);
-            labels.extend(chunk.labels.as_ref().map(Tensor::shallow_clone));
-            if index % member.world as i64 != member.rank as i64 {
-                continue;
-            }
-            let started = Instant::now();
-            let images = self.samples.sample(sampler, &chunk);
-            sampling += started.elapsed().as_secs_f64();
-            let Extracted { features, logits } = self.extractor.run(&images)?;
-            let (all_features, all_logits) =
-                rows.get_or_insert_with(|| (matrix(&features), logits.as_ref().map(matrix)));
-            all_features.narrow(0, first, count).copy_(&features);
-            if let (Some(all), Some(logits)) = (all_logits, logits) {
-                all.narrow(0, first, count).copy_(&logits);
-            }
-            if let Some((clip, all)) = &clip_scores {
-                all.narrow(0, first, count).copy_(&clip.scores(&images, &chunk.groups)?);
-            }
-            tell(Scoring::Sample);
-        }
-        let (features, logits) = match rows {
-            Some(rows) => rows,
-            // More ranks than chunks: this one has none, but takes part in the sums.
-            None => {
-                let [channels, height, width] = self.image_shape;
-                let trial = Tensor::zeros([1, channels, height, width], (Kind::Float, self.extractor.device));
-                let Extracted { features, logits } = self.extractor.run(&trial)?;
-                (matrix(&features), logits.as_ref().map(matrix))
-            }
+        let count = |index: i64| CHUNK.min(samples - index * CHUNK);
+        let kept = match self.kept(group)? {
+            Ok(kept) => kept,
+            Err(error) => return Ok(Err(error)),
         };
+        let (ready, missing): (Vec<i64>, Vec<i64>) =
+            (0..chunks(samples)).partition(|index| kept[*index as usize]);
+        let share =
+            |indices: &[i64]| -> Vec<i64> { indices.iter().copied().skip(rank).step_by(world).collect() };
+        let mut rows = Rows::new(samples);
+
+        for index in share(&ready) {
+            let kept = self.kept.as_ref().context("a chunk is kept, but nowhere")?;
+            rows.put(index, &kept.read(index, count(index))?.on(self.extractor.device))?;
+        }
+        let mut sampling = 0.0;
+        for (round, index) in share(&missing).into_iter().enumerate() {
+            let chunk = self.samples.chunk(index, count(index));
+            let started = Instant::now();
+            let made = self.samples.sample(sampler, &chunk);
+            sampling += started.elapsed().as_secs_f64();
+            let images = protocol::apply(self.protocol, &made)?;
+            let Extracted { features, logits } = self.extractor.run(&images)?;
+            let clip_scores = match &self.clip {
+                Some(clip) => Some(clip.scores(&made, &chunk.numbers)?.to_kind(Kind::Float)),
+                None => None,
+            };
+            let finished = Finished { features, logits, clip_scores };
+            if let Some(kept) = &self.kept {
+                kept.write(index, &finished)?;
+            }
+            rows.put(index, &finished)?;
+            // The other ranks do as many at the same time.
+            let done = missing.iter().skip(round * world).take(world).map(|index| count(*index)).sum::<i64>();
+            tell(Scoring::Sampled(done as u64));
+        }
+        if rows.is_empty() {
+            // More ranks than chunks: this one has none, but takes part in the sums.
+            let shape =
+                [&[1][..], &protocol::shape_after(self.protocol, self.samples.image_shape())?].concat();
+            let trial = Tensor::zeros(shape, (Kind::Float, self.extractor.device));
+            let Extracted { features, logits } = self.extractor.run(&trial)?;
+            let clip_scores =
+                self.clip.as_ref().map(|_| Tensor::zeros([1], (Kind::Float, features.device())));
+            rows.shape(&Finished { features, logits, clip_scores });
+        }
         // All ranks sample side by side; the slowest one's time is the sampling's.
         let seconds = Tensor::from_slice(&[sampling]).to_kind(Kind::Float).to_device(group.device());
         tell(Scoring::Gather);
-        let clip_scores = clip_scores.map(|(_, all)| all);
-        let sums = [Some(&features), logits.as_ref(), clip_scores.as_ref()];
-        if let Err(error) = gather(group, sums.into_iter().flatten(), &seconds) {
-            return Ok(Err(error));
+        let sums = rows.parts.iter().flatten().map(|tensor| (tensor, ReduceOp::Sum));
+        for (tensor, op) in sums.chain([(&seconds, ReduceOp::Max)]) {
+            if let Err(error) = group.all_reduce(tensor, op).and_then(|work| work.wait(None)) {
+                return Ok(Err(error));
+            }
         }
+        let made: i64 = missing.iter().map(|index| count(*index)).sum();
+        let [features, logits, clip_scores] = rows.parts.map(|part| part.map(|x| x.to_device(Device::Cpu)));
+        Ok(Ok(Gathered {
+            features: features.context("there are no features")?,
+            logits,
+            clip_scores,
+            evaluations_per_image: self.samples.evaluations(sampler) as f64,
+            images_per_second: match made {
+                0 => f64::NAN,
+                made => made as f64 / seconds.double_value(&[0]).max(1e-9),
+            },
+        }))
+    }
+
+    /// The second half of [`score`](Self::score), for which no other rank is needed. What cannot be measured is NaN.
+    ///
+    /// # Errors
+    /// The features are not finite.
+    pub fn compare(&self, gathered: &Gathered, mut tell: impl FnMut(Scoring)) -> anyhow::Result<Scores> {
         tell(Scoring::Compare);
-        let features = features.to_device(Device::Cpu);
+        let Gathered { features, logits, clip_scores, .. } = gathered;
         ensure!(
             bool::try_from(features.isfinite().all())?,
             "the extractor's features are not finite: the samples are broken"
         );
-        let clip_score = clip_scores.map(|all| all.mean(Kind::Double).double_value(&[]));
+        let clip_score = clip_scores.as_ref().map(|all| all.mean(Kind::Double).double_value(&[]));
         ensure!(
             clip_score.is_none_or(f64::is_finite),
             "evaluation.clip: the embeddings are not finite, though the features are"
         );
-        let (precision, recall) =
-            score::precision_recall(&self.reference.features, &features, self.spec.neighbours.into());
+        let (precision, recall) = match &self.reference.features {
+            Some(real) => score::precision_recall(real, features, self.spec.neighbours.into()),
+            None => (f64::NAN, f64::NAN),
+        };
         tell(Scoring::Compare);
-        let agreement = match logits {
-            Some(logits) if !labels.is_empty() => {
-                score::agreement(&logits.to_device(Device::Cpu), &Tensor::cat(&labels, 0))
-            }
+        let agreement = match (logits, self.samples.labels()) {
+            (Some(logits), Some(labels)) => score::agreement(logits, &labels),
             _ => f64::NAN,
         };
-        Ok(Ok(Scores {
-            fid: self.reference.moments.frechet_distance(&Moments::of(&features)),
+        let diversity = match self.samples.has_pairs() {
+            true => score::diversity(features, self.samples.groups()),
+            false => f64::NAN,
+        };
+        Ok(Scores {
+            fid: self.reference.moments.frechet_distance(&Moments::of(features)),
             agreement,
             precision,
             recall,
-            diversity: score::diversity(&features, self.samples.groups()),
+            diversity,
             clip_score,
-            evaluations_per_image: self.samples.evaluations(sampler) as f64,
-            images_per_second: samples as f64 / seconds.double_value(&[0]).max(1e-9),
-            samples: samples as u64,
-        }))
+            evaluations_per_image: gathered.evaluations_per_image,
+            images_per_second: gathered.images_per_second,
+            samples: self.spec.samples.into(),
+        })
+    }
+
+    /// Which chunks need not be made. All ranks agree on that before any of them makes one.
+    fn kept(&self, group: &ProcessGroup) -> anyhow::Result<Result<Vec<bool>, Error>> {
+        let chunks = chunks(self.spec.samples.into());
+        let Some(kept) = &self.kept else { return Ok(Ok(vec![false; chunks as usize])) };
+        let missing: Vec<f32> = (0..chunks).map(|index| f32::from(!kept.has(index))).collect();
+        let missing = Tensor::from_slice(&missing).to_device(group.device());
+        if let Err(error) = group.all_reduce(&missing, ReduceOp::Max).and_then(|work| work.wait(None)) {
+            return Ok(Err(error));
+        }
+        Ok(Ok(Vec::<f32>::try_from(missing.to_device(Device::Cpu))?.into_iter().map(|x| x == 0.0).collect()))
+    }
+
+    /// Samples that are kept already.
+    pub fn kept_samples(&self) -> u64 {
+        let samples = i64::from(self.spec.samples);
+        let Some(kept) = &self.kept else { return 0 };
+        let there = (0..chunks(samples)).filter(|index| kept.has(*index));
+        there.map(|index| CHUNK.min(samples - index * CHUNK) as u64).sum()
     }
 }
 
-fn gather<'a>(
-    group: &ProcessGroup,
-    sums: impl Iterator<Item = &'a Tensor>,
-    seconds: &'a Tensor,
-) -> Result<(), Error> {
-    let sums = sums.map(|tensor| (tensor, ReduceOp::Sum));
-    for (tensor, op) in sums.chain([(seconds, ReduceOp::Max)]) {
-        group.all_reduce(tensor, op)?.wait(None)?;
+/// CLIP sees whole images: of a patch one cannot say whether it shows what the prompt asks for.
+fn seen_by_clip(protocol: Protocol) -> Protocol {
+    match protocol {
+        Protocol::Patch(_) => Protocol::AsMade,
+        other => other,
     }
-    Ok(())
 }
 
-/// The features of real images, with their moments: computed from the images, or read from a file that holds them
-/// already.
-pub struct Reference {
-    features: Tensor,
-    moments: Moments,
-    extractor: String,
+/// Number of chunks of so many samples.
+fn chunks(samples: i64) -> i64 {
+    (samples + CHUNK - 1) / CHUNK
 }
 
-/// Header key of a file of features: SHA-256 of the extractor that made them.
-const EXTRACTOR_KEY: &str = "extractor_sha256";
+/// Features, logits and CLIP scores of all samples, of which this rank fills its own rows; the others are 0.
+struct Rows {
+    samples: i64,
+    parts: [Option<Tensor>; 3],
+}
 
-impl Reference {
-    /// Loads images and extracts their features, or loads features that [`to_safetensors`](Self::to_safetensors) wrote.
+impl Rows {
+    fn new(samples: i64) -> Self {
+        Self { samples, parts: [None, None, None] }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.parts[0].is_none()
+    }
+
+    /// Takes the widths from what one chunk has.
+    fn shape(&mut self, like: &Finished) {
+        self.parts = like.parts().map(|part| {
+            part.map(|x| {
+                let size = [&[self.samples], &x.size()[1..]].concat();
+                Tensor::zeros(size, (Kind::Float, x.device()))
+            })
+        });
+    }
+
+    /// One chunk's rows.
     ///
     /// # Errors
-    /// There are none, they do not fit the model, or the features are another extractor's.
-    fn load(path: &Path, extractor: &Extractor, shape: Shape) -> anyhow::Result<Self> {
-        let location = path.to_string_lossy();
-        if path.extension().is_some_and(|e| e == "safetensors") && path.is_file() {
-            let archive = Archive::read(path)?;
-            if let Some(features) = archive.tensors.get("features") {
-                let made_by = archive.metadata.get(EXTRACTOR_KEY).map_or("", String::as_str);
-                ensure!(
-                    made_by == extractor.digest,
-                    "{location}: these features were made by the extractor with SHA-256 {made_by}, but this one has {}; \
-                     compute them anew with `potstill evaluate --save-statistics`",
-                    extractor.digest
-                );
-                ensure!(features.size().len() == 2, "{location}: `features` must be [N, D]");
-                return Ok(Self::new(features.shallow_clone(), made_by.to_owned()));
+    /// It has other parts, or of other widths, than the chunks before it.
+    fn put(&mut self, index: i64, finished: &Finished) -> anyhow::Result<()> {
+        if self.is_empty() {
+            self.shape(finished);
+        }
+        for (all, part) in self.parts.iter().zip(finished.parts()) {
+            match (all, part) {
+                (Some(all), Some(part)) if all.size()[1..] == part.size()[1..] => {
+                    all.narrow(0, index * CHUNK, part.size()[0]).copy_(part);
+                }
+                (None, None) => {}
+                _ => anyhow::bail!("chunk {index} of the samples has other features than those before it"),
             }
         }
-        let images = Dataset::load(&location, shape)?.images();
-        let features = images
-            .split(CHUNK, 0)
-            .iter()
-            .map(|batch| Ok(extractor.run(batch)?.features.to_device(Device::Cpu)))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        Ok(Self::new(Tensor::cat(&features, 0), extractor.digest.clone()))
-    }
-
-    fn new(features: Tensor, extractor: String) -> Self {
-        Self { moments: Moments::of(&features), features, extractor }
-    }
-
-    /// The features as a file that takes the images' place next time.
-    ///
-    /// # Errors
-    /// The serialiser's.
-    pub fn to_safetensors(&self) -> anyhow::Result<Vec<u8>> {
-        let metadata = BTreeMap::from([(EXTRACTOR_KEY.to_owned(), self.extractor.clone())]);
-        Ok(weights::archive(&[("features", &self.features)], &metadata)?)
+        Ok(())
     }
 }

@@ -76,7 +76,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Some(_) => Some(Wanted::File(&prompts)),
         None => Some(Wanted::These(arguments.prompt)),
     };
-    let (network, space) = model.into_space(wanted, vec![])?;
+    let (network, space) = model.into_space(wanted, vec![], None)?;
     let channels = space.image_shape()[0];
     ensure!(
         channels == 1 || channels == 3,

@@ -1,7 +1,9 @@
 //! The samples that are scored and looked at: the same whoever makes them.
 //!
-//! They come in chunks, each with its own stream of noise, and classes go round, so that teacher and student, today's run
-//! and tomorrow's, are compared on the same noise and the same classes.
+//! They come in chunks, each with its own stream of noise, and classes or prompts go round, so that teacher and student, today's
+//! run and tomorrow's, are compared on the same noise and the same classes, each of them as often as the others or once more.
+
+use std::collections::HashMap;
 
 use potstill_distill::{
     generator, guidance,
@@ -11,7 +13,7 @@ use potstill_models::{Condition, Denoiser, ForwardProcess, Mode, sampler};
 use potstill_proto::spec::EvaluationSpec;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::model::{Prompts, Space};
+use crate::model::Space;
 
 /// Samples in a chunk.
 pub const CHUNK: i64 = 100;
@@ -38,8 +40,9 @@ pub struct SampleSet {
     seed: u64,
     teacher_steps: u32,
     teacher_guidance: f64,
-    /// So many different prompts are used, where there are some.
-    prompts: i64,
+    samples: i64,
+    /// Numbers of the prompts that are used, in the order in which they go round; none of a model without texts.
+    prompts: Vec<i64>,
     space: Space,
     device: Device,
 }
@@ -49,50 +52,96 @@ pub struct Chunk {
     index: i64,
     noise: Tensor,
     /// What each sample is made for, int64 `[N]` on the host: its class, or the number of its prompt.
-    pub groups: Tensor,
-    /// What a classifier should see in each, int64 `[N]` on the host; not where nobody knows.
-    pub labels: Option<Tensor>,
+    pub numbers: Tensor,
 }
 
-/// Samples of each prompt, where there are enough prompts for that: diversity is measured among them.
-const SAMPLES_OF_A_PROMPT: i64 = 10;
+/// Numbers of `count` prompts, or of all where there are fewer, in the order in which they are used: as they come where they
+/// have no labels; else so that labels go round, each label's prompts as they come.
+fn order(labels: Option<&[i64]>, known: i64, count: i64) -> Vec<i64> {
+    let count = known.min(count) as usize;
+    let Some(labels) = labels else { return (0..count as i64).collect() };
+    // Labels in the order in which they first appear, and how often each has been seen.
+    let mut seen: Vec<(i64, usize)> = Vec::new();
+    let mut places: HashMap<i64, usize> = HashMap::new();
+    let mut order: Vec<(usize, usize, i64)> = (0..)
+        .zip(labels)
+        .map(|(number, label)| {
+            let place = *places.entry(*label).or_insert_with(|| {
+                seen.push((*label, 0));
+                seen.len() - 1
+            });
+            seen[place].1 += 1;
+            (seen[place].1, place, number)
+        })
+        .collect();
+    order.sort_unstable();
+    order.into_iter().take(count).map(|(_, _, number)| number).collect()
+}
 
 impl SampleSet {
     pub fn new(spec: &EvaluationSpec, space: Space, device: Device) -> Self {
-        let known = space.prompts().map_or(0, Prompts::len);
+        let samples = i64::from(spec.samples);
+        let prompts = space.evaluation_prompts().map(|prompts| {
+            order(
+                prompts.labels(),
+                prompts.len(),
+                (samples / i64::from(spec.samples_per_prompt.max(1))).max(1),
+            )
+        });
         Self {
             seed: spec.seed,
             teacher_steps: spec.teacher_steps,
             teacher_guidance: spec.teacher_guidance,
-            prompts: known.min((i64::from(spec.samples) / SAMPLES_OF_A_PROMPT).max(1)),
+            samples,
+            prompts: prompts.unwrap_or_default(),
             space,
             device,
         }
     }
 
-    /// How many different things samples are made for; 0: nothing.
+    /// How many different things samples are made for; 0: nothing. Sample i is made for thing i mod this.
     pub fn groups(&self) -> i64 {
-        self.space.classes.max(self.prompts)
+        self.space.classes.max(self.prompts.len() as i64)
+    }
+
+    /// Whether diversity can be measured, which is among samples of one prompt, or one class.
+    pub fn has_pairs(&self) -> bool {
+        self.prompts.is_empty() || self.samples >= 2 * self.prompts.len() as i64
+    }
+
+    /// Channels, height, width of the images.
+    pub fn image_shape(&self) -> [i64; 3] {
+        self.space.image_shape()
+    }
+
+    /// What samples `first` to `first + count` are made for: see [`Chunk::numbers`].
+    fn numbers(&self, first: i64, count: i64) -> Vec<i64> {
+        let number = |index: i64| match (self.groups(), &self.prompts[..]) {
+            (0, _) => 0,
+            (classes, []) => index % classes,
+            (_, prompts) => prompts[index as usize % prompts.len()],
+        };
+        (first..first + count).map(number).collect()
+    }
+
+    /// What a classifier should see in each of the samples, int64 `[N]` on the host; not where nobody knows.
+    pub fn labels(&self) -> Option<Tensor> {
+        let numbers = self.numbers(0, self.samples);
+        match self.space.evaluation_prompts() {
+            Some(prompts) => {
+                let labels = prompts.labels()?;
+                let labels: Vec<i64> = numbers.iter().map(|number| labels[*number as usize]).collect();
+                Some(Tensor::from_slice(&labels))
+            }
+            None => (self.space.classes > 0).then(|| Tensor::from_slice(&numbers)),
+        }
     }
 
     /// The first `count` samples of chunk `index`, which has [`CHUNK`] of them.
     pub fn chunk(&self, index: i64, count: i64) -> Chunk {
         let [channels, height, width] = self.space.sample;
         let noise = self.noise(0, index, &[count, channels, height, width]);
-        let first = index * CHUNK;
-        let numbers = Tensor::arange_start(first, first + count, (Kind::Int64, Device::Cpu));
-        let groups = match self.groups() {
-            0 => numbers.zeros_like(),
-            groups => numbers.remainder(groups),
-        };
-        let labels = match self.space.prompts() {
-            Some(prompts) => {
-                let labels = (first..first + count).map(|number| prompts.label(number % self.prompts));
-                labels.collect::<Option<Vec<i64>>>().map(|labels| Tensor::from_slice(&labels))
-            }
-            None => (self.space.classes > 0).then(|| groups.shallow_clone()),
-        };
-        Chunk { index, noise, groups, labels }
+        Chunk { index, noise, numbers: Tensor::from_slice(&self.numbers(index * CHUNK, count)) }
     }
 
     /// The noise of one step for one chunk.
@@ -132,13 +181,13 @@ impl SampleSet {
 
     /// What some of a chunk's samples are made for.
     fn condition(&self, chunk: &Chunk, first: i64, count: i64) -> Condition {
-        let groups = chunk.groups.narrow(0, first, count);
-        match self.space.prompts() {
+        let numbers = chunk.numbers.narrow(0, first, count);
+        match self.space.evaluation_prompts() {
             Some(prompts) => {
-                prompts.condition(&Vec::try_from(groups).expect("numbers of prompts"), self.device)
+                prompts.condition(&Vec::try_from(numbers).expect("numbers of prompts"), self.device)
             }
             None if self.space.classes > 0 => {
-                let one_hot = groups.one_hot(self.space.classes).to_kind(Kind::Float);
+                let one_hot = numbers.one_hot(self.space.classes).to_kind(Kind::Float);
                 Condition::Class(one_hot.to_device(self.device))
             }
             None => Condition::None,
@@ -179,5 +228,64 @@ impl SampleSet {
 
     fn heun(&self) -> sampler::Heun {
         sampler::Heun { steps: self.teacher_steps.into(), ..Default::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use potstill_models::{EdmConfig, EdmNetwork};
+
+    use super::*;
+
+    fn counts(numbers: &[i64]) -> Vec<usize> {
+        let mut counts = BTreeMap::new();
+        numbers.iter().for_each(|number| *counts.entry(*number).or_insert(0) += 1);
+        counts.into_values().collect()
+    }
+
+    #[test]
+    fn every_class_has_as_many_samples_as_the_others_or_one_more() {
+        let config = EdmConfig {
+            img_resolution: 8,
+            img_channels: 1,
+            label_dim: 7,
+            model_channels: 16,
+            channel_mult: vec![1],
+            num_blocks: 1,
+            attn_resolutions: vec![],
+            ..EdmConfig::default()
+        };
+        let network = EdmNetwork::initialise(config, 0, Device::Cpu).unwrap();
+        let space = Space::of(&network);
+        let spec = EvaluationSpec { samples: 223, ..EvaluationSpec::default() };
+        let set = SampleSet::new(&spec, space, Device::Cpu);
+        let labels = Vec::<i64>::try_from(set.labels().unwrap()).unwrap();
+        assert_eq!(counts(&labels), [32, 32, 32, 32, 32, 32, 31]);
+        let chunks: Vec<i64> =
+            (0..3).flat_map(|index| set.numbers(index * CHUNK, CHUNK.min(223 - index * CHUNK))).collect();
+        assert_eq!(chunks, labels, "the last chunk is not a whole one");
+    }
+
+    #[test]
+    fn prompts_are_chosen_so_that_their_labels_are_equally_many() {
+        // Sorted by label, as a file may be: its first five prompts know one label.
+        let labels = [4, 4, 4, 4, 4, 9, 9, 9, -1, -1];
+        let chosen = order(Some(&labels), 10, 5);
+        assert_eq!(chosen, [0, 5, 8, 1, 6]);
+        for count in 1..=6 {
+            let found: Vec<i64> =
+                order(Some(&labels), 10, count).iter().map(|i| labels[*i as usize]).collect();
+            let counts = counts(&found);
+            assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{count}: {found:?}");
+        }
+        assert_eq!(order(Some(&labels), 10, 20).len(), 10, "there are no more");
+        assert_eq!(
+            order(Some(&[0, 1, 2, 0, 1, 2]), 6, 4),
+            [0, 1, 2, 3],
+            "labels that go round stay as they are"
+        );
+        assert_eq!(order(None, 10, 3), [0, 1, 2]);
     }
 }

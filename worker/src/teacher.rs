@@ -329,9 +329,14 @@ fn save(
         })),
     });
     if let Some(s) = scores {
+        let number = |x: f64| if x.is_finite() { format!("{x:.3}") } else { "–".to_owned() };
         println!(
-            "FID {:.3}, agreement {:.3}, precision {:.3}, recall {:.3} on {} samples",
-            s.fid, s.agreement, s.precision, s.recall, s.samples
+            "FID {}, agreement {}, precision {}, recall {} on {} samples",
+            number(s.fid),
+            number(s.agreement),
+            number(s.precision),
+            number(s.recall),
+            s.samples
         );
     }
     let text = serde_json::to_string_pretty(&record)? + "\n";

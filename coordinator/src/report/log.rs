@@ -42,7 +42,7 @@ pub fn observation(observation: &Observation) {
                 agreement = rounded(scores.agreement),
                 recall = rounded(scores.recall),
                 diversity = rounded(scores.diversity),
-                clip_score = scores.clip_score.map(rounded),
+                clip_score = scores.clip_score.and_then(rounded),
                 "{subject} evaluated"
             );
         }
@@ -62,7 +62,7 @@ pub fn observation(observation: &Observation) {
     }
 }
 
-/// Three decimals: what a person compares.
-fn rounded(number: f64) -> f64 {
-    (number * 1000.0).round() / 1000.0
+/// Three decimals: what a person compares. What was not measured is left out.
+fn rounded(number: f64) -> Option<f64> {
+    number.is_finite().then_some((number * 1000.0).round() / 1000.0)
 }

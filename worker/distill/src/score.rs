@@ -19,6 +19,12 @@ impl Moments {
         Self { mean, covariance }
     }
 
+    /// Given ones, fp64: `mean` `[D]`, `covariance` [D, D], symmetric.
+    #[must_use]
+    pub fn given(mean: Tensor, covariance: Tensor) -> Self {
+        Self { mean, covariance }
+    }
+
     /// Fréchet distance to `other` (1706.08500, eq. 6): |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½).
     ///
     /// The trace of the root is taken from the symmetric product Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues as Σ₁Σ₂

@@ -1,10 +1,12 @@
 //! Images from files of common formats, in folders and in tars.
 
 use anyhow::{Context, bail, ensure};
+use potstill_proto::spec::Protocol;
 use potstill_storage::Source;
 use tch::Tensor;
 
 use super::{Dataset, Tally, tars};
+use crate::protocol::Picture;
 
 const FORMATS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 
@@ -12,11 +14,19 @@ pub(super) fn is_image(name: &str) -> bool {
     name.rsplit_once('.').is_some_and(|(_, extension)| FORMATS.contains(&extension.to_lowercase().as_str()))
 }
 
+/// What images have to become.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// Channels, height, width, after the protocol.
+    pub shape: [i64; 3],
+    pub protocol: Protocol,
+}
+
 /// One sub-folder per class.
 pub(super) async fn from_folder(
     source: &Source,
     names: &[String],
-    shape: [i64; 3],
+    wanted: Wanted,
 ) -> anyhow::Result<Dataset> {
     let names: Vec<String> = names.iter().filter(|name| is_image(name)).cloned().collect();
     ensure!(
@@ -30,7 +40,7 @@ pub(super) async fn from_folder(
     known.sort_unstable();
     known.dedup();
     let numbered = known.iter().all(|name| name.parse::<u32>().is_ok());
-    let mut collected = Collected::new(shape);
+    let mut collected = Collected::new(wanted);
     // In slices, so that the files' bytes are not all in memory beside their pixels.
     for (names, classes) in names.chunks(256).zip(classes.chunks(256)) {
         for ((name, class), bytes) in names.iter().zip(classes).zip(source.read_all(names).await?) {
@@ -47,8 +57,8 @@ pub(super) async fn from_folder(
 
 /// Images with `.cls` or `.json` beside them under the same key. A sample without either is of class 0, which a network
 /// without classes does not look at.
-pub(super) async fn from_tars(source: &Source, tars: &[String], shape: [i64; 3]) -> anyhow::Result<Dataset> {
-    let mut collected = Collected::new(shape);
+pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) -> anyhow::Result<Dataset> {
+    let mut collected = Collected::new(wanted);
     for tar in tars {
         let bytes = source.read(tar).await?;
         for sample in tars::read(&bytes).with_context(|| format!("tar {tar:?}"))? {
@@ -62,15 +72,15 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], shape: [i64; 3])
 
 /// Decoded images so far.
 struct Collected {
-    shape: [i64; 3],
+    wanted: Wanted,
     pixels: Vec<u8>,
     labels: Vec<i64>,
     tally: Tally,
 }
 
 impl Collected {
-    fn new(shape: [i64; 3]) -> Self {
-        Self { shape, pixels: Vec::new(), labels: Vec::new(), tally: Tally::default() }
+    fn new(wanted: Wanted) -> Self {
+        Self { wanted, pixels: Vec::new(), labels: Vec::new(), tally: Tally::default() }
     }
 
     fn add(&mut self, name: &str, bytes: &[u8], label: i64) {
@@ -85,28 +95,30 @@ impl Collected {
 
     /// Channel by channel, as tensors have it.
     fn decode(&self, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
-        let [channels, height, width] = self.shape;
+        let [channels, height, width] = self.wanted.shape;
         let image = image::load_from_memory(bytes)?;
-        ensure!(
-            (i64::from(image.height()), i64::from(image.width())) == (height, width),
-            "is {}×{}, but the network makes {height}×{width} (height × width)",
-            image.height(),
-            image.width()
-        );
-        match channels {
-            1 => Ok(image.into_luma8().into_raw()),
-            3 => {
-                let interleaved = image.into_rgb8().into_raw();
-                Ok((0..3).flat_map(|c| interleaved.iter().skip(c).step_by(3).copied()).collect())
-            }
+        let size = [image.height(), image.width()].map(|side| side as usize);
+        let bytes = match channels {
+            1 => image.into_luma8().into_raw(),
+            3 => image.into_rgb8().into_raw(),
             other => bail!("cannot make {other} channels of an image file"),
-        }
+        };
+        let channels = channels as usize;
+        let picture = Picture { bytes, channels, height: size[0], width: size[1] };
+        let picture = picture.after(self.wanted.protocol)?;
+        ensure!(
+            [picture.height as i64, picture.width as i64] == [height, width],
+            "is {}×{}, but the network makes {height}×{width} (height × width)",
+            picture.height,
+            picture.width
+        );
+        Ok((0..channels).flat_map(|c| picture.bytes.iter().skip(c).step_by(channels).copied()).collect())
     }
 
     fn finish(self) -> anyhow::Result<Dataset> {
         let good = self.labels.len();
         self.tally.judge(good)?;
-        let [channels, height, width] = self.shape;
+        let [channels, height, width] = self.wanted.shape;
         let n = good as i64;
         Ok(Dataset {
             pixels: Tensor::from_slice(&self.pixels).reshape([n, channels, height, width]),
@@ -196,6 +208,28 @@ mod tests {
         assert!(error.contains("label 12 of image 0"), "{error}");
         std::fs::write(&second, b"no tar at all").unwrap();
         assert!(load(&second).is_err());
+    }
+
+    #[test]
+    fn images_of_any_size_are_brought_to_the_one_that_is_scored() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.tar");
+        // The middle is red.
+        let wide = png_of(16, 8, |x, _| if (4..12).contains(&x) { [255, 0, 0] } else { [0, 0, 255] });
+        let high = png_of(4, 12, |_, y| if (4..8).contains(&y) { [255, 0, 0] } else { [0, 0, 255] });
+        tar(&path, &[("a.png", &wide), ("b.png", &high)]);
+        for protocol in [Protocol::Resized(2), Protocol::Patch(2)] {
+            let images = Dataset::load_as(path.to_str().unwrap(), SHAPE, protocol).unwrap().images();
+            assert_eq!(images.size(), [2, 3, 2, 2]);
+            let mean = |channel| images.select(1, channel).mean(tch::Kind::Float).double_value(&[]);
+            assert!(mean(0) == 1.0 && mean(2) == -1.0, "{protocol:?}: {} {}", mean(0), mean(2));
+        }
+        tar(&path, &[("a.png", &wide), ("b.png", &high), ("c.png", &high)]);
+        let shape = Shape { sample: [3, 6, 6], classes: 12 };
+        let load = |protocol| Dataset::load_as(path.to_str().unwrap(), shape, protocol);
+        let error = format!("{:#}", load(Protocol::Patch(6)).err().unwrap());
+        assert!(error.contains("b.png") && error.contains("12×4"), "{error}");
+        assert!(load(Protocol::AsMade).is_err());
     }
 
     #[test]

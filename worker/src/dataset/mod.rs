@@ -17,8 +17,11 @@ mod tensors;
 
 use anyhow::{Context, ensure};
 use potstill_distill::adversarial::RealSamples;
+use potstill_proto::spec::Protocol;
 use potstill_storage::Source;
 use tch::{Kind, Tensor};
+
+use crate::protocol;
 
 /// Images and their classes, on the host.
 pub struct Dataset {
@@ -28,6 +31,9 @@ pub struct Dataset {
     /// int64 `[N]`.
     pub labels: Tensor,
 }
+
+/// Images that are brought to another size at a time.
+const BATCH: i64 = 100;
 
 /// Of what a network needs.
 #[derive(Clone, Copy)]
@@ -44,23 +50,47 @@ impl Dataset {
     /// # Errors
     /// What does not fit, with the place.
     pub fn load(location: &str, shape: Shape) -> anyhow::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(Self::read(location, shape)).with_context(|| format!("images at {location}"))
+        Self::load_as(location, shape, Protocol::AsMade)
     }
 
-    async fn read(location: &str, shape: Shape) -> anyhow::Result<Self> {
+    /// [`load`](Self::load) of images that a protocol brings to the size of `shape`; before it they may be of any size that it
+    /// takes.
+    ///
+    /// # Errors
+    /// As `load`; images that are too small for the protocol.
+    pub fn load_as(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let read = runtime.block_on(Self::read(location, shape, protocol));
+        read.with_context(|| format!("images at {location}"))
+    }
+
+    async fn read(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
         let source = Source::open(location)?;
         let names = source.list().await?;
+        let wanted = images::Wanted { shape: shape.sample, protocol };
         let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
-            Some("safetensors") => tensors::parse(&source.read("").await?)?,
-            Some("tar") => images::from_tars(&source, &[String::new()], shape.sample).await?,
+            Some("safetensors") => tensors::parse(&source.read("").await?)?.after(protocol)?,
+            Some("tar") => images::from_tars(&source, &[String::new()], wanted).await?,
             _ if !names.is_empty() && names.iter().all(|name| name.ends_with(".tar")) => {
-                images::from_tars(&source, &names, shape.sample).await?
+                images::from_tars(&source, &names, wanted).await?
             }
-            _ => images::from_folder(&source, &names, shape.sample).await?,
+            _ => images::from_folder(&source, &names, wanted).await?,
         };
         dataset.check(shape)?;
         Ok(dataset)
+    }
+
+    /// The images as a protocol wants them.
+    fn after(self, protocol: Protocol) -> anyhow::Result<Self> {
+        if protocol == Protocol::AsMade {
+            return Ok(self);
+        }
+        let bytes = |batch: Tensor| -> anyhow::Result<Tensor> {
+            let images = protocol::apply(protocol, &batch)?;
+            Ok(((images + 1.0) * 127.5).round().to_kind(Kind::Uint8))
+        };
+        let pixels = self.batches(BATCH).map(bytes).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self { pixels: Tensor::cat(&pixels, 0), white: 255.0, labels: self.labels })
     }
 
     fn check(&self, shape: Shape) -> anyhow::Result<()> {
@@ -106,6 +136,13 @@ impl Dataset {
     /// All images, fp32 [N, C, H, W] in [−1, 1].
     pub fn images(&self) -> Tensor {
         self.pixels.to_kind(Kind::Float) * (2.0 / self.white) - 1.0
+    }
+
+    /// All images, so many at a time, each batch as [`images`](Self::images): many large ones do not fit in memory as fp32.
+    pub fn batches(&self, size: i64) -> impl Iterator<Item = Tensor> {
+        let pixels = self.pixels.split(size, 0);
+        let scale = 2.0 / self.white;
+        pixels.into_iter().map(move |batch| batch.to_kind(Kind::Float) * scale - 1.0)
     }
 
     /// For the adversarial loss.

@@ -116,7 +116,7 @@ impl Model {
     }
 
     /// The network alone, and the space of its samples. `prompts` are what a text-to-image model is shown, `captions` what real
-    /// images say beside them.
+    /// images say beside them, `evaluation` what it is scored on where that is something else.
     ///
     /// # Errors
     /// The prompts cannot be read; a text-to-image model without any.
@@ -124,6 +124,7 @@ impl Model {
         self,
         prompts: Option<Wanted>,
         captions: Vec<String>,
+        evaluation: Option<Wanted>,
     ) -> anyhow::Result<(Box<dyn Denoiser>, Space)> {
         let (sample, classes) = (self.network.sample_shape(), self.network.classes());
         let Some(latent) = self.latent else {
@@ -132,8 +133,9 @@ impl Model {
         let prompts = prompts.context("a text-to-image model needs prompts")?;
         let [_, height, width] = latent.autoencoder.config().image_shape([sample[1], sample[2]]);
         let digest = latent.digest.as_deref();
-        let prompts = Prompts::new(prompts, captions, latent.conditioner, [height, width], digest)?;
-        let texts = Texts { autoencoder: latent.autoencoder, prompts, digest: latent.digest };
+        let (prompts, evaluation) =
+            Prompts::new(prompts, captions, evaluation, latent.conditioner, [height, width], digest)?;
+        let texts = Texts { autoencoder: latent.autoencoder, prompts, evaluation, digest: latent.digest };
         Ok((self.network, Space { sample, classes, texts: Some(Rc::new(texts)) }))
     }
 }
@@ -142,8 +144,26 @@ impl Model {
 pub enum Wanted<'a> {
     /// Those of a file.
     File(&'a PromptsSpec),
+    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws from.
+    Evaluation {
+        /// The training's.
+        like: &'a PromptsSpec,
+        /// As [`PromptsSpec::data`].
+        data: &'a str,
+        /// As [`PromptsSpec::column`].
+        column: &'a str,
+    },
     /// These.
     These(Vec<String>),
+}
+
+impl<'a> Wanted<'a> {
+    /// What a run is scored on where it says so.
+    pub fn evaluation(spec: &'a RunSpec) -> Option<Self> {
+        let (like, e) = (spec.prompts.as_ref()?, &spec.evaluation);
+        let column = e.prompts_column.as_ref().unwrap_or(&like.column);
+        Some(Self::Evaluation { like, data: e.prompts.as_deref()?, column })
+    }
 }
 
 /// What a network's samples are, and what they are made for.
@@ -159,6 +179,8 @@ pub struct Space {
 struct Texts {
     autoencoder: Autoencoder,
     prompts: Prompts,
+    /// What it is scored on, where that is something else.
+    evaluation: Option<Prompts>,
     /// SHA-256 of the model, where somebody asked for it.
     digest: Option<String>,
 }
@@ -185,6 +207,12 @@ impl Space {
     /// The prompts of a text-to-image model.
     pub fn prompts(&self) -> Option<&Prompts> {
         self.texts.as_ref().map(|texts| &texts.prompts)
+    }
+
+    /// The prompts that a text-to-image model is scored on.
+    pub fn evaluation_prompts(&self) -> Option<&Prompts> {
+        let texts = self.texts.as_ref()?;
+        Some(texts.evaluation.as_ref().unwrap_or(&texts.prompts))
     }
 
     /// Samples [N, C, H, W] as images fp32 in [−1, 1]: of latents one image at a time, in tiles where they are large.

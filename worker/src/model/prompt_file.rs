@@ -18,6 +18,8 @@ pub struct Read {
 }
 
 const LABEL: &str = "label";
+/// Where the column of the prompts is said.
+const COLUMN: &str = "the prompts' column (prompts.column, evaluation.prompts_column or --prompts-column)";
 
 /// Reads a file: `.txt` with one prompt a line, `.jsonl` with an object a line, `.parquet`. Empty lines are passed over.
 ///
@@ -63,7 +65,7 @@ fn from_json(bytes: &[u8], column: &str) -> anyhow::Result<Read> {
             serde_json::from_str(line).with_context(|| format!("line {number}: is not JSON"))?;
         let text = value[column]
             .as_str()
-            .with_context(|| format!("line {number}: has no text under {column:?} (prompts.column)"))?;
+            .with_context(|| format!("line {number}: has no text under {column:?}, {COLUMN}"))?;
         texts.push(text.to_owned());
         labels.extend(value[LABEL].as_i64());
     }
@@ -86,7 +88,7 @@ fn from_parquet(bytes: Bytes, column: &str) -> anyhow::Result<Read> {
         }
         texts.push(text.with_context(|| {
             let names: Vec<&String> = row.get_column_iter().map(|(name, _)| name).collect();
-            format!("row {index}: has no text under {column:?} (prompts.column); its columns are {names:?}")
+            format!("row {index}: has no text under {column:?}, {COLUMN}; its columns are {names:?}")
         })?);
     }
     Ok(Read { labels: (labels.len() == texts.len()).then_some(labels), texts })

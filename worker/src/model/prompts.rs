@@ -7,9 +7,14 @@ use potstill_models::{
     Condition, Embedded, TextCondition,
     diffusers::{TextConditioner, Tokenizer, Tokens},
 };
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::{Wanted, prompt_file::read_prompts, row_cache::RowCache};
+use super::{
+    Wanted,
+    prompt_file::{Read, read_prompts},
+    row_cache::RowCache,
+};
 
 /// Prompts, and what turns them into conditions.
 pub struct Prompts {
@@ -19,6 +24,8 @@ pub struct Prompts {
     first_caption: i64,
     /// Class of each, where the file has some: what an extractor's classifier should see.
     labels: Option<Vec<i64>>,
+    /// SHA-256 of texts and labels.
+    digest: String,
     embedder: Embedder,
     null: Rc<Embedded>,
     /// SDXL's micro-conditioning of what is made, [1, 6].
@@ -27,62 +34,130 @@ pub struct Prompts {
 
 enum Embedder {
     /// Computes them when they are wanted.
-    Encoders { conditioner: TextConditioner, tokens: Tokens },
+    Encoders { conditioner: Rc<TextConditioner>, tokens: Tokens },
     /// Has them on disk; the text encoders are gone. The prompts themselves, without captions, are kept for who wants their tokens.
-    Cache { cache: RowCache, tokenizer: Box<Tokenizer>, texts: Vec<String> },
+    Cache { cache: RowCache, tokenizer: Rc<Tokenizer>, texts: Vec<String> },
+}
+
+/// What a file of prompts holds, and how it is used, before anything is embedded.
+struct Material {
+    /// The prompts, and behind them the captions.
+    texts: Vec<String>,
+    count: usize,
+    first_caption: usize,
+    labels: Option<Vec<i64>>,
+    digest: String,
+    /// Rows of embeddings on disk, where they are kept.
+    cache: Option<RowCache>,
+    sizes: Option<Tensor>,
+}
+
+impl Material {
+    /// Reads the prompts, and fills the cache where there is one.
+    fn new(
+        wanted: Wanted<'_>,
+        captions: Vec<String>,
+        conditioner: &TextConditioner,
+        image: [i64; 2],
+        model: Option<&str>,
+    ) -> anyhow::Result<Self> {
+        let (read, like) = match wanted {
+            Wanted::These(texts) => (Read { texts, labels: None }, None),
+            Wanted::File(spec) if spec.data.is_empty() => (Read { texts: vec![], labels: None }, Some(spec)),
+            Wanted::File(spec) => {
+                let read = read_prompts(&spec.data, &spec.column);
+                (read.with_context(|| format!("prompts.data {}", spec.data))?, Some(spec))
+            }
+            Wanted::Evaluation { like, data, column } => {
+                let read = read_prompts(data, column);
+                (read.with_context(|| format!("evaluation.prompts {data}"))?, Some(like))
+            }
+        };
+        let Read { mut texts, labels } = read;
+        // Without prompts of their own, generated samples take the captions.
+        let first_caption = texts.len();
+        texts.extend(captions);
+        let count = if first_caption == 0 { texts.len() } else { first_caption };
+        ensure!(count > 0, "there are no prompts");
+        if like.is_some() {
+            tracing::info!(prompts = count, "prompts loaded");
+        }
+        let digest = digest(&texts[..count], labels.as_deref());
+        let sizes = conditioner.pooled_width().map(|_| {
+            let original = like.and_then(|spec| spec.original_size);
+            let original = original.map_or(image, |sides| sides.map(i64::from));
+            let crop = like.map_or([0, 0], |spec| spec.crop.map(i64::from));
+            let numbers = [original[0], original[1], crop[0], crop[1], image[0], image[1]];
+            Tensor::from_slice(&numbers).to_kind(Kind::Float).unsqueeze(0)
+        });
+        let cache = match like.and_then(|spec| spec.cache.as_deref()) {
+            Some(folder) => {
+                let model = model.context("the model's folder was not hashed, which names what is kept")?;
+                let all: Vec<&str> = texts.iter().map(String::as_str).collect();
+                let cache = embed_all(folder, model, &all, conditioner);
+                Some(cache.with_context(|| format!("prompts.cache {}", folder.display()))?)
+            }
+            None => None,
+        };
+        Ok(Self { texts, count, first_caption, labels, digest, cache, sizes })
+    }
+}
+
+fn digest(texts: &[String], labels: Option<&[i64]>) -> String {
+    let mut hasher = Sha256::new();
+    for text in texts {
+        hasher.update((text.len() as u64).to_le_bytes());
+        hasher.update(text);
+    }
+    labels.into_iter().flatten().for_each(|label| hasher.update(label.to_le_bytes()));
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Prompts {
-    /// Reads and tokenises the prompts, and the captions of real images. `image` is height and width of what is made for them;
-    /// `digest` names the model, for the cache.
+    /// Reads and tokenises the prompts, and the captions of real images; and the prompts of the evaluation where they are others.
+    /// `image` is height and width of what is made for them; `model` names the model, for the cache.
     ///
     /// # Errors
-    /// The file is missing, empty, or malformed; the cache cannot be written.
+    /// A file is missing, empty, or malformed; the cache cannot be written.
     pub fn new(
         wanted: Wanted<'_>,
         captions: Vec<String>,
+        evaluation: Option<Wanted<'_>>,
         conditioner: TextConditioner,
         image: [i64; 2],
-        digest: Option<&str>,
-    ) -> anyhow::Result<Self> {
-        let (mut texts, labels, cache, original, crop) = match wanted {
-            Wanted::These(texts) => (texts, None, None, None, [0, 0]),
-            Wanted::File(spec) if spec.data.is_empty() => {
-                (vec![], None, spec.cache.as_deref(), spec.original_size, spec.crop)
-            }
-            Wanted::File(spec) => {
-                let read = read_prompts(&spec.data, &spec.column)
-                    .with_context(|| format!("prompts.data {}", spec.data))?;
-                tracing::info!(prompts = read.texts.len(), "prompts loaded");
-                (read.texts, read.labels, spec.cache.as_deref(), spec.original_size, spec.crop)
-            }
-        };
-        let first_caption = texts.len() as i64;
-        texts.extend(captions);
-        let count = if first_caption == 0 { texts.len() as i64 } else { first_caption };
-        ensure!(count > 0, "there are no prompts");
-        let sizes = conditioner.pooled_width().map(|_| {
-            let original = original.map_or(image, |sides| sides.map(i64::from));
-            let numbers = [original[0], original[1], crop[0].into(), crop[1].into(), image[0], image[1]];
-            Tensor::from_slice(&numbers).to_kind(Kind::Float).unsqueeze(0)
-        });
+        model: Option<&str>,
+    ) -> anyhow::Result<(Self, Option<Self>)> {
+        let training = Material::new(wanted, captions, &conditioner, image, model)?;
+        let evaluation =
+            evaluation.map(|wanted| Material::new(wanted, vec![], &conditioner, image, model)).transpose()?;
         let null = Rc::new(conditioner.null()?);
-        let all: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let embedder = match cache {
-            Some(folder) => {
-                let digest = digest.context("the model's folder was not hashed, which names what is kept")?;
-                let cache = embed_all(folder, digest, &all, &conditioner)
-                    .with_context(|| format!("prompts.cache {}", folder.display()))?;
-                texts.truncate(count as usize);
+        // Both have a cache, or neither has one. With it the encoders are released.
+        let (encoders, tokenizer) = match training.cache.is_some() {
+            true => {
                 let tokenizer = conditioner.into_tokenizer().context("the model has no tokenizer")?;
-                Embedder::Cache { cache, tokenizer: Box::new(tokenizer), texts }
+                (None, Some(Rc::new(tokenizer)))
             }
-            None => {
-                let tokens = conditioner.tokenize(&all)?;
-                Embedder::Encoders { conditioner, tokens }
-            }
+            false => (Some(Rc::new(conditioner)), None),
         };
-        Ok(Self { count, first_caption, labels, embedder, null, sizes })
+        let finish = |material: Material| -> anyhow::Result<Self> {
+            let Material { mut texts, count, first_caption, labels, digest, cache, sizes } = material;
+            let embedder = match (cache, &tokenizer, &encoders) {
+                (Some(cache), Some(tokenizer), _) => {
+                    texts.truncate(count);
+                    Embedder::Cache { cache, tokenizer: Rc::clone(tokenizer), texts }
+                }
+                (_, _, encoders) => {
+                    let conditioner = Rc::clone(encoders.as_ref().context("there are no text encoders")?);
+                    let all: Vec<&str> = texts.iter().map(String::as_str).collect();
+                    let tokens = conditioner.tokenize(&all)?;
+                    Embedder::Encoders { conditioner, tokens }
+                }
+            };
+            let (count, first_caption) = (count as i64, first_caption as i64);
+            let null = Rc::clone(&null);
+            Ok(Self { count, first_caption, labels, digest, embedder, null, sizes })
+        };
+        Ok((finish(training)?, evaluation.map(finish).transpose()?))
     }
 
     /// How many there are, captions not among them.
@@ -90,9 +165,14 @@ impl Prompts {
         self.count
     }
 
-    /// The class of one prompt, where the file has classes.
-    pub fn label(&self, index: i64) -> Option<i64> {
-        self.labels.as_ref().map(|labels| labels[index as usize])
+    /// The class of each prompt, where the file has classes.
+    pub fn labels(&self) -> Option<&[i64]> {
+        self.labels.as_deref()
+    }
+
+    /// SHA-256 of texts and classes, captions not among them.
+    pub fn digest(&self) -> &str {
+        &self.digest
     }
 
     /// Tokens of these prompts, as the model's first tokenizer gives them, int64 [N, tokens] on the host.

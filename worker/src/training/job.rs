@@ -69,7 +69,7 @@ impl Inputs {
         };
         let captions = pairs.iter().map(|pair| pair.caption.clone()).collect();
         let prompts = spec.prompts.as_ref().map(Wanted::File);
-        let (teacher, space) = model.into_space(prompts, captions)?;
+        let (teacher, space) = model.into_space(prompts, captions, Wanted::evaluation(spec))?;
         let guided = spec.guidance.scales() != [1.0; 3];
         ensure!(
             !guided || space.is_conditional(),
