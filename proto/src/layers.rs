@@ -151,15 +151,16 @@ fn refuse_unknown_keys(given: &Value, template: &Value, former: &FormerKeys) -> 
     let mut present = Vec::new();
     leaves(given, "", &mut present);
     for key in present {
+        // First: inside an optional section every key counts as known here.
+        if let Some((_, now)) = former.iter().find(|(former, _)| *former == key) {
+            return Err(LayerError::FormerKey { key, now });
+        }
         // A key is known when it is a leaf of the template, or when it lies inside one (a table given for an option).
         let known = valid
             .iter()
             .any(|v| key == *v || key.strip_prefix(v.as_str()).is_some_and(|r| r.starts_with('.')));
         let section = valid.iter().any(|v| v.starts_with(&format!("{key}.")));
         if !known && !section {
-            if let Some((_, now)) = former.iter().find(|(former, _)| *former == key) {
-                return Err(LayerError::FormerKey { key, now });
-            }
             return Err(LayerError::UnknownKey { nearest: nearest(&key, &valid), key });
         }
     }

@@ -146,8 +146,8 @@ struct Identity<'a> {
     /// SHA-256 of weights, configuration, and what surrounds the network.
     network: String,
     student_times: &'a Option<Vec<f64>>,
-    teacher_steps: u32,
-    teacher_guidance: f64,
+    /// Steps and guidance of a teacher's sampler.
+    teacher_sampler: Option<(u32, f64)>,
     extractor: &'a str,
     clip: Option<&'a str>,
     prompts: Option<&'a str>,
@@ -345,8 +345,10 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             potstill: env!("CARGO_PKG_VERSION"),
             network: network.clone(),
             student_times: &subject.times,
-            teacher_steps: spec.teacher_steps,
-            teacher_guidance: spec.teacher_guidance,
+            teacher_sampler: match subject.times {
+                Some(_) => None,
+                None => Some((spec.teacher_steps, spec.teacher_guidance)),
+            },
             extractor,
             clip,
             prompts: subject.space.evaluation_prompts().map(Prompts::digest),

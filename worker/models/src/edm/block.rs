@@ -202,7 +202,12 @@ impl Attention {
         let size = x.size();
         let (samples, channels) = (size[0] * self.heads, size[1] / self.heads);
         // Queries, keys and values alternate along the channels of a head.
-        let qkv = self.qkv.forward(&self.norm.forward(x)).view([samples, channels, 3, -1]);
+        // A bias of the keys shifts all scores of a query alike, which softmax does not see: its gradient is 0 but for rounding,
+        // and Adam without a first moment would make full steps of that. So it gets none.
+        let bias = self.qkv.bias().view([-1, 3]);
+        let bias = Tensor::stack(&[bias.select(1, 0), bias.select(1, 1).detach(), bias.select(1, 2)], 1);
+        let qkv = self.qkv.with_bias(&self.norm.forward(x), Some(&bias.view([-1])));
+        let qkv = qkv.view([samples, channels, 3, -1]);
         let [q, k, v] = [qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2)];
         let scores = q.transpose(1, 2).bmm(&k) * (channels as f64).sqrt().recip();
         let attended = v.bmm(&scores.softmax(-1, None).transpose(1, 2));
