@@ -60,7 +60,6 @@ impl TimeLaw {
 
     /// The times that random numbers stand for, fp32 on the host: numbers from N(0, 1) for the normal laws, from U[0, 1) for Karras
     /// spacing, from U{0, …, last − first} for the uniform one.
-    #[must_use]
     pub fn times(&self, numbers: &[f64]) -> Tensor {
         let times: Vec<f64> = match *self {
             Self::LogNormal { mean, std } => numbers.iter().map(|z| (mean + std * z).exp()).collect(),
