@@ -7,13 +7,13 @@
     pip install torch==2.11.0 transformers==5.23.0
     python scripts/make_extractors.py clip --model FOLDER --out clip.pt
 
-`inception` is the InceptionV3 that FID is defined on (1706.08500; TensorFlow's graph of 2015-12-05, 1,008 classes, average
-pooling that leaves padding out, max pooling in the last block), from the package torch-fidelity. Its weights are the file that
-pytorch-fid and torch-fidelity publish, under either name; no package on PyPI carries them. The module takes fp32 images
-[N, 3, H, W] in [-1, 1] of any size and returns (features [N, 2048], logits [N, 1008]).
+`inception` is the InceptionV3 that FID is defined on (1706.08500; TensorFlow's graph of 2015-12-05, 1,008 classes,
+average pooling that leaves padding out, max pooling in the last block), from the package torch-fidelity. Its weights are
+the file that pytorch-fid and torch-fidelity publish, under either name; neither package carries it. The module takes fp32
+images [N, 3, H, W] in [-1, 1] of any size and returns (features [N, 2048], logits [N, 1008]).
 
-`clip` is a CLIPModel of transformers from a folder (config.json and weights). The module takes fp32 images [N, 3, H, W] in
-[-1, 1] and int64 tokens [N, tokens] and returns (image embeddings [N, D], text embeddings [N, D]).
+`clip` is a CLIPModel of transformers from a folder (config.json and weights). The module takes fp32 images [N, 3, H, W]
+in [-1, 1] and int64 tokens [N, tokens] and returns (image embeddings [N, D], text embeddings [N, D]).
 
 Both work for any number of images. docs/EVALUATION.md says what they are for.
 """
@@ -69,7 +69,8 @@ class Inception(nn.Module):
         # To 8 bits, as in the PNG files that the packages read; EDM's generate.py rounds in the same way.
         x = (images * 127.5 + 128.0).clamp(0.0, 255.0).floor()
         if self.half_pixel:
-            # pytorch-fid: half-pixel centres, and 0 to 255 becomes -1 to 1. The network itself computes (x - 128) / 128.
+            # pytorch-fid: half-pixel centres, and 0 to 255 becomes -1 to 1. The network itself computes (x - 128) /
+            # 128.
             x = nn.functional.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
             x = x * (128.0 / 127.5)
         else:
@@ -106,8 +107,8 @@ def inception(weights: Path, half_pixel: bool, features_only: bool) -> torch.jit
             )
     except (RuntimeError, TypeError, AttributeError) as error:
         raise BadInput(f"{weights}: not the weights of FID's InceptionV3: {str(error)[:500]}") from error
-    # Tracing would bind the package's resize to the size of the example, so it is left out of the trace, and so is the check
-    # for whole numbers, which images that have been resized are not.
+    # Tracing would bind the package's resize to the size of the example, so it is left out of the trace, and so is
+    # the check for whole numbers, which images that have been resized are not.
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -136,14 +137,15 @@ class Clip(nn.Module):
         x = nn.functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
         x = ((x + 1) / 2).clamp(0, 1)
         seen = self.clip.vision_model(pixel_values=(x - self.mean) / self.std).pooler_output
-        # Behind the mark of the start. What does not fit any more is cut off, and the mark of the end, which is the greatest
-        # token, is put last.
+        # Behind the mark of the start. What does not fit any more is cut off, and the mark of the end, which is the
+        # greatest token, is put last.
         prefix = self.prefix.expand(ids.shape[0], -1)
         end = ids.max(dim=1, keepdim=True).values
         ids = torch.cat([ids[:, :1], prefix, ids[:, 1:]], dim=1)[:, : self.positions]
         cut = (ids != end).all(dim=1, keepdim=True)
         ids = torch.cat([ids[:, :-1], torch.where(cut, end, ids[:, -1:])], dim=1)
-        # Read at the first mark of the end, as the model does it, but without its indices, which a trace binds to the CPU.
+        # Read at the first mark of the end, as the model does it, but without its indices, which a trace binds to the
+        # CPU.
         states = self.clip.text_model(input_ids=ids).last_hidden_state
         first = (ids == end).int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, states.shape[2])
         read = states.gather(1, first).squeeze(1)
@@ -165,14 +167,15 @@ def clip(folder: Path, prefix: str, tokens: int, side: int) -> torch.jit.ScriptM
     ids: list[int] = []
     if prefix:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise BadInput(f"{folder}: --prefix needs the tokenizer there: tokenizer.json, or vocab.json and merges.txt")
+            raise BadInput(f"{folder}: --prefix needs the tokenizer there, tokenizer.json or vocab.json and merges.txt")
         # Between the marks of start and end.
         ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(prefix)["input_ids"][1:-1]
     end = model.config.text_config.vocab_size - 1
     positions = min(tokens + len(ids), model.config.text_config.max_position_embeddings)
     wrapped = Clip(model, ids).eval()
     # A trace would bind the causal mask that the model makes to the CPU; a buffer moves with the module.
-    wrapped.register_buffer("mask", torch.full((positions, positions), torch.finfo(torch.float).min).triu(1)[None, None])
+    mask = torch.full((positions, positions), torch.finfo(torch.float).min).triu(1)
+    wrapped.register_buffer("mask", mask[None, None])
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -198,15 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
     of_inception.add_argument("--weights", type=Path, required=True, metavar="FILE",
                               help="pt_inception-2015-12-05-6726825d.pth or weights-inception-2015-12-05-6726825d.pth")
     of_inception.add_argument("--resize", choices=["tensorflow", "pytorch"], default="tensorflow",
-                              help="how images become 299x299: as TensorFlow 1, EDM and torch-fidelity do it (default), or as "
-                                   "pytorch-fid does")
+                              help="how images become 299x299: as TensorFlow 1, EDM and torch-fidelity do it "
+                                   "(default), or as pytorch-fid does")
     of_inception.add_argument("--features-only", action="store_true",
                               help="leave the 1,008 logits out: for teachers with classes of their own")
     of_clip = kinds.add_parser("clip", help="CLIP, for evaluation.clip")
     of_clip.add_argument("--model", type=Path, required=True, metavar="DIR",
                          help="folder with a CLIPModel: config.json and weights")
     of_clip.add_argument("--prefix", default="", metavar="TEXT",
-                         help="put this before each prompt, such as 'A photo depicts'; needs the tokenizer's files in DIR")
+                         help="put this before each prompt, such as 'A photo depicts'; needs the tokenizer in DIR")
     of_clip.add_argument("--tokens", type=int, default=77, metavar="N",
                          help="tokens of a prompt, as the diffusion model's tokenizer pads them (default: 77)")
     of_clip.add_argument("--image-size", type=int, default=512, metavar="PIXELS",

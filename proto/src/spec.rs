@@ -514,24 +514,24 @@ pub struct EvaluationSpec {
     pub samples: u32,
     /// Decides the evaluation's noise and conditions.
     pub seed: u64,
-    /// Prompts to score a text-to-image model on, such as COCO's captions: a file in one of the forms of `prompts.data`, as a
-    /// path relative to the file that names it, or a URL. By default those of `prompts.data`.
+    /// Prompts to score a text-to-image model on, such as COCO's captions: a file in one of the forms of
+    /// `prompts.data`, as a path relative to the file that names it, or a URL. By default those of `prompts.data`.
     pub prompts: Option<String>,
     /// Column of these prompts in JSONL and Parquet; by default `prompts.column`.
     pub prompts_column: Option<String>,
-    /// How many samples each prompt gets at least, where there are enough prompts: `samples` divided by this many prompts are
-    /// used. COCO's protocol has 1; diversity, which is measured among samples of one prompt, needs 2.
+    /// How many samples each prompt gets at least, where there are enough prompts: `samples` divided by this many
+    /// prompts are used. COCO's protocol has 1; diversity, which is measured among samples of one prompt, needs 2.
     pub samples_per_prompt: u32,
     /// What happens to samples and real images before they are compared.
     pub images: ImageTreatment,
-    /// Height and width for `images`, in pixels: `resized` needs one (256 for FID on COCO); `patch` has 299, Inception's own, by
-    /// default; `as-made` takes none.
+    /// Height and width for `images`, in pixels: `resized` needs one (256 for FID on COCO); `patch` has 299,
+    /// Inception's own, by default; `as-made` takes none.
     pub image_size: Option<u32>,
     /// TorchScript extractor: images in [−1, 1] → (features [N, D], logits [N, classes]). Without one nothing is scored.
     pub features: Option<PathBuf>,
-    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel range
-    /// in its metadata, a folder, or a tar; features that `potstill evaluate --save-statistics` wrote; or an `.npz` file with the
-    /// moments `mu` and `sigma`, which give FID but neither precision nor recall.
+    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel
+    /// range in its metadata, a folder, or a tar; features that `potstill evaluate --save-statistics` wrote; or an
+    /// `.npz` file with the moments `mu` and `sigma`, which give FID but neither precision nor recall.
     pub reference: Option<PathBuf>,
     /// TorchScript CLIP, for text-to-image models: images in [−1, 1] and the prompts' tokens, int64 [N, tokens], of the model's first
     /// tokenizer → (image embeddings [N, D], text embeddings [N, D]). With one there is a CLIP score.
@@ -576,8 +576,8 @@ pub enum ImageTreatment {
     /// Nothing: the extractor sees them as they are.
     #[default]
     AsMade,
-    /// The largest square in their middle is resized to `image_size` with an antialiased Lanczos filter on 8 bits, as Pillow
-    /// does: FID on COCO (GigaGAN, 2303.05511, and after it SiD-LSG, 2406.01561).
+    /// The largest square in their middle is resized to `image_size` with an antialiased Lanczos filter on 8 bits, as
+    /// Pillow does: FID on COCO (GigaGAN, 2303.05511, and after it SiD-LSG, 2406.01561).
     Resized,
     /// A square of `image_size` is cut out of their middle at full resolution: patch FID (SDXL-Lightning, 2402.13929).
     Patch,

@@ -1,4 +1,4 @@
-"""The extractors' TorchScript files against the packages whose networks they hold, with random weights of the right shapes."""
+"""The extractors' TorchScript files against the packages whose networks they hold, with random weights."""
 
 import contextlib
 import importlib.util
@@ -107,9 +107,8 @@ class Clip(Case):
         from transformers import CLIPConfig, CLIPModel
 
         both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        text = {
-            "vocab_size": 300, "max_position_embeddings": self.TOKENS, "bos_token_id": self.START, "eos_token_id": self.END,
-        }
+        text = {"vocab_size": 300, "max_position_embeddings": self.TOKENS}
+        text |= {"bos_token_id": self.START, "eos_token_id": self.END}
         vision = {"image_size": 28, "patch_size": 7}
         config = CLIPConfig(text_config={**both, **text}, vision_config={**both, **vision}, projection_dim=24)
         model = CLIPModel(config).eval()

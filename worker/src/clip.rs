@@ -25,7 +25,8 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// Loads it, and tries it on images and prompts of `space`; `protocol` is what happens to images before it sees them.
+    /// Loads it, and tries it on images and prompts of `space`; `protocol` is what happens to images before it sees
+    /// them.
     ///
     /// # Errors
     /// Not TorchScript; another signature; a model that knows no texts.
@@ -47,7 +48,8 @@ impl Clip {
         &self.digest
     }
 
-    /// The score of each image, as made, with the prompt of its number, fp64 `[N]`; numbers are int64 `[N]` on the host.
+    /// The score of each image, as made, with the prompt of its number, fp64 `[N]`; numbers are int64 `[N]` on the
+    /// host.
     ///
     /// # Errors
     /// The module fails, or returns something else than two embeddings of each.

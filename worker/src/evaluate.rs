@@ -50,8 +50,8 @@ pub struct Arguments {
     /// TorchScript extractor: images in [−1, 1] → features [N, D], or (features, logits [N, classes])
     #[arg(long, value_name = "FILE")]
     features: PathBuf,
-    /// Real images (see adversarial.data in a run file for the forms), or their features that --save-statistics wrote, or an .npz
-    /// file with their moments `mu` and `sigma`, which give FID but neither precision nor recall
+    /// Real images (see adversarial.data in a run file for the forms), or their features that --save-statistics
+    /// wrote, or an .npz file with their moments `mu` and `sigma`, which give FID but neither precision nor recall
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
     /// TorchScript CLIP, for text-to-image models: images in [−1, 1], tokens int64 [N, tokens] → (image embeddings, text embeddings)
@@ -66,14 +66,15 @@ pub struct Arguments {
     /// k of the k-nearest-neighbour manifolds behind precision and recall
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     neighbours: u32,
-    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column of prompts, and with
-    /// "label" for class agreement
+    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column of
+    /// prompts, and with "label" for class agreement
     #[arg(long, value_name = "FILE")]
     prompts: Option<String>,
     /// Column of the prompts in JSONL and Parquet
     #[arg(long, value_name = "NAME", default_value_t = PromptsSpec::default().column)]
     prompts_column: String,
-    /// How many samples each prompt gets at least, where there are enough prompts: COCO's protocol has 1. Diversity needs 2
+    /// How many samples each prompt gets at least, where there are enough prompts: COCO's protocol has 1. Diversity
+    /// needs 2
     #[arg(long, value_name = "N", default_value_t = EvaluationSpec::default().samples_per_prompt,
           value_parser = clap::value_parser!(u32).range(1..))]
     samples_per_prompt: u32,
@@ -98,9 +99,10 @@ pub struct Arguments {
     /// Threads of each process [default: the machine's cores divided by the processes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// Keep what finished chunks of 100 samples came to below this folder. The same command, killed and started again, goes on where
-    /// it was, with any number of --workers. Each evaluation has a sub-folder of its own, named by a digest of model, extractors,
-    /// prompts, seed, samplers, size and device; another one cannot take its chunks for its own. Delete it when the scores are there
+    /// Keep what finished chunks of 100 samples came to below this folder. The same command, killed and started
+    /// again, goes on where it was, with any number of --workers. Each evaluation has a sub-folder of its own, named
+    /// by a digest of model, extractors, prompts, seed, samplers, size and device; another one cannot take its chunks
+    /// for its own. Delete it when the scores are there
     #[arg(long, value_name = "FOLDER")]
     resume_dir: Option<PathBuf>,
     /// Write the reference's features to this file, which can be given as --reference from then on
@@ -272,7 +274,8 @@ impl Subject {
     }
 }
 
-/// SHA-256 of a model: of a network its configuration, weights and buffers; with text encoders and autoencoder also their files.
+/// SHA-256 of a model: of a network its configuration, weights and buffers; with text encoders and autoencoder also
+/// their files.
 fn digest(model: &Model) -> anyhow::Result<String> {
     /// Elements that are copied to the host at a time.
     const PIECE: i64 = 1 << 24;

@@ -1,8 +1,8 @@
 //! Scoring teacher and student, spread over the ranks.
 //!
-//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of zero matrices; a
-//! sum over ranks puts them together, and every rank can compute the same scores. Chunks that are [kept](Kept) from an earlier
-//! process are read instead.
+//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of
+//! zero matrices; a sum over ranks puts them together, and every rank can compute the same scores. Chunks that are
+//! [kept](Kept) from an earlier process are read instead.
 
 use std::{path::Path, time::Instant};
 
@@ -205,8 +205,8 @@ impl Evaluator {
         (self.extractor.digest(), self.clip.as_ref().map(Clip::digest))
     }
 
-    /// Keeps finished chunks there, and takes from there those that an earlier process has finished. They must be those of the
-    /// sampler that is scored.
+    /// Keeps finished chunks there, and takes from there those that an earlier process has finished. They must be
+    /// those of the sampler that is scored.
     pub fn keep(&mut self, kept: Kept) {
         self.kept = Some(kept);
     }

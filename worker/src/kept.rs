@@ -1,8 +1,9 @@
-//! What finished chunks of an evaluation came to, kept in a folder so that an evaluation that was killed goes on where it was.
+//! What finished chunks of an evaluation came to, kept in a folder so that an evaluation that was killed goes on
+//! where it was.
 //!
-//! Each evaluation has a sub-folder of its own, named by a digest of everything that decides its samples and their features:
-//! another evaluation cannot take them for its own. There lie `evaluation.json`, which says what that is, and one file for
-//! each chunk.
+//! Each evaluation has a sub-folder of its own, named by a digest of everything that decides its samples and their
+//! features: another evaluation cannot take them for its own. There lie `evaluation.json`, which says what that is,
+//! and one file for each chunk.
 
 use std::{
     collections::BTreeMap,
@@ -53,8 +54,8 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// The sub-folder of `folder` for the evaluation that `identity` describes; it is created where there is none. While this
-    /// value lives no other process can open it.
+    /// The sub-folder of `folder` for the evaluation that `identity` describes; it is created where there is none.
+    /// While this value lives no other process can open it.
     ///
     /// # Errors
     /// Another process has it open; the folder cannot be written.

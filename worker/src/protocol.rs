@@ -37,8 +37,8 @@ pub fn shape_after(protocol: Protocol, shape: [i64; 3]) -> anyhow::Result<[i64; 
     }
 }
 
-/// Images [N, C, H, W] in [−1, 1] as `protocol` wants them, fp32 in [−1, 1]. To be resized they are first rounded to 8 bits, as
-/// in the files that other evaluations read.
+/// Images [N, C, H, W] in [−1, 1] as `protocol` wants them, fp32 in [−1, 1]. To be resized they are first rounded to
+/// 8 bits, as in the files that other evaluations read.
 ///
 /// # Errors
 /// As [`shape_after`]; images of other than 1 or 3 channels cannot be resized.
@@ -127,7 +127,8 @@ impl Picture {
             Ok(target.into_vec())
         };
         let [width, height] = [self.width as u32, self.height as u32];
-        // Along the rows first, as Pillow: between the passes values are cut to 8 bits, so that their order can be seen.
+        // Along the rows first, as Pillow: between the passes values are cut to 8 bits, so that their order can be
+        // seen.
         let narrow = scaled(&self.bytes, [width, height], [size, height]).context("cannot be resized")?;
         let bytes = scaled(&narrow, [size, height], [size, size]).context("cannot be resized")?;
         Ok(Self { bytes, channels: self.channels, height: side, width: side })

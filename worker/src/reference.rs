@@ -31,8 +31,8 @@ pub struct Reference {
 const EXTRACTOR_KEY: &str = "extractor_sha256";
 /// Header key of a file of features: what happened to the images before; files without it hold those of images as made.
 const PROTOCOL_KEY: &str = "images";
-/// Elements of a covariance and of its transpose may differ by so much of its largest element: they are summed in different
-/// orders.
+/// Elements of a covariance and of its transpose may differ by so much of its largest element: they are summed in
+/// different orders.
 const ASYMMETRY: f64 = 1e-5;
 
 impl Reference {
@@ -40,8 +40,8 @@ impl Reference {
     /// [`to_safetensors`](Self::to_safetensors) wrote, or an `.npz` file of moments.
     ///
     /// # Errors
-    /// There are no images or they do not fit the model; the features are another extractor's or another protocol's; the
-    /// moments are none.
+    /// There are no images or they do not fit the model; the features are another extractor's or another protocol's;
+    /// the moments are none.
     pub fn load(
         path: &Path,
         extractor: &Extractor,
@@ -107,8 +107,8 @@ impl Reference {
     }
 }
 
-/// Mean and covariance from an `.npz` file with `mu` `[D]` and `sigma` [D, D], fp32 or fp64: what EDM (`fid-refs/*.npz`),
-/// pytorch-fid (`--save-stats`) and clean-fid keep.
+/// Mean and covariance from an `.npz` file with `mu` `[D]` and `sigma` [D, D], fp32 or fp64: what EDM
+/// (`fid-refs/*.npz`), pytorch-fid (`--save-stats`) and clean-fid keep.
 ///
 /// # Errors
 /// The file is damaged or lacks an array; another shape than `width` gives; not finite; no covariance.

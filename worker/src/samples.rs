@@ -1,7 +1,8 @@
 //! The samples that are scored and looked at: the same whoever makes them.
 //!
-//! They come in chunks, each with its own stream of noise, and classes or prompts go round, so that teacher and student, today's
-//! run and tomorrow's, are compared on the same noise and the same classes, each of them as often as the others or once more.
+//! They come in chunks, each with its own stream of noise, and classes or prompts go round, so that teacher and
+//! student, today's run and tomorrow's, are compared on the same noise and the same classes, each of them as often as
+//! the others or once more.
 
 use std::collections::HashMap;
 
@@ -55,8 +56,8 @@ pub struct Chunk {
     pub numbers: Tensor,
 }
 
-/// Numbers of `count` prompts, or of all where there are fewer, in the order in which they are used: as they come where they
-/// have no labels; else so that labels go round, each label's prompts as they come.
+/// Numbers of `count` prompts, or of all where there are fewer, in the order in which they are used: as they come
+/// where they have no labels; else so that labels go round, each label's prompts as they come.
 fn order(labels: Option<&[i64]>, known: i64, count: i64) -> Vec<i64> {
     let count = known.min(count) as usize;
     let Some(labels) = labels else { return (0..count as i64).collect() };

@@ -53,8 +53,8 @@ impl Dataset {
         Self::load_as(location, shape, Protocol::AsMade)
     }
 
-    /// [`load`](Self::load) of images that a protocol brings to the size of `shape`; before it they may be of any size that it
-    /// takes.
+    /// [`load`](Self::load) of images that a protocol brings to the size of `shape`; before it they may be of any
+    /// size that it takes.
     ///
     /// # Errors
     /// As `load`; images that are too small for the protocol.
@@ -138,7 +138,8 @@ impl Dataset {
         self.pixels.to_kind(Kind::Float) * (2.0 / self.white) - 1.0
     }
 
-    /// All images, so many at a time, each batch as [`images`](Self::images): many large ones do not fit in memory as fp32.
+    /// All images, so many at a time, each batch as [`images`](Self::images): many large ones do not fit in memory as
+    /// fp32.
     pub fn batches(&self, size: i64) -> impl Iterator<Item = Tensor> {
         let pixels = self.pixels.split(size, 0);
         let scale = 2.0 / self.white;

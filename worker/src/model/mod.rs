@@ -144,7 +144,8 @@ impl Model {
 pub enum Wanted<'a> {
     /// Those of a file.
     File(&'a PromptsSpec),
-    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws from.
+    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws
+    /// from.
     Evaluation {
         /// The training's.
         like: &'a PromptsSpec,

@@ -114,8 +114,8 @@ fn digest(texts: &[String], labels: Option<&[i64]>) -> String {
 }
 
 impl Prompts {
-    /// Reads and tokenises the prompts, and the captions of real images; and the prompts of the evaluation where they are others.
-    /// `image` is height and width of what is made for them; `model` names the model, for the cache.
+    /// Reads and tokenises the prompts, and the captions of real images; and the prompts of the evaluation where they
+    /// are others. `image` is height and width of what is made for them; `model` names the model, for the cache.
     ///
     /// # Errors
     /// A file is missing, empty, or malformed; the cache cannot be written.
