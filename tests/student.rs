@@ -79,3 +79,41 @@ fn samples_are_the_same_from_the_run_and_from_its_export() {
         assert!(message.contains(says), "{says}: {message}");
     }
 }
+
+/// A checkpoint of the format before this one: its generator is of use, but no run goes on from it.
+#[test]
+fn what_an_earlier_version_saved_is_exported_but_not_resumed() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=2", "adversarial.data=digits.safetensors"];
+    cluster.succeed("old", 1, &sets, &[]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let run = cluster.run("old");
+    succeed(&["export", "--checkpoint", run.to_str().unwrap(), "--out", &file("new.safetensors")]);
+
+    let change = |name: &str, from: &str, to: &str| {
+        let path = run.join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    };
+    let manifest = "checkpoints/000000000002/manifest.json";
+    change(manifest, "\"version\": 2", "\"version\": 1");
+    let log = |output: std::process::Output| {
+        assert!(!output.status.success());
+        text(&output.stderr)
+    };
+    let longer = ["distillation.iterations=4", "adversarial.data=digits.safetensors"];
+    let message = log(cluster.run_to_end("old", 1, &longer, &["--resume"]));
+    for part in ["manifest.json", "format 1", "earlier version", "potstill export", "generator.start_from"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    // Its run file has keys that are gone.
+    change("run.toml", "[adversarial]", "[adversarial]\nstart_images = 0\nscore_identity_weight = 100.0");
+    let message = log(cluster.run_to_end("old", 1, &longer, &["--resume"]));
+    assert!(message.contains("earlier version") && message.contains("score_identity_weight"), "{message}");
+    succeed(&["export", "--checkpoint", run.to_str().unwrap(), "--out", &file("old.safetensors")]);
+    let read = |name: &str| std::fs::read(file(name)).unwrap();
+    assert!(read("old.safetensors") == read("new.safetensors"));
+    assert!(run.join(manifest).exists(), "nothing is set aside or swept");
+}

@@ -215,9 +215,12 @@ fn lower_precisions_stay_close_and_resume_bit_by_bit() {
         let counters = &lower["counters/loss_scale_and_steps"];
         let [scale, _, steps, _, _, fake_steps] = counters[..] else { panic!("{counters:?}") };
         assert_eq!(scale > 1.0, precision == "fp16", "{precision}: {scale}");
-        // A step that fp16 leaves out does not count.
-        let skipped = |steps: f32| steps < 6.0;
-        assert!(precision == "fp16" || !(skipped(steps) || skipped(fake_steps)), "{counters:?}");
+        // A step that fp16 leaves out does not count: each of them has halved the loss scale.
+        let fake_scale = counters[3];
+        for (scale, steps) in [(scale, steps), (fake_scale, fake_steps)] {
+            let skipped = if precision == "fp16" { 16.0 - scale.log2() } else { 0.0 };
+            assert_eq!(steps, 6.0 - skipped, "{precision}: {counters:?}");
+        }
     }
 }
 

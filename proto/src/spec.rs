@@ -763,6 +763,24 @@ impl RunSpec {
         Ok(spec)
     }
 
+    /// Reads the frozen specification of a run that is only looked at or exported, of this version or an earlier one: keys that this
+    /// version no longer has are passed over. A run that goes on is read by [`from_toml`](Self::from_toml), which refuses them.
+    ///
+    /// # Errors
+    /// See [`LayerError`].
+    pub fn of_finished_run(text: &str) -> Result<Self, LayerError> {
+        let invalid = |problem: String| LayerError::Invalid { origin: "run.toml".to_owned(), problem };
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| invalid(e.to_string()))?;
+        for (key, _) in FORMER_KEYS {
+            if let Some((section, key)) = key.split_once('.')
+                && let Some(section) = table.get_mut(section).and_then(toml::Value::as_table_mut)
+            {
+                section.remove(key);
+            }
+        }
+        Self::from_toml(&table.to_string())
+    }
+
     /// The frozen form.
     ///
     /// # Errors
@@ -1155,6 +1173,20 @@ mod tests {
         spec.teacher.sha256 = Some("ab".into());
         spec.distillation.seed = 42;
         assert_eq!(RunSpec::from_toml(&spec.to_toml().unwrap()).unwrap(), spec);
+    }
+
+    #[test]
+    fn a_finished_run_of_an_earlier_version_can_be_looked_at_but_not_gone_on_with() {
+        let mut spec = valid();
+        spec.adversarial = Some(AdversarialSpec { data: "real.tar".into(), ..AdversarialSpec::default() });
+        let now = spec.to_toml().unwrap();
+        let earlier =
+            now.replace("[adversarial]", "[adversarial]\nstart_images = 5\nscore_identity_weight = 100.0");
+        let earlier = earlier.replace("[optimiser]", "[optimiser]\nclip_value = 1.0");
+        assert!(matches!(RunSpec::from_toml(&earlier), Err(LayerError::FormerKey { .. })));
+        assert_eq!(RunSpec::of_finished_run(&earlier).unwrap(), spec);
+        assert_eq!(RunSpec::of_finished_run(&now).unwrap(), spec);
+        assert!(RunSpec::of_finished_run(&now.replace("seed", "sead")).is_err());
     }
 
     #[test]

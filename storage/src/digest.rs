@@ -33,7 +33,8 @@ pub fn sha256_of(path: &Path) -> io::Result<String> {
 }
 
 /// Bytes as text.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+#[must_use]
+pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -101,6 +101,8 @@ impl Server {
         request.headers_mut().insert("content-length", "0".parse().unwrap());
         let credential = AzureCredential::AccessKey(AzureAccessKey::try_new(KEY).unwrap());
         AzureAuthorizer::new(&credential, ACCOUNT).try_authorize(&mut request).unwrap();
+        // A root installs it when it is opened; this client is made without one.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let options = ClientOptions::new().with_allow_http(true);
         let client = ReqwestConnector::default().connect(&options).unwrap();
         assert_eq!(client.execute(request).await.unwrap().status(), 201);

@@ -20,7 +20,7 @@ use potstill_proto::{
     spec::{EvaluationSpec, ImageTreatment, PromptsSpec},
     wire::Scores,
 };
-use potstill_storage::digest::sha256_of;
+use potstill_storage::digest::{hexadecimal, sha256_of};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
@@ -296,7 +296,7 @@ fn digest(model: &Model) -> anyhow::Result<String> {
             }
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hexadecimal(&hasher.finalize()))
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {

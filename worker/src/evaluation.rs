@@ -13,6 +13,7 @@ use potstill_proto::{
     spec::{EvaluationSpec, Protocol},
     wire::Scores,
 };
+use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
@@ -110,7 +111,7 @@ impl Extractor {
 
 /// SHA-256 of a file's bytes, hexadecimal.
 pub fn digest_of(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&Sha256::digest(bytes))
 }
 
 /// A TorchScript module from the bytes of its file.

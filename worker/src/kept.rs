@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use potstill_models::weights::{self, Archive};
+use potstill_storage::digest::hexadecimal;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
@@ -61,8 +62,7 @@ impl Kept {
     /// Another process has it open; the folder cannot be written.
     pub fn open(folder: &Path, identity: &impl Serialize) -> anyhow::Result<Self> {
         let identity = serde_json::to_string_pretty(identity)?;
-        let name: String =
-            Sha256::digest(&identity).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let name = hexadecimal(&Sha256::digest(&identity)[..8]);
         let folder = std::path::absolute(folder)?.join(name);
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let lock = File::create(folder.join("lock"))

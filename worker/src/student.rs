@@ -141,7 +141,7 @@ impl Student {
         let specification = run.specification().await?.with_context(|| {
             format!("there is no run {id} in {storage}: {} is missing", run.describe("run.toml"))
         })?;
-        let spec = RunSpec::from_toml(&specification)?;
+        let spec = RunSpec::of_finished_run(&specification)?;
         let committed = run.checkpoints().await?;
         let iteration = match iteration {
             Some(iteration) => {

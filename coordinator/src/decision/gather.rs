@@ -38,7 +38,7 @@ impl Gathered {
         let specification = run.specification().await?.with_context(|| {
             format!("there is no run {}: {} is missing", run.id(), run.describe("run.toml"))
         })?;
-        let spec = RunSpec::from_toml(&specification)?;
+        let spec = RunSpec::of_finished_run(&specification)?;
         let metrics = match run.get(METRICS).await? {
             Some(bytes) => Metrics::resume(&spec, &String::from_utf8_lossy(&bytes))
                 .with_context(|| run.describe(METRICS))?,

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use nix::fcntl::{Flock, FlockArg};
-use potstill_storage::Source;
+use potstill_storage::{Source, digest::hexadecimal};
 use sha2::{Digest, Sha256};
 
 /// The part of a repository that a model folder consists of.
@@ -56,7 +56,7 @@ fn cache() -> anyhow::Result<PathBuf> {
 }
 
 fn from_store(location: &str) -> anyhow::Result<PathBuf> {
-    let name: String = Sha256::digest(location).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    let name = hexadecimal(&Sha256::digest(location)[..16]);
     let folder = cache()?.join(name);
     let parent = folder.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;

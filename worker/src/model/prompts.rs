@@ -7,6 +7,7 @@ use potstill_models::{
     Condition, Embedded, TextCondition,
     diffusers::{TextConditioner, Tokenizer, Tokens},
 };
+use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
@@ -110,7 +111,7 @@ fn digest(texts: &[String], labels: Option<&[i64]>) -> String {
         hasher.update(text);
     }
     labels.into_iter().flatten().for_each(|label| hasher.update(label.to_le_bytes()));
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&hasher.finalize())
 }
 
 impl Prompts {
@@ -194,24 +195,20 @@ impl Prompts {
         Ok(tokens.index_select(0, &places))
     }
 
-    /// The condition of samples made for these prompts. A prompt that is asked for several times is embedded once.
-    ///
-    /// # Panics
-    /// When an index is out of range.
-    pub fn condition(&self, indices: &[i64], device: Device) -> Condition {
-        self.conditioned(indices, device)
-    }
-
     /// The condition of real images with these captions: micro-conditioning is as of what is made.
     ///
     /// # Panics
     /// When an index is out of range.
     pub fn condition_of(&self, captions: &[i64], device: Device) -> Condition {
         let captions: Vec<i64> = captions.iter().map(|caption| self.first_caption + caption).collect();
-        self.conditioned(&captions, device)
+        self.condition(&captions, device)
     }
 
-    fn conditioned(&self, indices: &[i64], device: Device) -> Condition {
+    /// The condition of samples made for these prompts. A prompt that is asked for several times is embedded once.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    pub fn condition(&self, indices: &[i64], device: Device) -> Condition {
         let sizes = self.sizes.as_ref().map(|sizes| sizes.expand([indices.len() as i64, 6], true));
         let (distinct, places) = distinct(indices);
         let embedded = match &self.embedder {

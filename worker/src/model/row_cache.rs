@@ -10,6 +10,7 @@ use std::{
 use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
 use potstill_models::weights::{self, Named};
+use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
@@ -74,7 +75,7 @@ fn name<'a>(identity: impl Iterator<Item = &'a [u8]>) -> String {
         hasher.update((part.len() as u64).to_le_bytes());
         hasher.update(part);
     }
-    hasher.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    hexadecimal(&hasher.finalize()[..16])
 }
 
 /// Under another name first, so that a file that exists is whole.
