@@ -21,7 +21,7 @@ ITERATIONS = 1000
 # The same for every run, so that rows differ only in what they are named after. The learning rates fall in the second half.
 COMMON = {
     "distillation.iterations": ITERATIONS,
-    "optimiser.decay": "{start_images=64000,end_images=128000}",
+    "optimizer.decay": "{start_images=64000,end_images=128000}",
     "checkpoint.every": 500,
     "evaluation.every": 250,
     # More than a run's usual 2,000, so that rows can be told apart.

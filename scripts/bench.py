@@ -33,7 +33,7 @@ WORKERS = (1, 2)
 PARTS = {
     "compute": "forward and backward",
     "communication": "waiting for communication",
-    "optimiser": "optimisers",
+    "optimizer": "optimizers",
     "other": "other",
 }
 PROCESSES = ("rank", "agent", "launcher")

@@ -144,7 +144,7 @@ def checkpoints(folder: Path) -> None:
         "distillation.global_batch": GLOBAL_BATCH,
         "distillation.micro_batch": GLOBAL_BATCH // 2,
         "checkpoint.every": SAVE_EVERY,
-        "cluster.failure_timeout_seconds": 60,
+        "cluster.failure_timeout": "60s",
     }
     log = Log(launch(folder, config, "large", settings), "potstill=debug,info")
     seconds, waits, size, committed = [], [], 0, []

@@ -29,8 +29,8 @@ SETTINGS = {
     "distillation.global_batch": 32,
     "distillation.micro_batch": 16,
     "checkpoint.every": 20,
-    "cluster.failure_timeout_seconds": 2,
-    "cluster.wait_timeout_seconds": 120,
+    "cluster.failure_timeout": "2s",
+    "cluster.wait_timeout": "120s",
 }
 # How often each storage operation misbehaves, while there is chaos.
 STORAGE_FAULTS = "error=0.02,delay=0.05,lost=0.02"

@@ -49,7 +49,7 @@ def digits(device: str, workers: int, iterations: int, storage: str) -> dict[str
         str(BINARIES / "potstill"), "launch", str(ROOT / "configs/digits/one-step.toml"), "--workers", str(workers),
         "--device", device, "--run-id", name, "--storage", storage,
         "--set", f"distillation.iterations={iterations}", "--set", "evaluation.samples=200",
-        "--set", "evaluation.every=0",
+        "--set", "evaluation.every=none",
     ])  # fmt: skip
     folder = Path(storage) / "runs" / name / "checkpoints" / f"{iterations:012}"
     tensors = {}

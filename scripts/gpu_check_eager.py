@@ -23,14 +23,14 @@ class Trained:
         self.network = network
         self.parameters = [p.requires_grad_() for p in network.parameters()]
         self.masters = [p.detach().float().clone() for p in self.parameters]
-        self.optimiser = torch.optim.Adam(self.masters, lr=RATE, betas=BETAS, eps=EPSILON, foreach=True)
+        self.optimizer = torch.optim.Adam(self.masters, lr=RATE, betas=BETAS, eps=EPSILON, foreach=True)
 
     def step(self) -> None:
         for master, parameter in zip(self.masters, self.parameters):
             master.grad = torch.nan_to_num(parameter.grad.float(), 0.0, 0.0, 0.0)
             parameter.grad = None
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.masters)
 

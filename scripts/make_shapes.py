@@ -147,19 +147,19 @@ def learn(
     after: Callable[[int], None] | None = None,
 ) -> None:
     """Adam with a short warm-up and a rate that falls along a cosine; prints ten lines of progress."""
-    optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     started, total = time.time(), 0.0
     for step in range(1, steps + 1):
         loss = loss_of()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if after is not None:
             after(step)

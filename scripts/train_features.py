@@ -110,15 +110,15 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> DigitFeatures:
     """Train for a fixed number of epochs, never stopped by a held-out score; the result is in eval mode."""
     model = DigitFeatures()
     steps = epochs * (len(images) // BATCH)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for epoch in range(epochs):
         total = 0.0
         for batch in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
             loss = F.cross_entropy(model(augment(images[batch]))[1], labels[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             total += loss.item()
         if (epoch + 1) % 10 == 0:

@@ -30,7 +30,7 @@ fn configuration() {
     says(&refused(&cluster, &["distillation.seed=soon"], &[]), &["distillation.seed"]);
     says(&refused(&cluster, &["distillation.iterations=1.5"], &[]), &["distillation.iterations"]);
     says(
-        &refused(&cluster, &["optimiser.generator_learning_rate=-1"], &[]),
+        &refused(&cluster, &["optimizer.generator_learning_rate=-1"], &[]),
         &["generator_learning_rate is -1"],
     );
     says(&refused(&cluster, &["distillation.micro_batch=7"], &[]), &["global_batch (32)", "micro_batch (7)"]);
@@ -101,15 +101,15 @@ fn distillation_settings_that_do_not_fit() {
     says(&refused(&["adversarial.data=/nowhere/real"]), &["adversarial.data", "/nowhere/real"]);
     let former = refused(&["adversarial.start_images=5"]);
     says(&former, &["adversarial.start_images", "earlier version", "adversarial.join_images"]);
-    says(&refused(&["optimiser.clip_value=5"]), &["optimiser.generator_clip_value"]);
+    says(&refused(&["optimizer.clip_value=5"]), &["optimizer.generator_clip_value"]);
     let augmentation = refused(&["distillation.augmentation=0.12"]);
     says(&augmentation, &["distillation.augmentation", "9 augmentation labels", "takes 0"]);
     let weighting = refused(&["distillation.weighting=one-minus-t"]);
     says(&weighting, &["distillation.weighting", "flow-matching"]);
     says(&refused(&["distillation.precision=fp8"]), &["distillation.precision", "fp16"]);
-    says(&refused(&["optimiser.clip_norm=0.0"]), &["optimiser.clip_norm"]);
-    let decay = refused(&["optimiser.decay={start_images=10,end_images=20,end_factor=0.0}"]);
-    says(&decay, &["optimiser.decay.end_images is 20"]);
+    says(&refused(&["optimizer.clip_norm=0.0"]), &["optimizer.clip_norm"]);
+    let decay = refused(&["optimizer.decay={start_images=10,end_images=20,end_factor=0.0}"]);
+    says(&decay, &["optimizer.decay.end_images is 20"]);
     let teacher = repository().join("configs/digits/teacher.safetensors");
     let start = refused(&[&format!("generator.start_from={}", teacher.display())]);
     says(&start, &["generator.start_from", "not an exported generator"]);

@@ -124,7 +124,7 @@ impl Lab {
             format!("distillation.global_batch={}", 2 * micro_batch),
             format!("distillation.micro_batch={micro_batch}"),
             "checkpoint.every=100000".to_owned(),
-            "cluster.failure_timeout_seconds=2".to_owned(),
+            "cluster.failure_timeout=2s".to_owned(),
             "cluster.min_workers=1".to_owned(),
         ];
         let listen = format!("{COORDINATOR}:{PORT}");

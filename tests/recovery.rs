@@ -55,7 +55,7 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
 #[test]
 fn a_rank_that_hangs_is_named_and_started_again() {
     let cluster = Cluster::default();
-    let sets = [SHORT[0], SHORT[1], "cluster.failure_timeout_seconds=1"];
+    let sets = [SHORT[0], SHORT[1], "cluster.failure_timeout=1s"];
     let mut command = cluster.unscored("launch", "hung", 2, &sets, &[]);
     dies(&mut command, &cluster, "hang", "forward", 3, 1);
     let output = command.output().unwrap();
@@ -72,7 +72,7 @@ fn a_rank_that_is_paused_is_named_and_may_come_back() {
     let cluster = Cluster::default();
     let sets = [
         "distillation.iterations=200",
-        "cluster.failure_timeout_seconds=1",
+        "cluster.failure_timeout=1s",
         "cluster.min_workers=1",
         "cluster.max_workers=2",
     ];
@@ -185,7 +185,7 @@ fn a_rank_and_the_coordinator_may_die_together() {
     let cluster = Cluster::default();
     let port = free_port();
     let listen = format!("127.0.0.1:{port}");
-    let sets = ["distillation.iterations=80", "checkpoint.every=1000", "cluster.failure_timeout_seconds=2"];
+    let sets = ["distillation.iterations=80", "checkpoint.every=1000", "cluster.failure_timeout=2s"];
     let mut first = Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", &listen]));
     first.until(&["coordinator started"]);
     let agent = Process::start(Cluster::agent("both", port, 2));
@@ -216,7 +216,7 @@ fn workers_come_and_go_and_change_nothing() {
         "distillation.micro_batch=8",
         "checkpoint.every=1000",
         "cluster.min_workers=1",
-        "cluster.failure_timeout_seconds=2",
+        "cluster.failure_timeout=2s",
     ];
     let mut served = Process::start(cluster.unscored("serve", "elastic", 3, &sets, &["--listen", &listen]));
     served.until(&["coordinator started"]);
@@ -325,7 +325,7 @@ fn old_checkpoints_go_and_one_can_be_restored_as_a_new_run() {
 #[test]
 fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
     let cluster = Cluster::default();
-    let sets = ["distillation.iterations=30", "checkpoint.every=3", "checkpoint.keep_last=0"];
+    let sets = ["distillation.iterations=30", "checkpoint.every=3", "checkpoint.keep_last=all"];
     let mut command = cluster.unscored("launch", "shaky", 2, &sets, &[]);
     command.env("POTSTILL_STORAGE_FAULTS", "seed=5,error=0.2,delay=0.1,lost=0.1");
     let output = command.output().unwrap();
@@ -341,7 +341,7 @@ fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
 #[test]
 fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
     let cluster = Cluster::default();
-    let sets = ["distillation.iterations=40", "checkpoint.every=1", "checkpoint.keep_last=0"];
+    let sets = ["distillation.iterations=40", "checkpoint.every=1", "checkpoint.keep_last=all"];
     let mut command = cluster.unscored("launch", "slow", 2, &sets, &[]);
     // Each write takes as long as many iterations.
     command.env("POTSTILL_STORAGE_FAULTS", "seed=1,delay=1");
@@ -362,7 +362,7 @@ fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
 #[test]
 fn a_save_may_outlive_its_generation() {
     let cluster = Cluster::default();
-    let sets = ["distillation.iterations=60", "checkpoint.every=10", "checkpoint.keep_last=0"];
+    let sets = ["distillation.iterations=60", "checkpoint.every=10", "checkpoint.keep_last=all"];
     let mut command = cluster.unscored("launch", "carried", 2, &sets, &[]);
     let pipe = cluster.storage().join("pipe");
     mkfifo(&pipe, Mode::S_IRWXU).unwrap();

@@ -139,7 +139,7 @@ impl Slurm {
 fn a_requeued_job_goes_on_and_ends_like_an_undisturbed_one() {
     let Some(slurm) = Slurm::start() else { return };
     let cluster = Cluster::default();
-    let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout_seconds=5"];
+    let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout=5s"];
     let output = slurm.at("job.out");
     let mut submit = slurm.command("sbatch");
     submit

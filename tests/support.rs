@@ -79,7 +79,7 @@ impl Cluster {
             .arg(repository().join("configs/digits/one-step.toml"))
             .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1"])
             .args(["--set", "distillation.global_batch=32", "--set", "distillation.micro_batch=16"])
-            .args(["--set", "evaluation.every=0", "--set", "evaluation.samples=100"])
+            .args(["--set", "evaluation.every=none", "--set", "evaluation.samples=100"])
             // Two steps give no images, whose diversity says nothing of the student's.
             .args(["--set", "evaluation.teacher_steps=2", "--set", "evaluation.collapse_share=0.0"])
             .args(sets.iter().flat_map(|set| ["--set", set]))

@@ -26,7 +26,7 @@ impl Studio {
         let config = cluster.storage().join("run-file.toml");
         let spec = "[teacher]\nmodel = 'model'\n[prompts]\ndata = 'prompts.txt'\n[generator]\nsteps = 4\n\
                     [distillation]\nglobal_batch = 8\nmicro_batch = 2\nalpha = 1.0\n\
-                    [optimiser]\ngenerator_learning_rate = 1e-4\nfake_score_learning_rate = 1e-4\n\
+                    [optimizer]\ngenerator_learning_rate = 1e-4\nfake_score_learning_rate = 1e-4\n\
                     [evaluation]\nteacher_steps = 2\n";
         std::fs::write(&config, spec).unwrap();
         Self { cluster, config }
@@ -164,10 +164,10 @@ fn what_saves_memory_changes_nothing() {
     };
     studio.succeed("plain", 1, &sets(&[]), &[]);
     for (run, workers, more) in [
-        ("checkpointing", 2, vec!["memory.activation_checkpointing=true"]),
+        ("checkpointing", 2, vec!["memory.recompute=true"]),
         ("cache", 2, vec!["prompts.cache=embeddings"]),
-        ("sharded-2", 2, vec!["memory.shard_optimiser=true", "optimiser.clip_norm=1e9"]),
-        ("sharded-3", 3, vec!["memory.shard_optimiser=true", "memory.offload_ema=true"]),
+        ("sharded-2", 2, vec!["memory.shard_optimizer=true", "optimizer.clip_norm=1e9"]),
+        ("sharded-3", 3, vec!["memory.shard_optimizer=true", "memory.offload_ema=true"]),
     ] {
         studio.succeed(run, workers, &sets(&more), &[]);
         studio.assert_close(run, "plain", 6, 1e-4);
@@ -176,7 +176,7 @@ fn what_saves_memory_changes_nothing() {
     // bf16 weights with fp32 masters: near, but not the same; sharded or not.
     let bf16 = ["distillation.precision=bf16", "memory.bf16_weights=true"];
     studio.succeed("bf16", 1, &sets(&bf16), &[]);
-    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard_optimiser=true"]].concat()), &[]);
+    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard_optimizer=true"]].concat()), &[]);
     studio.assert_close("bf16", "plain", 6, 2e-2);
     studio.assert_close("bf16-sharded", "bf16", 6, 2e-2);
     let (bf16, plain) = (studio.cluster.checkpoint("bf16", 6), studio.cluster.checkpoint("plain", 6));
@@ -205,16 +205,16 @@ fn assembled(
 }
 
 #[test]
-fn a_sharded_optimisers_checkpoint_is_loaded_by_any_number_of_ranks() {
+fn a_sharded_optimizers_checkpoint_is_loaded_by_any_number_of_ranks() {
     let studio = Studio::new("sd15");
-    let sharded = "memory.shard_optimiser=true";
+    let sharded = "memory.shard_optimizer=true";
     studio.succeed("straight", 1, &["distillation.iterations=6"], &[]);
     for (workers, then, more) in [
         (3, 1, sharded),
         (3, 2, sharded),
         (2, 4, sharded),
         (1, 3, sharded),
-        (3, 2, "memory.shard_optimiser=false"),
+        (3, 2, "memory.shard_optimizer=false"),
     ] {
         let run = format!("from-{workers}-to-{then}-{}", more.len());
         studio.succeed(&run, workers, &["distillation.iterations=3", sharded], &[]);
@@ -236,7 +236,7 @@ fn a_sharded_optimisers_checkpoint_is_loaded_by_any_number_of_ranks() {
 #[test]
 fn a_sharded_run_goes_back_to_its_checkpoint_when_a_rank_dies() {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=6", "checkpoint.every=2", "memory.shard_optimiser=true"];
+    let sets = ["distillation.iterations=6", "checkpoint.every=2", "memory.shard_optimizer=true"];
     studio.succeed("undisturbed", 2, &sets, &[]);
     for (at, rank) in [("forward", 0), ("stepped", 1)] {
         let run = format!("{at}-{rank}");
@@ -260,7 +260,7 @@ fn a_sharded_run_goes_back_to_its_checkpoint_when_a_rank_dies() {
 #[test]
 fn sharded_workers_join_without_a_step_lost() {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=60", "memory.shard_optimiser=true", "checkpoint.every=1000"];
+    let sets = ["distillation.iterations=60", "memory.shard_optimizer=true", "checkpoint.every=1000"];
     studio.succeed("undisturbed", 2, &sets, &[]);
     let port = potstill_tests::free_port();
     let mut serve = Command::new(binary("potstill"));
@@ -270,7 +270,7 @@ fn sharded_workers_join_without_a_step_lost() {
         .args(["--workers", "2", "--run-id", "joined", "--listen", &format!("127.0.0.1:{port}"), "--storage"])
         .arg(studio.cluster.storage())
         .args(sets.iter().flat_map(|set| ["--set", set]))
-        .args(["--set", "cluster.min_workers=1", "--set", "cluster.failure_timeout_seconds=2"]);
+        .args(["--set", "cluster.min_workers=1", "--set", "cluster.failure_timeout=2s"]);
     let mut serve = Process::start(serve);
     serve.until(&["waiting"]);
     let first = Process::start(Cluster::agent("joined", port, 1));
@@ -313,7 +313,7 @@ fn the_adversarial_loss_sees_images_with_captions() {
     let (with, waiting) = (studio.cluster.checkpoint("one", 6), studio.cluster.checkpoint("waiting", 6));
     assert!(relative_difference(&with, &waiting, "generator/") > 0.0);
     // Without a list of prompts, generated samples share the captions of the real images.
-    run("shared", 1, &sets(&["prompts.data="]));
+    run("shared", 1, &sets(&["prompts.data=none"]));
     let shared = studio.cluster.checkpoint("shared", 6);
     assert!(relative_difference(&with, &shared, "generator/") > 0.0);
     // A finished generator is what the next run starts from.
@@ -555,7 +555,7 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
         "--workers",
         "2",
         "--set",
-        "memory.shard_optimiser=true",
+        "memory.shard_optimizer=true",
     ]);
     assert_eq!(code, Some(0));
     let sharded: serde_json::Value = serde_json::from_str(&said).unwrap();
@@ -579,7 +579,7 @@ fn students_of_the_shapes_teacher_obey_its_prompts() {
             .args(["--workers", "2", "--threads", "1", "--run-id", config, "--storage"])
             .arg(cluster.storage())
             .args(["--set", &format!("distillation.iterations={iterations}")])
-            .args(["--set", "evaluation.every=0", "--set", "evaluation.samples=480"])
+            .args(["--set", "evaluation.every=none", "--set", "evaluation.samples=480"])
             .output()
             .unwrap();
         assert!(output.status.success(), "{config}: {}", text(&output.stderr));

@@ -97,10 +97,10 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
             "adversarial.join_images=128",
             "adversarial.approximate_r1=1",
             "distillation.generator_start_images=64",
-            "optimiser.fake_score_clip_value=1.0",
+            "optimizer.fake_score_clip_value=1.0",
             "guidance.preset=zero-cfg",
-            "optimiser.clip_norm=1000.0",
-            "optimiser.decay={start_images=100,end_images=400}",
+            "optimizer.clip_norm=1000.0",
+            "optimizer.decay={start_images=100,end_images=400}",
         ]
     };
     cluster.succeed("w1", 1, &sets("distillation.iterations=8"), &[]);
@@ -130,7 +130,7 @@ fn the_first_step_after_a_freeze_is_as_long_as_any_first_step() {
             "distillation.generator_start_images=1568",
             "distillation.global_batch=32",
             "distillation.micro_batch=32",
-            "optimiser.generator_learning_rate=1e-4",
+            "optimizer.generator_learning_rate=1e-4",
         ]
     };
     cluster.succeed("frozen", 1, &sets("distillation.iterations=50"), &[]);
@@ -197,7 +197,7 @@ fn with_names_of(
 fn lower_precisions_stay_close_and_resume_bit_by_bit() {
     let cluster = Cluster::default();
     // Small steps, so that one which fp16 leaves out while its loss scale settles makes no great difference.
-    let slow = "optimiser.fake_score_learning_rate=5e-5";
+    let slow = "optimizer.fake_score_learning_rate=5e-5";
     cluster.succeed("fp32", 1, &["distillation.iterations=6", slow], &[]);
     let reference = cluster.checkpoint("fp32", 6);
     for precision in ["bf16", "fp16"] {

@@ -18,9 +18,9 @@ use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation},
     message::{FromWorker, Hello, ToWorker, WorkerId},
-    spec::RunSpec,
     wire::{self, coordinator_client::CoordinatorClient},
 };
+use potstill_spec::RunSpec;
 use potstill_storage::Root;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -51,14 +51,14 @@ async fn measure(count: usize) {
     let weights = folder.join("teacher.safetensors");
     std::fs::write(&weights, b"weights").unwrap();
     let mut spec = RunSpec::default();
-    spec.teacher.weights = weights;
+    spec.teacher.weights = Some(weights);
     let workers = u32::try_from(count).unwrap();
     spec.distillation.micro_batch = 1;
     spec.distillation.global_batch = workers;
     // The first generation needs all of them, the second what is left.
     spec.cluster.max_workers = workers;
     spec.cluster.min_workers = workers - workers / 10;
-    spec.cluster.failure_timeout_seconds = 60.0;
+    spec.cluster.failure_timeout = Duration::from_millis(60000);
     spec.validate().unwrap();
     let running = server::start(Options {
         listen: "127.0.0.1:0".parse().unwrap(),

@@ -21,7 +21,7 @@ use potstill_coordinator::{
     server::Resume,
     status,
 };
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, Run, layout};
 
 const AFTER_HELP: &str = "\

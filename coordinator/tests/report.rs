@@ -8,7 +8,7 @@ use std::{
 };
 
 use image::{Rgb, RgbImage};
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 
 const SUMMARY: &str = r#"{"run": "demo", "world_size": 2, "iterations": 20, "images": 2560, "images_per_second": 900.0,
     "wall_seconds": 194.0,
@@ -29,7 +29,7 @@ fn storage(finished: bool) -> tempfile::TempDir {
     let run = folder.path().join("runs/demo");
     std::fs::create_dir_all(&run).unwrap();
     let mut spec = RunSpec::default();
-    spec.teacher.weights = HOSTILE.into();
+    spec.teacher.weights = Some(HOSTILE.into());
     std::fs::write(run.join("run.toml"), spec.to_toml().unwrap()).unwrap();
     std::fs::write(run.join("metrics.jsonl"), EVALUATION.replace('\n', " ") + "\n").unwrap();
     if finished {

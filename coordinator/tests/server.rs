@@ -15,9 +15,9 @@ use potstill_proto::{
     cursor::Cursor,
     message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
     shard::MicroBatches,
-    spec::RunSpec,
     wire::{self, coordinator_client::CoordinatorClient},
 };
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId, journal::Journal, layout};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -43,13 +43,13 @@ impl Lab {
         let weights = folder.path().join("teacher.safetensors");
         std::fs::write(&weights, b"weights").unwrap();
         let mut spec = RunSpec::default();
-        spec.teacher.weights = weights;
+        spec.teacher.weights = Some(weights);
         spec.distillation.iterations = ITERATIONS;
         spec.distillation.global_batch = SAMPLES;
         spec.distillation.micro_batch = SAMPLES / MICRO_BATCHES;
         spec.cluster.min_workers = workers;
         spec.cluster.max_workers = workers;
-        spec.cluster.failure_timeout_seconds = 60.0;
+        spec.cluster.failure_timeout = Duration::from_millis(60000);
         spec.validate().unwrap();
         let storage = Root::open("memory://").unwrap();
         Self { _folder: folder, storage, spec }
@@ -130,7 +130,7 @@ impl Worker {
         match worker.next().await {
             ToWorker::Welcome { specification, .. } => {
                 let spec = RunSpec::from_toml(&specification).unwrap();
-                assert!(spec.teacher.weights.is_absolute() && spec.teacher.sha256.is_some());
+                assert!(spec.teacher.weights.unwrap().is_absolute() && spec.teacher.sha256.is_some());
             }
             other => panic!("{other:?}"),
         }
@@ -351,8 +351,8 @@ async fn a_run_can_be_stopped_and_failed_from_outside() {
 #[tokio::test]
 async fn too_few_workers_for_too_long_is_an_error() {
     let mut lab = Lab::new(2);
-    lab.spec.cluster.failure_timeout_seconds = 0.1;
-    lab.spec.cluster.wait_timeout_seconds = 0.1;
+    lab.spec.cluster.failure_timeout = Duration::from_millis(100);
+    lab.spec.cluster.wait_timeout = Duration::from_millis(100);
     let mut running = lab.start(Never).await;
     let Outcome::Failed { reason } = running.outcome().await else { panic!() };
     assert!(reason.contains("0 of the 2 workers"), "{reason}");
@@ -361,7 +361,7 @@ async fn too_few_workers_for_too_long_is_an_error() {
 #[tokio::test]
 async fn a_silent_worker_is_given_up() {
     let mut lab = Lab::new(1);
-    lab.spec.cluster.failure_timeout_seconds = 0.1;
+    lab.spec.cluster.failure_timeout = Duration::from_millis(100);
     let running = lab.start(Never).await;
     let mut a = Worker::attach(&running, "a").await;
     let _silence = a.outgoing.clone();
@@ -473,7 +473,7 @@ async fn a_run_is_not_resumed_with_other_values() {
     lab.spec.distillation.iterations = ITERATIONS + 1;
     lab.spec.distillation.seed = 5;
     lab.spec.distillation.alpha = 1.0;
-    std::fs::write(&lab.spec.teacher.weights, b"other weights").unwrap();
+    std::fs::write(lab.spec.teacher.weights.as_ref().unwrap(), b"other weights").unwrap();
     let error = lab.refused(Always).await.to_string();
     for says in ["distillation.seed: 0 there, 5 here", "distillation.alpha", "teacher.sha256"] {
         assert!(error.contains(says), "{error}");
@@ -485,7 +485,7 @@ async fn the_teachers_file_is_read_and_compared() {
     let mut lab = Lab::new(1);
     lab.spec.teacher.sha256 = Some("00".into());
     assert!(matches!(lab.refused(Never).await, StartError::OtherTeacher { .. }));
-    lab.spec.teacher.weights = "/nowhere/teacher.safetensors".into();
+    lab.spec.teacher.weights = Some("/nowhere/teacher.safetensors".into());
     let error = lab.refused(Never).await.to_string();
     assert!(error.contains("/nowhere/teacher.safetensors"), "{error}");
     // Neither left a run behind.

@@ -3,13 +3,10 @@
 //! - [`wire`]: what travels over gRPC, generated from `potstill/v1/attach.proto`.
 //! - [`message`]: the same as types that cannot be half-filled, and the conversions between the two.
 //! - [`cursor`], [`shard`]: where a run stands, and which rank computes what.
-//! - [`spec`]: the run specification (`run.toml`), read through [`layers`].
 
 pub mod cursor;
-pub mod layers;
 pub mod message;
 pub mod shard;
-pub mod spec;
 
 /// Messages and service stubs generated from `potstill/v1/attach.proto`.
 pub mod wire {

@@ -313,7 +313,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn uploads_in_parts_listings_and_sweeps_do_what_they_say_or_fail() {
         let bytes = Bytes::from(vec![7; 20 << 20]);
-        let policy = Policy { keep_last: 1, keep_every: 0 };
+        let policy = Policy { keep_last: Some(1), keep_every: None };
         let (mut written, mut failed) = (0, 0);
         for seed in 0..20 {
             let (run, truth) = runs(&format!("seed={seed},error=0.2,delay=0.2,lost=0.1"));

@@ -1,19 +1,22 @@
-//! Which checkpoints go, and the removal of what nobody needs any more.
+//! Which checkpoints go, and the removal of what is not needed any more.
 //!
 //! A checkpoint goes manifest first: from then on it does not exist, and what is left of it is an orphan for this sweep or a
 //! later one. Which orphans may go the caller knows: others may be about to be committed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    num::NonZeroU64,
+};
 
 use crate::{Error, Run, layout};
 
 /// Which checkpoints are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// So many of the newest; 0: all.
-    pub keep_last: u64,
-    /// And those whose iteration is a multiple of this; 0: none.
-    pub keep_every: u64,
+    /// So many of the newest; without it all.
+    pub keep_last: Option<u64>,
+    /// And those whose iteration is a multiple of this.
+    pub keep_every: Option<NonZeroU64>,
 }
 
 /// What a sweep removed.
@@ -27,21 +30,21 @@ pub struct Swept {
 
 /// The committed checkpoints that may go: never the newest one, never one in use.
 #[must_use]
-pub fn doomed(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64>) -> Vec<u64> {
-    if policy.keep_last == 0 {
-        return Vec::new();
-    }
-    let newest = usize::try_from(policy.keep_last).unwrap_or(usize::MAX);
+pub fn unneeded(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64>) -> Vec<u64> {
+    let Some(newest) = policy.keep_last else { return Vec::new() };
+    // The newest one always stays.
+    let newest = usize::try_from(newest).unwrap_or(usize::MAX).max(1);
     let old = committed.iter().rev().skip(newest).copied();
     let kept = |iteration: &u64| {
-        in_use.contains(iteration) || (policy.keep_every > 0 && iteration.is_multiple_of(policy.keep_every))
+        in_use.contains(iteration)
+            || policy.keep_every.is_some_and(|every| iteration.is_multiple_of(every.get()))
     };
     old.filter(|iteration| !kept(iteration)).collect()
 }
 
 impl Run {
     /// Removes the checkpoints that the policy does not keep, and orphans up to an iteration: no checkpoint may come into being
-    /// there any more, except those `in_use`, whose objects nobody may touch because they are being read or committed.
+    /// there any more, except those `in_use`, whose objects must stay because they are being read or committed.
     ///
     /// # Errors
     /// The store's. What was not removed is found by the next sweep.
@@ -57,8 +60,8 @@ impl Run {
             .filter(|(iteration, keys)| keys.contains(&layout::manifest_key(**iteration)))
             .map(|(iteration, _)| *iteration)
             .collect();
-        let doomed = doomed(&committed, policy, in_use);
-        for iteration in &doomed {
+        let unneeded = unneeded(&committed, policy, in_use);
+        for iteration in &unneeded {
             self.delete(&layout::manifest_key(*iteration)).await?;
         }
         let mut orphans = 0;
@@ -66,7 +69,7 @@ impl Run {
             if in_use.contains(&iteration) || iteration > up_to {
                 continue;
             }
-            let needed = if doomed.contains(&iteration) || !committed.contains(&iteration) {
+            let needed = if unneeded.contains(&iteration) || !committed.contains(&iteration) {
                 BTreeSet::new()
             } else {
                 match self.needed(iteration, &keys).await? {
@@ -76,14 +79,14 @@ impl Run {
                 }
             };
             for key in keys.iter().filter(|key| !needed.contains(*key)) {
-                if doomed.contains(&iteration) && *key == layout::manifest_key(iteration) {
+                if unneeded.contains(&iteration) && *key == layout::manifest_key(iteration) {
                     continue;
                 }
                 self.delete(key).await?;
-                orphans += usize::from(!doomed.contains(&iteration));
+                orphans += usize::from(!unneeded.contains(&iteration));
             }
         }
-        Ok(Swept { checkpoints: doomed, orphans })
+        Ok(Swept { checkpoints: unneeded, orphans })
     }
 
     /// The objects of a committed checkpoint; `None` when its manifest cannot be read.
@@ -117,18 +120,20 @@ mod tests {
         fn what_is_needed_stays(
             committed in prop::collection::btree_set(0..500_u64, 0..30),
             in_use in prop::collection::btree_set(0..500_u64, 0..5),
-            keep_last in 0..8_u64,
+            keep_last in prop::option::of(0..8_u64),
             keep_every in 0..100_u64,
         ) {
-            let gone = doomed(&committed, Policy { keep_last, keep_every }, &in_use);
-            let newest: Vec<u64> = committed.iter().rev().take(keep_last.max(1) as usize).copied().collect();
+            let policy = Policy { keep_last, keep_every: NonZeroU64::new(keep_every) };
+            let gone = unneeded(&committed, policy, &in_use);
+            let newest: Vec<u64> =
+                committed.iter().rev().take(keep_last.unwrap_or_default().max(1) as usize).copied().collect();
             for iteration in &gone {
                 prop_assert!(committed.contains(iteration) && !in_use.contains(iteration));
                 prop_assert!(!newest.contains(iteration));
                 prop_assert!(keep_every == 0 || iteration % keep_every != 0);
             }
             // And nothing else stays.
-            if keep_last > 0 {
+            if keep_last.is_some() {
                 for iteration in committed.iter().filter(|i| !gone.contains(i)) {
                     prop_assert!(
                         newest.contains(iteration)

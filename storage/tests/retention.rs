@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, num::NonZeroU64};
 
 use common::{root_at, run_in_memory};
 use potstill_storage::{
@@ -48,7 +48,7 @@ async fn old_checkpoints_and_orphans_go_and_everything_else_stays() {
         let coming = attempt(&run, 60, 2, 0).await;
         commit(&run, 70, 2).await;
 
-        let policy = Policy { keep_last: 2, keep_every: 20 };
+        let policy = Policy { keep_last: Some(2), keep_every: NonZeroU64::new(20) };
         let swept = run.sweep(policy, &BTreeSet::from([30]), 50).await.unwrap();
         assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 2 });
         assert_eq!(run.checkpoints().await.unwrap(), [20, 30, 40, 50, 70]);
@@ -72,7 +72,8 @@ async fn what_an_interrupted_sweep_left_is_swept_later() {
     }
     // It came as far as the manifest.
     run.set_aside(10).await.unwrap();
-    let swept = run.sweep(Policy { keep_last: 1, keep_every: 0 }, &BTreeSet::new(), 50).await.unwrap();
+    let swept =
+        run.sweep(Policy { keep_last: Some(1), keep_every: None }, &BTreeSet::new(), 50).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![], orphans: 3 });
     assert_eq!(run.checkpoints().await.unwrap(), [20]);
 }

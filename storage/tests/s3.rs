@@ -7,6 +7,7 @@ use std::{
     collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    num::NonZeroU64,
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -139,7 +140,7 @@ async fn checkpoints_come_back_whole_and_old_ones_go() {
 
     let orphan = layout::shard_key(15, "g1", 0, 2);
     run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
-    let policy = Policy { keep_last: 1, keep_every: 20 };
+    let policy = Policy { keep_last: Some(1), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });
     assert_eq!(run.checkpoints().await.unwrap(), [20, 30]);

@@ -5,7 +5,7 @@
 
 mod s3_server;
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, num::NonZeroU64};
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -138,7 +138,7 @@ async fn old_checkpoints_and_orphans_go() {
     let orphan = layout::shard_key(35, "g1", 0, 2);
     run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
     assert_eq!(run.checkpoints().await.unwrap(), [10, 20, 30, 40, 50]);
-    let policy = Policy { keep_last: 2, keep_every: 20 };
+    let policy = Policy { keep_last: Some(2), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 50).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![30, 10], orphans: 1 });
     assert_eq!(run.checkpoints().await.unwrap(), [20, 40, 50]);

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use tch::Device;
 
 use crate::training::Inputs;

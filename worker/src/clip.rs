@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, ensure};
 use potstill_distill::score;
-use potstill_proto::spec::Protocol;
+use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 use crate::{

@@ -16,10 +16,8 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
 use potstill_models::Denoiser;
-use potstill_proto::{
-    spec::{EvaluationSpec, ImageTreatment, PromptsSpec},
-    wire::Scores,
-};
+use potstill_proto::wire::Scores;
+use potstill_spec::{EvaluationSpec, ImageTreatment, PromptsSpec};
 use potstill_storage::digest::{hexadecimal, sha256_of};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -249,7 +247,7 @@ impl Subject {
             _ => bail!("name a student with --checkpoint, or a network with --teacher"),
         };
         let prompts = arguments.prompts.as_ref().map(|file| PromptsSpec {
-            data: file.clone(),
+            data: Some(file.clone()),
             column: arguments.prompts_column.clone(),
             ..PromptsSpec::default()
         });

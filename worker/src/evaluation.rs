@@ -9,10 +9,8 @@ use std::{path::Path, time::Instant};
 use anyhow::{Context, anyhow, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::score::{self, Moments};
-use potstill_proto::{
-    spec::{EvaluationSpec, Protocol},
-    wire::Scores,
-};
+use potstill_proto::wire::Scores;
+use potstill_spec::{EvaluationSpec, Protocol};
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};

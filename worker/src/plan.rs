@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use potstill_distill::{adam::STRETCH, state::Slice};
 use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
-use potstill_proto::spec::{AdversarialSpec, Matching, Precision, RunSpec};
+use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
 
 use crate::model::fetch_model;
@@ -16,12 +16,12 @@ pub struct Arguments {
     /// The run file (TOML)
     config: PathBuf,
     /// Memory of one device, as in 80GiB
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = potstill_spec::units::bytes)]
     device_memory: u64,
     /// Ranks that share the work
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     workers: u32,
-    /// Change one key, as in memory.shard_optimiser=true
+    /// Change one key, as in memory.shard_optimizer=true
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
     /// JSON instead of a table
@@ -49,7 +49,7 @@ pub struct Plan {
     pub gradients: u64,
     /// What the phase that needs most keeps for its backward pass, or the gradients that are there at its end.
     pub activations: u64,
-    /// What an optimiser step needs beside these, while there are no activations.
+    /// What an optimizer step needs beside these, while there are no activations.
     pub step: u64,
 }
 
@@ -73,7 +73,7 @@ impl Sizes {
     /// It cannot be found, or is not supported.
     fn of(spec: &RunSpec) -> anyhow::Result<Self> {
         let Some(location) = &spec.teacher.model else {
-            bail!("a plan is for text-to-image models: {} is none", spec.teacher.weights.display());
+            bail!("a plan is for text-to-image models: {} is none", spec.teacher);
         };
         let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
         let folder = ModelFolder::open(&path)?;
@@ -97,11 +97,11 @@ impl Plan {
         let size = model.unet.size()?;
         let memory = &spec.memory;
         let kind = if memory.bf16_weights { 2 } else { 4 };
-        let slice = match memory.shard_optimiser {
+        let slice = match memory.shard_optimizer {
             true => Slice { rank: 0, world: workers as usize }.width(size),
             false => size,
         };
-        let buffered = memory.bf16_weights || (memory.shard_optimiser && workers > 1);
+        let buffered = memory.bf16_weights || (memory.shard_optimizer && workers > 1);
         let reduced = match buffered {
             true if slice == size => 0,
             true => slice,
@@ -128,7 +128,7 @@ impl Plan {
         })
     }
 
-    /// The most at a time: activations and an optimiser step are never there together.
+    /// The most at a time: activations and an optimizer step are never there together.
     pub fn peak(&self) -> u64 {
         self.resident() + self.activations.max(self.step)
     }
@@ -151,7 +151,7 @@ impl Plan {
             ("text encoders and autoencoder", self.surroundings),
             ("gradients", self.gradients),
             ("activations of a micro-batch, at most", self.activations),
-            ("or an optimiser step's temporaries", self.step),
+            ("or an optimizer step's temporaries", self.step),
         ]
     }
 }
@@ -169,7 +169,7 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
         // Both halves of a guided call run as one batch.
         false => 2 * i64::from(spec.distillation.micro_batch),
     };
-    let again = spec.memory.activation_checkpointing;
+    let again = spec.memory.recompute;
     let kept = |samples, trained| unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again });
     let steps = match spec.generator.matching {
         Matching::UniformStep => 1,
@@ -241,9 +241,9 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 fn advice(spec: &RunSpec, workers: u32) -> String {
     let memory = &spec.memory;
     let untried: Vec<&str> = [
-        (memory.activation_checkpointing, "memory.activation_checkpointing"),
+        (memory.recompute, "memory.recompute"),
         (memory.bf16_weights, "memory.bf16_weights (with distillation.precision = \"bf16\")"),
-        (memory.shard_optimiser || workers == 1, "memory.shard_optimiser"),
+        (memory.shard_optimizer || workers == 1, "memory.shard_optimizer"),
         (spec.distillation.micro_batch == 1, "a smaller distillation.micro_batch"),
         (memory.offload_ema, "memory.offload_ema"),
         (false, "more workers"),
@@ -256,20 +256,6 @@ fn advice(spec: &RunSpec, workers: u32) -> String {
 
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1u32 << 30)
-}
-
-/// Reads a size with its unit.
-fn bytes(text: &str) -> Result<u64, String> {
-    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let factor = match &text[number.len()..] {
-        "GiB" => 1u64 << 30,
-        "MiB" => 1 << 20,
-        "GB" => 1_000_000_000,
-        "MB" => 1_000_000,
-        _ => return Err("expected a number with GiB, MiB, GB or MB behind it".to_owned()),
-    };
-    let number: f64 = number.trim().parse().map_err(|_| format!("{number:?} is no number"))?;
-    Ok((number * factor as f64) as u64)
 }
 
 #[cfg(test)]
@@ -288,10 +274,8 @@ mod tests {
         Condition, Denoiser, Embedded, TextCondition,
         diffusers::{LatentDenoiser, ScheduleConfig},
     };
-    use potstill_proto::{
-        spec::{GuidancePreset, PromptsSpec},
-        wire::StepSeconds,
-    };
+    use potstill_proto::wire::StepSeconds;
+    use potstill_spec::{GuidancePreset, PromptsSpec};
     use tch::{Device, Kind};
 
     use super::*;
@@ -336,10 +320,10 @@ mod tests {
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
         let teacher = {
             let drawn = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
-            let drawn = drawn.with_checkpointing(spec.memory.activation_checkpointing);
+            let drawn = drawn.with_checkpointing(spec.memory.recompute);
             drawn.over(drawn.parameters().flat().to_kind(weights), false)
         };
-        let slice = if spec.memory.shard_optimiser { Slice { rank: 0, world } } else { Slice::WHOLE };
+        let slice = if spec.memory.shard_optimizer { Slice { rank: 0, world } } else { Slice::WHOLE };
         let layout = Layout { slice, weights, average_on_host: false };
         let mut state =
             State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout);
@@ -385,19 +369,19 @@ mod tests {
             ("guided", 1, &guided),
             ("checkpointing", 1, &|spec| {
                 guided(spec);
-                spec.memory.activation_checkpointing = true;
+                spec.memory.recompute = true;
             }),
             ("final step", 1, &|spec| {
                 spec.generator.matching = Matching::FinalStep;
                 spec.generator.steps = 2;
             }),
             ("bf16", 1, &low),
-            ("sharded", 2, &|spec| spec.memory.shard_optimiser = true),
+            ("sharded", 2, &|spec| spec.memory.shard_optimizer = true),
             ("all", 2, &|spec| {
                 low(spec);
                 guided(spec);
-                spec.memory.shard_optimiser = true;
-                spec.memory.activation_checkpointing = true;
+                spec.memory.shard_optimizer = true;
+                spec.memory.recompute = true;
             }),
         ];
         let mut wrong = Vec::new();
@@ -413,15 +397,5 @@ mod tests {
             }
         }
         assert!(wrong.is_empty(), "more than 10 % off: {wrong:?}");
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(bytes("80GiB"), Ok(80 << 30));
-        assert_eq!(bytes("1.5GB"), Ok(1_500_000_000));
-        assert_eq!(bytes("24 MiB"), Ok(24 << 20));
-        for wrong in ["80", "GiB", "80 pounds", ""] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
     }
 }

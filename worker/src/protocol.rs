@@ -5,7 +5,7 @@ use fast_image_resize::{
     FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer,
     images::{Image, ImageRef},
 };
-use potstill_proto::spec::Protocol;
+use potstill_spec::Protocol;
 use tch::{Kind, Tensor};
 
 /// One image in 8 bits: rows from the top, the channels of a pixel side by side.

@@ -13,8 +13,8 @@ use potstill_proto::{
     PROTOCOL,
     cursor::Generation,
     message::{FromWorker, Hello, WorkerId},
-    spec::RunSpec,
 };
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 use tch::Device;
 

@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use npyz::npz::NpzArchive;
 use potstill_distill::score::Moments;
 use potstill_models::weights::{self, Archive};
-use potstill_proto::spec::Protocol;
+use potstill_spec::Protocol;
 use tch::{Device, Kind, Tensor};
 
 use crate::{

@@ -13,7 +13,7 @@ use potstill_distill::{
     random::{Purpose, Stream},
 };
 use potstill_models::{Condition, Mode, weights};
-use potstill_proto::spec::PromptsSpec;
+use potstill_spec::PromptsSpec;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
@@ -68,7 +68,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     ensure!(reads || !asked, "{origin} knows no texts: name classes with --labels");
     ensure!(asked || !reads, "{origin} makes images of texts: give it some with --prompt or --prompts");
     let prompts = match &arguments.prompts {
-        Some(file) => PromptsSpec { data: file.clone(), ..PromptsSpec::default() },
+        Some(file) => PromptsSpec { data: Some(file.clone()), ..PromptsSpec::default() },
         None => PromptsSpec::default(),
     };
     let wanted = match arguments.prompts {

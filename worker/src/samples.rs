@@ -11,7 +11,7 @@ use potstill_distill::{
     random::{Purpose, Stream},
 };
 use potstill_models::{Condition, Denoiser, ForwardProcess, Mode, sampler};
-use potstill_proto::spec::EvaluationSpec;
+use potstill_spec::EvaluationSpec;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::model::Space;

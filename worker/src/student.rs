@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use potstill_models::{EdmNetwork, weights::Archive};
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
 use tch::Device;
 

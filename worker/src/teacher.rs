@@ -23,10 +23,10 @@ use potstill_distill::{
     time::TimeLaw,
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
-use potstill_proto::{
-    layers::{self, LayerError},
-    spec::{EvaluationSpec, LogNormalSpec},
-    wire::Scores,
+use potstill_proto::wire::Scores;
+use potstill_spec::{
+    EvaluationSpec, LogNormalSpec,
+    layers::{self, LayerError, Layered, Names},
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -61,7 +61,7 @@ pub struct Arguments {
 pub struct TeacherTraining {
     /// Architecture, with the names of EDM's checkpoints.
     pub network: EdmConfig,
-    /// Data, length, optimiser.
+    /// Data, length, optimizer.
     pub training: Training,
     /// How the result is scored.
     pub evaluation: EvaluationSpec,
@@ -77,7 +77,7 @@ pub struct Training {
     pub images: PathBuf,
     /// Decides initial weights and every random number.
     pub seed: u64,
-    /// Optimiser steps.
+    /// Optimizer steps.
     pub iterations: u64,
     /// Images per step.
     pub batch: u32,
@@ -115,22 +115,22 @@ impl Default for Training {
     }
 }
 
+impl Layered for TeacherTraining {
+    const PATHS: &'static [(&'static str, Names)] = &[
+        ("training.images", Names::Path),
+        ("output", Names::Path),
+        ("evaluation.features", Names::Path),
+        ("evaluation.reference", Names::Path),
+    ];
+}
+
 impl TeacherTraining {
     /// Reads the layers, resolves paths, validates.
     ///
     /// # Errors
     /// See [`LayerError`].
     pub fn load(file: &Path, sets: &[String]) -> anyhow::Result<Self> {
-        let mut read: Self = layers::load(file, sets, &[])?;
-        let folder = file.parent().unwrap_or(Path::new(""));
-        for path in [Some(&mut read.training.images), Some(&mut read.output)]
-            .into_iter()
-            .chain([read.evaluation.features.as_mut(), read.evaluation.reference.as_mut()])
-            .flatten()
-            .filter(|p| !p.as_os_str().is_empty())
-        {
-            *path = folder.join(&path);
-        }
+        let read: Self = layers::load(file, sets)?;
         let problems = read.problems();
         if !problems.is_empty() {
             return Err(LayerError::OutOfRange { problems }.into());
@@ -345,7 +345,7 @@ fn save(
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::spec::RunSpec;
+    use potstill_spec::RunSpec;
 
     use super::*;
 

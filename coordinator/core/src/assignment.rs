@@ -93,14 +93,16 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::{cursor::Phase, message::Place, spec::ClusterSpec};
+    use std::time::Duration;
+
+    use potstill_proto::{cursor::Phase, message::Place};
 
     use super::*;
-    use crate::{Tick, core::fixtures::hello};
+    use crate::{Tick, run::fixtures::hello, terms::Timeouts};
 
     /// Members given as (id, rank in an earlier generation, held iteration).
     fn members(of: &[(&str, Option<u32>, Option<u64>)]) -> Members {
-        let mut members = Members::new(ClusterSpec::default().timeouts());
+        let mut members = Members::new(Timeouts::new(Duration::from_secs(10), Duration::from_secs(300)));
         for (n, (id, rank, held)) in (0..).zip(of) {
             members.attach(Tick(0), StreamId(n), hello(id));
             members.set_ready(StreamId(n));

@@ -9,18 +9,19 @@
 //! ([`ledger`]); and the life of the run that ties them together ([`Core`]).
 
 pub mod assignment;
-mod core;
 pub mod ledger;
 pub mod membership;
 pub mod observation;
 pub mod record;
+mod run;
 pub mod steps;
+pub mod terms;
 
 use std::collections::BTreeSet;
 
 use potstill_proto::message::{FromWorker, Hello, ToWorker};
 
-pub use crate::core::{Core, Setup};
+pub use crate::run::{Core, Setup};
 use crate::{
     ledger::Checkpoint,
     observation::{Observation, Outcome},
@@ -44,7 +45,7 @@ impl Tick {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StreamId(pub u64);
 
-/// Somebody who waits for an answer. Never repeats within a coordinator's life.
+/// A client that waits for an answer. A number never repeats within a coordinator's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u64);
 

@@ -8,10 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use potstill_proto::{
     cursor::Cursor,
     message::{Hello, Place, WorkerId},
-    spec::Timeouts,
 };
 
-use crate::{StreamId, Tick};
+use crate::{StreamId, Tick, terms::Timeouts};
 
 /// How sure we are that a member lives. The dead are removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,13 +242,13 @@ impl Members {
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::spec::ClusterSpec;
+    use std::time::Duration;
 
     use super::*;
-    use crate::core::fixtures::hello;
+    use crate::run::fixtures::hello;
 
     fn members() -> Members {
-        Members::new(ClusterSpec { failure_timeout_seconds: 3.0, ..Default::default() }.timeouts())
+        Members::new(Timeouts::new(Duration::from_secs(3), Duration::from_secs(300)))
     }
 
     #[test]

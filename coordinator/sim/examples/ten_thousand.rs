@@ -52,7 +52,7 @@ fn main() {
         coordinator: "c0".into(),
         address: "c0:1".into(),
         run_id: "run".into(),
-        spec: scenario.spec(),
+        terms: scenario.terms(),
         specification: String::new(),
         storage_url: String::new(),
         history: Vec::new(),

@@ -1,6 +1,8 @@
 //! What a world is made of.
 
-use potstill_proto::spec::RunSpec;
+use std::time::Duration;
+
+use potstill_core::terms::{Terms, Timeouts};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -163,18 +165,23 @@ impl Scenario {
         }
     }
 
-    /// The specification that coordinators read.
+    /// The terms that coordinators keep to.
     #[must_use]
-    pub fn spec(&self) -> RunSpec {
-        let mut spec = RunSpec::default();
-        spec.distillation.iterations = self.iterations;
-        spec.distillation.global_batch = self.micro_batches() * 2;
-        spec.distillation.micro_batch = 2;
-        spec.cluster.min_workers = self.min_workers;
-        spec.cluster.max_workers = self.max_workers;
-        spec.cluster.failure_timeout_seconds = self.failure_millis as f64 / 1000.0;
-        spec.cluster.wait_timeout_seconds = self.wait_millis as f64 / 1000.0;
-        spec
+    pub fn terms(&self) -> Terms {
+        Terms {
+            iterations: self.iterations,
+            micro_batches: self.micro_batches(),
+            micro_batch: 2,
+            min_workers: self.min_workers,
+            max_workers: self.max_workers,
+            timeouts: Timeouts::new(
+                Duration::from_millis(self.failure_millis),
+                Duration::from_millis(self.wait_millis),
+            ),
+            scored: false,
+            collapse_share: 0.0,
+            stop_after_failures: None,
+        }
     }
 
     /// Micro-batches of one iteration: more than ranks, and not a multiple.

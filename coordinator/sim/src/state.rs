@@ -16,7 +16,7 @@ impl State {
     pub const FRESH: Self =
         Self { cursor: Cursor { iteration: 0, phase: Phase::FakeScore }, lineage: 0x9e37_79b9_7f4a_7c15 };
 
-    /// After its next optimiser step.
+    /// After its next optimizer step.
     #[must_use]
     pub fn step(self) -> Self {
         let Cursor { iteration, phase } = self.cursor;

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use bytes::Bytes;
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use potstill_storage::Run;
 
 use crate::report::{

@@ -8,7 +8,7 @@ use std::{future, io::Write, net::SocketAddr, process::ExitCode, time::Duration}
 use agent::{Agent, AgentPlan};
 use anyhow::Context;
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},

@@ -1,12 +1,13 @@
 //! Observations as a real run makes them, for this module's tests.
 
 use potstill_core::observation::IterationTotals;
-use potstill_proto::{spec::RunSpec, wire};
+use potstill_proto::wire;
+use potstill_spec::RunSpec;
 
 /// A valid specification with a global batch of 128.
 pub fn spec(iterations: u64) -> RunSpec {
     let mut spec = RunSpec::default();
-    spec.teacher.weights = "teacher.safetensors".into();
+    spec.teacher.weights = Some("teacher.safetensors".into());
     spec.distillation.iterations = iterations;
     spec
 }
@@ -29,7 +30,7 @@ pub fn totals(iteration: u64) -> IterationTotals {
         discriminator_loss: None,
         generator_adversarial_loss: None,
         loss_scales: [1.0; 2],
-        seconds: wire::StepSeconds { compute: 0.25, communication: 0.04, optimiser: 0.02, total: 0.31 },
+        seconds: wire::StepSeconds { compute: 0.25, communication: 0.04, optimizer: 0.02, total: 0.31 },
     }
 }
 

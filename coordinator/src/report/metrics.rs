@@ -5,7 +5,8 @@
 //! lines of both kinds share an axis. A number that was not finite is `null`.
 
 use potstill_core::observation::IterationTotals;
-use potstill_proto::{spec::RunSpec, wire};
+use potstill_proto::wire;
+use potstill_spec::RunSpec;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// A line that is not what this module writes.
@@ -82,8 +83,8 @@ pub struct Seconds {
     pub compute: f64,
     /// Waiting for collectives.
     pub communication: f64,
-    /// Both optimisers.
-    pub optimiser: f64,
+    /// Both optimizers.
+    pub optimizer: f64,
     /// The whole iteration.
     pub total: f64,
 }
@@ -153,7 +154,7 @@ impl Seconds {
     fn add(&mut self, other: &wire::StepSeconds, weight: f64) {
         self.compute += other.compute * weight;
         self.communication += other.communication * weight;
-        self.optimiser += other.optimiser * weight;
+        self.optimizer += other.optimizer * weight;
         self.total += other.total * weight;
     }
 }

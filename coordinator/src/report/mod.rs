@@ -14,7 +14,8 @@ use std::time::Instant;
 
 use anyhow::Context;
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::{message::Source, spec::RunSpec};
+use potstill_proto::message::Source;
+use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
     layout::{manifest_iteration, manifest_key},

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use potstill_core::record::Unreadable;
-use potstill_proto::layers::LayerError;
+use potstill_spec::layers::LayerError;
 
 /// Why a coordinator could not start.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,8 @@ mod shell;
 use std::{net::SocketAddr, time::Duration};
 
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::{MAX_MESSAGE_BYTES, spec::RunSpec, wire::coordinator_server::CoordinatorServer};
+use potstill_proto::{MAX_MESSAGE_BYTES, wire::coordinator_server::CoordinatorServer};
+use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 use tokio::{
     net::TcpListener,
@@ -86,7 +87,7 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let listener = TcpListener::bind(address).await.map_err(bind)?;
     let listening = listener.local_addr().map_err(bind)?;
 
-    let timeouts = options.spec.cluster.timeouts();
+    let timeouts = opening::terms(&options.spec).timeouts;
     let opened = opening::open(options, &address::advertised(listening)).await?;
 
     let clock = Clock::start();

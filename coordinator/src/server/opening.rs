@@ -7,14 +7,16 @@ use potstill_core::{
     ledger::{Checkpoint, CommittedCheckpoint},
     observation::Outcome,
     record::Record,
+    terms::{Terms, Timeouts},
 };
-use potstill_proto::spec::RunSpec;
+use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
     checkpoint::{Manifest, Shard},
     digest::sha256_of,
     journal::Journal,
     layout,
+    retention::Policy,
 };
 use uuid::Uuid;
 
@@ -28,6 +30,8 @@ const OTHERS: Duration = Duration::from_secs(2);
 pub struct Opened {
     /// What the state machine starts with.
     pub setup: Setup,
+    /// Which checkpoints it keeps.
+    pub retention: Policy,
     /// The run's folder.
     pub run: Run,
     /// Its journal, at the end.
@@ -96,6 +100,8 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     if resume != Resume::Never && checkpoints.is_empty() {
         tracing::warn!("no checkpoint yet: unless a worker brings a state, the run begins with the teacher");
     }
+    let retention =
+        Policy { keep_last: spec.checkpoint.keep_last.bound(), keep_every: spec.checkpoint.keep_every };
     let storage_url = storage.url().to_owned();
     let coordinator = Uuid::new_v4().to_string();
     Ok(Opened {
@@ -103,23 +109,39 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
             coordinator,
             address: address.to_owned(),
             run_id: name,
-            spec,
+            terms: terms(&spec),
             specification,
             storage_url,
             history,
             checkpoints,
             ranks_may_live,
         },
+        retention,
         run,
         journal,
     })
+}
+
+/// What of the specification decides how the run is coordinated.
+pub fn terms(spec: &RunSpec) -> Terms {
+    Terms {
+        iterations: spec.distillation.iterations,
+        micro_batches: spec.micro_batches(),
+        micro_batch: spec.distillation.micro_batch,
+        min_workers: spec.cluster.min_workers,
+        max_workers: spec.cluster.max_workers,
+        timeouts: Timeouts::new(spec.cluster.failure_timeout, spec.cluster.wait_timeout),
+        scored: spec.evaluation.features.is_some(),
+        collapse_share: spec.evaluation.collapse_share,
+        stop_after_failures: spec.checkpoint.stop_after_failures,
+    }
 }
 
 /// SHA-256 of the teacher's file or folder, hexadecimal; compared with the specification's, where that has one. A model that is
 /// not on this machine keeps what the specification says of it.
 async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
     let path = match &spec.teacher.model {
-        None => spec.teacher.weights.clone(),
+        None => spec.teacher.weights.clone().unwrap_or_default(),
         Some(model) if PathBuf::from(model).is_dir() => PathBuf::from(model),
         Some(_) => return Ok(spec.teacher.sha256.clone()),
     };

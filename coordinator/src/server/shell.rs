@@ -73,9 +73,7 @@ pub struct Shell {
 impl Shell {
     /// A shell around an opened run.
     pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
-        let Opened { setup, run, journal } = opened;
-        let kept = &setup.spec.checkpoint;
-        let retention = Policy { keep_last: kept.keep_last, keep_every: kept.keep_every };
+        let Opened { setup, retention, run, journal } = opened;
         Self {
             core: Core::new(setup),
             clock,

@@ -29,13 +29,13 @@ impl Default for ReducerOptions {
 
 /// `c10d::Reducer`, the engine inside PyTorch's `DistributedDataParallel`.
 ///
-/// One optimiser step goes like this, on every rank alike:
+/// One optimizer step goes like this, on every rank alike:
 /// 1. [`zero_grad`](Reducer::zero_grad).
 /// 2. For every micro-batch but the last, plain `backward` of tch: gradients add up locally.
 /// 3. For the last one, [`Reducer::backward`]: gradients go on to add up, and each bucket is all-reduced as
 ///    soon as it is full. Afterwards each parameter's gradient is the **mean over ranks of the sum over
 ///    micro-batches**.
-/// 4. The optimiser's step.
+/// 4. The optimizer's step.
 ///
 /// **Every parameter must get a gradient in the last micro-batch's backward.** One that does not fails that
 /// call; leave it out of `params`, or let it take part (add it to the loss times 0).

@@ -1,4 +1,4 @@
-//! The adversarial loss with a few real samples (SiDA, 2410.14919; ALGORITHM §5): a Diffusion GAN (2206.02262) whose
+//! The adversarial loss with a few real samples (SiDA, 2410.14919; docs/algorithm.md §5): a Diffusion GAN (2206.02262) whose
 //! discriminator is the fake score's own encoder, so that no network is added.
 //!
 //! Logits are the encoder's bottleneck, averaged over channels: a map of them per sample. Real and generated samples are

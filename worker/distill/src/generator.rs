@@ -1,4 +1,4 @@
-//! The K-step generator (2505.12674; ALGORITHM §2): D_0 = 0; step i diffuses D_i to time t_i and denoises it. One step on
+//! The K-step generator (2505.12674; docs/algorithm.md §2): D_0 = 0; step i diffuses D_i to time t_i and denoises it. One step on
 //! EDM's process is SiD's `G(z) = f_θ(σ_init·z, σ_init)` (2404.04057, eq. 8).
 
 use potstill_models::{Condition, Denoiser, Mode};

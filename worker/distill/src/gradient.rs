@@ -1,4 +1,4 @@
-//! What happens to a reduced gradient before the optimiser sees it. Where each rank has a slice of it, what is asked of the
+//! What happens to a reduced gradient before the optimizer sees it. Where each rank has a slice of it, what is asked of the
 //! whole is summed over the slices: `sum` says how.
 
 use std::convert::Infallible;

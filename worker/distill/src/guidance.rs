@@ -1,4 +1,4 @@
-//! Guidance (2207.12598; ALGORITHM §4): the prediction at scale κ is `u + κ·(c − u)`, u unconditional, c conditional.
+//! Guidance (2207.12598; docs/algorithm.md §4): the prediction at scale κ is `u + κ·(c − u)`, u unconditional, c conditional.
 
 use potstill_models::{Condition, Denoiser, Mode};
 use tch::Tensor;

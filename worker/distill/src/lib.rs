@@ -15,7 +15,7 @@
 //! - [`draws`]: the random numbers of a micro-batch, as data.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, their Adam moments, and [`counters`].
-//! - [`adam`], [`ema`], [`gradient`]: the optimiser step.
+//! - [`adam`], [`ema`], [`gradient`]: the optimizer step.
 //! - [`score`]: FID, precision, recall, agreement, CLIP score.
 
 pub mod adam;

@@ -1,4 +1,4 @@
-//! One micro-batch of either phase of a SiD iteration (2404.04057, algorithm 1; ALGORITHM §3).
+//! One micro-batch of either phase of a SiD iteration (2404.04057, algorithm 1; docs/algorithm.md §3).
 //!
 //! Both return the loss **summed** over the micro-batch: what to divide by is known to the caller, who knows the global
 //! batch. A sample in which something is not finite contributes 0 and is counted.

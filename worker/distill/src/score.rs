@@ -1,4 +1,4 @@
-//! How good samples are: FID, precision and recall on features, agreement on logits, CLIP score on embeddings (ALGORITHM §8).
+//! How good samples are: FID, precision and recall on features, agreement on logits, CLIP score on embeddings (docs/algorithm.md §8).
 
 use tch::{Kind, Tensor};
 

@@ -12,7 +12,7 @@ use crate::{
     gradient::Gradient,
 };
 
-/// The part of a flat vector that one rank's optimiser looks after: one of `world` runs of equal length (ZeRO stage 1,
+/// The part of a flat vector that one rank's optimizer looks after: one of `world` runs of equal length (ZeRO stage 1,
 /// 1910.02054). The last ones are shorter where the length does not divide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slice {
@@ -22,7 +22,7 @@ pub struct Slice {
     pub world: usize,
 }
 
-/// More ranks than this cannot share an optimiser.
+/// More ranks than this cannot share an optimizer.
 pub const MOST_SLICES: usize = 4096;
 
 impl Slice {
@@ -60,7 +60,7 @@ impl Layout {
     pub const PLAIN: Self = Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false };
 }
 
-/// A network that trains, and its optimiser.
+/// A network that trains, and its optimizer.
 pub struct Trained {
     network: Box<dyn Denoiser>,
     /// The weights' memory, with room behind them for the longest row of equal slices.

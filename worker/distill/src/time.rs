@@ -1,4 +1,4 @@
-//! The laws of the diffusion time at which scores are learned and compared (ALGORITHM §3).
+//! The laws of the diffusion time at which scores are learned and compared (docs/algorithm.md §3).
 
 use tch::{Device, Kind, Tensor};
 

@@ -25,7 +25,7 @@ impl Entry {
 
 /// The parameters of one network, all of them views into one flat fp32 vector, without gaps.
 ///
-/// So the optimiser, the moving average and a state transfer are a few operations on one tensor, and a checkpoint is
+/// So the optimizer, the moving average and a state transfer are a few operations on one tensor, and a checkpoint is
 /// slices of it.
 pub struct Parameters {
     entries: Arc<[Entry]>,

@@ -1,6 +1,6 @@
 //! Forward processes: how data become noise, and what a network natively predicts of them.
 //!
-//! All of them have the form `x_t = a(t)·x + b(t)·n` with n ~ N(0, 1) (ALGORITHM §1). What distillation and sampling do is
+//! All of them have the form `x_t = a(t)·x + b(t)·n` with n ~ N(0, 1) (docs/algorithm.md §1). What distillation and sampling do is
 //! written once, in terms of a and b; a network's native prediction is turned into x0 at its border.
 
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Images from files of common formats, in folders and in tars.
 
 use anyhow::{Context, bail, ensure};
-use potstill_proto::spec::Protocol;
+use potstill_spec::Protocol;
 use potstill_storage::Source;
 use tch::Tensor;
 

@@ -17,7 +17,7 @@ mod tensors;
 
 use anyhow::{Context, ensure};
 use potstill_distill::adversarial::RealSamples;
-use potstill_proto::spec::Protocol;
+use potstill_spec::Protocol;
 use potstill_storage::Source;
 use tch::{Kind, Tensor};
 

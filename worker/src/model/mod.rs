@@ -15,7 +15,7 @@ use potstill_models::{
     Denoiser, EdmNetwork, Parameters,
     diffusers::{Autoencoder, LatentDenoiser, ModelFolder, TextConditioner},
 };
-use potstill_proto::spec::{PromptsSpec, RunSpec};
+use potstill_spec::{PromptsSpec, RunSpec};
 use potstill_storage::digest::sha256_of;
 use tch::{Device, Tensor, no_grad};
 
@@ -51,7 +51,11 @@ impl Model {
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let teacher = &spec.teacher;
         let Some(location) = &teacher.model else {
-            let network = load_network(&teacher.weights, teacher.sha256.as_deref(), device)?;
+            let network = load_network(
+                teacher.weights.as_deref().context("the run names no teacher")?,
+                teacher.sha256.as_deref(),
+                device,
+            )?;
             return Ok(Self { network: Box::new(network), latent: None });
         };
         let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
@@ -68,7 +72,7 @@ impl Model {
                 path.display()
             );
         }
-        let checkpointing = spec.memory.activation_checkpointing;
+        let checkpointing = spec.memory.recompute;
         let mut model = Self::from_folder(&path, teacher.image_size, checkpointing, device)?;
         if let Some(latent) = &mut model.latent {
             latent.digest = digest;

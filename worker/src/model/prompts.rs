@@ -64,11 +64,13 @@ impl Material {
     ) -> anyhow::Result<Self> {
         let (read, like) = match wanted {
             Wanted::These(texts) => (Read { texts, labels: None }, None),
-            Wanted::File(spec) if spec.data.is_empty() => (Read { texts: vec![], labels: None }, Some(spec)),
-            Wanted::File(spec) => {
-                let read = read_prompts(&spec.data, &spec.column);
-                (read.with_context(|| format!("prompts.data {}", spec.data))?, Some(spec))
-            }
+            Wanted::File(spec) => match &spec.data {
+                Some(data) => {
+                    let read = read_prompts(data, &spec.column);
+                    (read.with_context(|| format!("prompts.data {data}"))?, Some(spec))
+                }
+                None => (Read { texts: vec![], labels: None }, Some(spec)),
+            },
             Wanted::Evaluation { like, data, column } => {
                 let read = read_prompts(data, column);
                 (read.with_context(|| format!("evaluation.prompts {data}"))?, Some(like))

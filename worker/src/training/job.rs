@@ -18,10 +18,8 @@ use potstill_distill::{
     time::TimeLaw,
 };
 use potstill_models::{Denoiser, ForwardProcess, Mode};
-use potstill_proto::{
-    message::Assignment,
-    spec::{self, AdversarialSpec, Precision, RunSpec},
-};
+use potstill_proto::message::Assignment;
+use potstill_spec::{self as spec, AdversarialSpec, Precision, RunSpec};
 use potstill_storage::Run;
 use tch::{Device, Kind};
 use tokio::runtime::Handle;
@@ -74,20 +72,20 @@ impl Inputs {
         ensure!(
             !guided || space.is_conditional(),
             "guidance needs a teacher that knows classes, but {} is unconditional: set guidance.preset = \"none\"",
-            teacher_name(spec)
+            spec.teacher
         );
         let settings = settings(spec, teacher.process(), device);
         ensure!(
             settings.weighting.fits(teacher.process()),
             "distillation.weighting = {} is for flow-matching teachers; {} is none",
             serde_json::to_string(&spec.distillation.weighting)?,
-            teacher_name(spec)
+            spec.teacher
         );
         ensure!(
             settings.augmentation.is_none() || teacher.augment_dim() == augmentation::LABELS,
             "distillation.augmentation needs a teacher that takes EDM's {} augmentation labels (augment_dim); {} takes {}",
             augmentation::LABELS,
-            teacher_name(spec),
+            spec.teacher,
             teacher.augment_dim()
         );
         let [_, last] = teacher.time_range();
@@ -195,7 +193,7 @@ impl Job {
 
     /// What a rank holds of master weights, moments and average.
     pub(super) fn slice(&self, assignment: &Assignment) -> Slice {
-        match self.spec.memory.shard_optimiser {
+        match self.spec.memory.shard_optimizer {
             true => Slice { rank: assignment.rank as usize, world: assignment.world_size as usize },
             false => Slice::WHOLE,
         }
@@ -204,7 +202,7 @@ impl Job {
     /// Where this run's micro-batches come from.
     pub(super) fn draws(&self) -> NamedStreams<'_> {
         // Classes as SiDA has them; texts only where the run has no list of its own for what is generated.
-        let conditions_of_real = self.spec.prompts.as_ref().is_none_or(|prompts| prompts.data.is_empty());
+        let conditions_of_real = self.spec.prompts.as_ref().is_none_or(|prompts| prompts.data.is_none());
         NamedStreams {
             settings: &self.recipe.settings,
             conditions: self.conditions.as_ref(),
@@ -218,12 +216,8 @@ impl Job {
         let every = self.spec.evaluation.every;
         iteration == 0
             || iteration >= self.spec.distillation.iterations
-            || (every > 0 && iteration.is_multiple_of(every))
+            || every.is_some_and(|every| iteration.is_multiple_of(every.get()))
     }
-}
-
-fn teacher_name(spec: &RunSpec) -> String {
-    spec.teacher.model.clone().unwrap_or_else(|| spec.teacher.weights.display().to_string())
 }
 
 /// t_init, by default the published one of the family.

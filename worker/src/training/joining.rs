@@ -96,7 +96,7 @@ pub(super) fn obtain_state(
                 session.progress.state_is_torn();
             }
             let root = *rank as usize;
-            if job.spec.memory.shard_optimiser {
+            if job.spec.memory.shard_optimizer {
                 return take_slices(job, session, holding, held, slice, group, root);
             }
             let mut state = held.state.unwrap_or_else(|| job.first_state(slice));
@@ -136,7 +136,7 @@ fn take_slices(
         Ok(Some(cursor)) => Ok((state, cursor)),
         Ok(None) => {
             session.progress.state_is_torn();
-            let reason = "a part of the optimiser's state went with the rank that held it; the newest checkpoint has all";
+            let reason = "a part of the optimizer's state went with the rank that held it; the newest checkpoint has all";
             Err(Interruption::Left(reason.to_owned()))
         }
         Err(error) => {

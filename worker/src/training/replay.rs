@@ -24,10 +24,8 @@ use potstill_models::{
     diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
     weights::{Archive, Stored},
 };
-use potstill_proto::{
-    spec::{AdversarialSpec, GuidancePreset, Matching, PromptsSpec, RunSpec, Scaling, Weighting},
-    wire::StepSeconds,
-};
+use potstill_proto::wire::StepSeconds;
+use potstill_spec::{AdversarialSpec, GuidancePreset, Matching, PromptsSpec, RunSpec, Scaling, Weighting};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -254,7 +252,7 @@ impl Recording {
         }
         if self.is_flow() || self.is_latent() {
             spec.teacher.model = Some("recorded".to_owned());
-            spec.prompts = Some(PromptsSpec { data: "recorded".to_owned(), ..PromptsSpec::default() });
+            spec.prompts = Some(PromptsSpec { data: Some("recorded".to_owned()), ..PromptsSpec::default() });
             spec.generator.initial_timestep = Some(self.count("init_timestep") as u32);
             spec.generator.steps = self.count("num_steps") as u32;
             spec.guidance.preset = GuidancePreset::Custom;
@@ -262,12 +260,12 @@ impl Recording {
             spec.guidance.fake_score = self.number("kappa23");
             spec.guidance.teacher = self.number("kappa4");
         } else {
-            spec.teacher.weights = "recorded".into();
+            spec.teacher.weights = Some("recorded".into());
         }
         if self.is_latent() {
             spec.generator.matching = Matching::FinalStep;
         }
-        let o = &mut spec.optimiser;
+        let o = &mut spec.optimizer;
         o.fake_score_learning_rate = self.number("lr");
         o.generator_learning_rate = self.number("glr");
         o.betas = self.pair("betas");
@@ -510,7 +508,7 @@ fn replay(recording: &Recording) -> Vec<String> {
         }
         trainer.update_average(&mut state, iteration);
         if let Some(betas) = &betas {
-            let half_life = spec.optimiser.ema_half_life_images;
+            let half_life = spec.optimizer.ema_half_life_images;
             let ours = ema::beta(half_life, schedule.images_seen(iteration) as f64, batch);
             let error = (ours - betas[iteration as usize]).abs();
             if error > 1e-12 {

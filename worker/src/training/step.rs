@@ -18,10 +18,8 @@ use potstill_distill::{
     state::{Slice, State},
 };
 use potstill_models::Denoiser;
-use potstill_proto::{
-    spec::{DecaySpec, OptimiserSpec, Precision, RunSpec},
-    wire::StepSeconds,
-};
+use potstill_proto::wire::StepSeconds;
+use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec};
 use tch::Tensor;
 
 use super::{Interruption, reduction::Reduction};
@@ -42,7 +40,7 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// What a specification says.
-    pub fn new(spec: &OptimiserSpec) -> Self {
+    pub fn new(spec: &OptimizerSpec) -> Self {
         Self {
             learning_rates: [spec.generator_learning_rate, spec.fake_score_learning_rate],
             betas: [spec.generator_betas.unwrap_or(spec.betas), spec.betas],
@@ -88,7 +86,7 @@ impl Recipe {
             Precision::Bf16 => Some(LowerPrecision::BFloat16),
             Precision::Fp16 => Some(LowerPrecision::Half),
         };
-        Self { settings, optimizer: Optimizer::new(&spec.optimiser), mixed_precision }
+        Self { settings, optimizer: Optimizer::new(&spec.optimizer), mixed_precision }
     }
 }
 
@@ -241,7 +239,7 @@ impl<'a> Trainer<'a> {
             let _ = flat.g_mul_scalar_(loss_scale.recip());
         }
         let gradient = Gradient::repaired_slice(flat, |numbers| self.sum_over_slices(numbers))?;
-        seconds.optimiser += step.elapsed().as_secs_f64();
+        seconds.optimizer += step.elapsed().as_secs_f64();
         Ok(Reduced { totals, gradient, loss_scale })
     }
 
@@ -269,7 +267,7 @@ impl<'a> Trainer<'a> {
             state.step(network, &gradient, &optimizer.adam(network, images));
         }
         self.reduction(network).clear()?;
-        seconds.optimiser += step.elapsed().as_secs_f64();
+        seconds.optimizer += step.elapsed().as_secs_f64();
         if state.torn && self.group.member().world == 1 {
             // One rank that is measured alone, as if it were one of several: nobody has the other slices.
             state.torn = false;

@@ -73,7 +73,7 @@ impl World {
             coordinator: format!("c{number}"),
             address: format!("c{number}:1"),
             run_id: "run".into(),
-            spec: self.scenario.spec(),
+            terms: self.scenario.terms(),
             specification: String::new(),
             storage_url: String::new(),
             history,

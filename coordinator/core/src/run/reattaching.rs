@@ -55,7 +55,7 @@ impl Core {
 
     /// How long the ranks have to come back: they train on meanwhile, so nothing is lost by waiting.
     pub(super) fn reattached_by(&self, reattaching: &Reattaching) -> Tick {
-        reattaching.since.after(self.timeouts.dead_millis)
+        reattaching.since.after(self.terms.timeouts.dead_millis)
     }
 
     pub(super) fn start_waiting(&mut self, actions: &mut Actions) {
@@ -66,7 +66,7 @@ impl Core {
         let reason = format!(
             "{} was training at iteration {iteration} or later: its ranks have {:.1} s to come back",
             self.generation,
-            seconds(self.timeouts.dead_millis)
+            seconds(self.terms.timeouts.dead_millis)
         );
         actions.push(Action::Observe(Observation::Waiting { have: 0, need, reason }));
     }
@@ -123,7 +123,7 @@ impl Core {
             ranks: here.into_values().collect(),
             finished,
             parting: None,
-            look: self.now.after(self.timeouts.hang_millis),
+            look: self.now.after(self.terms.timeouts.hang_millis),
         };
         let holders: BTreeSet<_> = training
             .ranks

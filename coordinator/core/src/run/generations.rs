@@ -72,10 +72,10 @@ impl Core {
     pub(super) fn settled_by(&self, settling: &Settling) -> Tick {
         let safe = !settling.keepers.is_empty() || self.start.cursor == Cursor::default();
         let patience = match settling.cause {
-            Cause::Known if safe => self.timeouts.heartbeat_millis / 4,
-            Cause::Known | Cause::Unexplained | Cause::Agreed => self.timeouts.dead_millis,
+            Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,
+            Cause::Known | Cause::Unexplained | Cause::Agreed => self.terms.timeouts.dead_millis,
             // Storage may be slow; whoever dies meanwhile is noticed.
-            Cause::AgreedAndSaving => self.timeouts.wait_millis,
+            Cause::AgreedAndSaving => self.terms.timeouts.wait_millis,
         };
         settling.since.after(patience)
     }
@@ -111,18 +111,18 @@ impl Core {
             }
             Stage::Gathering(gathering) => match gathering.enough_since {
                 Some(since) => {
-                    let patient = gathering.patient && self.members.count() < self.max_workers;
-                    if !patient || since.after(self.timeouts.dead_millis) <= self.now {
+                    let patient = gathering.patient && self.members.count() < self.terms.max_workers;
+                    if !patient || since.after(self.terms.timeouts.dead_millis) <= self.now {
                         let reason = gathering.reason.clone();
                         self.open(reason, actions);
                     }
                 }
-                None if gathering.short_since.after(self.timeouts.wait_millis) <= self.now => {
+                None if gathering.short_since.after(self.terms.timeouts.wait_millis) <= self.now => {
                     let reason = format!(
                         "{} of the {} workers it needs were attached for {:.1} s ({}): start more workers, lower \
-                         cluster.min_workers or raise cluster.wait_timeout_seconds",
+                         cluster.min_workers or raise cluster.wait_timeout",
                         self.members.count(),
-                        self.min_workers,
+                        self.terms.min_workers,
                         seconds(self.now.0 - gathering.short_since.0),
                         gathering.reason
                     );
@@ -160,7 +160,7 @@ impl Core {
                 self.barren
             );
             self.fail(reason, actions);
-        } else if self.members.count() >= self.min_workers {
+        } else if self.members.count() >= self.terms.min_workers {
             self.open(reason, actions);
         } else {
             self.gather(reason, actions);
@@ -179,7 +179,7 @@ impl Core {
 
     /// Somebody came or went while the run waits.
     pub(super) fn recount(&mut self, actions: &mut Actions) {
-        let (have, need, now) = (self.members.count(), self.min_workers, self.now);
+        let (have, need, now) = (self.members.count(), self.terms.min_workers, self.now);
         let Stage::Gathering(gathering) = &mut self.stage else { return };
         if have < need {
             if gathering.enough_since.take().is_some() {
@@ -188,7 +188,7 @@ impl Core {
         } else {
             gathering.enough_since.get_or_insert(now);
         }
-        if have < need || (gathering.patient && have < self.max_workers) {
+        if have < need || (gathering.patient && have < self.terms.max_workers) {
             let Stage::Gathering(gathering) = &self.stage else { return };
             let reason = self.waiting_reason(gathering);
             actions.push(Action::Observe(Observation::Waiting { have, need, reason }));
@@ -196,22 +196,22 @@ impl Core {
     }
 
     pub(super) fn waiting_reason(&self, gathering: &Gathering) -> String {
-        let (have, timeouts) = (self.members.count(), &self.timeouts);
+        let (have, timeouts) = (self.members.count(), &self.terms.timeouts);
         let reason = &gathering.reason;
         if gathering.enough_since.is_some() {
-            let (most, patience) = (self.max_workers, seconds(timeouts.dead_millis));
+            let (most, patience) = (self.terms.max_workers, seconds(timeouts.dead_millis));
             format!(
                 "{reason}: {have} of at most {most} workers; it starts when all are here or {patience:.1} s have passed"
             )
         } else {
-            let (need, patience) = (self.min_workers, seconds(timeouts.wait_millis));
+            let (need, patience) = (self.terms.min_workers, seconds(timeouts.wait_millis));
             format!("{reason}: {have} of {need} workers; it gives up after {patience:.1} s")
         }
     }
 
     /// Opens the next generation with everybody who is attached.
     fn open(&mut self, reason: String, actions: &mut Actions) {
-        let plan = assignment::plan(&self.members, self.max_workers, self.ledger.newest());
+        let plan = assignment::plan(&self.members, self.terms.max_workers, self.ledger.newest());
         let world_size = plan.world_size();
         self.generation = self.generation.next();
         self.start = plan.start;
@@ -257,7 +257,7 @@ impl Core {
             reason,
         }));
         for (stream, assignment) in
-            plan.assignments(&self.members, generation, self.micro_batches, self.score_teacher)
+            plan.assignments(&self.members, generation, self.terms.micro_batches, self.score_teacher)
         {
             send(actions, stream, ToWorker::Assignment(assignment));
         }
@@ -265,7 +265,7 @@ impl Core {
             ranks: plan.ranks,
             finished: BTreeMap::new(),
             parting: None,
-            look: now.after(self.timeouts.hang_millis),
+            look: now.after(self.terms.timeouts.hang_millis),
         };
         if self.stop.is_some() {
             self.request_stop(&training, actions);

@@ -15,7 +15,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use potstill_proto::{
     cursor::{Cursor, Generation},
     message::ToWorker,
-    spec::{RunSpec, Timeouts},
 };
 
 use self::reattaching::Reattaching;
@@ -27,6 +26,7 @@ use crate::{
     observation::Outcome,
     record::Record,
     steps::Steps,
+    terms::Terms,
 };
 
 /// So many generations in a row may fail without finishing an iteration before the run gives up.
@@ -41,8 +41,8 @@ pub struct Setup {
     pub address: String,
     /// The run's name.
     pub run_id: String,
-    /// What the run does, validated.
-    pub spec: RunSpec,
+    /// How it is coordinated.
+    pub terms: Terms,
     /// The same as TOML, for the workers.
     pub specification: String,
     /// Root of the object storage, for the workers.
@@ -63,22 +63,15 @@ pub struct Core {
     run_id: String,
     specification: String,
     storage_url: String,
-    iterations: u64,
-    micro_batches: u32,
-    min_workers: u32,
-    max_workers: u32,
-    timeouts: Timeouts,
+    terms: Terms,
     /// Whether this run has a journal from an earlier coordinator.
     resumed: bool,
     /// Whether the teacher has still to be scored.
     score_teacher: bool,
     /// Of the teacher, once it was scored.
     teacher_diversity: Option<f64>,
-    collapse_share: f64,
     /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest one in the journal.
     scored: Option<(Generation, u64, bool)>,
-    /// The run ends after so many failed checkpoints in a row; 0: never.
-    stop_after_failures: u32,
 
     now: Tick,
     members: Members,
@@ -192,14 +185,14 @@ impl Core {
             coordinator,
             address,
             run_id,
-            spec,
+            terms,
             specification,
             storage_url,
             history,
             checkpoints,
             ranks_may_live,
         } = setup;
-        let timeouts = spec.cluster.timeouts();
+        let timeouts = terms.timeouts;
         let teacher_diversity = history.iter().rev().find_map(|record| match record {
             Record::Evaluated(evaluation) if evaluation.of_teacher => Some(evaluation.diversity),
             _ => None,
@@ -220,20 +213,13 @@ impl Core {
             run_id,
             specification,
             storage_url,
-            iterations: spec.distillation.iterations,
-            micro_batches: spec.micro_batches(),
-            min_workers: spec.cluster.min_workers,
-            max_workers: spec.cluster.max_workers,
-            timeouts,
             resumed: !history.is_empty(),
-            score_teacher: teacher_diversity.is_none() && spec.evaluation.features.is_some(),
+            score_teacher: teacher_diversity.is_none() && terms.scored,
             teacher_diversity,
-            collapse_share: spec.evaluation.collapse_share,
             scored: history.iter().rev().find_map(|record| match record {
                 Record::Evaluated(evaluation) => Some(evaluation.order()),
                 _ => None,
             }),
-            stop_after_failures: spec.checkpoint.stop_after_failures,
             now: Tick::default(),
             members: Members::new(timeouts),
             generation,
@@ -245,7 +231,8 @@ impl Core {
                 patient: true,
                 reason: "the run starts".into(),
             }),
-            steps: Steps::new(spec.micro_batches(), spec.distillation.micro_batch, start),
+            steps: Steps::new(terms.micro_batches, terms.micro_batch, start),
+            terms,
             repeated,
             ledger: Ledger::new(checkpoints),
             failures: 0,
@@ -287,9 +274,9 @@ impl Core {
             Stage::Settling(_) if self.awaits_commit() => None,
             Stage::Settling(settling) => Some(self.settled_by(settling)),
             Stage::Gathering(Gathering { enough_since: Some(since), .. }) => {
-                Some(since.after(self.timeouts.dead_millis))
+                Some(since.after(self.terms.timeouts.dead_millis))
             }
-            Stage::Gathering(gathering) => Some(gathering.short_since.after(self.timeouts.wait_millis)),
+            Stage::Gathering(gathering) => Some(gathering.short_since.after(self.terms.timeouts.wait_millis)),
         };
         [stage, self.members.next_deadline()].into_iter().flatten().min()
     }

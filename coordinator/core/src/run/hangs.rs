@@ -12,7 +12,7 @@ use crate::{Action, StreamId};
 impl Core {
     /// Looks at the ranks' progress, a few times within the patience with a rank that does not move.
     pub(super) fn look_for_hangs(&mut self, actions: &mut Actions) {
-        let patience = self.timeouts.hang_millis;
+        let patience = self.terms.timeouts.hang_millis;
         let now = self.now;
         let Stage::Training(training) = &mut self.stage else { return };
         if training.look > now {

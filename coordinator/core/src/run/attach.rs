@@ -13,7 +13,7 @@ impl Core {
         let (coordinator, address) = (self.coordinator.clone(), self.address.clone());
         actions.push(Action::Persist(if self.resumed {
             let iteration = self.steps.finished();
-            Record::Resumed { coordinator, iteration, iterations: self.iterations, address }
+            Record::Resumed { coordinator, iteration, iterations: self.terms.iterations, address }
         } else {
             Record::RunStarted { coordinator, run_id: self.run_id.clone(), address }
         }));
@@ -51,9 +51,9 @@ impl Core {
                 run_id: self.run_id.clone(),
                 specification: self.specification.clone(),
                 storage_url: self.storage_url.clone(),
-                heartbeat_millis: self.timeouts.heartbeat_millis,
-                collective_timeout_millis: self.timeouts.collective_millis,
-                patience_millis: self.timeouts.wait_millis,
+                heartbeat_millis: self.terms.timeouts.heartbeat_millis,
+                collective_timeout_millis: self.terms.timeouts.collective_millis,
+                patience_millis: self.terms.timeouts.wait_millis,
             },
         );
         actions.push(Action::Observe(Observation::Attached { worker }));
@@ -78,8 +78,8 @@ impl Core {
 
     /// Asks the ranks to part at the next boundary if somebody could join them.
     pub(super) fn welcome_joiners(&mut self, actions: &mut Actions) {
-        let room =
-            self.max_workers > self.steps.world_size() && self.members.count() > self.steps.world_size();
+        let room = self.terms.max_workers > self.steps.world_size()
+            && self.members.count() > self.steps.world_size();
         if room {
             let joiner = self.members.eligible().find(|(stream, _)| self.rank(*stream).is_none());
             if let Some((_, joiner)) = joiner {

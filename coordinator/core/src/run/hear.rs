@@ -224,7 +224,7 @@ impl Core {
     /// Why a student that was scored should not be trained on: its samples of one condition have become alike. Before the
     /// first iteration it is not a student yet.
     fn collapse(&self, evaluation: &Evaluation) -> Option<String> {
-        let least = self.teacher_diversity.filter(|d| d.is_finite())? * self.collapse_share;
+        let least = self.teacher_diversity.filter(|d| d.is_finite())? * self.terms.collapse_share;
         let low = evaluation.diversity < least;
         if evaluation.of_teacher || evaluation.iteration == 0 || !low {
             return None;
@@ -242,7 +242,7 @@ impl Core {
             evaluation.iteration,
             evaluation.diversity,
             least,
-            self.collapse_share,
+            self.terms.collapse_share,
             self.teacher_diversity.unwrap_or(f64::NAN)
         ))
     }

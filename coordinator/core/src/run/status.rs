@@ -48,7 +48,7 @@ impl Core {
             generation: self.generation.0,
             members: self.members.iter().map(member).collect(),
             iteration: self.steps.finished(),
-            iterations: self.iterations,
+            iterations: self.terms.iterations,
             repeated_iterations: self.repeated,
             committed_iteration: self.ledger.newest().map(|checkpoint| checkpoint.iteration),
         }

@@ -55,9 +55,9 @@ impl Core {
         actions.push(Action::Observe(Observation::CheckpointFailed { iteration, reason: reason.clone() }));
         self.answer(&Err(format!("the checkpoint of iteration {iteration} failed: {reason}")), actions);
         self.failures += 1;
-        if iteration >= self.iterations {
+        if iteration >= self.terms.iterations {
             self.fail(format!("the last checkpoint, of iteration {iteration}, failed: {reason}"), actions);
-        } else if self.failures == self.stop_after_failures {
+        } else if self.terms.stop_after_failures.is_some_and(|most| self.failures == most.get()) {
             let newest = match self.ledger.newest() {
                 Some(newest) => format!("the newest one is of iteration {}", newest.iteration),
                 None => "there is none yet".to_owned(),
@@ -157,7 +157,7 @@ impl Core {
         };
         if self.ledger.has(iteration) || iteration == 0 {
             self.end(
-                if iteration >= self.iterations {
+                if iteration >= self.terms.iterations {
                     Outcome::Succeeded { iteration }
                 } else {
                     let reason = self.stop.clone().unwrap_or_else(|| "its workers ended early".into());

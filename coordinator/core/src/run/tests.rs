@@ -1,12 +1,11 @@
 //! Each rule as events and the actions they lead to.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, num::NonZeroU32, time::Duration};
 
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker},
-    spec::RunSpec,
     wire,
 };
 
@@ -16,6 +15,7 @@ use crate::{
     ledger::CommittedCheckpoint,
     observation::{Observation, Outcome},
     record::Record,
+    terms::{Terms, Timeouts},
 };
 
 const DEAD: u64 = 1000;
@@ -24,19 +24,22 @@ const WAIT: u64 = 5000;
 const ITERATIONS: u64 = 4;
 
 fn setup(min: u32, max: u32) -> Setup {
-    let mut spec = RunSpec::default();
-    spec.distillation.iterations = ITERATIONS;
-    spec.distillation.global_batch = 8;
-    spec.distillation.micro_batch = 2;
-    spec.cluster.min_workers = min;
-    spec.cluster.max_workers = max;
-    spec.cluster.failure_timeout_seconds = DEAD as f64 / 1000.0;
-    spec.cluster.wait_timeout_seconds = WAIT as f64 / 1000.0;
+    let terms = Terms {
+        iterations: ITERATIONS,
+        micro_batches: 4,
+        micro_batch: 2,
+        min_workers: min,
+        max_workers: max,
+        timeouts: Timeouts::new(Duration::from_millis(DEAD), Duration::from_millis(WAIT)),
+        scored: false,
+        collapse_share: 0.25,
+        stop_after_failures: None,
+    };
     Setup {
         coordinator: "c".into(),
         address: "here:1".into(),
         run_id: "run".into(),
-        spec,
+        terms,
         specification: "toml".into(),
         storage_url: "memory:///".into(),
         history: Vec::new(),
@@ -362,7 +365,7 @@ fn a_worker_that_brings_state_is_the_source() {
 #[test]
 fn the_teacher_is_scored_once_in_a_run() {
     let mut setup = setup(1, 2);
-    setup.spec.evaluation.features = Some("f.pt".into());
+    setup.terms.scored = true;
     let mut world = World::new(setup);
     world.attach(0);
     let actions = world.attach(1);
@@ -387,8 +390,8 @@ fn the_teacher_is_scored_once_in_a_run() {
 #[test]
 fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
     let mut setup = setup(1, 1);
-    setup.spec.evaluation.features = Some("f.pt".into());
-    setup.spec.evaluation.collapse_share = 0.5;
+    setup.terms.scored = true;
+    setup.terms.collapse_share = 0.5;
     let scored = |of_teacher: bool, iteration: u64, diversity: f64| {
         let subject = if of_teacher { wire::Subject::Teacher } else { wire::Subject::Student };
         let scores = Some(wire::Scores { diversity, ..Default::default() });
@@ -1018,7 +1021,7 @@ fn a_checkpoint_on_demand_is_refused_when_nothing_trains() {
 #[test]
 fn so_many_failed_checkpoints_in_a_row_end_the_run_if_it_is_so_configured() {
     let mut setup = setup(1, 1);
-    setup.spec.checkpoint.stop_after_failures = 2;
+    setup.terms.stop_after_failures = NonZeroU32::new(2);
     let mut world = World::new(setup);
     world.attach(0);
     let failed = |iteration| {

@@ -1,0 +1,67 @@
+//! `[cluster]`: how many workers, and how long to wait for them.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{problems::Problems, units::duration};
+
+/// Workers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterSpec {
+    /// Fewer than this and the run waits.
+    pub min_workers: u32,
+    /// More than this stand by.
+    pub max_workers: u32,
+    /// A worker that is silent for so long is dead. Every other timeout but `wait_timeout` derives from this one: a
+    /// heartbeat every tenth of it, no progress for four times as long is a hang, a collective has six times as long.
+    #[serde(with = "duration")]
+    #[schemars(with = "String")]
+    pub failure_timeout: Duration,
+    /// How long the run waits for `min_workers` before it gives up.
+    #[serde(with = "duration")]
+    #[schemars(with = "String")]
+    pub wait_timeout: Duration,
+}
+
+impl Default for ClusterSpec {
+    fn default() -> Self {
+        Self {
+            min_workers: 1,
+            max_workers: 1,
+            failure_timeout: Duration::from_secs(10),
+            wait_timeout: Duration::from_secs(300),
+        }
+    }
+}
+
+impl ClusterSpec {
+    /// `micro_batches`: how many an iteration has.
+    pub(crate) fn validate(&self, micro_batches: Option<u32>, problems: &mut Problems) {
+        problems.require(self.min_workers >= 1 && self.min_workers <= self.max_workers, || {
+            format!(
+                "cluster needs 1 ≤ min_workers ≤ max_workers; they are {} and {}",
+                self.min_workers, self.max_workers
+            )
+        });
+        if let Some(micro_batches) = micro_batches {
+            problems.require(self.max_workers <= micro_batches, || {
+                format!(
+                    "{} workers but only {micro_batches} micro-batches per iteration (global_batch / micro_batch): lower \
+                     distillation.micro_batch or use fewer workers",
+                    self.max_workers
+                )
+            });
+        }
+        let [failure, wait] = [self.failure_timeout, self.wait_timeout].map(humantime::format_duration);
+        problems.require(
+            (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.failure_timeout),
+            || format!("cluster.failure_timeout is {failure}; it must lie between 100ms and 1h"),
+        );
+        problems.require(self.wait_timeout >= self.failure_timeout, || {
+            format!("cluster.wait_timeout is {wait}; it must be at least failure_timeout ({failure})")
+        });
+    }
+}

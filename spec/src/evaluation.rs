@@ -1,0 +1,201 @@
+//! `[evaluation]`: when and on what to score.
+
+use std::{num::NonZeroU64, path::PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::problems::Problems;
+
+/// Scores while training and at the end (docs/algorithm.md §8).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvaluationSpec {
+    /// Score the student after every so many iterations, and at the end; without it only at the end.
+    pub every: Option<NonZeroU64>,
+    /// Samples to score on.
+    pub samples: u32,
+    /// Decides the evaluation's noise and conditions.
+    pub seed: u64,
+    /// Prompts to score a text-to-image model on, such as COCO's captions: a file in one of the forms of
+    /// `prompts.data`, as a path relative to the file that names it, or a URL. By default those of `prompts.data`.
+    pub prompts: Option<String>,
+    /// Column of these prompts in JSONL and Parquet; by default `prompts.column`.
+    pub prompts_column: Option<String>,
+    /// How many samples each prompt gets at least, where there are enough prompts: `samples` divided by this many
+    /// prompts are used. COCO's protocol has 1; diversity, which is measured among samples of one prompt, needs 2.
+    pub samples_per_prompt: u32,
+    /// What happens to samples and real images before they are compared.
+    pub images: ImageTreatment,
+    /// Height and width for `images`, in pixels: `resized` needs one (256 for FID on COCO); `patch` has 299,
+    /// Inception's own, by default; `as-made` takes none.
+    pub image_size: Option<u32>,
+    /// TorchScript extractor: images in [−1, 1] → (features [N, D], logits [N, classes]). Without one nothing is scored.
+    pub features: Option<PathBuf>,
+    /// Real images to compare with: safetensors with `images` (u8, [N, C, H, W]), `labels` (u8, `[N]`) and the pixel
+    /// range in its metadata, a folder, or a tar; features that `potstill evaluate --save-statistics` wrote; or an
+    /// `.npz` file with the moments `mu` and `sigma`, which give FID but neither precision nor recall.
+    pub reference: Option<PathBuf>,
+    /// TorchScript CLIP, for text-to-image models: images in [−1, 1] and the prompts' tokens, int64 [N, tokens], of the model's first
+    /// tokenizer → (image embeddings [N, D], text embeddings [N, D]). With one there is a CLIP score.
+    pub clip: Option<PathBuf>,
+    /// Steps of the teacher's sampler: Heun's for EDM, where 18 steps are 35 evaluations; guided DDIM for text-to-image models, where
+    /// each step is two, and 50 steps are usual.
+    pub teacher_steps: u32,
+    /// Guidance scale of a text-to-image teacher's samples: 7.5 is diffusers' default for SD 1.5.
+    pub teacher_guidance: f64,
+    /// k of the k-nearest-neighbour manifolds behind precision and recall.
+    pub neighbours: u32,
+    /// The run stops when the student's diversity falls below this share of the teacher's: it has collapsed. 0: never.
+    pub collapse_share: f64,
+}
+
+impl Default for EvaluationSpec {
+    fn default() -> Self {
+        Self {
+            every: None,
+            samples: 2000,
+            seed: 1_000_000_007,
+            prompts: None,
+            prompts_column: None,
+            samples_per_prompt: 10,
+            images: ImageTreatment::AsMade,
+            image_size: None,
+            features: None,
+            reference: None,
+            clip: None,
+            teacher_steps: 18,
+            teacher_guidance: 7.5,
+            neighbours: 3,
+            collapse_share: 0.25,
+        }
+    }
+}
+
+/// What happens to images before they are scored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageTreatment {
+    /// Nothing: the extractor sees them as they are.
+    #[default]
+    AsMade,
+    /// The largest square in their middle is resized to `image_size` with an antialiased Lanczos filter on 8 bits, as
+    /// Pillow does: FID on COCO (GigaGAN, 2303.05511, and after it SiD-LSG, 2406.01561).
+    Resized,
+    /// A square of `image_size` is cut out of their middle at full resolution: patch FID (SDXL-Lightning, 2402.13929).
+    Patch,
+}
+
+/// An [`ImageTreatment`] with its size in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// See [`ImageTreatment::AsMade`].
+    AsMade,
+    /// See [`ImageTreatment::Resized`].
+    Resized(u32),
+    /// See [`ImageTreatment::Patch`].
+    Patch(u32),
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AsMade => f.write_str("as-made"),
+            Self::Resized(size) => write!(f, "resized to {size}"),
+            Self::Patch(size) => write!(f, "patch of {size}"),
+        }
+    }
+}
+
+/// Side of the patches that patch FID is measured on, in pixels: the size of Inception's input.
+const PATCH: u32 = 299;
+
+impl EvaluationSpec {
+    /// What happens to images, with its size.
+    ///
+    /// # Errors
+    /// The size is missing, or not wanted, or 0.
+    pub fn protocol(&self) -> Result<Protocol, String> {
+        match (self.images, self.image_size) {
+            (_, Some(0)) => Err("evaluation.image_size is 0; it must be at least 1".into()),
+            (ImageTreatment::AsMade, None) => Ok(Protocol::AsMade),
+            (ImageTreatment::AsMade, Some(size)) => Err(format!(
+                "evaluation.image_size is {size}, but evaluation.images is \"as-made\", which changes no size: set it to \
+                 \"resized\" or \"patch\", or leave the size out"
+            )),
+            (ImageTreatment::Resized, Some(size)) => Ok(Protocol::Resized(size)),
+            (ImageTreatment::Resized, None) => Err(
+                "evaluation.images is \"resized\": say to what height and width with evaluation.image_size"
+                    .into(),
+            ),
+            (ImageTreatment::Patch, size) => Ok(Protocol::Patch(size.unwrap_or(PATCH))),
+        }
+    }
+
+    /// `reads` says whether the teacher is a text-to-image model.
+    pub(crate) fn validate(&self, reads: bool, problems: &mut Problems) {
+        problems.require(self.features.is_some() == self.reference.is_some(), || {
+            "evaluation.features and evaluation.reference go together: give both or neither".into()
+        });
+        problems.require(self.clip.is_none() || self.features.is_some(), || {
+            "evaluation.clip needs evaluation.features and evaluation.reference: without them nothing is scored".into()
+        });
+        problems.require(self.clip.is_none() || reads, || {
+            "evaluation.clip is for text-to-image models: it compares images with their prompts".into()
+        });
+        problems.require(self.prompts.is_none() || reads, || {
+            "evaluation.prompts is for text-to-image models: others take none".into()
+        });
+        problems.require(self.prompts.as_ref().is_none_or(|prompts| !prompts.is_empty()), || {
+            "evaluation.prompts is empty: name a file with prompts, or leave it out".into()
+        });
+        problems.require(self.prompts_column.is_none() || self.prompts.is_some(), || {
+            "evaluation.prompts_column is the column of evaluation.prompts, which is not given; that of prompts.data is \
+             prompts.column"
+                .into()
+        });
+        problems.require(self.samples_per_prompt >= 1, || {
+            "evaluation.samples_per_prompt is 0; it must be at least 1".into()
+        });
+        if let Err(problem) = self.protocol() {
+            problems.require(false, || problem);
+        }
+        problems.require(self.teacher_steps >= 2, || "evaluation.teacher_steps must be at least 2".into());
+        problems.require(
+            self.teacher_guidance.is_finite() && (0.0..=100.0).contains(&self.teacher_guidance),
+            || format!("evaluation.teacher_guidance is {}; it must lie in [0, 100]", self.teacher_guidance),
+        );
+        problems.require((0.0..1.0).contains(&self.collapse_share), || {
+            format!("evaluation.collapse_share is {}; it must lie in [0, 1)", self.collapse_share)
+        });
+        problems.require(self.neighbours >= 1, || "evaluation.neighbours must be at least 1".into());
+        problems.require(self.samples > self.neighbours, || {
+            format!("evaluation.samples is {}; it must exceed evaluation.neighbours", self.samples)
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_protocol_of_images_has_the_size_that_it_needs() {
+        let protocol = |images, image_size| {
+            EvaluationSpec { images, image_size, ..EvaluationSpec::default() }.protocol()
+        };
+        use ImageTreatment::{AsMade, Patch, Resized};
+        assert_eq!(protocol(AsMade, None), Ok(Protocol::AsMade));
+        assert_eq!(protocol(Resized, Some(256)), Ok(Protocol::Resized(256)));
+        assert_eq!(protocol(Patch, None), Ok(Protocol::Patch(299)));
+        assert_eq!(protocol(Patch, Some(64)), Ok(Protocol::Patch(64)));
+        for (images, size, says) in [
+            (AsMade, Some(256), "\"as-made\", which changes no size"),
+            (Resized, None, "evaluation.image_size"),
+            (Resized, Some(0), "is 0"),
+        ] {
+            let error = protocol(images, size).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}
