@@ -53,6 +53,8 @@ fn compiler(include: &Path) -> cc::Build {
         .flag("-fvisibility=hidden")
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .include("shim")
+        // Headers that both shims share.
+        .include(env::var_os("DEP_POTSTILL_TORCH_EXT_INCLUDE").unwrap_or_default())
         .include(include)
         .include(include.join("torch/csrc/api/include"));
     build

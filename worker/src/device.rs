@@ -38,7 +38,7 @@ impl Choice {
         if !wanted {
             return Ok(Device::Cpu);
         }
-        let loaded = potstill_c10d::load_cuda();
+        let loaded = potstill_torch_ext::load_cuda();
         let count = if loaded.is_ok() { usize::try_from(Cuda::device_count()).unwrap_or(0) } else { 0 };
         if count == 0 && self == Self::Auto {
             tracing::warn!("the machine has a GPU's driver, but libtorch finds no GPU: computing on the CPU");

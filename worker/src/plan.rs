@@ -262,7 +262,7 @@ fn gib(bytes: u64) -> f64 {
 mod tests {
     use std::{rc::Rc, time::Duration};
 
-    use potstill_c10d::{Backend, MemoryMeter, ProcessGroup, TcpStore};
+    use potstill_c10d::{Backend, ProcessGroup, TcpStore};
     use potstill_distill::{
         condition::Conditions,
         counters::{Counters, Network},
@@ -276,6 +276,7 @@ mod tests {
     };
     use potstill_proto::wire::StepSeconds;
     use potstill_spec::{GuidancePreset, PromptsSpec};
+    use potstill_torch_ext::MemoryMeter;
     use tch::{Device, Kind};
 
     use super::*;
@@ -320,7 +321,7 @@ mod tests {
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
         let teacher = {
             let drawn = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
-            let drawn = drawn.with_checkpointing(spec.memory.recompute);
+            let drawn = drawn.with_recomputation(spec.memory.recompute);
             drawn.over(drawn.parameters().flat().to_kind(weights), false)
         };
         let slice = if spec.memory.shard_optimizer { Slice { rank: 0, world } } else { Slice::WHOLE };
@@ -367,7 +368,7 @@ mod tests {
         let cases: [(&str, usize, Change); 7] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
-            ("checkpointing", 1, &|spec| {
+            ("recompute", 1, &|spec| {
                 guided(spec);
                 spec.memory.recompute = true;
             }),

@@ -2,15 +2,11 @@
 // with the reason in `error`. Objects travel as owning pointers; tensors as the `at::Tensor*` that tch also
 // uses.
 #include "guard.h"
+#include "libtorch.h"
 #include "nccl_library.h"
 
-#include <ATen/autocast_mode.h>
-#include <c10/core/Allocator.h>
-#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/util/Logging.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -28,7 +24,10 @@
 #include <string_view>
 #include <thread>
 
+using potstill::copy_handles;
 using potstill::failed;
+using potstill::load_cuda;
+using potstill::open_library;
 using std::chrono::milliseconds;
 
 namespace {
@@ -65,29 +64,6 @@ class AbortableGloo final : public c10d::ProcessGroupGloo {
   std::atomic<Clock::time_point> last_all_reduce_{Clock::time_point{}};
 };
 
-// Finds the library `name` in the folder that libtorch itself was loaded from.
-std::string beside_libtorch(const char* name) {
-  Dl_info info{};
-  auto symbol = reinterpret_cast<const void*>(&c10d::compute_bucket_assignment_by_size);
-  TORCH_CHECK(dladdr(symbol, &info) != 0, "cannot tell where libtorch was loaded from");
-  std::string path(info.dli_fname);
-  return path.substr(0, path.rfind('/') + 1) + name;
-}
-
-void* open_library(const std::string& path, int flags) {
-  void* library = dlopen(path.c_str(), flags);
-  if (library == nullptr) {
-    const char* reason = dlerror();
-    TORCH_CHECK(false, "unavailable: ", reason == nullptr ? path.c_str() : reason);
-  }
-  return library;
-}
-
-void load_cuda() {
-  // Never closed: libtorch registers kernels and devices from it for the life of the process.
-  open_library(beside_libtorch("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL);
-}
-
 struct File {
   const int descriptor;
   ~File() { close(descriptor); }
@@ -109,139 +85,6 @@ potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
   TORCH_CHECK(symbol != nullptr, "unavailable: the NCCL library lacks its entry point");
   return symbol;
 }
-
-std::vector<at::Tensor> copy_handles(at::Tensor* const* tensors, size_t count) {
-  std::vector<at::Tensor> handles;
-  handles.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    handles.push_back(*tensors[i]);
-  }
-  return handles;
-}
-
-// Follows what this thread's tensors take of the host's memory.
-struct HostMemory final : c10::MemoryReportingInfoBase {
-  std::atomic<int64_t> now{0};
-  std::atomic<int64_t> peak{0};
-
-  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device device) override {
-    if (device.is_cpu()) {
-      int64_t total = now += bytes;
-      int64_t before = peak;
-      while (total > before && !peak.compare_exchange_weak(before, total)) {
-      }
-    }
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-};
-
-// A function of tensors on the other side of the C face.
-struct Closure {
-  void* context;
-  at::Tensor* (*call)(void* context, at::Tensor* const* inputs, size_t count);
-  void (*drop)(void* context);
-
-  Closure(void* context, at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*))
-      : context(context), call(call), drop(drop) {}
-  Closure(const Closure&) = delete;
-  ~Closure() { drop(context); }
-
-  at::Tensor operator()(std::vector<at::Tensor>& inputs) const {
-    std::vector<at::Tensor*> pointers;
-    for (auto& input : inputs) {
-      pointers.push_back(&input);
-    }
-    std::unique_ptr<at::Tensor> output(call(context, pointers.data(), pointers.size()));
-    TORCH_CHECK(output != nullptr, "a block failed; its panic says why");
-    return std::move(*output);
-  }
-};
-
-// The calling thread's mixed precision, for a thread that computes the same later.
-struct Precision {
-  at::DeviceType device;
-  bool on;
-  at::ScalarType kind;
-
-  explicit Precision(at::DeviceType device)
-      : device(device),
-        on(at::autocast::is_autocast_enabled(device)),
-        kind(at::autocast::get_autocast_dtype(device)) {}
-
-  void enter() const {
-    at::autocast::set_autocast_dtype(device, kind);
-    at::autocast::set_autocast_enabled(device, on);
-  }
-};
-
-// What a block's backward pass needs beside tensors.
-struct Capsule final : torch::CustomClassHolder {
-  std::shared_ptr<Closure> closure;
-  Precision precision;
-
-  Capsule(std::shared_ptr<Closure> closure, Precision precision)
-      : closure(std::move(closure)), precision(precision) {}
-};
-
-// A block of which only the inputs are kept: its backward computes the forward again (1604.06174). The parameters are inputs
-// of the function too, so that their gradients leave it through the outer graph, whose hooks the Reducer waits for.
-struct Recomputed final : torch::autograd::Function<Recomputed> {
-  using List = torch::autograd::variable_list;
-
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const std::shared_ptr<Closure>& closure,
-                            int64_t inputs, at::TensorList tensors) {
-    auto capsule = c10::make_intrusive<Capsule>(closure, Precision(tensors[0].device().type()));
-    context->saved_data["capsule"] = c10::IValue::make_capsule(std::move(capsule));
-    context->saved_data["inputs"] = inputs;
-    context->save_for_backward(tensors.vec());
-    std::vector<at::Tensor> given(tensors.begin(), tensors.begin() + inputs);
-    return (*closure)(given);
-  }
-
-  static List backward(torch::autograd::AutogradContext* context, const List& gradients) {
-    auto held = context->saved_data["capsule"].toCapsule();
-    const auto& capsule = static_cast<const Capsule&>(*held);
-    auto count = context->saved_data["inputs"].toInt();
-    auto tensors = context->get_saved_variables();
-    std::vector<at::Tensor> given;
-    List wanted;
-    std::vector<size_t> places;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      bool wants = tensors[i].requires_grad();
-      auto tensor = tensors[i];
-      if (i < static_cast<size_t>(count)) {
-        tensor = tensor.detach();
-        tensor.set_requires_grad(wants);
-        given.push_back(tensor);
-      }
-      if (wants) {
-        wanted.push_back(tensor);
-        places.push_back(i);
-      }
-    }
-    at::Tensor output;
-    {
-      at::AutoGradMode on(true);
-      Precision now(capsule.precision.device);
-      capsule.precision.enter();
-      try {
-        output = (*capsule.closure)(given);
-      } catch (...) {
-        now.enter();
-        throw;
-      }
-      now.enter();
-    }
-    auto found = torch::autograd::grad({output}, wanted, {gradients[0]}, /*retain_graph=*/false,
-                                       /*create_graph=*/false, /*allow_unused=*/true);
-    // Two places for what is no tensor.
-    List all(2 + tensors.size());
-    for (size_t i = 0; i < places.size(); ++i) {
-      all[2 + places[i]] = found[i];
-    }
-    return all;
-  }
-};
 
 }  // namespace
 
@@ -269,17 +112,6 @@ struct potstill_reducer {
   c10::intrusive_ptr<c10d::Backend> backend;
   c10d::Reducer reducer;
 };
-
-struct potstill_memory {
-  int device;
-  // Of the host; of a device libtorch keeps count itself.
-  std::shared_ptr<HostMemory> host;
-  int64_t before = 0;
-};
-
-bool potstill_load_cuda(potstill_error* error) {
-  return failed(error, [] { load_cuda(); });
-}
 
 bool potstill_store_open(const char* host, uint16_t port, bool serve, int64_t timeout_ms, potstill_store** out,
                          uint16_t* bound_port, potstill_error* error) {
@@ -497,78 +329,6 @@ bool potstill_reducer_backward(potstill_reducer* reducer, const at::Tensor* loss
 void potstill_reducer_free(potstill_reducer* reducer) {
   potstill_error ignored;
   failed(&ignored, [&] { delete reducer; });
-}
-
-bool potstill_clear_gradients(at::Tensor* const* params, size_t count, potstill_error* error) {
-  return failed(error, [&] {
-    for (size_t i = 0; i < count; ++i) {
-      params[i]->mutable_grad().reset();
-    }
-  });
-}
-
-// Turns automatic mixed precision on for this thread, or off again. Its cache of cast weights stays off: a cast made
-// without gradient would be taken for one with gradient later in the same scope.
-bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {
-  return failed(error, [&] {
-    auto device = cuda ? at::kCUDA : at::kCPU;
-    if (on) {
-      at::autocast::set_autocast_dtype(device, half ? at::kHalf : at::kBFloat16);
-      at::autocast::set_autocast_cache_enabled(false);
-    }
-    at::autocast::set_autocast_enabled(device, on);
-  });
-}
-
-// Calls a block now, and again in its backward pass. Owns `context`, whatever happens.
-bool potstill_checkpoint(at::Tensor* const* tensors, size_t count, size_t inputs, void* context,
-                         at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*), at::Tensor** out,
-                         potstill_error* error) {
-  return failed(error, [&] {
-    auto closure = std::make_shared<Closure>(context, call, drop);
-    auto all = copy_handles(tensors, count);
-    auto output = Recomputed::apply(closure, static_cast<int64_t>(inputs), at::TensorList(all));
-    *out = new at::Tensor(std::move(output));
-  });
-}
-
-// Begins to follow this thread's memory on a device; on the host (-1) until it is ended.
-bool potstill_memory_begin(int device, potstill_memory** out, potstill_error* error) {
-  return failed(error, [&] {
-    auto made = std::make_unique<potstill_memory>();
-    made->device = device;
-    if (device < 0) {
-      made->host = std::make_shared<HostMemory>();
-      c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, made->host);
-    } else {
-      auto allocator = c10::getDeviceAllocator(at::kCUDA);
-      allocator->resetPeakStats(static_cast<c10::DeviceIndex>(device));
-      made->before = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(device)).allocated_bytes[0].current;
-    }
-    *out = made.release();
-  });
-}
-
-// The most that was allocated at a time since, beyond what was allocated then.
-bool potstill_memory_peak(const potstill_memory* memory, int64_t* bytes, potstill_error* error) {
-  return failed(error, [&] {
-    if (memory->host != nullptr) {
-      *bytes = memory->host->peak;
-    } else {
-      auto stats = c10::getDeviceAllocator(at::kCUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(memory->device));
-      *bytes = stats.allocated_bytes[0].peak - memory->before;
-    }
-  });
-}
-
-void potstill_memory_end(potstill_memory* memory) {
-  potstill_error ignored;
-  failed(&ignored, [&] {
-    if (memory->host != nullptr) {
-      c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
-    }
-    delete memory;
-  });
 }
 
 bool potstill_reduce_scatter(const potstill_group* group, at::Tensor* output, at::Tensor* input, potstill_work** out,

@@ -1,10 +1,7 @@
 //! One error type, which says what was done, by whom, and what kind of failure it was.
 
-use std::ffi::CStr;
 use std::fmt;
 use std::time::Duration;
-
-use crate::ffi::ErrorText;
 
 /// What kind of failure it was, so that a caller can decide what to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,6 +67,12 @@ impl fmt::Display for Member {
     }
 }
 
+impl From<potstill_torch_ext::Error> for Error {
+    fn from(error: potstill_torch_ext::Error) -> Error {
+        Error::from_text(error.operation, None, error.cause)
+    }
+}
+
 impl Error {
     /// From libtorch's text. c10d throws a plain `std::exception` for most of what goes wrong in Gloo, so its
     /// text is the only thing that tells a timeout from a lost peer.
@@ -107,18 +110,6 @@ fn classify(cause: &str) -> ErrorKind {
     let cause = cause.to_lowercase();
     let found = KINDS.iter().find(|(_, words)| words.iter().any(|word| cause.contains(word)));
     found.map_or(ErrorKind::Other, |(kind, _)| *kind)
-}
-
-/// Runs one function of the shim, and turns what it says into a result.
-pub(crate) fn call(function: impl FnOnce(*mut ErrorText) -> bool) -> Result<(), String> {
-    let mut error = ErrorText { text: [0; 2048] };
-    if !function(&mut error) {
-        return Ok(());
-    }
-    // SAFETY: `text` began as zeros, and the shim writes to it only through `snprintf` with its true size, so
-    // it always ends with a zero byte.
-    let text = unsafe { CStr::from_ptr(error.text.as_ptr()) };
-    Err(text.to_string_lossy().trim_end().to_owned())
 }
 
 /// For the shim, where 0 means "no limit" and a larger number than this would overflow the clock's.

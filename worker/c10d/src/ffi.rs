@@ -2,9 +2,10 @@
 //! return true when they failed and then left the reason in `error`; only otherwise were the out-parameters
 //! written.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int};
 use std::marker::{PhantomData, PhantomPinned};
 
+pub use potstill_torch_ext::shim::ErrorText;
 use torch_sys::C_tensor;
 
 /// An object that only C++ looks into. Neither `Send` nor `Sync`; the safe owners say what they are, and why.
@@ -18,22 +19,12 @@ pub struct StoreTag;
 pub struct GroupTag;
 pub struct WorkTag;
 pub struct ReducerTag;
-pub struct MemoryTag;
 pub type Store = Opaque<StoreTag>;
 pub type Group = Opaque<GroupTag>;
 pub type Work = Opaque<WorkTag>;
 pub type Reducer = Opaque<ReducerTag>;
-pub type Memory = Opaque<MemoryTag>;
-
-/// `potstill_error`: a text that ends with a zero byte.
-#[repr(C)]
-pub struct ErrorText {
-    pub text: [c_char; 2048],
-}
 
 unsafe extern "C" {
-    pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
-
     pub fn potstill_store_open(
         host: *const c_char,
         port: u16,
@@ -139,27 +130,4 @@ unsafe extern "C" {
         error: *mut ErrorText,
     ) -> bool;
     pub fn potstill_reducer_free(reducer: *mut Reducer);
-
-    pub fn potstill_checkpoint(
-        tensors: *const *const C_tensor,
-        count: usize,
-        inputs: usize,
-        context: *mut c_void,
-        call: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor,
-        drop: unsafe extern "C" fn(*mut c_void),
-        out: *mut *mut C_tensor,
-        error: *mut ErrorText,
-    ) -> bool;
-
-    pub fn potstill_memory_begin(device: c_int, out: *mut *mut Memory, error: *mut ErrorText) -> bool;
-    pub fn potstill_memory_peak(memory: *const Memory, bytes: *mut i64, error: *mut ErrorText) -> bool;
-    pub fn potstill_memory_end(memory: *mut Memory);
-
-    pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
-
-    pub fn potstill_clear_gradients(
-        params: *const *const C_tensor,
-        count: usize,
-        error: *mut ErrorText,
-    ) -> bool;
 }

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use potstill_torch_ext::shim::call;
 use tch::{Device, Tensor};
 
-use crate::error::{Error, ErrorKind, Member, call, milliseconds};
+use crate::error::{Error, ErrorKind, Member, milliseconds};
 use crate::ffi;
 use crate::store::Store;
 

@@ -1,13 +1,10 @@
 //! Potstill's data plane: libtorch's c10d, the engine that PyTorch's `DistributedDataParallel` runs on, with
 //! Gloo for CPUs and NCCL for GPUs.
 //!
-//! Beside it stands what else needs unsafe code: activation checkpointing ([`checkpoint`]), mixed precision ([`Autocast`]),
-//! files mapped into memory ([`MappedFile`]), and the count of what tensors take ([`MemoryMeter`]).
-//!
 //! Three layers: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
-//! this page. This is the only crate of the workspace with unsafe code.
+//! this page. Unsafe code is in this crate and in `potstill-torch-ext` alone.
 //!
-//! Whatever goes wrong comes back as an [`Error`]. c10d also writes warnings with long stack traces to stderr;
+//! A failure comes back as an [`Error`]. c10d also writes warnings with long stack traces to stderr;
 //! `TORCH_CPP_LOG_LEVEL=ERROR` in the environment keeps them away.
 //!
 //! ```no_run
@@ -27,38 +24,13 @@
 //! # }
 //! ```
 
-mod autocast;
-mod checkpoint;
 mod error;
 mod ffi;
 mod group;
-mod map;
-mod memory;
 mod reducer;
 mod store;
 
-pub use autocast::{Autocast, LowerPrecision};
-pub use checkpoint::{Block, SharedBlock, checkpoint};
 pub use error::{Error, ErrorKind, Member};
 pub use group::{Backend, ProcessGroup, ReduceOp, Work};
-pub use map::MappedFile;
-pub use memory::MemoryMeter;
-pub use reducer::{Reducer, ReducerOptions, clear_gradients};
+pub use reducer::{Reducer, ReducerOptions};
 pub use store::{Store, TcpStore};
-
-/// Loads libtorch's CUDA half into this process.
-///
-/// It is not linked, because it would cost every process 0.1 s and 235 MB, also where there is no GPU. A
-/// process that uses CUDA calls this **before anything else of libtorch**: the first look for devices settles
-/// for good whether there are any.
-///
-/// # Errors
-/// [`ErrorKind::Unavailable`] where libtorch came without CUDA, or its libraries cannot be loaded. That there
-/// is a device is not checked; ask [`tch::Cuda::device_count`].
-pub fn load_cuda() -> Result<(), Error> {
-    error::call(|error| {
-        // SAFETY: the function takes nothing else.
-        unsafe { ffi::potstill_load_cuda(error) }
-    })
-    .map_err(|cause| Error::from_text("load CUDA", None, cause))
-}

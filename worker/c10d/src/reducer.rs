@@ -3,9 +3,10 @@
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
+use potstill_torch_ext::shim::call;
 use tch::Tensor;
 
-use crate::error::{Error, call};
+use crate::error::Error;
 use crate::ffi;
 use crate::group::ProcessGroup;
 
@@ -44,7 +45,7 @@ impl Default for ReducerOptions {
 /// of the result therefore depend on ranks' gradients, world size and options only, from the first iteration
 /// on.
 ///
-/// **After an error** the gradients are a mixture: drop the reducer, call [`clear_gradients`], and compute
+/// **After an error** the gradients are a mixture: drop the reducer, call [`potstill_torch_ext::clear_gradients`], and compute
 /// the phase again with a new one. Dropping a reducer does not block while its group has another handle.
 #[derive(Debug)]
 pub struct Reducer {
@@ -146,19 +147,8 @@ impl Reducer {
         })
     }
 
-    /// [`clear_gradients`] of this reducer's parameters.
+    /// [`potstill_torch_ext::clear_gradients`] of this reducer's parameters.
     pub fn zero_grad(&self) -> Result<(), Error> {
-        clear_gradients(&self.params)
+        Ok(potstill_torch_ext::clear_gradients(&self.params)?)
     }
-}
-
-/// Makes the gradients of `params` undefined, which is PyTorch's `zero_grad(set_to_none=True)`. tch has only
-/// the other way, which writes zeros, and which a gradient that lives inside a bucket refuses.
-pub fn clear_gradients(params: &[Tensor]) -> Result<(), Error> {
-    let pointers: Vec<_> = params.iter().map(Tensor::as_ptr).collect();
-    call(|error| {
-        // SAFETY: `pointers` holds as many live tensors as is said.
-        unsafe { ffi::potstill_clear_gradients(pointers.as_ptr(), pointers.len(), error) }
-    })
-    .map_err(|cause| Error::from_text("clear gradients", None, cause))
 }

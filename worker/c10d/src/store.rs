@@ -4,7 +4,9 @@ use std::ffi::CString;
 use std::ptr::{self, NonNull};
 use std::time::Duration;
 
-use crate::error::{Error, call, milliseconds};
+use potstill_torch_ext::shim::call;
+
+use crate::error::{Error, milliseconds};
 use crate::ffi;
 
 /// An owned `c10d::Store`, of whatever kind.

@@ -98,7 +98,7 @@ fn nccl_without_a_gpu_is_an_error_value() {
 
 fn nccl(seat: &Seat) {
     // Errors where libtorch has no CUDA, and then so does the group below.
-    let _ = potstill_c10d::load_cuda();
+    let _ = potstill_torch_ext::load_cuda();
     if tch::Cuda::is_available() {
         return;
     }

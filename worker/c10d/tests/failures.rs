@@ -124,7 +124,7 @@ fn regroup(seat: &Seat) {
     drop((reducer_1, first));
     say(&format!("{:?}", error.kind));
 
-    potstill_c10d::clear_gradients(&[param.shallow_clone()]).expect("cleared");
+    potstill_torch_ext::clear_gradients(&[param.shallow_clone()]).expect("cleared");
     let second = seat.try_join("g2", seat.rank, 2, LONG).expect("a group");
     let options = ReducerOptions::default();
     let reducer_2 = Reducer::new(&[param.shallow_clone()], &second, options).expect("a reducer");

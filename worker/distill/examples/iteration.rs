@@ -7,7 +7,6 @@
 
 use std::{error::Error, rc::Rc, time::Instant};
 
-use potstill_c10d::MemoryMeter;
 use potstill_distill::{
     adam::AdamSettings,
     condition::Conditions,
@@ -27,6 +26,7 @@ use potstill_models::{
     Condition, Denoiser, Embedded, Mode, TextCondition,
     diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
 };
+use potstill_torch_ext::MemoryMeter;
 use tch::{Cuda, Device, Kind, Tensor, no_grad};
 
 /// Texts that are nothing but noise, of the widths that a network wants.
@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (micro_batch, iterations): (i64, u64) = (micro_batch.parse()?, iterations.parse()?);
     let (device, kind) = match device.as_str() {
         "cuda" => {
-            potstill_c10d::load_cuda()?;
+            potstill_torch_ext::load_cuda()?;
             (Device::Cuda(0), Kind::BFloat16)
         }
         _ => (Device::Cpu, Kind::Float),
@@ -93,7 +93,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let teacher = {
         // Equal numbers everywhere would do for time and memory, but not for finite gradients.
         let drawn = LatentDenoiser::initialise(config, schedule, 0, Device::Cpu)?;
-        let drawn = drawn.with_sides([side, side]).with_checkpointing(true);
+        let drawn = drawn.with_sides([side, side]).with_recomputation(true);
         drawn.over(drawn.parameters().flat().to_kind(kind).to_device(device), false)
     };
     let layout = Layout { slice: Slice::WHOLE, weights: kind, average_on_host: device.is_cuda() };
@@ -172,7 +172,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let trained = if phase == 0 { fake } else { generator };
             let sum = Tensor::zeros(trained.parameters().flat().size(), (Kind::Float, device));
             no_grad(|| trained.parameters().add_gradients_to(&sum));
-            potstill_c10d::clear_gradients(trained.parameters().leaves())?;
+            potstill_torch_ext::clear_gradients(trained.parameters().leaves())?;
             let gradient = Gradient::repaired(sum);
             state.step(if phase == 0 { Network::FakeScore } else { Network::Generator }, &gradient, &adam);
             if phase == 1 {

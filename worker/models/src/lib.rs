@@ -12,13 +12,13 @@
 //! its input. What comes from outside (configurations, files) is checked and gives errors as values.
 
 mod builder;
-mod checkpointed;
 mod denoiser;
 pub mod diffusers;
 pub mod edm;
 mod layers;
 mod parameters;
 pub mod process;
+mod recomputed;
 pub mod sampler;
 pub mod weights;
 

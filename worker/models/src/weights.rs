@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use potstill_c10d::MappedFile;
+use potstill_torch_ext::MappedFile;
 
 use safetensors::{
     SafeTensors,

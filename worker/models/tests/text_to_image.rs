@@ -80,9 +80,9 @@ fn folder(archive: &Archive) -> tempfile::TempDir {
 
 /// Output, bottleneck and gradients of a U-Net beside the stored ones, with and without recomputing activations.
 fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive) {
-    for checkpointing in [false, true] {
+    for recompute in [false, true] {
         let network = load();
-        let place = format!("{name}{}", if checkpointing { ", recomputed" } else { "" });
+        let place = format!("{name}{}", if recompute { ", recomputed" } else { "" });
         let input = |key: &str| archive.tensors.get(&format!("run.input.{key}"));
         let output = |key: &str| &archive.tensors[&format!("run.output.{key}")];
         let x = input("sample").unwrap().copy().set_requires_grad(true);
@@ -92,7 +92,7 @@ fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive
             states: &states,
             text_time: input("text_embeds").zip(input("time_ids")),
             class_labels: input("class_labels"),
-            checkpointing,
+            recompute,
         };
         let (prediction, bottleneck) = network.predict(&x, &inputs);
         assert_close(&place, "prediction", &prediction.detach(), output("sample"));

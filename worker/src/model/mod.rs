@@ -9,7 +9,6 @@ mod row_cache;
 use std::{path::Path, rc::Rc};
 
 use anyhow::{Context, ensure};
-use potstill_c10d::Autocast;
 use potstill_distill::condition::{Classes, Conditions};
 use potstill_models::{
     Denoiser, EdmNetwork, Parameters,
@@ -17,6 +16,7 @@ use potstill_models::{
 };
 use potstill_spec::{PromptsSpec, RunSpec};
 use potstill_storage::digest::sha256_of;
+use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
 use self::real_pairs::RealPairs;
@@ -72,8 +72,8 @@ impl Model {
                 path.display()
             );
         }
-        let checkpointing = spec.memory.recompute;
-        let mut model = Self::from_folder(&path, teacher.image_size, checkpointing, device)?;
+        let recompute = spec.memory.recompute;
+        let mut model = Self::from_folder(&path, teacher.image_size, recompute, device)?;
         if let Some(latent) = &mut model.latent {
             latent.digest = digest;
         }
@@ -81,21 +81,21 @@ impl Model {
     }
 
     /// A text-to-image model from a folder on this machine; `image_size` is height and width of its images where they are not what
-    /// it was trained on. With `checkpointing` the network and its copies keep no activations of their blocks.
+    /// it was trained on. With `recompute` the network and its copies keep no activations of their blocks.
     ///
     /// # Errors
     /// As [`load`](Self::load); sides that the autoencoder and the U-Net cannot halve as often as they do.
     pub fn from_folder(
         path: &Path,
         image_size: Option<[u32; 2]>,
-        checkpointing: bool,
+        recompute: bool,
         device: Device,
     ) -> anyhow::Result<Self> {
         let folder = ModelFolder::open(path)?;
         let conditioner = folder.text(device)?;
         folder.check(&conditioner)?;
         let autoencoder = folder.autoencoder(device)?;
-        let mut network = folder.denoiser(device)?.with_checkpointing(checkpointing);
+        let mut network = folder.denoiser(device)?.with_recomputation(recompute);
         if let Some(sides) = image_size {
             let cell = autoencoder.config().downscale();
             ensure!(

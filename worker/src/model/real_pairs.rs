@@ -8,9 +8,9 @@
 use std::{path::Path, rc::Rc};
 
 use anyhow::Context;
-use potstill_c10d::Autocast;
 use potstill_distill::{adversarial::RealData, random::Stream};
 use potstill_models::Condition;
+use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
 use super::{Texts, prompts::distinct, row_cache::RowCache};

@@ -62,6 +62,12 @@ pub enum Interruption {
     Fatal(anyhow::Error),
 }
 
+impl From<potstill_torch_ext::Error> for Interruption {
+    fn from(error: potstill_torch_ext::Error) -> Self {
+        Self::from(potstill_c10d::Error::from(error))
+    }
+}
+
 impl From<potstill_c10d::Error> for Interruption {
     fn from(error: potstill_c10d::Error) -> Self {
         Self::Collective(error)

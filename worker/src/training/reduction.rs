@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use potstill_c10d::{Error, ProcessGroup, ReduceOp, Reducer, ReducerOptions, clear_gradients};
+use potstill_c10d::{Error, ProcessGroup, ReduceOp, Reducer, ReducerOptions};
 use potstill_distill::state::Slice;
 use potstill_models::{Denoiser, Parameters};
+use potstill_torch_ext::clear_gradients;
 use tch::{Kind, Tensor, no_grad};
 
 use super::Interruption;

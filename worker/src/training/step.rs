@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use potstill_c10d::{Autocast, LowerPrecision, ProcessGroup, ReduceOp};
+use potstill_c10d::{ProcessGroup, ReduceOp};
 use potstill_distill::{
     adam::AdamSettings,
     counters::Network,
@@ -20,6 +20,7 @@ use potstill_distill::{
 use potstill_models::Denoiser;
 use potstill_proto::wire::StepSeconds;
 use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec};
+use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
 use super::{Interruption, reduction::Reduction};

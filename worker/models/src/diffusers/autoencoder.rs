@@ -1,6 +1,6 @@
 //! diffusers' `AutoencoderKL`: images ↔ latents (2112.10752).
 
-use potstill_c10d::Block;
+use potstill_torch_ext::Block;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 

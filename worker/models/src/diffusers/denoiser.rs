@@ -24,7 +24,7 @@ pub struct LatentDenoiser {
     schedule: ScheduleConfig,
     process: ForwardProcess,
     sides: [i64; 2],
-    checkpointing: bool,
+    recompute: bool,
     parameters: Parameters,
     unet: UNet,
 }
@@ -65,7 +65,7 @@ impl LatentDenoiser {
         let unet = UNet::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
         let sides = config.sides();
         let process = schedule.process();
-        Self { config, schedule, process, sides, checkpointing: false, parameters, unet }
+        Self { config, schedule, process, sides, recompute: false, parameters, unet }
     }
 
     /// With latents of another height and width than the configuration's.
@@ -78,8 +78,8 @@ impl LatentDenoiser {
     /// Whether activations are computed again in the backward pass instead of being kept; also for all copies made from here
     /// on.
     #[must_use]
-    pub fn with_checkpointing(mut self, checkpointing: bool) -> Self {
-        self.checkpointing = checkpointing;
+    pub fn with_recomputation(mut self, recompute: bool) -> Self {
+        self.recompute = recompute;
         self
     }
 
@@ -123,7 +123,7 @@ impl LatentDenoiser {
             states: &states,
             text_time,
             class_labels: None,
-            checkpointing: self.checkpointing,
+            recompute: self.recompute,
         })
     }
 }
@@ -200,7 +200,7 @@ impl Denoiser for LatentDenoiser {
         let mut made =
             Self::bind(self.config.clone(), self.schedule.clone(), self.parameters.over(flat, trainable));
         made.sides = self.sides;
-        made.checkpointing = self.checkpointing;
+        made.recompute = self.recompute;
         Box::new(made)
     }
 

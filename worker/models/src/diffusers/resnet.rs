@@ -1,6 +1,6 @@
 //! Residual blocks, of U-Nets with the time's embedding, of autoencoders without.
 
-use potstill_c10d::Block;
+use potstill_torch_ext::Block;
 use tch::Tensor;
 
 use super::layers::{Conv2d, GroupNorm, linear};

@@ -19,7 +19,7 @@ use super::{
     layers::{Conv2d, GroupNorm, enlarge},
     resnet::{Resnet, ResnetShape},
 };
-use crate::{builder::Scope, checkpointed::Checkpointed};
+use crate::{builder::Scope, recomputed::Recomputed};
 
 /// What a U-Net is given beside the noisy latents.
 pub struct UNetInputs<'a> {
@@ -32,7 +32,7 @@ pub struct UNetInputs<'a> {
     /// Classes, where the network has some: indices `[N]`, numbers `[N]`, or vectors [N, width].
     pub class_labels: Option<&'a Tensor>,
     /// Whether activations are computed again in the backward pass instead of being kept.
-    pub checkpointing: bool,
+    pub recompute: bool,
 }
 
 /// The network around its parameters.
@@ -48,21 +48,21 @@ pub(crate) struct UNet {
 }
 
 struct DownBlock {
-    resnets: Vec<Checkpointed<Resnet>>,
-    transformers: Vec<Checkpointed<Transformer>>,
+    resnets: Vec<Recomputed<Resnet>>,
+    transformers: Vec<Recomputed<Transformer>>,
     downsampler: Option<Downsampler>,
 }
 
 struct UpBlock {
-    resnets: Vec<Checkpointed<Resnet>>,
-    transformers: Vec<Checkpointed<Transformer>>,
+    resnets: Vec<Recomputed<Resnet>>,
+    transformers: Vec<Recomputed<Transformer>>,
     upsampler: Option<Conv2d>,
 }
 
 struct Middle {
-    first: Checkpointed<Resnet>,
-    transformer: Checkpointed<Transformer>,
-    last: Checkpointed<Resnet>,
+    first: Recomputed<Resnet>,
+    transformer: Recomputed<Transformer>,
+    last: Recomputed<Resnet>,
 }
 
 /// Halves height and width.
@@ -82,7 +82,7 @@ struct Context<'a> {
     /// Through its activation already.
     embedding: Tensor,
     states: &'a Tensor,
-    checkpointing: bool,
+    recompute: bool,
 }
 
 impl UNet {
@@ -198,7 +198,7 @@ impl UNet {
 
     fn context<'a>(&self, x: &Tensor, inputs: &UNetInputs<'a>) -> Context<'a> {
         let embedding = self.embeddings.forward(x.size()[0], inputs).silu();
-        Context { embedding, states: inputs.states, checkpointing: inputs.checkpointing }
+        Context { embedding, states: inputs.states, recompute: inputs.recompute }
     }
 
     fn encode(&self, x: &Tensor, context: &Context) -> Encoded {
@@ -244,12 +244,12 @@ impl Context<'_> {
     fn step(
         &self,
         x: &Tensor,
-        resnet: &Checkpointed<Resnet>,
-        transformer: Option<&Checkpointed<Transformer>>,
+        resnet: &Recomputed<Resnet>,
+        transformer: Option<&Recomputed<Transformer>>,
     ) -> Tensor {
-        let x = resnet.forward(&[x, &self.embedding], self.checkpointing);
+        let x = resnet.forward(&[x, &self.embedding], self.recompute);
         match transformer {
-            Some(transformer) => transformer.forward(&[&x, self.states], self.checkpointing),
+            Some(transformer) => transformer.forward(&[&x, self.states], self.recompute),
             None => x,
         }
     }
@@ -265,12 +265,12 @@ impl Downsampler {
     }
 }
 
-fn residual(scope: Scope, shape: ResnetShape) -> Checkpointed<Resnet> {
-    Checkpointed::new(scope, |scope| Resnet::new(scope, shape))
+fn residual(scope: Scope, shape: ResnetShape) -> Recomputed<Resnet> {
+    Recomputed::new(scope, |scope| Resnet::new(scope, shape))
 }
 
-fn attending(scope: Scope, shape: TransformerShape) -> Checkpointed<Transformer> {
-    Checkpointed::new(scope, |scope| Transformer::new(scope, shape))
+fn attending(scope: Scope, shape: TransformerShape) -> Recomputed<Transformer> {
+    Recomputed::new(scope, |scope| Transformer::new(scope, shape))
 }
 
 /// fp32 on the device of `like`.

@@ -1,6 +1,6 @@
 //! Attention over an image's positions and to the text.
 
-use potstill_c10d::Block;
+use potstill_torch_ext::Block;
 use tch::Tensor;
 
 use crate::{

@@ -9,7 +9,7 @@ use memmap2::Mmap;
 
 /// A file's bytes, read by the system when they are looked at, and shared by all processes that map it.
 ///
-/// The file must not be changed or cut off while it is mapped: whoever holds model weights leaves them as they are.
+/// The file must not be changed or cut off while it is mapped: programs that keep model weights leave them as they are.
 #[derive(Debug)]
 pub struct MappedFile(Mmap);
 
@@ -20,8 +20,8 @@ impl MappedFile {
     /// It cannot be opened or mapped.
     pub fn open(path: &Path) -> io::Result<MappedFile> {
         let file = File::open(path)?;
-        // SAFETY: the mapping is read only and private to this value. That nobody cuts the file off meanwhile is asked of
-        // those who keep it, as of every program that maps weights.
+        // SAFETY: the mapping is read only and private to this value. That the file is not cut off meanwhile is the
+        // caller's duty, as with every program that maps weights.
         unsafe { Mmap::map(&file) }.map(MappedFile)
     }
 }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use tch::Device;
 
-use crate::{Error, error::call, ffi};
+use crate::{Error, ffi, shim::call};
 
 /// The lower precision of [`Autocast`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ fn set(from: Setting, to: Setting) -> Result<(), Error> {
             // SAFETY: the function takes plain values and changes settings of this thread only.
             unsafe { ffi::potstill_autocast(device.is_cuda(), on, half, error) }
         })
-        .map_err(|cause| Error::from_text("autocast", None, cause))
+        .map_err(|cause| Error { operation: "autocast", cause })
     };
     if let Some(from) = from {
         switch(from, false)?;

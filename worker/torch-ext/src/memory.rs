@@ -5,8 +5,7 @@ use std::ptr::{self, NonNull};
 
 use tch::Device;
 
-use crate::error::{Error, call};
-use crate::ffi;
+use crate::{Error, ffi, shim::call};
 
 /// Follows, while it lives, how many bytes of a device's memory tensors hold at a time. On the host it sees what this thread and the
 /// backward passes that it starts allocate, and only one may live in a thread; on a GPU it sees the whole process.
@@ -32,7 +31,7 @@ impl MemoryMeter {
             // SAFETY: the function takes plain values, and gives an object that is ended once.
             unsafe { ffi::potstill_memory_begin(index, &mut raw, error) }
         });
-        let failed = |cause| Error::from_text("measure memory", None, cause);
+        let failed = |cause| Error { operation: "measure memory", cause };
         begun.map_err(failed)?;
         let raw = NonNull::new(raw).ok_or_else(|| failed("no meter".to_owned()))?;
         Ok(Self { raw, not_send: PhantomData })
@@ -48,7 +47,7 @@ impl MemoryMeter {
             // SAFETY: the object is alive.
             unsafe { ffi::potstill_memory_peak(self.raw.as_ptr(), &mut bytes, error) }
         })
-        .map_err(|cause| Error::from_text("measure memory", None, cause))?;
+        .map_err(|cause| Error { operation: "measure memory", cause })?;
         Ok(u64::try_from(bytes).unwrap_or(0))
     }
 }

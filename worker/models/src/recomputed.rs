@@ -1,17 +1,17 @@
 //! Blocks whose activations need not be kept: in the backward pass they are computed again (1604.06174).
 
-use potstill_c10d::{Block, SharedBlock};
+use potstill_torch_ext::{Block, SharedBlock};
 use tch::{Device, Tensor};
 
 use crate::builder::{BufferDeclaration, Init, Registry, Scope};
 
 /// A block, and the parameters that it computes with.
-pub(crate) struct Checkpointed<B> {
+pub(crate) struct Recomputed<B> {
     block: SharedBlock<B>,
     parameters: Vec<Tensor>,
 }
 
-impl<B: Block> Checkpointed<B> {
+impl<B: Block> Recomputed<B> {
     /// Builds a block in a place of the tree and remembers what it asked for.
     pub fn new(mut scope: Scope, build: impl FnOnce(&mut Scope) -> B) -> Self {
         let (registry, path) = scope.parts();
@@ -24,7 +24,7 @@ impl<B: Block> Checkpointed<B> {
     pub fn forward(&self, inputs: &[&Tensor], again: bool) -> Tensor {
         let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
         if again && inputs.iter().chain(&self.parameters).any(Tensor::requires_grad) {
-            return potstill_c10d::checkpoint(&self.block, &inputs, &self.parameters);
+            return potstill_torch_ext::recompute(&self.block, &inputs, &self.parameters);
         }
         self.block.forward(&inputs)
     }

@@ -1,4 +1,4 @@
-//! Activation checkpointing (1604.06174): computing a block again in the backward pass instead of keeping what it computed.
+//! Recomputation (activation checkpointing, 1604.06174): computing a block again in the backward pass instead of keeping what it computed.
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
@@ -9,8 +9,7 @@ use std::sync::Arc;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use crate::error::call;
-use crate::ffi;
+use crate::{ffi, shim::call};
 
 /// A part of a network: a function of tensors.
 ///
@@ -45,13 +44,13 @@ impl<B: Block> SharedBlock<B> {
 /// mixed precision, and gradients flow to `inputs` and to `parameters`.
 ///
 /// `parameters` must be all tensors besides its inputs that the block computes with and that take gradients. They are inputs of
-/// one operation: a [`Reducer`](crate::Reducer) sees their gradients when the whole backward pass gets to them.
+/// one operation: a reducer sees their gradients when the whole backward pass gets to them.
 ///
 /// The block runs again on whichever thread autograd uses for the device.
 ///
 /// # Panics
 /// When the block does; in the backward pass its panic becomes the backward's error.
-pub fn checkpoint<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameters: &[Tensor]) -> Tensor {
+pub fn recompute<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameters: &[Tensor]) -> Tensor {
     let tensors: Vec<_> = inputs.iter().chain(parameters).map(Tensor::as_ptr).collect();
     let context = Arc::into_raw(Arc::clone(&block.0)).cast_mut().cast::<c_void>();
     let mut out = ptr::null_mut();
@@ -59,7 +58,7 @@ pub fn checkpoint<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameter
         // SAFETY: `tensors` holds as many live tensors as is said. The shim owns `context` from here on and frees it with
         // `drop_block` of the same type; `SharedBlock` says why autograd's threads may call it.
         unsafe {
-            ffi::potstill_checkpoint(
+            ffi::potstill_recompute(
                 tensors.as_ptr(),
                 tensors.len(),
                 inputs.len(),
@@ -72,7 +71,7 @@ pub fn checkpoint<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameter
         }
     });
     if let Err(cause) = called {
-        panic!("a checkpointed block failed: {cause}");
+        panic!("a recomputed block failed: {cause}");
     }
     // SAFETY: the shim made this tensor for us.
     unsafe { Tensor::from_ptr(out) }
@@ -83,7 +82,7 @@ unsafe extern "C" fn call_block<B: Block>(
     inputs: *const *mut C_tensor,
     count: usize,
 ) -> *mut C_tensor {
-    // SAFETY: `context` is the block that `checkpoint` gave, and lives until `drop_block`.
+    // SAFETY: `context` is the block that `recompute` gave, and lives until `drop_block`.
     let block = unsafe { &*context.cast::<B>() };
     // SAFETY: the shim gives as many live tensors as it says; these are handles of our own.
     let inputs: Vec<Tensor> = unsafe {
@@ -98,7 +97,7 @@ unsafe extern "C" fn call_block<B: Block>(
 }
 
 unsafe extern "C" fn drop_block<B: Block>(context: *mut c_void) {
-    // SAFETY: `context` is the block that `checkpoint` gave, and this is called once.
+    // SAFETY: `context` is the block that `recompute` gave, and this is called once.
     drop(unsafe { Arc::from_raw(context.cast::<B>().cast_const()) });
 }
 
@@ -139,7 +138,7 @@ mod tests {
             let _autocast = precision.map(|precision| Autocast::enter(Device::Cpu, precision).unwrap());
             let once = |x: &Tensor| {
                 let inputs = [x.shallow_clone(), constant.shallow_clone()];
-                if again { checkpoint(&block, &inputs, &parameters) } else { block.forward(&inputs) }
+                if again { recompute(&block, &inputs, &parameters) } else { block.forward(&inputs) }
             };
             // Twice, so that gradients of parameters add up.
             once(&once(&(&x * 2.0)))
@@ -168,7 +167,7 @@ mod tests {
             }
         }
         let block = SharedBlock::new(FailsTheSecondTime(AtomicBool::new(false)));
-        let output = checkpoint(&block, &[leaf(&[2])], &[]);
+        let output = recompute(&block, &[leaf(&[2])], &[]);
         let error = output.sum(Kind::Float).f_backward().unwrap_err().to_string();
         assert!(error.contains("a block failed"), "{error}");
     }

@@ -1,0 +1,45 @@
+//! The C face of `shim/torch_ext.cpp`, one declaration for each function there. Functions that return `bool` return true when they
+//! failed and then left the reason in `error`; only otherwise were the out-parameters written.
+
+use std::ffi::{c_int, c_void};
+use std::marker::{PhantomData, PhantomPinned};
+
+use torch_sys::C_tensor;
+
+use crate::shim::ErrorText;
+
+/// A memory meter, into which only C++ looks.
+#[repr(C)]
+pub struct Memory {
+    bytes: [u8; 0],
+    marker: PhantomData<(*mut u8, PhantomPinned)>,
+}
+
+unsafe extern "C" {
+    pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
+
+    pub fn potstill_recompute(
+        tensors: *const *const C_tensor,
+        count: usize,
+        inputs: usize,
+        context: *mut c_void,
+        call: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor,
+        drop: unsafe extern "C" fn(*mut c_void),
+        out: *mut *mut C_tensor,
+        error: *mut ErrorText,
+    ) -> bool;
+
+    pub fn potstill_memory_begin(device: c_int, out: *mut *mut Memory, error: *mut ErrorText) -> bool;
+
+    pub fn potstill_memory_peak(memory: *const Memory, bytes: *mut i64, error: *mut ErrorText) -> bool;
+
+    pub fn potstill_memory_end(memory: *mut Memory);
+
+    pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
+
+    pub fn potstill_clear_gradients(
+        params: *const *const C_tensor,
+        count: usize,
+        error: *mut ErrorText,
+    ) -> bool;
+}

@@ -1,0 +1,66 @@
+//! The little of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the backward pass
+//! ([`recompute`]), the count of what tensors take ([`MemoryMeter`]), gradients that are cleared ([`clear_gradients`]), CUDA on demand
+//! ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
+//!
+//! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
+//! this page. Unsafe code is in these two crates alone.
+//!
+//! ```
+//! use potstill_torch_ext::{Autocast, LowerPrecision};
+//! use tch::{Device, Kind, Tensor};
+//!
+//! let x = Tensor::ones([2, 2], (Kind::Float, Device::Cpu));
+//! let product = {
+//!     let _autocast = Autocast::enter(Device::Cpu, LowerPrecision::BFloat16)?;
+//!     x.matmul(&x)
+//! };
+//! assert_eq!(product.kind(), Kind::BFloat16);
+//! # Ok::<(), potstill_torch_ext::Error>(())
+//! ```
+
+mod autocast;
+mod error;
+mod ffi;
+mod map;
+mod memory;
+mod recompute;
+pub mod shim;
+
+use tch::Tensor;
+
+pub use autocast::{Autocast, LowerPrecision};
+pub use error::Error;
+pub use map::MappedFile;
+pub use memory::MemoryMeter;
+pub use recompute::{Block, SharedBlock, recompute};
+
+/// Loads libtorch's CUDA half into this process.
+///
+/// It is not linked, because it would cost every process 0.1 s and 235 MB, also where there is no GPU. A
+/// process that uses CUDA calls this **before anything else of libtorch**: the first look for devices settles
+/// for good whether there are any.
+///
+/// # Errors
+/// Libtorch came without CUDA, or its libraries cannot be loaded. That there
+/// is a device is not checked; ask [`tch::Cuda::device_count`].
+pub fn load_cuda() -> Result<(), Error> {
+    shim::call(|error| {
+        // SAFETY: the function takes nothing else.
+        unsafe { ffi::potstill_load_cuda(error) }
+    })
+    .map_err(|cause| Error { operation: "load CUDA", cause })
+}
+
+/// Makes the gradients of `params` undefined, which is PyTorch's `zero_grad(set_to_none=True)`. tch has only
+/// the other way, which writes zeros, and which a gradient that lives inside a reducer's bucket refuses.
+///
+/// # Errors
+/// Libtorch's.
+pub fn clear_gradients(params: &[Tensor]) -> Result<(), Error> {
+    let pointers: Vec<_> = params.iter().map(Tensor::as_ptr).collect();
+    shim::call(|error| {
+        // SAFETY: `pointers` holds as many live tensors as is said.
+        unsafe { ffi::potstill_clear_gradients(pointers.as_ptr(), pointers.len(), error) }
+    })
+    .map_err(|cause| Error { operation: "clear gradients", cause })
+}

@@ -1,0 +1,25 @@
+//! How a C++ shim reports a failure. Public for `potstill-c10d`, whose shim does the same.
+
+use std::ffi::{CStr, c_char};
+
+/// `potstill_error`: a text that ends with a zero byte.
+#[repr(C)]
+pub struct ErrorText {
+    /// The text.
+    pub text: [c_char; 2048],
+}
+
+/// Runs one function of a shim, and turns what it says into a result.
+///
+/// # Errors
+/// The text that the shim left.
+pub fn call(function: impl FnOnce(*mut ErrorText) -> bool) -> Result<(), String> {
+    let mut error = ErrorText { text: [0; 2048] };
+    if !function(&mut error) {
+        return Ok(());
+    }
+    // SAFETY: `text` began as zeros, and the shim writes to it only through `snprintf` with its true size, so
+    // it always ends with a zero byte.
+    let text = unsafe { CStr::from_ptr(error.text.as_ptr()) };
+    Err(text.to_string_lossy().trim_end().to_owned())
+}
