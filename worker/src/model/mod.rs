@@ -1,10 +1,11 @@
 //! Models as this process sees them: an EDM network, or a text-to-image model with its text encoders and autoencoder.
 
 mod location;
-mod prompt_file;
 mod prompts;
 mod real_pairs;
 mod row_cache;
+mod steps;
+pub mod student;
 
 use std::{path::Path, rc::Rc};
 
@@ -20,8 +21,12 @@ use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
 use self::real_pairs::RealPairs;
-pub use self::{location::fetch_model, prompts::Prompts};
-use crate::dataset::pairs::Pair;
+pub use self::{
+    location::fetch_model,
+    prompts::Prompts,
+    steps::{initial_timestep, times},
+};
+use crate::data::pairs::Pair;
 
 /// A network, and what turns texts into its conditions and its samples into images, where it needs that.
 pub struct Model {

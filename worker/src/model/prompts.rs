@@ -11,11 +11,8 @@ use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    Wanted,
-    prompt_file::{Read, read_prompts},
-    row_cache::RowCache,
-};
+use super::{Wanted, row_cache::RowCache};
+use crate::data::prompt_file::{Read, read_prompts};
 
 /// Prompts, and what turns them into conditions.
 pub struct Prompts {

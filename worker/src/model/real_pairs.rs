@@ -14,7 +14,7 @@ use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
 use super::{Texts, prompts::distinct, row_cache::RowCache};
-use crate::dataset::pairs::Pair;
+use crate::data::pairs::Pair;
 
 /// See the module's documentation.
 pub struct RealPairs {

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
 use super::{Inbound, Progress, Terms, retained::Retained};
-use crate::lifeline;
+use crate::process::lifeline;
 
 /// How long a starting rank tries to reach the coordinator, which may be starting too.
 const CONNECT_FOR: Duration = Duration::from_secs(30);

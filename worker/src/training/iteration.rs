@@ -11,8 +11,8 @@ use potstill_proto::{
 
 use super::{Interruption, Member, heed, step::Totals};
 use crate::{
-    control_lane::{Flags, Lane},
-    faults,
+    process::faults,
+    training::control_lane::{Flags, Lane},
 };
 
 /// What a phase came to.

@@ -9,7 +9,7 @@ use potstill_distill::{
     condition::Conditions,
     counters::Counters,
     draws::NamedStreams,
-    generator::{Matching, ddpm_times, flow_times},
+    generator::Matching,
     guidance::Guidance,
     loss::Weighting,
     phase::Settings,
@@ -27,14 +27,14 @@ use tokio::runtime::Handle;
 use super::step::Recipe;
 use crate::{
     checkpoint::Staging,
-    dataset::{
+    data::{
         Dataset, Shape,
         pairs::{self, Pair},
     },
     evaluation::Evaluator,
-    model::{Model, Space, Wanted, load_unet},
-    samples::SampleSet,
-    student::Student,
+    evaluation::samples::SampleSet,
+    model::student::Student,
+    model::{Model, Space, Wanted, initial_timestep, load_unet, times},
 };
 
 /// The files that a run reads, loaded.
@@ -217,21 +217,6 @@ impl Job {
         iteration == 0
             || iteration >= self.spec.distillation.iterations
             || every.is_some_and(|every| iteration.is_multiple_of(every.get()))
-    }
-}
-
-/// t_init, by default the published one of the family.
-fn initial_timestep(spec: &RunSpec, process: &ForwardProcess) -> u32 {
-    let published = if *process == ForwardProcess::Flow { 999 } else { 625 };
-    spec.generator.initial_timestep.unwrap_or(published)
-}
-
-/// Times of the generator's steps on a process.
-pub fn times(spec: &RunSpec, process: &ForwardProcess) -> Vec<f64> {
-    match process {
-        ForwardProcess::Edm { .. } => spec.generator.sigmas.clone(),
-        ForwardProcess::Ddpm { .. } => ddpm_times(initial_timestep(spec, process), spec.generator.steps),
-        ForwardProcess::Flow => flow_times(initial_timestep(spec, process), spec.generator.steps),
     }
 }
 

@@ -12,7 +12,7 @@ use potstill_proto::{
 use tch::Device;
 
 use super::{Holding, Interruption, Job};
-use crate::{chain::chain, checkpoint, session::Session, transfer};
+use crate::{checkpoint, process::chain::chain, session::Session, training::transfer};
 
 /// How often a rank that waits to join looks for other orders.
 const LOOK: Duration = Duration::from_millis(20);

@@ -1,5 +1,6 @@
 //! What a rank does in one generation: take the state, then iterate until the run ends or the generation does.
 
+mod control_lane;
 mod iteration;
 mod job;
 mod joining;
@@ -7,31 +8,31 @@ mod reduction;
 #[cfg(test)]
 mod replay;
 pub mod step;
+mod transfer;
 
 use std::{sync::Arc, time::Duration};
 
-pub use self::job::{Inputs, Job, times};
-#[cfg(test)]
-pub use self::{job::settings, step::Recipe};
-use self::{
-    joining::{join, obtain_state},
-    step::Trainer,
-};
-use crate::{
-    checkpoint::{self, Save, Share},
-    control_lane::Flags,
-    evaluation::Scoring,
-    faults, pictures,
-    samples::Sampler,
-    session::Session,
-    transfer,
-};
 use potstill_distill::state::State;
 use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker},
     wire::{EvaluationReport, ShardFailed, Subject},
+};
+
+pub use self::job::{Inputs, Job};
+use self::{
+    control_lane::Flags,
+    joining::{join, obtain_state},
+    step::Trainer,
+};
+#[cfg(test)]
+pub use self::{job::settings, step::Recipe};
+use crate::{
+    checkpoint::{self, Save, Share},
+    evaluation::{Scoring, pictures, samples::Sampler},
+    process::faults,
+    session::Session,
 };
 
 /// Columns and rows of each half of `samples.png`.

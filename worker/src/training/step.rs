@@ -24,7 +24,7 @@ use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
 use super::{Interruption, reduction::Reduction};
-use crate::{faults, session::Progress, transfer};
+use crate::{process::faults, session::Progress, training::transfer};
 
 /// What decides an optimizer step besides the gradient.
 #[derive(Clone, Debug, PartialEq)]

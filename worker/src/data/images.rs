@@ -5,14 +5,12 @@ use potstill_spec::Protocol;
 use potstill_storage::Source;
 use tch::Tensor;
 
-use super::{Dataset, Tally, tars};
-use crate::protocol::Picture;
-
-const FORMATS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
-
-pub(super) fn is_image(name: &str) -> bool {
-    name.rsplit_once('.').is_some_and(|(_, extension)| FORMATS.contains(&extension.to_lowercase().as_str()))
-}
+use super::{
+    Dataset, Tally,
+    formats::{FORMATS, is_image},
+    tars,
+};
+use crate::data::protocol::Picture;
 
 /// What images have to become.
 #[derive(Clone, Copy)]
@@ -133,7 +131,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::dataset::{
+    use crate::data::{
         Shape,
         tests::{png_of, tar},
     };

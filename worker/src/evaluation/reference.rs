@@ -9,11 +9,8 @@ use potstill_models::weights::{self, Archive};
 use potstill_spec::Protocol;
 use tch::{Device, Kind, Tensor};
 
-use crate::{
-    dataset::{Dataset, Shape},
-    evaluation::Extractor,
-    samples::CHUNK,
-};
+use super::{extractor::Extractor, samples::CHUNK};
+use crate::data::{Dataset, Shape};
 
 /// See the module's documentation.
 pub struct Reference {

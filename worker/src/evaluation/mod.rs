@@ -4,127 +4,34 @@
 //! zero matrices; a sum over ranks puts them together, and every rank can compute the same scores. Chunks that are
 //! [kept](Kept) from an earlier process are read instead.
 
-use std::{path::Path, time::Instant};
+mod clip;
+mod extractor;
+pub mod kept;
+pub mod pictures;
+mod reference;
+pub mod samples;
+mod torch_script;
 
-use anyhow::{Context, anyhow, ensure};
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::score::{self, Moments};
 use potstill_proto::wire::Scores;
 use potstill_spec::{EvaluationSpec, Protocol};
-use potstill_storage::digest::hexadecimal;
-use sha2::{Digest, Sha256};
-use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
-use crate::{
+use self::{
     clip::Clip,
-    dataset::Shape,
+    extractor::{Extracted, Extractor},
     kept::{Finished, Kept},
-    model::Space,
-    protocol,
     reference::Reference,
     samples::{CHUNK, SampleSet, Sampler},
 };
-
-/// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
-pub struct Extractor {
-    module: CModule,
-    device: Device,
-    /// SHA-256 of its file: what statistics were computed with.
-    digest: String,
-    /// D.
-    width: i64,
-}
-
-/// What an extractor makes of images.
-pub struct Extracted {
-    /// [N, D].
-    pub features: Tensor,
-    /// [N, classes].
-    logits: Option<Tensor>,
-}
-
-impl Extractor {
-    /// Loads it, and tries it on images of `shape`.
-    ///
-    /// # Errors
-    /// Not TorchScript; another signature; logits for another number of classes.
-    pub fn load(path: &Path, shape: Shape, device: Device) -> anyhow::Result<Self> {
-        let context = || format!("feature extractor {}", path.display());
-        let bytes = std::fs::read(path).with_context(context)?;
-        let digest = digest_of(&bytes);
-        let module = torch_script(&bytes, device).with_context(context)?;
-        let mut extractor = Self { module, device, digest, width: 0 };
-        let [channels, height, width] = shape.sample;
-        let trial = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
-        let Extracted { features, logits } = extractor.run(&trial).with_context(context)?;
-        ensure!(
-            features.size().len() == 2 && features.size()[0] == 2,
-            "{}: turns 2 images into features {:?}; expected [2, D]",
-            context(),
-            features.size()
-        );
-        extractor.width = features.size()[1];
-        if let Some(logits) = logits {
-            let size = logits.size();
-            ensure!(
-                size.len() == 2 && size[0] == 2 && (shape.classes == 0 || size[1] == shape.classes),
-                "{}: turns 2 images into logits {size:?}; expected [2, {}], one for each of the teacher's classes",
-                context(),
-                shape.classes
-            );
-        }
-        Ok(extractor)
-    }
-
-    /// SHA-256 of its file.
-    pub fn digest(&self) -> &str {
-        &self.digest
-    }
-
-    /// Number of features.
-    pub fn width(&self) -> i64 {
-        self.width
-    }
-
-    /// Features of images [N, C, H, W] in [−1, 1], on its device.
-    ///
-    /// # Errors
-    /// The module fails, or returns something else.
-    pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
-        let input = IValue::Tensor(images.to_device(self.device));
-        let output = no_grad(|| self.module.forward_is(&[input]))
-            .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), first_line(&e)))?;
-        match output {
-            IValue::Tensor(features) => Ok(Extracted { features, logits: None }),
-            IValue::Tuple(parts) => match <[IValue; 2]>::try_from(parts) {
-                Ok([IValue::Tensor(features), IValue::Tensor(logits)]) => {
-                    Ok(Extracted { features, logits: Some(logits) })
-                }
-                _ => Err(anyhow!("returns a tuple that is not (features, logits)")),
-            },
-            _ => Err(anyhow!("returns neither features nor (features, logits)")),
-        }
-    }
-}
-
-/// SHA-256 of a file's bytes, hexadecimal.
-pub fn digest_of(bytes: &[u8]) -> String {
-    hexadecimal(&Sha256::digest(bytes))
-}
-
-/// A TorchScript module from the bytes of its file.
-///
-/// # Errors
-/// It is none.
-pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
-    CModule::load_data_on_device(&mut &bytes[..], device)
-        .map_err(|e| anyhow!("is not a TorchScript module: {}", first_line(&e)))
-}
-
-/// What libtorch says, without where in its source.
-pub fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
-}
+use crate::{
+    data::{Shape, protocol},
+    model::Space,
+};
 
 /// What scores samples.
 pub struct Evaluator {

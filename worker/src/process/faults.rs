@@ -6,7 +6,7 @@
 
 use std::{fs::OpenOptions, sync::OnceLock, thread};
 
-use crate::lifeline;
+use crate::process::lifeline;
 
 /// Environment variable with the fault.
 const VARIABLE: &str = "POTSTILL_FAULT";

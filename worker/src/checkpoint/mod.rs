@@ -32,7 +32,7 @@ use safetensors::{
 use tch::{Device, Kind, Tensor};
 use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
-use crate::{chain::chain, faults, session::Outbox};
+use crate::{process::chain::chain, process::faults, session::Outbox};
 
 /// A tensor of the state, in the memory that training works in.
 struct Piece {

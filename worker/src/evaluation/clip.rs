@@ -7,11 +7,8 @@ use potstill_distill::score;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use crate::{
-    evaluation::{digest_of, first_line, torch_script},
-    model::Space,
-    protocol,
-};
+use super::torch_script::{digest_of, first_line, torch_script};
+use crate::{data::protocol, model::Space};
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D], text embeddings
 /// [N, D]). The tokens are those of the model's first tokenizer: for SD 1.x, 2.x and SDXL OpenAI's vocabulary, padded behind the mark of the end.

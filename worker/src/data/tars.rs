@@ -51,7 +51,7 @@ pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<Sample>> {
                 let text = value["caption"].as_str().or(value["prompt"].as_str());
                 sample.caption = text.map(str::to_owned).or(sample.caption.take());
             }
-            _ if super::images::is_image(&name) => sample.image = Some((name, content)),
+            _ if super::formats::is_image(&name) => sample.image = Some((name, content)),
             _ => {}
         }
     }

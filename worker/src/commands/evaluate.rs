@@ -23,14 +23,15 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
+use super::source::Source;
 use crate::{
-    device::Choice,
+    evaluation::kept::Kept,
+    evaluation::samples::Sampler,
     evaluation::{Evaluator, Scoring},
-    kept::Kept,
-    lifeline,
+    model::student::Student,
     model::{Model, Prompts, Space, Wanted, load_network},
-    samples::Sampler,
-    student::{Source, Student},
+    process::device::Choice,
+    process::lifeline,
 };
 
 /// Everything happens on this machine.

@@ -19,10 +19,10 @@ use potstill_storage::{Root, RunId};
 use tch::Device;
 
 use crate::{
-    chain::chain,
-    device::{self, Choice},
-    lifeline,
-    logging::LogFormat,
+    process::chain::chain,
+    process::device::{self, Choice},
+    process::lifeline,
+    process::logging::LogFormat,
     session::{Session, Terms},
     training::{Ending, Holding, Job, run_generation},
 };

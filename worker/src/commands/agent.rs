@@ -20,9 +20,9 @@ use nix::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    chain::chain,
-    device::Choice,
-    rank::{self, Service},
+    commands::rank::{self, Service},
+    process::chain::chain,
+    process::device::Choice,
 };
 
 /// A rank that dies more often than this within [`WINDOW`] is not started again: the cause is not a passing one.

@@ -10,8 +10,11 @@
 //!
 //! Pixels become x = 2·v/white − 1, in [−1, 1].
 
+mod formats;
 mod images;
 pub mod pairs;
+pub mod prompt_file;
+pub mod protocol;
 mod tars;
 mod tensors;
 
@@ -20,8 +23,6 @@ use potstill_distill::adversarial::RealSamples;
 use potstill_spec::Protocol;
 use potstill_storage::Source;
 use tch::{Kind, Tensor};
-
-use crate::protocol;
 
 /// Images and their classes, on the host.
 pub struct Dataset {

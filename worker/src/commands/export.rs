@@ -13,9 +13,10 @@ use potstill_models::{Denoiser, weights};
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
+use super::source::Source;
 use crate::{
     model::Latent,
-    student::{Source, Student},
+    model::student::{FOLDER_TIMES_KEY, SCHEDULER, Student},
 };
 
 #[derive(Args)]
@@ -30,9 +31,6 @@ pub struct Arguments {
     link: bool,
 }
 
-/// Key of the scheduler's configuration under which the times of the generator's steps lie.
-const TIMES_KEY: &str = "few_step_timesteps";
-const SCHEDULER: &str = "scheduler/scheduler_config.json";
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -51,25 +49,6 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         student.times
     );
     Ok(ExitCode::SUCCESS)
-}
-
-/// The times of an exported generator's steps.
-///
-/// # Errors
-/// The folder is not an exported one.
-pub fn few_step_times(folder: &Path) -> anyhow::Result<Vec<f64>> {
-    let path = folder.join(SCHEDULER);
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-    let times: Option<Vec<f64>> =
-        config[TIMES_KEY].as_array().map(|times| times.iter().filter_map(Value::as_f64).collect());
-    let times = times.filter(|times| !times.is_empty()).with_context(|| {
-        format!(
-            "{} is no few-step generator: {SCHEDULER} has no `{TIMES_KEY}`, which `potstill export` writes",
-            folder.display()
-        )
-    })?;
-    Ok(times)
 }
 
 /// A complete folder: the generator as U-Net, a scheduler that takes its steps, and the rest of the teacher.
@@ -148,6 +127,6 @@ fn few_step_scheduler(teachers: Value, times: &[f64]) -> Value {
         "rescale_betas_zero_snr": kept("rescale_betas_zero_snr", json!(false)),
         "clip_sample": false,
         "set_alpha_to_one": true,
-        TIMES_KEY: times,
+        FOLDER_TIMES_KEY: times,
     })
 }

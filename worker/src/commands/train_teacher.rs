@@ -32,12 +32,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    dataset::{Dataset, Shape},
+    data::{Dataset, Shape},
     evaluation::Evaluator,
-    logging::LogFormat,
+    evaluation::pictures,
+    evaluation::samples::{SampleSet, Sampler},
     model::Space,
-    pictures,
-    samples::{SampleSet, Sampler},
+    process::logging::LogFormat,
 };
 
 #[derive(Args)]

@@ -3,28 +3,21 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, bail, ensure};
-use clap::Args;
 use potstill_models::{EdmNetwork, weights::Archive};
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
+use serde_json::Value;
 use tch::Device;
 
-use crate::{checkpoint, export, model::Model, training::times};
+use super::{Model, steps::times};
+use crate::checkpoint;
 
 /// Header key of an exported file under which the times of the generator's steps lie, as JSON.
 const TIMES_KEY: &str = "times";
-
-/// Where the student comes from.
-#[derive(Args)]
-pub struct Source {
-    /// An exported generator (a .safetensors file, or a folder in the layout of diffusers), or a run (STORAGE/runs/RUN, whose newest checkpoint it takes), or one
-    /// checkpoint of it (STORAGE/runs/RUN/checkpoints/ITERATION)
-    #[arg(long, value_name = "URL")]
-    checkpoint: String,
-    /// Run only the first so many steps of the generator; by default all
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
-    steps: Option<u32>,
-}
+/// Key of the scheduler's configuration in an exported folder under which they lie there.
+pub const FOLDER_TIMES_KEY: &str = "few_step_timesteps";
+/// The scheduler's configuration in a folder.
+pub const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
 /// A generator that is ready to sample from.
 pub struct Student {
@@ -32,7 +25,7 @@ pub struct Student {
     pub model: Model,
     /// Time of each step.
     pub times: Vec<f64>,
-    /// Where it comes from, for people.
+    /// Where it comes from, as messages name it.
     pub origin: String,
 }
 
@@ -66,37 +59,24 @@ impl Place {
     }
 }
 
-impl Source {
-    /// Loads it.
+impl Student {
+    /// From an exported file or folder, or from a run's checkpoint, with all of its steps.
     ///
     /// # Errors
-    /// There is no such file or checkpoint, it is damaged, or it has fewer steps than asked for.
-    pub fn load(&self, device: Device) -> anyhow::Result<Student> {
-        let path = Path::new(&self.checkpoint);
-        let mut student = if self.checkpoint.ends_with(".safetensors") {
-            Student::from_file(path, device)?
+    /// There is no such file or checkpoint, or it is damaged.
+    pub fn load(location: &str, device: Device) -> anyhow::Result<Self> {
+        let path = Path::new(location);
+        if location.ends_with(".safetensors") {
+            Self::from_file(path, device)
         } else if path.join("model_index.json").is_file() {
-            Student::from_folder(path, device)?
+            Self::from_folder(path, device)
         } else {
-            let place = Place::parse(&self.checkpoint)?;
+            let place = Place::parse(location)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(Student::from_run(place, device))?
-        };
-        if let Some(steps) = self.steps {
-            ensure!(
-                steps as usize <= student.times.len(),
-                "{}: has {} step(s), at {:?}; --steps {steps} is more than it was trained for",
-                student.origin,
-                student.times.len(),
-                student.times
-            );
-            student.times.truncate(steps as usize);
+            runtime.block_on(Self::from_run(place, device))
         }
-        Ok(student)
     }
-}
 
-impl Student {
     /// An exported one.
     ///
     /// # Errors
@@ -121,7 +101,7 @@ impl Student {
     /// # Errors
     /// The folder is not one that `potstill export` wrote, or is damaged.
     fn from_folder(path: &Path, device: Device) -> anyhow::Result<Self> {
-        let times = export::few_step_times(path)?;
+        let times = few_step_times(path)?;
         Ok(Self {
             model: Model::from_folder(path, None, false, device)?,
             times,
@@ -171,6 +151,25 @@ impl Student {
         ]);
         Ok(self.model.network.to_safetensors(&metadata)?)
     }
+}
+
+/// The times of an exported generator's steps.
+///
+/// # Errors
+/// The folder is not an exported one.
+fn few_step_times(folder: &Path) -> anyhow::Result<Vec<f64>> {
+    let path = folder.join(SCHEDULER);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    let times: Option<Vec<f64>> =
+        config[FOLDER_TIMES_KEY].as_array().map(|times| times.iter().filter_map(Value::as_f64).collect());
+    let times = times.filter(|times| !times.is_empty()).with_context(|| {
+        format!(
+            "{} is no few-step generator: {SCHEDULER} has no `{FOLDER_TIMES_KEY}`, which `potstill export` writes",
+            folder.display()
+        )
+    })?;
+    Ok(times)
 }
 
 #[cfg(test)]

@@ -16,11 +16,12 @@ use potstill_models::{Condition, Mode, weights};
 use potstill_spec::PromptsSpec;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use super::source::Source;
 use crate::{
-    device::Choice,
+    evaluation::pictures,
+    model::student::Student,
     model::{Space, Wanted},
-    pictures,
-    student::{Source, Student},
+    process::device::Choice,
 };
 
 #[derive(Args)]

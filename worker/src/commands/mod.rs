@@ -1,0 +1,63 @@
+//! The commands of `potstill-worker`, a file for each.
+
+mod agent;
+mod check;
+mod evaluate;
+mod export;
+mod plan;
+mod rank;
+mod sample;
+mod source;
+mod train_teacher;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::process::chain::chain;
+
+/// Potstill's worker: trains, scores and saves on behalf of a coordinator.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One per node: keeps the ranks of this machine alive until the run is over.
+    Agent(agent::Arguments),
+    /// One per device: attaches to the coordinator and trains.
+    Rank(rank::Arguments),
+    /// Scores a student, or a teacher, beside real images.
+    Evaluate(evaluate::Arguments),
+    /// Says whether a text-to-image run fits its devices, before anything is loaded.
+    Plan(plan::Arguments),
+    /// Writes the averaged generator of a checkpoint: a file, or a folder in diffusers' layout.
+    Export(export::Arguments),
+    /// Makes images with a student.
+    Sample(sample::Arguments),
+    /// Reads a run specification from standard input and tries to load everything it names.
+    Check,
+    /// Trains a small EDM teacher on an image file.
+    TrainTeacher(train_teacher::Arguments),
+}
+
+/// Runs the command that the command line names.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Agent(arguments) => Ok(agent::main(&arguments)),
+        Command::Rank(arguments) => rank::main(arguments),
+        Command::Evaluate(arguments) => evaluate::main(arguments),
+        Command::Plan(arguments) => plan::main(arguments),
+        Command::Export(arguments) => export::main(arguments),
+        Command::Sample(arguments) => sample::main(arguments),
+        Command::Check => check::main(),
+        Command::TrainTeacher(arguments) => train_teacher::main(arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {}", chain(&error));
+        ExitCode::FAILURE
+    })
+}
