@@ -6,7 +6,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem,
 use url::Url;
 use uuid::Uuid;
 
-use crate::{Error, Run, RunId, faults};
+use crate::{Error, RunId, faults};
 
 /// Environment variables with these beginnings configure the cloud stores, as their own tools' do.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
@@ -142,12 +142,6 @@ impl Root {
         }
     }
 
-    /// The folder of a run, which need not exist.
-    #[must_use]
-    pub fn run(&self, id: &RunId) -> Run {
-        Run::new(self.clone(), id.clone())
-    }
-
     pub(crate) fn store(&self) -> &dyn ObjectStore {
         self.store.as_ref()
     }
@@ -156,7 +150,7 @@ impl Root {
         self.prefix.clone().join("runs").join(id.to_string())
     }
 
-    /// Path or URL of an object, for people.
+    /// Path or URL of an object, as messages name it.
     pub(crate) fn describe(&self, path: &Path) -> String {
         match &self.folder {
             Some(folder) => folder.join(path.as_ref()).display().to_string(),

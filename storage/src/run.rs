@@ -43,12 +43,16 @@ pub struct Run {
     folder: Path,
 }
 
-impl Run {
-    pub(crate) fn new(root: Root, id: RunId) -> Self {
-        let folder = root.path_of_run(&id);
-        Self { root, id, folder }
+impl Root {
+    /// The folder of a run, which need not exist.
+    #[must_use]
+    pub fn run(&self, id: &RunId) -> Run {
+        let folder = self.path_of_run(id);
+        Run { root: self.clone(), id: id.clone(), folder }
     }
+}
 
+impl Run {
     /// Which run.
     #[must_use]
     pub fn id(&self) -> &RunId {

@@ -5,7 +5,7 @@ use potstill_proto::{
     message::{Assignment, FromWorker, Place, Source, WorkerId},
 };
 
-use crate::{group::Flags, state::State, world::Happening};
+use crate::{group::Flags, state::State, world::happening::Happening};
 
 /// What a process is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

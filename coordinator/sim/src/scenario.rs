@@ -6,7 +6,7 @@ use potstill_core::terms::{Terms, Timeouts};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::Seed;
+use crate::report::Seed;
 
 /// What can go wrong, and how often.
 #[derive(Clone, Debug, Default, PartialEq)]

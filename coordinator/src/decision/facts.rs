@@ -1,7 +1,16 @@
 //! The page's numbers as text, the same for both of its forms.
 
-use super::{Price, gather::Gathered};
+use super::gather::Gathered;
 use crate::report::summary::Scored;
+
+/// What an hour of one device costs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Price {
+    /// For one device and one hour.
+    pub per_device_hour: f64,
+    /// In which currency, as it is to be printed.
+    pub currency: String,
+}
 
 /// What was not measured.
 pub const DASH: &str = "–";

@@ -3,7 +3,12 @@
 use base64::{Engine, engine::general_purpose::STANDARD};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::{Standing, facts::Facts, gather::Gathered, thresholds::Judged, verdict};
+use super::{
+    facts::Facts,
+    gather::Gathered,
+    thresholds::Judged,
+    verdict::{Standing, verdict},
+};
 
 const STYLE: &str = include_str!("report.css");
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{facts::Facts, gather::Gathered, thresholds::Judged, verdict};
+use super::{facts::Facts, gather::Gathered, thresholds::Judged, verdict::verdict};
 
 /// The text. Its pictures are files of the run's folder, so they are shown only when the page lies beside them.
 pub fn page(gathered: &Gathered, facts: &Facts, judged: &[Judged], beside_pictures: bool) -> String {

@@ -8,6 +8,7 @@ mod gather;
 mod html;
 mod markdown;
 pub mod thresholds;
+mod verdict;
 
 use std::path::PathBuf;
 
@@ -15,7 +16,7 @@ use anyhow::Context;
 use potstill_storage::{Root, RunId};
 
 use self::{facts::Facts, gather::Gathered, thresholds::Judged};
-pub use thresholds::Threshold;
+pub use self::{facts::Price, thresholds::Threshold};
 
 const HTML: &str = "report.html";
 const MARKDOWN: &str = "report.md";
@@ -32,15 +33,6 @@ pub struct Request {
     pub price: Option<Price>,
     /// What the student must fulfil.
     pub thresholds: Vec<Threshold>,
-}
-
-/// What an hour of one device costs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Price {
-    /// For one device and one hour.
-    pub per_device_hour: f64,
-    /// In which currency, as it is to be printed.
-    pub currency: String,
 }
 
 /// What came of it.
@@ -81,29 +73,4 @@ pub async fn report(request: Request) -> anyhow::Result<Reported> {
         }
     }
     Ok(Reported { places, judged })
-}
-
-/// One line that says it all.
-fn verdict(gathered: &Gathered, judged: &[Judged]) -> (Standing, String) {
-    let failed: Vec<&str> = judged.iter().filter(|j| !j.holds).map(|j| j.text.as_str()).collect();
-    let (standing, mut text) = match (judged.len(), failed.len()) {
-        (0, _) => (Standing::Open, "No thresholds were given: judge for yourself.".to_owned()),
-        (1, 0) => (Standing::Met, "The threshold is met.".to_owned()),
-        (n, 0) => (Standing::Met, format!("All {n} thresholds are met.")),
-        (n, _) => {
-            (Standing::Missed, format!("{} of {n} thresholds failed: {}.", failed.len(), failed.join("; ")))
-        }
-    };
-    if !gathered.finished {
-        text = format!("This run is not finished: what follows is how far it has come. {text}");
-    }
-    (standing, text)
-}
-
-/// How the thresholds turned out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    Open,
-    Met,
-    Missed,
 }

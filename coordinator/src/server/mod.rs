@@ -6,6 +6,7 @@
 
 mod error;
 mod opening;
+mod options;
 mod service;
 mod shell;
 
@@ -13,8 +14,6 @@ use std::{net::SocketAddr, time::Duration};
 
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{MAX_MESSAGE_BYTES, wire::coordinator_server::CoordinatorServer};
-use potstill_spec::RunSpec;
-use potstill_storage::{Root, RunId};
 use tokio::{
     net::TcpListener,
     sync::{
@@ -25,7 +24,10 @@ use tokio::{
 };
 use tokio_stream::wrappers::TcpListenerStream;
 
-pub use self::error::StartError;
+pub use self::{
+    error::StartError,
+    options::{Options, Resume},
+};
 use self::{
     service::{Clock, Service},
     shell::{Control, Shell},
@@ -36,33 +38,6 @@ use crate::address;
 const INBOX: usize = 4096;
 /// How long workers have to take their last message when a run ends.
 const FAREWELL: Duration = Duration::from_secs(5);
-
-/// What to serve, and where.
-pub struct Options {
-    /// Address to listen on; port 0 takes a free one.
-    pub listen: SocketAddr,
-    /// The run, validated, its paths absolute.
-    pub spec: RunSpec,
-    /// Its name.
-    pub run_id: RunId,
-    /// Where it is kept.
-    pub storage: Root,
-    /// Whether it exists.
-    pub resume: Resume,
-    /// Whether workers may have outlived an earlier coordinator of this run; not where they live and die with it.
-    pub ranks_may_live: bool,
-}
-
-/// Whether to go on with a run that exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resume {
-    /// It must not exist.
-    Never,
-    /// It must exist.
-    Always,
-    /// Go on with it if it exists; start it otherwise.
-    Auto,
-}
 
 /// A coordinator at work. Dropping it ends it at once, as a crash would.
 pub struct Running {

@@ -20,7 +20,10 @@ use potstill_storage::{
 };
 use uuid::Uuid;
 
-use super::{Options, Resume, StartError};
+use super::{
+    error::StartError,
+    options::{Options, Resume},
+};
 use crate::client::{self, Client};
 
 /// How long another coordinator of the run may take to show that it lives.

@@ -16,11 +16,12 @@ use potstill_distill::{
     gradient::Gradient,
     guidance::Guidance,
     loss::Weighting,
-    phase::{self, Settings},
+    noise_distribution::NoiseDistribution,
+    phase,
     random::Stream,
     schedule::Schedule,
+    settings::Settings,
     state::{Layout, Slice, State},
-    time::TimeLaw,
 };
 use potstill_models::{
     Condition, Denoiser, Embedded, Mode, TextCondition,
@@ -107,8 +108,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         alpha: 1.0,
         weighting: Weighting::ScoreIdentity,
         score_identity_weight: 1.0,
-        fake_score_times: TimeLaw::Uniform { first: 20, last: 979 },
-        generator_times: TimeLaw::Uniform { first: 20, last: 979 },
+        fake_score_times: NoiseDistribution::Uniform { first: 20, last: 979 },
+        generator_times: NoiseDistribution::Uniform { first: 20, last: 979 },
         guidance: Guidance {
             fake_score_training: 1.5,
             fake_score: 1.5,

@@ -9,9 +9,9 @@ use crate::{
     augmentation::Transforms,
     condition::Conditions,
     generator::Unroll,
-    phase::Settings,
+    noise_distribution::NoiseDistribution,
     random::{Purpose, Stream},
-    time::TimeLaw,
+    settings::Settings,
 };
 
 /// One micro-batch of N samples in one phase.
@@ -83,7 +83,13 @@ impl<'a> NamedStreams<'a> {
         [self.settings.micro_batch, channels, height, width]
     }
 
-    fn draw(&self, stream: &mut Stream, iteration: u64, condition: Condition, law: TimeLaw) -> Draw {
+    fn draw(
+        &self,
+        stream: &mut Stream,
+        iteration: u64,
+        condition: Condition,
+        law: NoiseDistribution,
+    ) -> Draw {
         let Settings { micro_batch, device, .. } = *self.settings;
         let unroll = self.settings.unroll(iteration);
         Draw {

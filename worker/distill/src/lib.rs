@@ -4,7 +4,7 @@
 //! asks for the loss of one micro-batch, back-propagates and reduces as it likes, and hands the gradient to [`adam`].
 //!
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
-//! - [`time`]: the laws of the diffusion time.
+//! - [`noise_distribution`]: how diffusion times are drawn.
 //! - [`condition`]: classes or texts of generated samples.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
 //! - [`guidance`]: predictions between and beyond conditional and unconditional.
@@ -12,11 +12,12 @@
 //! - [`adversarial`]: the third one, with real samples.
 //! - [`augmentation`]: EDM's, of what the fake score sees.
 //! - [`schedule`]: when the generator and its adversarial term start.
+//! - [`settings`]: what decides a micro-batch besides the networks.
 //! - [`draws`]: the random numbers of a micro-batch, as data.
 //! - [`phase`]: one micro-batch of either phase, networks and losses put together.
 //! - [`state`]: what a checkpoint holds: generator, its average, fake score, their Adam moments, and [`counters`].
 //! - [`adam`], [`ema`], [`gradient`]: the optimizer step.
-//! - [`score`]: FID, precision, recall, agreement, CLIP score.
+//! - [`metrics`]: FID, precision, recall, agreement, CLIP score.
 
 pub mod adam;
 pub mod adversarial;
@@ -29,9 +30,10 @@ pub mod generator;
 pub mod gradient;
 pub mod guidance;
 pub mod loss;
+pub mod metrics;
+pub mod noise_distribution;
 pub mod phase;
 pub mod random;
 pub mod schedule;
-pub mod score;
+pub mod settings;
 pub mod state;
-pub mod time;

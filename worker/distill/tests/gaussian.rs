@@ -14,9 +14,10 @@ use potstill_distill::{
     gradient::Gradient,
     guidance::Guidance,
     loss::Weighting,
-    phase::{self, Settings},
+    noise_distribution::NoiseDistribution,
+    phase,
     schedule::Schedule,
-    time::TimeLaw,
+    settings::Settings,
 };
 use potstill_models::{Condition, Denoiser, ForwardProcess, Mode, Parameters, process::DdpmPrediction};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -105,7 +106,7 @@ fn moments(generator: &dyn Denoiser, time: f64) -> (Tensor, Tensor) {
 fn distil(
     process: ForwardProcess,
     time: f64,
-    laws: [TimeLaw; 2],
+    laws: [NoiseDistribution; 2],
     weighting: Weighting,
     alpha: f64,
 ) -> [f64; 2] {
@@ -175,8 +176,8 @@ fn reached(name: &str, errors: [f64; 2]) {
 #[test]
 fn edm_reaches_the_teachers_gaussian() {
     let laws = [
-        TimeLaw::LogNormal { mean: -1.2, std: 1.2 },
-        TimeLaw::Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        NoiseDistribution::LogNormal { mean: -1.2, std: 1.2 },
+        NoiseDistribution::Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
     ];
     for alpha in [1.0, 1.2] {
         let process = ForwardProcess::Edm { sigma_data: 0.5 };
@@ -186,7 +187,7 @@ fn edm_reaches_the_teachers_gaussian() {
 
 #[test]
 fn ddpm_reaches_the_teachers_gaussian_with_either_prediction() {
-    let laws = [TimeLaw::Uniform { first: 20, last: 979 }; 2];
+    let laws = [NoiseDistribution::Uniform { first: 20, last: 979 }; 2];
     for prediction in [DdpmPrediction::Epsilon, DdpmPrediction::V] {
         let alphas_cumprod = ForwardProcess::scaled_linear(0.00085, 0.012, 1000);
         let process = ForwardProcess::Ddpm { alphas_cumprod, prediction };
@@ -197,7 +198,7 @@ fn ddpm_reaches_the_teachers_gaussian_with_either_prediction() {
 
 #[test]
 fn flow_reaches_the_teachers_gaussian_with_either_weighting() {
-    let laws = [TimeLaw::SID_DIT; 2];
+    let laws = [NoiseDistribution::SID_DIT; 2];
     for weighting in [Weighting::ScoreIdentity, Weighting::OneMinusT] {
         reached("flow", distil(ForwardProcess::Flow, 1.0, laws, weighting, 1.0));
     }

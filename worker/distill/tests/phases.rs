@@ -12,11 +12,12 @@ use potstill_distill::{
     generator::{Matching, generate},
     guidance::{self, Guidance},
     loss::Weighting,
-    phase::{self, MicroBatchLoss, Settings},
+    noise_distribution::NoiseDistribution,
+    phase::{self, MicroBatchLoss},
     random::{Purpose, Stream},
     schedule::Schedule,
+    settings::Settings,
     state::State,
-    time::TimeLaw,
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, ForwardProcess, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -65,8 +66,13 @@ fn settings(training_mode: Mode) -> Settings {
         matching: Matching::OneStep { weights: vec![1.0] },
         alpha: 1.2,
         weighting: Weighting::ScoreIdentity,
-        fake_score_times: TimeLaw::LogNormal { mean: -1.2, std: 1.2 },
-        generator_times: TimeLaw::Karras { sigma_min: 0.002, sigma_max: 80.0, rho: 7.0, u_max: 0.8 },
+        fake_score_times: NoiseDistribution::LogNormal { mean: -1.2, std: 1.2 },
+        generator_times: NoiseDistribution::Karras {
+            sigma_min: 0.002,
+            sigma_max: 80.0,
+            rho: 7.0,
+            u_max: 0.8,
+        },
         score_identity_weight: 100.0,
         guidance: Guidance::NONE,
         augmentation: None,

@@ -23,10 +23,7 @@ pub mod sampler;
 pub mod weights;
 
 pub use denoiser::{Condition, Denoiser, Embedded, Mode, TextCondition};
-pub use edm::{
-    EdmNetwork,
-    config::{ConfigError, EdmConfig},
-};
+pub use edm::{ConfigError, EdmNetwork, config::EdmConfig};
 pub use parameters::{Entry, Parameters};
 pub use process::ForwardProcess;
 pub use weights::{LoadError, SaveError};

@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     builder::{BufferSource, Declaration},
     diffusers,
-    edm::config::ConfigError,
+    edm::ConfigError,
     parameters::Parameters,
 };
 

@@ -19,8 +19,8 @@ use potstill_distill::{
     ema,
     gradient::Gradient,
     loss,
+    noise_distribution::NoiseDistribution,
     random::{Purpose, Stream},
-    time::TimeLaw,
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
 use potstill_proto::wire::Scores;
@@ -227,7 +227,7 @@ fn train(
     data: &Dataset,
 ) -> anyhow::Result<Box<dyn Denoiser>> {
     let t = &config.training;
-    let law = TimeLaw::LogNormal { mean: t.noise.mean, std: t.noise.std };
+    let law = NoiseDistribution::LogNormal { mean: t.noise.mean, std: t.noise.std };
     let batch = i64::from(t.batch);
     let flat = network.parameters().flat();
     let average = network.duplicate().frozen();

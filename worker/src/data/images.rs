@@ -6,8 +6,9 @@ use potstill_storage::Source;
 use tch::Tensor;
 
 use super::{
-    Dataset, Tally,
+    dataset::Dataset,
     formats::{FORMATS, is_image},
+    tally::Tally,
     tars,
 };
 use crate::data::protocol::Picture;

@@ -6,7 +6,7 @@ use image::{DynamicImage, imageops::FilterType};
 use potstill_storage::Source;
 use tch::{Kind, Tensor};
 
-use super::{Tally, tars};
+use super::{tally::Tally, tars};
 
 /// One image of the model's size with its caption.
 pub struct Pair {

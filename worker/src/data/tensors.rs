@@ -4,7 +4,7 @@ use anyhow::{Context, bail, ensure};
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 use tch::{Kind, Tensor};
 
-use super::Dataset;
+use super::dataset::Dataset;
 
 pub(super) fn parse(bytes: &[u8]) -> anyhow::Result<Dataset> {
     let file = SafeTensors::deserialize(bytes).context("is not a safetensors file, or it is truncated")?;

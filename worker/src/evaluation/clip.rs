@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, anyhow, ensure};
-use potstill_distill::score;
+use potstill_distill::metrics;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
@@ -70,6 +70,6 @@ impl Clip {
             of_images == of_texts && matches!(of_images[..], [n, _] if n == count),
             "turns {count} images and prompts into embeddings {of_images:?} and {of_texts:?}; expected [{count}, D] twice"
         );
-        Ok(score::clip(&images, &texts))
+        Ok(metrics::clip(&images, &texts))
     }
 }

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
-use potstill_distill::score::{self, Moments};
+use potstill_distill::metrics::{self, Moments};
 use potstill_proto::wire::Scores;
 use potstill_spec::{EvaluationSpec, Protocol};
 use tch::{Device, Kind, Tensor};
@@ -235,17 +235,17 @@ impl Evaluator {
             Some(real) => {
                 // All distances between tens of thousands of rows: a GPU's work where there is one.
                 let [real, features] = [real, features].map(|x| x.to_device(self.extractor.device));
-                score::precision_recall(&real, &features, self.spec.neighbours.into())
+                metrics::precision_recall(&real, &features, self.spec.neighbours.into())
             }
             None => (f64::NAN, f64::NAN),
         };
         tell(Scoring::Compare);
         let agreement = match (logits, self.samples.labels()) {
-            (Some(logits), Some(labels)) => score::agreement(logits, &labels),
+            (Some(logits), Some(labels)) => metrics::agreement(logits, &labels),
             _ => f64::NAN,
         };
         let diversity = match self.samples.has_pairs() {
-            true => score::diversity(features, self.samples.groups()),
+            true => metrics::diversity(features, self.samples.groups()),
             false => f64::NAN,
         };
         Ok(Scores {

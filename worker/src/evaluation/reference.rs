@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use npyz::npz::NpzArchive;
-use potstill_distill::score::Moments;
+use potstill_distill::metrics::Moments;
 use potstill_models::weights::{self, Archive};
 use potstill_spec::Protocol;
 use tch::{Device, Kind, Tensor};

@@ -4,29 +4,28 @@ mod location;
 mod prompts;
 mod real_pairs;
 mod row_cache;
+mod space;
 mod steps;
 pub mod student;
 
 use std::{path::Path, rc::Rc};
 
 use anyhow::{Context, ensure};
-use potstill_distill::condition::{Classes, Conditions};
 use potstill_models::{
     Denoiser, EdmNetwork, Parameters,
     diffusers::{Autoencoder, LatentDenoiser, ModelFolder, TextConditioner},
 };
-use potstill_spec::{PromptsSpec, RunSpec};
+use potstill_spec::RunSpec;
 use potstill_storage::digest::sha256_of;
-use potstill_torch_ext::Autocast;
-use tch::{Device, Tensor, no_grad};
+use tch::Device;
 
-use self::real_pairs::RealPairs;
+use self::space::Texts;
 pub use self::{
     location::fetch_model,
-    prompts::Prompts,
+    prompts::{Prompts, Wanted},
+    space::Space,
     steps::{initial_timestep, times},
 };
-use crate::data::pairs::Pair;
 
 /// A network, and what turns texts into its conditions and its samples into images, where it needs that.
 pub struct Model {
@@ -44,7 +43,7 @@ pub struct Latent {
     pub autoencoder: Autoencoder,
     /// Texts → conditions.
     pub conditioner: TextConditioner,
-    /// SHA-256 of the folder, where somebody asked for it.
+    /// SHA-256 of the folder, where it was asked for.
     digest: Option<String>,
 }
 
@@ -146,141 +145,6 @@ impl Model {
             Prompts::new(prompts, captions, evaluation, latent.conditioner, [height, width], digest)?;
         let texts = Texts { autoencoder: latent.autoencoder, prompts, evaluation, digest: latent.digest };
         Ok((self.network, Space { sample, classes, texts: Some(Rc::new(texts)) }))
-    }
-}
-
-/// Which prompts a text-to-image model is shown.
-pub enum Wanted<'a> {
-    /// Those of a file.
-    File(&'a PromptsSpec),
-    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws
-    /// from.
-    Evaluation {
-        /// The training's.
-        like: &'a PromptsSpec,
-        /// As [`PromptsSpec::data`].
-        data: &'a str,
-        /// As [`PromptsSpec::column`].
-        column: &'a str,
-    },
-    /// These.
-    These(Vec<String>),
-}
-
-impl<'a> Wanted<'a> {
-    /// What a run is scored on where it says so.
-    pub fn evaluation(spec: &'a RunSpec) -> Option<Self> {
-        let (like, e) = (spec.prompts.as_ref()?, &spec.evaluation);
-        let column = e.prompts_column.as_ref().unwrap_or(&like.column);
-        Some(Self::Evaluation { like, data: e.prompts.as_deref()?, column })
-    }
-}
-
-/// What a network's samples are, and what they are made for.
-#[derive(Clone)]
-pub struct Space {
-    /// Channels, height, width of a sample.
-    pub sample: [i64; 3],
-    /// Classes of a class-conditional network, else 0.
-    pub classes: i64,
-    texts: Option<Rc<Texts>>,
-}
-
-struct Texts {
-    autoencoder: Autoencoder,
-    prompts: Prompts,
-    /// What it is scored on, where that is something else.
-    evaluation: Option<Prompts>,
-    /// SHA-256 of the model, where somebody asked for it.
-    digest: Option<String>,
-}
-
-impl Space {
-    /// Of a network that makes images from classes, or from nothing.
-    pub fn of(network: &dyn Denoiser) -> Self {
-        Self { sample: network.sample_shape(), classes: network.classes(), texts: None }
-    }
-
-    /// Channels, height, width of an image.
-    pub fn image_shape(&self) -> [i64; 3] {
-        match &self.texts {
-            Some(texts) => texts.autoencoder.config().image_shape([self.sample[1], self.sample[2]]),
-            None => self.sample,
-        }
-    }
-
-    /// Whether a sample can be made for something, so that guidance means something.
-    pub fn is_conditional(&self) -> bool {
-        self.classes > 0 || self.texts.is_some()
-    }
-
-    /// The prompts of a text-to-image model.
-    pub fn prompts(&self) -> Option<&Prompts> {
-        self.texts.as_ref().map(|texts| &texts.prompts)
-    }
-
-    /// The prompts that a text-to-image model is scored on.
-    pub fn evaluation_prompts(&self) -> Option<&Prompts> {
-        let texts = self.texts.as_ref()?;
-        Some(texts.evaluation.as_ref().unwrap_or(&texts.prompts))
-    }
-
-    /// Samples [N, C, H, W] as images fp32 in [−1, 1]: of latents one image at a time, in tiles where they are large.
-    pub fn images(&self, samples: &Tensor) -> Tensor {
-        let Some(texts) = &self.texts else { return samples.shallow_clone() };
-        let images: Vec<Tensor> = no_grad(|| {
-            samples
-                .split(1, 0)
-                .iter()
-                .map(|one| texts.autoencoder.decode_tiled(one).clamp(-1.0, 1.0))
-                .collect()
-        });
-        Tensor::cat(&images, 0)
-    }
-
-    /// Real images whose captions are those that this space was made with, as the adversarial loss of a text-to-image model sees
-    /// them; with a folder their latents are kept there.
-    ///
-    /// # Errors
-    /// The model is none; the folder cannot be written.
-    pub fn real_pairs(&self, pairs: Vec<Pair>, cache: Option<&Path>) -> anyhow::Result<RealPairs> {
-        let texts = self.texts.as_ref().context("image-text pairs are for text-to-image models")?;
-        let [_, height, width] = self.image_shape();
-        let cache = match cache {
-            Some(folder) => Some((
-                folder,
-                texts
-                    .digest
-                    .as_deref()
-                    .context("the model's folder was not hashed, which names what is kept")?,
-            )),
-            None => None,
-        };
-        RealPairs::new(Rc::clone(texts), pairs, [height, width], cache)
-    }
-
-    /// What training draws its conditions from.
-    pub fn conditions(&self) -> Box<dyn Conditions> {
-        match &self.texts {
-            Some(texts) => Box::new(OfPrompts(Rc::clone(texts))),
-            None => Box::new(Classes(self.classes)),
-        }
-    }
-}
-
-struct OfPrompts(Rc<Texts>);
-
-impl Conditions for OfPrompts {
-    fn draw(
-        &self,
-        stream: &mut potstill_distill::random::Stream,
-        n: i64,
-        device: Device,
-    ) -> potstill_models::Condition {
-        let prompts = &self.0.prompts;
-        // Embeddings are the same with and without a cache.
-        let _fp32 = Autocast::pause();
-        prompts.condition(&stream.integers(n, prompts.len()), device)
     }
 }
 

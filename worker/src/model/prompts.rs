@@ -7,12 +7,40 @@ use potstill_models::{
     Condition, Embedded, TextCondition,
     diffusers::{TextConditioner, Tokenizer, Tokens},
 };
+use potstill_spec::{PromptsSpec, RunSpec};
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::{Wanted, row_cache::RowCache};
+use super::row_cache::RowCache;
 use crate::data::prompt_file::{Read, read_prompts};
+
+/// Which prompts a text-to-image model is shown.
+pub enum Wanted<'a> {
+    /// Those of a file.
+    File(&'a PromptsSpec),
+    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws
+    /// from.
+    Evaluation {
+        /// The training's.
+        like: &'a PromptsSpec,
+        /// As [`PromptsSpec::data`].
+        data: &'a str,
+        /// As [`PromptsSpec::column`].
+        column: &'a str,
+    },
+    /// These.
+    These(Vec<String>),
+}
+
+impl<'a> Wanted<'a> {
+    /// What a run is scored on where it says so.
+    pub fn evaluation(spec: &'a RunSpec) -> Option<Self> {
+        let (like, e) = (spec.prompts.as_ref()?, &spec.evaluation);
+        let column = e.prompts_column.as_ref().unwrap_or(&like.column);
+        Some(Self::Evaluation { like, data: e.prompts.as_deref()?, column })
+    }
+}
 
 /// Prompts, and what turns them into conditions.
 pub struct Prompts {

@@ -13,7 +13,11 @@ use potstill_models::Condition;
 use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
-use super::{Texts, prompts::distinct, row_cache::RowCache};
+use super::{
+    prompts::distinct,
+    row_cache::RowCache,
+    space::{Space, Texts},
+};
 use crate::data::pairs::Pair;
 
 /// See the module's documentation.
@@ -24,6 +28,29 @@ pub struct RealPairs {
     sides: [i64; 2],
     /// Mean and log variance of each one's latent, where they are kept.
     moments: Option<RowCache>,
+}
+
+impl Space {
+    /// Real images whose captions are those that this space was made with, as the adversarial loss of a text-to-image model sees
+    /// them; with a folder their latents are kept there.
+    ///
+    /// # Errors
+    /// The model is none; the folder cannot be written.
+    pub fn real_pairs(&self, pairs: Vec<Pair>, cache: Option<&Path>) -> anyhow::Result<RealPairs> {
+        let texts = self.texts.as_ref().context("image-text pairs are for text-to-image models")?;
+        let [_, height, width] = self.image_shape();
+        let cache = match cache {
+            Some(folder) => Some((
+                folder,
+                texts
+                    .digest
+                    .as_deref()
+                    .context("the model's folder was not hashed, which names what is kept")?,
+            )),
+            None => None,
+        };
+        RealPairs::new(Rc::clone(texts), pairs, [height, width], cache)
+    }
 }
 
 impl RealPairs {

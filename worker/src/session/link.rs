@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Streaming, transport::Endpoint};
 
-use super::{Inbound, Progress, Terms, retained::Retained};
+use super::{progress::Progress, retained::Retained};
 use crate::process::lifeline;
 
 /// How long a starting rank tries to reach the coordinator, which may be starting too.
@@ -28,6 +28,24 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A connection that is silent for so long is asked whether it lives, and has so long to answer.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(7));
+
+/// What the welcome says.
+#[derive(Clone)]
+pub struct Terms {
+    pub run_id: String,
+    pub specification: String,
+    pub storage_url: String,
+    pub heartbeat: Duration,
+    pub collective_timeout: Duration,
+    /// How long to go on without a coordinator.
+    pub patience: Duration,
+}
+
+/// What the training thread gets.
+pub(super) enum Inbound {
+    Message(ToWorker),
+    Lost(String),
+}
 
 /// Sends to the coordinator, from any thread, whether or not there is a stream at the moment.
 #[derive(Clone, Default)]

@@ -13,10 +13,7 @@ mod orders;
 mod progress;
 mod retained;
 
-use std::{
-    sync::{Arc, mpsc},
-    time::Duration,
-};
+use std::sync::{Arc, mpsc};
 
 use anyhow::{Context, bail};
 use potstill_c10d::ProcessGroup;
@@ -26,25 +23,12 @@ use potstill_proto::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::link::{Entered, Link};
-pub use self::{link::Outbox, orders::Orders, progress::Progress};
-
-/// What the welcome says.
-#[derive(Clone)]
-pub struct Terms {
-    pub run_id: String,
-    pub specification: String,
-    pub storage_url: String,
-    pub heartbeat: Duration,
-    pub collective_timeout: Duration,
-    /// How long to go on without a coordinator.
-    pub patience: Duration,
-}
-
-enum Inbound {
-    Message(ToWorker),
-    Lost(String),
-}
+use self::link::{Entered, Inbound, Link};
+pub use self::{
+    link::{Outbox, Terms},
+    orders::Orders,
+    progress::Progress,
+};
 
 /// A worker's talk with the coordinators of its run.
 pub struct Session {

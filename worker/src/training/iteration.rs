@@ -9,7 +9,7 @@ use potstill_proto::{
     wire::{StepReport, StepSeconds},
 };
 
-use super::{Interruption, Member, heed, step::Totals};
+use super::{Member, heed, interruption::Interruption, step::Totals};
 use crate::{
     process::faults,
     training::control_lane::{Flags, Lane},

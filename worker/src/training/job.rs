@@ -12,10 +12,10 @@ use potstill_distill::{
     generator::Matching,
     guidance::Guidance,
     loss::Weighting,
-    phase::Settings,
+    noise_distribution::NoiseDistribution,
     schedule::Schedule,
+    settings::Settings,
     state::{Layout, Slice, State},
-    time::TimeLaw,
 };
 use potstill_models::{Denoiser, ForwardProcess, Mode};
 use potstill_proto::message::Assignment;
@@ -221,12 +221,12 @@ impl Job {
 }
 
 /// Laws of the times of the fake-score phase and of the generator phase.
-fn time_laws(spec: &RunSpec, process: &ForwardProcess) -> [TimeLaw; 2] {
+fn noise_distributions(spec: &RunSpec, process: &ForwardProcess) -> [NoiseDistribution; 2] {
     let d = &spec.distillation;
     match process {
         ForwardProcess::Edm { .. } => [
-            TimeLaw::LogNormal { mean: d.fake_score_noise.mean, std: d.fake_score_noise.std },
-            TimeLaw::Karras {
+            NoiseDistribution::LogNormal { mean: d.fake_score_noise.mean, std: d.fake_score_noise.std },
+            NoiseDistribution::Karras {
                 sigma_min: d.generator_noise.sigma_min,
                 sigma_max: d.generator_noise.sigma_max,
                 rho: d.generator_noise.rho,
@@ -235,15 +235,15 @@ fn time_laws(spec: &RunSpec, process: &ForwardProcess) -> [TimeLaw; 2] {
         ],
         ForwardProcess::Ddpm { .. } => {
             let [first, last] = d.timesteps.map(i64::from);
-            [TimeLaw::Uniform { first, last }; 2]
+            [NoiseDistribution::Uniform { first, last }; 2]
         }
-        ForwardProcess::Flow => [TimeLaw::SID_DIT; 2],
+        ForwardProcess::Flow => [NoiseDistribution::SID_DIT; 2],
     }
 }
 
 /// What decides a micro-batch besides the networks, for a teacher on this process.
 pub fn settings(spec: &RunSpec, process: &ForwardProcess, device: Device) -> Settings {
-    let [fake_score_times, generator_times] = time_laws(spec, process);
+    let [fake_score_times, generator_times] = noise_distributions(spec, process);
     let (d, [fake_score_training, fake_score, teacher]) = (&spec.distillation, spec.guidance.scales());
     Settings {
         seed: d.seed,

@@ -11,11 +11,20 @@ use potstill_proto::{
 };
 use tch::Device;
 
-use super::{Holding, Interruption, Job};
-use crate::{checkpoint, process::chain::chain, session::Session, training::transfer};
+use super::{interruption::Interruption, job::Job, transfer};
+use crate::{checkpoint, process::chain::chain, session::Session};
 
 /// How often a rank that waits to join looks for other orders.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// The state a rank holds between generations.
+#[derive(Default)]
+pub struct Holding {
+    /// `None`: nothing worth keeping.
+    pub state: Option<State>,
+    /// How far it is; the start when there is no state.
+    pub cursor: Cursor,
+}
 
 /// Meets the other ranks. Waiting for them cannot be interrupted, so a thread of its own does it, and is left behind when
 /// the coordinator calls this rank away.

@@ -1,6 +1,7 @@
 //! What a rank does in one generation: take the state, then iterate until the run ends or the generation does.
 
 mod control_lane;
+mod interruption;
 mod iteration;
 mod job;
 mod joining;
@@ -20,14 +21,18 @@ use potstill_proto::{
     wire::{EvaluationReport, ShardFailed, Subject},
 };
 
-pub use self::job::{Inputs, Job};
 use self::{
     control_lane::Flags,
+    interruption::Interruption,
     joining::{join, obtain_state},
     step::Trainer,
 };
 #[cfg(test)]
 pub use self::{job::settings, step::Recipe};
+pub use self::{
+    job::{Inputs, Job},
+    joining::Holding,
+};
 use crate::{
     checkpoint::{self, Save, Share},
     evaluation::{Scoring, pictures, samples::Sampler},
@@ -53,41 +58,6 @@ pub enum Ending {
     },
     /// It has left the group: it was told to, or a collective failed.
     Left(String),
-}
-
-/// Why the work of a generation stops before its end.
-pub enum Interruption {
-    Left(String),
-    Damaged { manifest_key: String, error: String },
-    Collective(potstill_c10d::Error),
-    Fatal(anyhow::Error),
-}
-
-impl From<potstill_torch_ext::Error> for Interruption {
-    fn from(error: potstill_torch_ext::Error) -> Self {
-        Self::from(potstill_c10d::Error::from(error))
-    }
-}
-
-impl From<potstill_c10d::Error> for Interruption {
-    fn from(error: potstill_c10d::Error) -> Self {
-        Self::Collective(error)
-    }
-}
-
-impl From<anyhow::Error> for Interruption {
-    fn from(error: anyhow::Error) -> Self {
-        Self::Fatal(error)
-    }
-}
-
-/// The state a rank holds between generations.
-#[derive(Default)]
-pub struct Holding {
-    /// `None`: nothing worth keeping.
-    pub state: Option<State>,
-    /// How far it is; the start when there is no state.
-    pub cursor: Cursor,
 }
 
 /// One generation's work on this rank.

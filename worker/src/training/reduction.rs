@@ -9,7 +9,7 @@ use potstill_models::{Denoiser, Parameters};
 use potstill_torch_ext::clear_gradients;
 use tch::{Kind, Tensor, no_grad};
 
-use super::Interruption;
+use super::interruption::Interruption;
 
 /// See the module's documentation.
 pub enum Reduction {

@@ -16,8 +16,8 @@ use potstill_distill::{
     draws::{Draw, Draws, RealDraw},
     ema,
     generator::Unroll,
+    noise_distribution::NoiseDistribution,
     state::{Layout, State},
-    time::TimeLaw,
 };
 use potstill_models::{
     Condition, Denoiser, EdmConfig, EdmNetwork, Embedded, ForwardProcess, Mode, Parameters, TextCondition,
@@ -295,7 +295,7 @@ impl Recording {
 struct Recorded<'a> {
     recording: &'a Recording,
     classes: i64,
-    laws: [TimeLaw; 2],
+    laws: [NoiseDistribution; 2],
 }
 
 impl Recorded<'_> {
@@ -317,14 +317,14 @@ impl Recorded<'_> {
         }
     }
 
-    fn time(&self, phase: &str, law: TimeLaw, iteration: u64, micro_batch: u32) -> Tensor {
+    fn time(&self, phase: &str, law: NoiseDistribution, iteration: u64, micro_batch: u32) -> Tensor {
         let recording = self.recording;
         let at = |name: &str| recording.at(&format!("{phase}.{name}"), iteration, micro_batch);
         if recording.has(&format!("{phase}.timesteps")) {
             return at("timesteps").to_kind(Kind::Float);
         }
         let numbers = match law {
-            TimeLaw::Karras { .. } => at("uniform"),
+            NoiseDistribution::Karras { .. } => at("uniform"),
             _ => at("normal"),
         };
         let numbers: Vec<f64> = Vec::try_from(numbers.to_kind(Kind::Double)).unwrap();
@@ -334,7 +334,7 @@ impl Recorded<'_> {
         theirs
     }
 
-    fn draw(&self, phase: &str, law: TimeLaw, iteration: u64, micro_batch: u32) -> Draw {
+    fn draw(&self, phase: &str, law: NoiseDistribution, iteration: u64, micro_batch: u32) -> Draw {
         let recording = self.recording;
         let z = recording.at(&format!("{phase}.z"), iteration, micro_batch);
         let steps = if z.dim() == 5 { z.size()[0] } else { 1 };

@@ -14,7 +14,8 @@ use potstill_distill::{
     counters::Network,
     draws::Draws,
     gradient::{Clip, Gradient},
-    phase::{self, MicroBatchLoss, Settings},
+    phase::{self, MicroBatchLoss},
+    settings::Settings,
     state::{Slice, State},
 };
 use potstill_models::Denoiser;
@@ -23,7 +24,7 @@ use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec};
 use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
-use super::{Interruption, reduction::Reduction};
+use super::{interruption::Interruption, reduction::Reduction};
 use crate::{process::faults, session::Progress, training::transfer};
 
 /// What decides an optimizer step besides the gradient.

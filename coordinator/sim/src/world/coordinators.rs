@@ -8,39 +8,11 @@ use potstill_core::{
 
 use rand::RngExt;
 
-use super::{Happening, World};
-
-/// What storage makes of a manifest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is written.
-    Written,
-    /// It is not.
-    Refused,
-    /// It is written, and the answer is an error.
-    Lie,
-}
-
-/// One coordinator.
-#[derive(Debug)]
-pub(super) struct Coordinator {
-    /// `None` when it has died or ended.
-    pub(super) core: Option<Core>,
-    /// The journal's record that it writes next.
-    pub(super) next_record: usize,
-    /// It dies right after so many more records.
-    pub(super) dies_after: Option<u32>,
-    /// When it is to be woken.
-    timer: Option<u64>,
-    /// Who asked it for a checkpoint and has no answer yet.
-    pub(super) clients: BTreeMap<ClientId, u64>,
-    /// The iteration that it told people about last.
-    pub(super) told: Option<u64>,
-    /// The newest generation that it wrote down.
-    pub(super) generation: Option<u64>,
-    /// Its last record was answered with an error.
-    unwritten: bool,
-}
+use super::{
+    World,
+    happening::{Happening, Verdict},
+    parts::Coordinator,
+};
 
 /// Why a shell stops carrying out a step's actions.
 enum Halt {

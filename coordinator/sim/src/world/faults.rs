@@ -4,7 +4,7 @@ use potstill_core::{ClientId, Event};
 use potstill_proto::message::FromWorker;
 use rand::RngExt;
 
-use super::{Happening, World};
+use super::{World, happening::Happening};
 use crate::process::Stage;
 
 impl World {

@@ -3,34 +3,11 @@
 use potstill_core::{Event, StreamId};
 use potstill_proto::message::{FromWorker, Hello, ToWorker};
 
-use super::{Happening, World};
-
-/// What a worker's end of a stream carries.
-#[derive(Clone, Debug)]
-pub enum Up {
-    /// The first message.
-    Hello(Hello),
-    /// Any other.
-    Message(FromWorker),
-    /// The end.
-    End,
-}
-
-/// One stream. Its number is its [`StreamId`] too.
-#[derive(Debug)]
-pub(super) struct Link {
-    pub(super) coordinator: usize,
-    pub(super) process: usize,
-    /// A partition has broken it: nothing passes any more, and neither end knows yet.
-    pub(super) broken: bool,
-    /// Whether the coordinator believes in it.
-    pub(super) open: bool,
-    /// Messages on their way, or not yet looked at by a worker.
-    pub(super) up: u32,
-    pub(super) down: u32,
-    up_until: u64,
-    down_until: u64,
-}
+use super::{
+    World,
+    happening::{Happening, Up},
+    parts::Link,
+};
 
 impl World {
     pub(super) fn connect(&mut self, coordinator: usize, process: usize) -> usize {

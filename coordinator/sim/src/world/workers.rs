@@ -9,7 +9,10 @@ use potstill_proto::{
 
 use rand::RngExt;
 
-use super::{Happening, World, links::Up};
+use super::{
+    World,
+    happening::{Happening, Up},
+};
 use crate::{
     group::Flags,
     process::{Process, Stage},

@@ -2,17 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::unet::UNet;
-use crate::builder::{Declaration, Scope};
-
-/// Why a configuration describes no network.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the network's configuration is not valid:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
-pub struct ConfigError {
-    /// One line for each problem, naming the field or the layer.
-    pub problems: Vec<String>,
-}
-
 /// Which U-Net is inside the preconditioning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelType {
@@ -135,42 +124,13 @@ impl Default for EdmConfig {
 }
 
 impl EdmConfig {
-    /// Checks that there is such a network, and that every resolution in `attn_resolutions` is one of its own. (The official
-    /// code ignores the others, so weights load with them.)
-    ///
-    /// # Errors
-    /// [`ConfigError`] with every problem found.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        self.declare()?;
-        let known: Vec<i64> = self.resolutions().collect();
-        let problems: Vec<String> = (self.attn_resolutions.iter())
-            .filter(|resolution| !known.contains(resolution))
-            .map(|r| format!("attn_resolutions has {r}, but the network's resolutions are {known:?}"))
-            .collect();
-        if problems.is_empty() { Ok(()) } else { Err(ConfigError { problems }) }
-    }
-
-    /// The parameters and buffers of the network, if there is such a network.
-    pub(crate) fn declare(&self) -> Result<Declaration, ConfigError> {
-        let problems = self.problems();
-        if !problems.is_empty() {
-            return Err(ConfigError { problems });
-        }
-        let mut declaration = Declaration::default();
-        UNet::new(&mut Scope::root(&mut declaration).child("model"), self);
-        match declaration.problems() {
-            [] => Ok(declaration),
-            problems => Err(ConfigError { problems: problems.to_vec() }),
-        }
-    }
-
     /// Resolution of each level, from the full one down.
     pub(crate) fn resolutions(&self) -> impl DoubleEndedIterator<Item = i64> + ExactSizeIterator {
         (0..self.channel_mult.len()).map(|level| self.img_resolution >> level)
     }
 
     /// What is wrong with the fields themselves; layers find the rest.
-    fn problems(&self) -> Vec<String> {
+    pub(crate) fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut require = |holds: bool, problem: String| {
             if !holds {

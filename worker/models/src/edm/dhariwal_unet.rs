@@ -5,8 +5,8 @@ use tch::Tensor;
 use super::{
     block::{BlockShape, BlockStyle, Heads, Injection, UNetBlock},
     config::EdmConfig,
+    inputs::Inputs,
     layers::{Conv2d, Direction, GroupNorm, InitLaw, Linear, Sinusoids, drop_labels},
-    unet::Inputs,
 };
 use crate::builder::Scope;
 

@@ -5,20 +5,20 @@
 mod block;
 pub mod config;
 mod dhariwal_unet;
+mod error;
+mod inputs;
 mod layers;
 mod preconditioning;
 mod song_unet;
 mod unet;
+mod validate;
 
 use std::{collections::BTreeMap, path::Path};
 
 use tch::{Device, Kind, Tensor};
 
-use self::{
-    config::{ConfigError, EdmConfig},
-    preconditioning::Coefficients,
-    unet::{Inputs, UNet},
-};
+pub use self::error::ConfigError;
+use self::{config::EdmConfig, inputs::Inputs, preconditioning::Coefficients, unet::UNet};
 use crate::{
     builder::{Binding, Scope},
     denoiser::{Condition, Denoiser, Mode},

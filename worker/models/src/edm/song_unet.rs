@@ -7,8 +7,8 @@ use tch::Tensor;
 use super::{
     block::{BlockShape, BlockStyle, Heads, Injection, UNetBlock},
     config::{DecoderType, EdmConfig, EmbeddingType, EncoderType},
+    inputs::Inputs,
     layers::{Conv2d, Direction, GroupNorm, InitLaw, Linear, Resample, Sinusoids, drop_labels},
-    unet::Inputs,
 };
 use crate::builder::Scope;
 

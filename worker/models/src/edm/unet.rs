@@ -5,20 +5,10 @@ use tch::Tensor;
 use super::{
     config::{EdmConfig, ModelType},
     dhariwal_unet::DhariwalUNet,
+    inputs::Inputs,
     song_unet::SongUNet,
 };
-use crate::{builder::Scope, denoiser::Mode};
-
-/// What a U-Net is given beside the noisy sample.
-pub(crate) struct Inputs<'a> {
-    /// c_noise, `[N]` or `[1]`.
-    pub noise: &'a Tensor,
-    /// [N or 1, classes]; there is one exactly when the network has classes.
-    pub labels: Option<Tensor>,
-    /// [N or 1, augment_dim]; there is one exactly when the network takes augmentation labels.
-    pub augment: Option<Tensor>,
-    pub mode: Mode,
-}
+use crate::builder::Scope;
 
 pub(crate) enum UNet {
     Song(SongUNet),

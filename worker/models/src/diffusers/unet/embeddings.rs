@@ -3,9 +3,8 @@
 use tch::{Kind, Tensor};
 
 use super::{
-    UNetInputs,
     config::{ClassEmbedding, UNetConfig},
-    number,
+    inputs::UNetInputs,
 };
 use crate::{
     builder::Scope,
@@ -139,4 +138,9 @@ impl TwoLayers {
     fn forward(&self, x: &Tensor) -> Tensor {
         self.second.forward(&self.first.forward(&x.to_kind(self.first.kind())).silu())
     }
+}
+
+/// fp32 on the device of `like`.
+fn number(x: &Tensor, like: &Tensor) -> Tensor {
+    x.to_device(like.device()).to_kind(Kind::Float)
 }

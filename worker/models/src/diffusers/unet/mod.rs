@@ -3,6 +3,7 @@
 mod activations;
 pub(crate) mod config;
 mod embeddings;
+mod inputs;
 mod transformer;
 
 use tch::{Kind, Tensor};
@@ -10,6 +11,7 @@ use tch::{Kind, Tensor};
 pub use self::{
     activations::{Kept, Pass},
     config::{SampleSize, UNetConfig},
+    inputs::UNetInputs,
 };
 use self::{
     embeddings::Embeddings,
@@ -20,20 +22,6 @@ use super::{
     resnet::{Resnet, ResnetShape},
 };
 use crate::{builder::Scope, recomputed::Recomputed};
-
-/// What a U-Net is given beside the noisy latents.
-pub struct UNetInputs<'a> {
-    /// Timesteps, `[N]` or `[1]`.
-    pub time: &'a Tensor,
-    /// The text's states, [N, tokens, width].
-    pub states: &'a Tensor,
-    /// SDXL's pooled text [N, width] and micro-conditioning [N, 6].
-    pub text_time: Option<(&'a Tensor, &'a Tensor)>,
-    /// Classes, where the network has some: indices `[N]`, numbers `[N]`, or vectors [N, width].
-    pub class_labels: Option<&'a Tensor>,
-    /// Whether activations are computed again in the backward pass instead of being kept.
-    pub recompute: bool,
-}
 
 /// The network around its parameters.
 pub(crate) struct UNet {
@@ -271,9 +259,4 @@ fn residual(scope: Scope, shape: ResnetShape) -> Recomputed<Resnet> {
 
 fn attending(scope: Scope, shape: TransformerShape) -> Recomputed<Transformer> {
     Recomputed::new(scope, |scope| Transformer::new(scope, shape))
-}
-
-/// fp32 on the device of `like`.
-fn number(x: &Tensor, like: &Tensor) -> Tensor {
-    x.to_device(like.device()).to_kind(Kind::Float)
 }

@@ -6,7 +6,7 @@ use crate::random::Stream;
 
 /// A law of times of one family of forward processes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum TimeLaw {
+pub enum NoiseDistribution {
     /// EDM: ln σ ~ N(mean, std²), its training law (2206.00364, table 1).
     LogNormal {
         /// Mean of ln σ.
@@ -42,7 +42,7 @@ pub enum TimeLaw {
     },
 }
 
-impl TimeLaw {
+impl NoiseDistribution {
     /// The law of both phases on a flow: t = sigmoid(N(ln 2, 1.6²)) (2509.25127).
     pub const SID_DIT: Self = Self::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 };
 
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
     use crate::random::Purpose;
 
-    fn sorted(law: TimeLaw) -> Vec<f32> {
+    fn sorted(law: NoiseDistribution) -> Vec<f32> {
         let mut stream = Stream::new(3, 0, Purpose::Evaluation, 0, Device::Cpu);
         let mut times = Vec::<f32>::try_from(law.draw(&mut stream, 20_000, Device::Cpu)).unwrap();
         times.sort_by(f32::total_cmp);
@@ -99,12 +99,12 @@ mod tests {
         let near = |found: f64, expected: f64| {
             assert!((found / expected - 1.0).abs() < 0.05, "{found} and {expected}");
         };
-        let t = sorted(TimeLaw::LogNormal { mean: -1.2, std: 1.2 });
+        let t = sorted(NoiseDistribution::LogNormal { mean: -1.2, std: 1.2 });
         near(quantile(&t, 0.5), (-1.2f64).exp());
         near(quantile(&t, 0.841_344_7), 1.0);
 
         let (sigma_min, sigma_max, rho) = (0.002, 80.0, 7.0);
-        let t = sorted(TimeLaw::Karras { sigma_min, sigma_max, rho, u_max: 0.8 });
+        let t = sorted(NoiseDistribution::Karras { sigma_min, sigma_max, rho, u_max: 0.8 });
         let at = |u: f64| {
             let (low, high) = (0.002f64.powf(1.0 / 7.0), 80f64.powf(1.0 / 7.0));
             (low + u * (high - low)).powi(7)
@@ -113,12 +113,12 @@ mod tests {
         near(f64::from(t[0]), 0.002);
         assert!(f64::from(t[t.len() - 1]) < at(0.8));
 
-        let t = sorted(TimeLaw::Uniform { first: 20, last: 979 });
+        let t = sorted(NoiseDistribution::Uniform { first: 20, last: 979 });
         assert_eq!((t[0], t[t.len() - 1]), (20.0, 979.0));
         near(quantile(&t, 0.25), 20.0 + 0.25 * 960.0);
         assert!(t.iter().all(|t| t.fract() == 0.0));
 
-        let t = sorted(TimeLaw::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 });
+        let t = sorted(NoiseDistribution::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 });
         near(quantile(&t, 0.5), 2.0 / 3.0);
         assert!(t[0] > 0.0 && t[t.len() - 1] < 1.0);
     }

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use potstill_distill::score::{Moments, precision_recall};
+use potstill_distill::metrics::{Moments, precision_recall};
 use potstill_models::weights::Archive;
 
 #[test]

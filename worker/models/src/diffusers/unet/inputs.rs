@@ -1,0 +1,17 @@
+//! What a U-Net is given beside the noisy latents.
+
+use tch::Tensor;
+
+/// What a U-Net is given beside the noisy latents.
+pub struct UNetInputs<'a> {
+    /// Timesteps, `[N]` or `[1]`.
+    pub time: &'a Tensor,
+    /// The text's states, [N, tokens, width].
+    pub states: &'a Tensor,
+    /// SDXL's pooled text [N, width] and micro-conditioning [N, 6].
+    pub text_time: Option<(&'a Tensor, &'a Tensor)>,
+    /// Classes, where the network has some: indices `[N]`, numbers `[N]`, or vectors [N, width].
+    pub class_labels: Option<&'a Tensor>,
+    /// Whether activations are computed again in the backward pass instead of being kept.
+    pub recompute: bool,
+}

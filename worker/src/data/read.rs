@@ -1,0 +1,83 @@
+//! Reading images with their classes. They come from one of:
+//! - a safetensors file: `images` u8 [N, C, H, W], `labels` u8 `[N]`, and in the metadata `pixel_max`, the value that stands
+//!   for white;
+//! - a folder with one sub-folder of images (PNG, JPEG, WebP) per class: the sub-folder's name if all of them are numbers,
+//!   else its place in the sorted order;
+//! - a tar in the WebDataset layout, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`) under one key.
+//!
+//! Pixels become x = 2·v/white − 1, in [−1, 1].
+
+use anyhow::Context;
+use potstill_spec::Protocol;
+use potstill_storage::Source;
+
+use super::{
+    dataset::{Dataset, Shape},
+    images, tensors,
+};
+
+impl Dataset {
+    /// Reads everything at `location`, a path or a URL, and checks that it fits.
+    ///
+    /// # Errors
+    /// What does not fit, with the place.
+    pub fn load(location: &str, shape: Shape) -> anyhow::Result<Self> {
+        Self::load_as(location, shape, Protocol::AsMade)
+    }
+
+    /// [`load`](Self::load) of images that a protocol brings to the size of `shape`; before it they may be of any
+    /// size that it takes.
+    ///
+    /// # Errors
+    /// As `load`; images that are too small for the protocol.
+    pub fn load_as(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let read = runtime.block_on(Self::read(location, shape, protocol));
+        read.with_context(|| format!("images at {location}"))
+    }
+
+    async fn read(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+        let source = Source::open(location)?;
+        let names = source.list().await?;
+        let wanted = images::Wanted { shape: shape.sample, protocol };
+        let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
+            Some("safetensors") => tensors::parse(&source.read("").await?)?.after(protocol)?,
+            Some("tar") => images::from_tars(&source, &[String::new()], wanted).await?,
+            _ if !names.is_empty() && names.iter().all(|name| name.ends_with(".tar")) => {
+                images::from_tars(&source, &names, wanted).await?
+            }
+            _ => images::from_folder(&source, &names, wanted).await?,
+        };
+        dataset.check(shape)?;
+        Ok(dataset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Cursor, path::Path};
+
+    use image::{ImageFormat, RgbImage};
+
+    /// A picture as a PNG's bytes.
+    pub fn png_of(width: u32, height: u32, pixel: impl Fn(u32, u32) -> [u8; 3]) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        RgbImage::from_fn(width, height, |x, y| image::Rgb(pixel(x, y)))
+            .write_to(&mut bytes, ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    }
+
+    /// Writes a tar.
+    pub fn tar(path: &Path, members: &[(&str, &[u8])]) {
+        let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
+        for (name, content) in members {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            builder.append_data(&mut header, name, *content).unwrap();
+        }
+        builder.finish().unwrap();
+    }
+}

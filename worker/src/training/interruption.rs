@@ -1,0 +1,27 @@
+//! Why the work of a generation stops before its end.
+
+/// Why the work of a generation stops before its end.
+pub enum Interruption {
+    Left(String),
+    Damaged { manifest_key: String, error: String },
+    Collective(potstill_c10d::Error),
+    Fatal(anyhow::Error),
+}
+
+impl From<potstill_torch_ext::Error> for Interruption {
+    fn from(error: potstill_torch_ext::Error) -> Self {
+        Self::from(potstill_c10d::Error::from(error))
+    }
+}
+
+impl From<potstill_c10d::Error> for Interruption {
+    fn from(error: potstill_c10d::Error) -> Self {
+        Self::Collective(error)
+    }
+}
+
+impl From<anyhow::Error> for Interruption {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Fatal(error)
+    }
+}
