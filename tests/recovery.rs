@@ -166,7 +166,7 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
 
     let mut successor = Process::start(serve(&["--resume"]));
     successor.until(&["it goes on"]);
-    let saved = cluster.about("checkpoint", "led").output().unwrap();
+    let saved = cluster.about("checkpoint save", "led").output().unwrap();
     let status = cluster.about("status", "led").output().unwrap();
     let (saved, status) = (text(&saved.stdout), text(&status.stdout));
     assert!(saved.contains("manifest.json"), "{saved}");
@@ -304,14 +304,17 @@ fn old_checkpoints_go_and_one_can_be_restored_as_a_new_run() {
     ];
     let output = cluster.unscored("launch", "swept", 2, &sets, &[]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let list = cluster.about("checkpoints", "swept").args(["--verify", "--json"]).output().unwrap();
+    let list = cluster.about("checkpoint verify", "swept").args(["--json"]).output().unwrap();
     let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
     let kept: Vec<_> = list.as_array().unwrap().iter().map(|c| c["iteration"].as_u64().unwrap()).collect();
     assert_eq!(kept, [4, 8, 10, 12]);
     assert!(list.as_array().unwrap().iter().all(|c| c["verified"] == true), "{list}");
 
-    let restored =
-        cluster.about("restore", "swept").args(["--iteration", "8", "--to", "again"]).output().unwrap();
+    let restored = cluster
+        .about("checkpoint restore", "swept")
+        .args(["--iteration", "8", "--to", "again"])
+        .output()
+        .unwrap();
     assert!(restored.status.success(), "{}", text(&restored.stderr));
     let output = cluster.unscored("launch", "again", 2, &sets, &["--resume"]).output().unwrap();
     let log = text(&output.stderr);
@@ -334,7 +337,7 @@ fn a_storage_that_misbehaves_costs_saves_and_not_the_run() {
     assert!(log.contains("503 Service Unavailable"), "nothing misbehaved: {log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     assert_eq!(cluster.checkpoint("shaky", 30), cluster.checkpoint("undisturbed", 30));
-    let list = cluster.about("checkpoints", "shaky").args(["--verify"]).output().unwrap();
+    let list = cluster.about("checkpoint verify", "shaky").output().unwrap();
     assert!(list.status.success(), "every checkpoint that exists is whole: {}", text(&list.stdout));
 }
 
@@ -355,7 +358,7 @@ fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
     cluster.finish("undisturbed", 2, &sets, &[]);
     assert_eq!(cluster.checkpoint("slow", 40), cluster.checkpoint("undisturbed", 40));
     assert_eq!(cluster.summary("slow")["repeated_iterations"], 0, "{log}");
-    let list = cluster.about("checkpoints", "slow").args(["--verify"]).output().unwrap();
+    let list = cluster.about("checkpoint verify", "slow").output().unwrap();
     assert!(list.status.success(), "what exists is whole: {}", text(&list.stdout));
 }
 

@@ -162,7 +162,7 @@ impl Cluster {
     #[must_use]
     pub fn about(&self, subcommand: &str, run: &str) -> Command {
         let mut command = Command::new(binary("potstill"));
-        command.args([subcommand, run, "--storage"]).arg(self.storage()).stdin(Stdio::null());
+        command.args(subcommand.split(' ')).args([run, "--storage"]).arg(self.storage()).stdin(Stdio::null());
         command
     }
 

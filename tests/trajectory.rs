@@ -54,8 +54,11 @@ fn what_three_workers_saved_is_loaded_by_any_number_of_workers() {
     let straight = cluster.checkpoint("straight", 6);
     for workers in [1, 2, 5] {
         let run = format!("by-{workers}");
-        let copied =
-            cluster.about("restore", "three").args(["--to", &run]).output().expect("potstill starts");
+        let copied = cluster
+            .about("checkpoint restore", "three")
+            .args(["--to", &run])
+            .output()
+            .expect("potstill starts");
         assert!(copied.status.success(), "{}", text(&copied.stderr));
         let log = cluster.finish(&run, workers, &["distillation.iterations=6", micro_batch], &["--resume"]);
         assert!(log.contains("state_from=checkpoints/000000000003/manifest.json"), "{log}");

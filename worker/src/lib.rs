@@ -9,7 +9,7 @@
 //! 5. `checkpoint`: a rank's share of a checkpoint, saved and restored.
 //! 6. `session`: the stream to the coordinator.
 //! 7. `data`: image files, tars, captions.
-//! 8. `process`: devices, log lines, a lifeline, faults on purpose.
+//! 8. `process`: devices, a lifeline, faults on purpose.
 
 mod checkpoint;
 mod commands;

@@ -32,7 +32,8 @@ use safetensors::{
 use tch::{Device, Kind, Tensor};
 use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
-use crate::{process::chain::chain, process::faults, session::Outbox};
+use crate::{process::faults, session::Outbox};
+use potstill_logging::chain;
 
 /// A tensor of the state, in the memory that training works in.
 struct Piece {

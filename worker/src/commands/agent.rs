@@ -21,9 +21,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     commands::rank::{self, Service},
-    process::chain::chain,
     process::device::Choice,
 };
+use potstill_logging::chain;
 
 /// A rank that dies more often than this within [`WINDOW`] is not started again: the cause is not a passing one.
 const RESTARTS: usize = 20;
@@ -107,8 +107,8 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             .arg("rank")
             .args(["--coordinator", &service.coordinator, "--run-id", &service.run_id])
             .args(["--threads", &threads.to_string(), "--lifeline"])
-            .args(["--device", arguments.device.as_argument(), "--slot", &slot.to_string()])
-            .args(["--log-format", service.log_format.as_argument()])
+            .args(["--device", arguments.device.name(), "--slot", &slot.to_string()])
+            .args(["--log-format", service.log_format.name()])
             // libtorch's OpenMP pool would otherwise be sized before the rank can say how many threads it wants.
             .env("OMP_NUM_THREADS", threads.to_string())
             .envs(ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied())

@@ -10,11 +10,10 @@ mod sample;
 mod source;
 mod train_teacher;
 
+use potstill_logging::chain;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-
-use crate::process::chain::chain;
 
 /// Potstill's worker: trains, scores and saves on behalf of a coordinator.
 #[derive(Parser)]

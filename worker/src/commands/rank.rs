@@ -19,13 +19,12 @@ use potstill_storage::{Root, RunId};
 use tch::Device;
 
 use crate::{
-    process::chain::chain,
     process::device::{self, Choice},
     process::lifeline,
-    process::logging::LogFormat,
     session::{Session, Terms},
     training::{Ending, Holding, Job, run_generation},
 };
+use potstill_logging::{LogFormat, chain};
 
 /// Exit code of a rank that leaves because the run has failed, or because it cannot take part in it: starting it again
 /// would not help.

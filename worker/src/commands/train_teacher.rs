@@ -37,8 +37,8 @@ use crate::{
     evaluation::pictures,
     evaluation::samples::{SampleSet, Sampler},
     model::Space,
-    process::logging::LogFormat,
 };
+use potstill_logging::LogFormat;
 
 #[derive(Args)]
 pub struct Arguments {

@@ -1,8 +1,6 @@
-//! What every command of this program needs of its process: devices, log lines, error chains, a lifeline to whatever started it, and
+//! What every command of this program needs of its process: devices, a lifeline to the process that started it, and
 //! faults on purpose.
 
-pub mod chain;
 pub mod device;
 pub mod faults;
 pub mod lifeline;
-pub mod logging;

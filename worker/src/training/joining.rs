@@ -12,7 +12,8 @@ use potstill_proto::{
 use tch::Device;
 
 use super::{interruption::Interruption, job::Job, transfer};
-use crate::{checkpoint, process::chain::chain, session::Session};
+use crate::{checkpoint, session::Session};
+use potstill_logging::chain;
 
 /// How often a rank that waits to join looks for other orders.
 const LOOK: Duration = Duration::from_millis(20);

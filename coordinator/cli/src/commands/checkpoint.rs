@@ -1,0 +1,107 @@
+//! `potstill checkpoint`: save one now, list them, look whether they are whole, and go on from one as a new run.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use potstill_server::client::Client;
+use potstill_storage::{Root, layout};
+
+use super::{
+    exit::NOT_GOOD,
+    run_name::{RunName, runtime},
+};
+use crate::checkpoints;
+
+const AFTER_VERIFY_HELP: &str = "\
+Exit codes:
+  0  every checkpoint is whole
+  1  the run cannot be read
+  2  the command line is not acceptable
+  3  a checkpoint is damaged";
+
+/// What to do with a run's checkpoints.
+#[derive(Debug, Subcommand)]
+pub enum Checkpoint {
+    /// Have a run save a checkpoint now, and wait until it exists
+    Save(RunName),
+    /// List a run's checkpoints, without reading what they consist of
+    List(ListArguments),
+    /// Read every part of a run's checkpoints and compare the checksums
+    #[command(after_help = AFTER_VERIFY_HELP)]
+    Verify(ListArguments),
+    /// Make a new run that goes on from a checkpoint of another, verified and copied
+    Restore(RestoreArguments),
+}
+
+/// Which run, and how its checkpoints are shown.
+#[derive(Debug, Args)]
+pub struct ListArguments {
+    #[command(flatten)]
+    run: RunName,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// From where to where.
+#[derive(Debug, Args)]
+pub struct RestoreArguments {
+    #[command(flatten)]
+    run: RunName,
+    /// Name of the new run
+    #[arg(long, value_name = "NAME")]
+    to: String,
+    /// The checkpoint's iteration [default: the newest that is whole]
+    #[arg(long, value_name = "N")]
+    iteration: Option<u64>,
+}
+
+impl Checkpoint {
+    /// Does it.
+    pub fn main(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Save(run) => save(&run),
+            Self::List(arguments) => arguments.list(false),
+            Self::Verify(arguments) => arguments.list(true),
+            Self::Restore(arguments) => arguments.restore(),
+        }
+    }
+}
+
+fn save(run: &RunName) -> anyhow::Result<ExitCode> {
+    let run = run.open()?;
+    let iteration = runtime()?.block_on(async { Client::of(&run).await?.checkpoint().await })?;
+    println!("{}", run.describe(&layout::manifest_key(iteration)));
+    Ok(ExitCode::SUCCESS)
+}
+
+impl ListArguments {
+    fn list(self, verify: bool) -> anyhow::Result<ExitCode> {
+        let run = self.run.open()?;
+        let entries = runtime()?.block_on(checkpoints::list(&run, verify))?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&entries)?);
+        } else {
+            println!("{}", checkpoints::table(&entries));
+        }
+        let damaged = entries.iter().any(|entry| entry.problem.is_some());
+        Ok(if damaged { ExitCode::from(NOT_GOOD) } else { ExitCode::SUCCESS })
+    }
+}
+
+impl RestoreArguments {
+    fn restore(self) -> anyhow::Result<ExitCode> {
+        let storage = Root::open(&self.run.storage).context("--storage")?;
+        let (from, to) =
+            (storage.run(&self.run.run.parse()?), storage.run(&self.to.parse().context("--to")?));
+        let restored = runtime()?.block_on(checkpoints::restore(&from, &to, self.iteration))?;
+        println!("{}", to.describe(&layout::manifest_key(restored)));
+        println!(
+            "To go on, repeat the command that started {} with --run-id {} --resume",
+            from.id(),
+            to.id()
+        );
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,21 @@
+//! How commands end.
+
+use std::process::ExitCode;
+
+use potstill_logging::chain;
+
+use crate::launch::Exit;
+
+/// What was looked at is not good enough: a threshold is not met, a checkpoint is damaged.
+pub const NOT_GOOD: u8 = 3;
+
+/// Says what is wrong.
+pub fn complain(error: &anyhow::Error, exit: Exit) -> ExitCode {
+    eprintln!("error: {}", chain(error));
+    exit.into()
+}
+
+/// The exit code of a command that does not run anything.
+pub fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| complain(&error, Exit::Failed))
+}

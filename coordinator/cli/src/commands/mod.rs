@@ -1,0 +1,99 @@
+//! The command line, a file for each command.
+
+mod cancel;
+mod checkpoint;
+mod exit;
+mod handed_on;
+mod report;
+mod run;
+mod run_name;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use self::{
+    checkpoint::Checkpoint,
+    exit::{complain, ended},
+    handed_on::HandedOn,
+    report::{AFTER_REPORT_HELP, ReportArguments},
+    run::{AFTER_HELP, Launch, Serve},
+    run_name::RunName,
+    status::StatusArguments,
+};
+use crate::launch::Exit;
+
+/// Distills a diffusion model into a generator of a few steps, on one machine or on a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "potstill", version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run on this machine: the coordinator and its workers, with one command
+    #[command(after_help = AFTER_HELP)]
+    Launch(Launch),
+    /// Run the coordinator alone; workers attach from other machines
+    #[command(after_help = AFTER_HELP)]
+    Serve(Serve),
+    /// Write a page that sets teacher and student side by side, and judge the student by thresholds
+    #[command(after_help = AFTER_REPORT_HELP)]
+    Report(ReportArguments),
+    /// Say what a run is doing: its workers, its progress, what it waits for
+    Status(StatusArguments),
+    /// Save a checkpoint now; list, verify or restore those there are
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
+    /// Have a run save a checkpoint and stop; --resume goes on from there
+    Cancel(RunName),
+    /// Keep the workers of one machine alive (potstill-worker)
+    Agent(HandedOn),
+    /// Run one worker (potstill-worker)
+    Rank(HandedOn),
+    /// Train a small teacher on an image file (potstill-worker)
+    TrainTeacher(HandedOn),
+    /// Score a student, or a teacher, beside real images (potstill-worker)
+    Evaluate(HandedOn),
+    /// Say whether a text-to-image run fits its devices, before anything is loaded (potstill-worker)
+    Plan(HandedOn),
+    /// Write the averaged generator of a checkpoint: a file, or a folder in diffusers' layout (potstill-worker)
+    Export(HandedOn),
+    /// Make images with a student (potstill-worker)
+    Sample(HandedOn),
+}
+
+/// Does what the command line asks for.
+pub fn main() -> ExitCode {
+    let handed_on = match Cli::parse().command {
+        Command::Launch(arguments) => return arguments.main(),
+        Command::Serve(arguments) => return arguments.main(),
+        Command::Report(arguments) => return ended(arguments.write()),
+        Command::Status(arguments) => return ended(arguments.show()),
+        Command::Checkpoint(command) => return ended(command.main()),
+        Command::Cancel(run) => return ended(cancel::cancel(&run)),
+        Command::Agent(handed) => handed.on("agent"),
+        Command::Rank(handed) => handed.on("rank"),
+        Command::TrainTeacher(handed) => handed.on("train-teacher"),
+        Command::Evaluate(handed) => handed.on("evaluate"),
+        Command::Plan(handed) => handed.on("plan"),
+        Command::Export(handed) => handed.on("export"),
+        Command::Sample(handed) => handed.on("sample"),
+    };
+    handed_on.unwrap_or_else(|error| complain(&error, Exit::Usage))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,210 @@
+//! `potstill launch` and `potstill serve`: a run on this machine, or its coordinator alone.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context;
+use chrono::{DateTime, Utc};
+use clap::{Args, ValueEnum};
+use potstill_logging::{LogFormat, chain};
+use potstill_server::Resume;
+use potstill_spec::RunSpec;
+use potstill_storage::Root;
+
+use super::exit::complain;
+use crate::{
+    launch::{self, Exit, Job, LaunchError, agent::AgentPlan, worker},
+    monitor::screen::Screen,
+};
+
+/// What is said below the help of both.
+pub const AFTER_HELP: &str = "\
+Exit codes:
+  0    the run succeeded
+  1    it failed, or was stopped before it had a checkpoint
+  2    the command line or the configuration is not acceptable; nothing was started
+  75   it was asked to stop and there is a checkpoint: --resume goes on from there
+  130  it was interrupted a second time, and ended at once
+
+The first Ctrl-C, SIGTERM or SIGUSR1 makes the workers save and the run stop; the second, or the end of the grace period,
+ends it at once: what was not saved is said, and the exit code is 75 if there is a checkpoint to go on from.
+RUST_LOG chooses what is logged, as in RUST_LOG=debug.";
+
+#[derive(Debug, Args)]
+pub struct Launch {
+    #[command(flatten)]
+    run: RunArguments,
+    /// Threads of each worker [default: the machine's cores divided by the workers]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// Workers beyond these that stand by with everything loaded, to take the place of one that dies
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    spares: u32,
+    /// Where the workers compute: auto takes a GPU of its own for each where there are some
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
+    device: String,
+    /// Address of the coordinator; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+}
+
+impl Launch {
+    /// Runs it until it has ended.
+    pub fn main(self) -> ExitCode {
+        let Self { run, threads, spares, device, listen } = self;
+        run.run(listen, &Workers::Local { threads, spares, device })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    #[command(flatten)]
+    run: RunArguments,
+    /// Address at which workers attach
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
+    listen: SocketAddr,
+}
+
+impl Serve {
+    /// Serves until the run has ended.
+    pub fn main(self) -> ExitCode {
+        self.run.run(self.listen, &Workers::Elsewhere)
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    /// The run file (TOML); see configs/
+    config: PathBuf,
+    /// Workers to train with: sets cluster.min_workers and cluster.max_workers, unless --set says otherwise
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    workers: u32,
+    /// Where runs are kept: a folder, or file://, s3://, gs://, az://. The run lies in `runs/<run id>/` below it
+    #[arg(long, value_name = "URL", default_value = ".")]
+    storage: String,
+    /// Name of the run [default: the run file's name and the time, as in digits-20260131-120000]
+    #[arg(long, value_name = "NAME")]
+    run_id: Option<String>,
+    /// Change a value of the run file, as in --set distillation.iterations=200
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Go on with the run of this name, from its newest checkpoint or with the workers that still hold its state; auto:
+    /// if it exists, and start it otherwise
+    #[arg(long, requires = "run_id", value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
+        default_missing_value = "always", hide_possible_values = true)]
+    resume: Option<ResumeWhen>,
+    /// Seconds that the workers have to save after the first Ctrl-C, SIGTERM or SIGUSR1
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    grace: u64,
+    /// How log lines look
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
+    log_format: LogFormat,
+}
+
+/// See [`RunArguments::resume`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ResumeWhen {
+    Always,
+    Auto,
+}
+
+fn run(job: Job) -> Result<Exit, LaunchError> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
+    let exit = runtime.block_on(launch::run(job));
+    // What is still under way, such as an upload after a second Ctrl-C, is not waited for.
+    runtime.shutdown_background();
+    exit
+}
+
+/// Where a run's workers come from.
+enum Workers {
+    /// An agent on this machine.
+    Local { threads: Option<u32>, spares: u32, device: String },
+    /// Agents on other machines.
+    Elsewhere,
+}
+
+impl RunArguments {
+    /// Coordinates the run until it has ended.
+    fn run(self, listen: SocketAddr, from: &Workers) -> ExitCode {
+        let format = self.log_format;
+        let ended = match self.job(listen, from) {
+            Ok(job) => run(job).map_err(|error| (error.exit(), error.into())),
+            Err(error) => Err((Exit::Usage, error)),
+        };
+        match (ended, format) {
+            (Ok(exit), _) => exit.into(),
+            (Err((exit, error)), LogFormat::Human) => complain(&error, exit),
+            (Err((exit, error)), LogFormat::Json) => {
+                // Where the log has started already it stays.
+                let _screen = Screen::new(format);
+                tracing::error!("{}", chain(&error));
+                exit.into()
+            }
+        }
+    }
+
+    /// Checks everything that can be checked before anything is written.
+    fn job(self, listen: SocketAddr, from: &Workers) -> anyhow::Result<Job> {
+        let workers = self.workers;
+        let mut sets =
+            vec![format!("cluster.min_workers={workers}"), format!("cluster.max_workers={workers}")];
+        sets.extend(self.set);
+        let spec = RunSpec::load(&self.config, &sets)?;
+        let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
+        let run_id = run_id.parse().context("--run-id")?;
+        let agent = match from {
+            Workers::Local { threads, spares, device } => Some(AgentPlan {
+                program: worker::find()?,
+                ranks: workers,
+                spares: *spares,
+                device: device.clone(),
+                threads: *threads,
+            }),
+            Workers::Elsewhere => None,
+        };
+        Ok(Job {
+            spec,
+            run_id,
+            // Last: it creates the folder.
+            storage: Root::open(&self.storage).context("--storage")?,
+            resume: match self.resume {
+                None => Resume::Never,
+                Some(ResumeWhen::Always) => Resume::Always,
+                Some(ResumeWhen::Auto) => Resume::Auto,
+            },
+            listen,
+            grace: Duration::from_secs(self.grace),
+            log_format: self.log_format,
+            agent,
+        })
+    }
+}
+
+/// The run file's name, in the characters that a run id may have, and the time.
+fn default_run_id(config: &Path, now: DateTime<Utc>) -> String {
+    let stem = config.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    let stem = stem.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_', "-");
+    let stem: String = stem.trim_start_matches(['-', '_']).chars().take(48).collect();
+    let stem = if stem.is_empty() { "run" } else { &stem };
+    format!("{stem}-{}", now.format("%Y%m%d-%H%M%S"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_named_after_their_file_and_the_time() {
+        let now = DateTime::from_timestamp(1_767_268_800, 0).unwrap();
+        assert_eq!(default_run_id(Path::new("configs/digits.toml"), now), "digits-20260101-120000");
+        assert_eq!(default_run_id(Path::new("_A b.c.toml"), now), "a-b-c-20260101-120000");
+        assert_eq!(default_run_id(Path::new("ä.toml"), now), "run-20260101-120000");
+        let long = default_run_id(Path::new(&"x".repeat(99)), now);
+        assert!(long.parse::<potstill_storage::RunId>().is_ok(), "{long}");
+    }
+}

@@ -1,0 +1,32 @@
+//! `potstill status`: what a run is doing.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::run_name::{RunName, runtime};
+use crate::status;
+
+/// Which run, and how it is shown.
+#[derive(Debug, Args)]
+pub struct StatusArguments {
+    #[command(flatten)]
+    run: RunName,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+impl StatusArguments {
+    /// Shows it.
+    pub fn show(self) -> anyhow::Result<ExitCode> {
+        let run = self.run.open()?;
+        let status = runtime()?.block_on(status::of(&run))?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        } else {
+            println!("{}", status.text());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,312 @@
+//! Runs a coordinator in this process, with a local worker agent or without, from the first message to the last.
+
+pub mod agent;
+pub mod worker;
+
+use std::{future, io::Write, net::SocketAddr, process::ExitCode, time::Duration};
+
+use agent::{Agent, AgentPlan};
+use anyhow::Context;
+use potstill_core::observation::{Observation, Outcome};
+use potstill_logging::LogFormat;
+use potstill_server::{
+    Options, Resume, Running, StartError,
+    address::{advertised, local},
+};
+use potstill_spec::RunSpec;
+use potstill_storage::{Root, RunId};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc::{self, UnboundedSender},
+    time::Instant,
+};
+use tracing::{error, info, warn};
+use worker::WorkerError;
+
+use crate::monitor::{Ending, Monitor, screen::Screen};
+
+/// How long an agent may take to leave after the run's end.
+const LEAVING: Duration = Duration::from_secs(10);
+
+/// How the command ended, as its exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// All iterations are done and the last checkpoint is committed.
+    Succeeded = 0,
+    /// The run failed, or was stopped before it had a checkpoint.
+    Failed = 1,
+    /// The command line or the configuration is not acceptable; nothing was started. Also what clap exits with.
+    Usage = 2,
+    /// The run was asked to stop and there is a checkpoint: `--resume` goes on. EX_TEMPFAIL of sysexits.h, on which a scheduler can
+    /// requeue a job.
+    Stopped = 75,
+    /// Interrupted twice: 128 + SIGINT, as a shell reports it.
+    Interrupted = 130,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// Why a run did not start, or could not be followed to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The coordinator does not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The worker program cannot be run, or refuses what the run reads.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// Anything else.
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+impl LaunchError {
+    /// The exit code that says whether something was asked for that cannot be, or something failed.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Start(error) if error.is_of_usage() => Exit::Usage,
+            Self::Worker(WorkerError::Unfit(_)) => Exit::Usage,
+            _ => Exit::Failed,
+        }
+    }
+}
+
+/// A run to coordinate.
+pub struct Job {
+    /// The run, validated.
+    pub spec: RunSpec,
+    /// Its name.
+    pub run_id: RunId,
+    /// Where it is kept.
+    pub storage: Root,
+    /// Whether to go on with a run that exists.
+    pub resume: Resume,
+    /// Where workers attach.
+    pub listen: SocketAddr,
+    /// How long the workers have to save when the run is asked to stop.
+    pub grace: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// The local agent; without one, workers come from elsewhere.
+    pub agent: Option<AgentPlan>,
+}
+
+/// Coordinates a run until it has ended, reports on it, and says how it ended.
+///
+/// # Errors
+/// When it could not start. Everything that happens later is part of the run's outcome.
+pub async fn run(job: Job) -> Result<Exit, LaunchError> {
+    let mut signals = Signals::new().context("cannot listen for signals")?;
+    let screen = Screen::new(job.log_format);
+    let run_id = job.run_id.to_string();
+    let run = job.storage.run(&job.run_id);
+    let starting = async {
+        if let Some(plan) = &job.agent {
+            worker::check(&plan.program, job.spec.to_toml().map_err(StartError::from)?).await?;
+        }
+        let report =
+            Monitor::open(job.storage.run(&job.run_id), &job.spec, job.resume != Resume::Never, &screen)
+                .await?;
+        let options = Options {
+            listen: job.listen,
+            spec: job.spec,
+            run_id: job.run_id,
+            storage: job.storage,
+            resume: job.resume,
+            // The launcher's agent ends with the launcher.
+            ranks_may_live: job.agent.is_none(),
+        };
+        Ok::<_, LaunchError>((report, potstill_server::start(options).await?))
+    };
+    let (report, mut running) = tokio::select! {
+        started = starting => started?,
+        _ = signals.next() => return Ok(Exit::Interrupted),
+    };
+
+    let mut agent = None;
+    match &job.agent {
+        Some(plan) => {
+            let address = local(running.address);
+            info!(run = %run_id, %address, ranks = plan.ranks, "starting the workers");
+            match Agent::start(plan, address, &run_id, job.log_format, &screen).await {
+                Ok(started) => agent = Some(started),
+                Err(error) => running.fail(format!("cannot start {}: {error}", plan.program.display())),
+            }
+        }
+        None => info!(
+            "workers attach with: potstill agent --coordinator http://{} --run-id {run_id} --ranks N",
+            advertised(running.address)
+        ),
+    }
+
+    // A task of its own, so that a slow upload of the metrics holds up neither the log nor a signal.
+    let (observed, observations) = mpsc::unbounded_channel();
+    let reporting = tokio::spawn(report.follow(observations));
+    let outcome = until_ended(&mut running, &mut agent, &mut signals, job.grace, observed).await;
+    let outcome = match outcome {
+        Ended::As(outcome) => outcome,
+        Ended::Insisted => return Ok(interrupted(&mut agent, &screen).await),
+        Ended::Late => {
+            let unfinished = running.unfinished().await;
+            interrupted(&mut agent, &screen).await;
+            error!("not saved within {} s: {unfinished}", job.grace.as_secs());
+            let resumable = run.checkpoints().await.is_ok_and(|checkpoints| !checkpoints.is_empty());
+            return Ok(if resumable { Exit::Stopped } else { Exit::Failed });
+        }
+    };
+
+    let closing = async {
+        running.outcome().await;
+        if let Some(agent) = &mut agent {
+            agent.leave(LEAVING).await;
+        }
+        let report = reporting.await.context("the report ended early")?;
+        anyhow::Ok(report.finish(&outcome).await)
+    };
+    let Ending { mut text, resumable } = tokio::select! {
+        closed = closing => closed?,
+        () = signals.insist() => return Ok(interrupted(&mut agent, &screen).await),
+    };
+    let exit = match outcome {
+        Outcome::Succeeded { .. } => Exit::Succeeded,
+        Outcome::Stopped { .. } if resumable => {
+            text += &format!("To go on, repeat the command with --run-id {run_id} --resume\n");
+            Exit::Stopped
+        }
+        Outcome::Stopped { .. } | Outcome::Failed { .. } => Exit::Failed,
+    };
+    // A reader that has gone away does not change how the run ended.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(exit)
+}
+
+/// How the wait for a run's end ended.
+enum Ended {
+    /// With the run's end.
+    As(Outcome),
+    /// With a second signal.
+    Insisted,
+    /// With the end of the grace period.
+    Late,
+}
+
+/// Passes on what is observed until the run has ended; asks it to stop at a first signal and fails it when the agent
+/// exits.
+async fn until_ended(
+    running: &mut Running,
+    agent: &mut Option<Agent>,
+    signals: &mut Signals,
+    grace: Duration,
+    observed: UnboundedSender<Observation>,
+) -> Ended {
+    let mut deadline: Option<Instant> = None;
+    loop {
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => future::pending().await,
+            }
+        };
+        tokio::select! {
+            // In this order: the agent leaves after the run's end, which must not be taken for a failure.
+            biased;
+            observation = running.observations.recv() => match observation {
+                Some(observation) => {
+                    let ended = match &observation {
+                        Observation::Ended(outcome) => Some(outcome.clone()),
+                        _ => None,
+                    };
+                    // Fails only if the reporting task panicked, which is found out when it is joined.
+                    let _ = observed.send(observation);
+                    if let Some(outcome) = ended {
+                        return Ended::As(outcome);
+                    }
+                }
+                None => return Ended::As(running.outcome().await),
+            },
+            name = signals.next() => {
+                if signals.insisted() {
+                    return Ended::Insisted;
+                }
+                warn!(
+                    "{name}: the workers save and stop; they have {} s; once more ends everything at once, without saving",
+                    grace.as_secs()
+                );
+                deadline = Some(Instant::now() + grace);
+                running.stop(format!("{name} received"));
+            }
+            () = late => return Ended::Late,
+            how = exit_of(agent) => {
+                running.fail(format!("the worker agent exited ({how}) before the run's end; see its messages above"));
+            }
+        }
+    }
+}
+
+/// How the agent ended; never returns without an agent, or twice.
+async fn exit_of(agent: &mut Option<Agent>) -> String {
+    match agent {
+        Some(agent) if !agent.is_gone() => agent.exited().await.to_owned(),
+        _ => future::pending().await,
+    }
+}
+
+async fn interrupted(agent: &mut Option<Agent>, screen: &Screen) -> Exit {
+    screen.clear();
+    if let Some(agent) = agent {
+        agent.kill();
+        agent.exited().await;
+    }
+    Exit::Interrupted
+}
+
+/// Ctrl-C and the scheduler's request to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    user: Signal,
+    count: u32,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            user: signal(SignalKind::user_defined1())?,
+            count: 0,
+        })
+    }
+
+    /// The name of the next one.
+    async fn next(&mut self) -> &'static str {
+        let name = tokio::select! {
+            _ = self.interrupt.recv() => "Ctrl-C",
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.user.recv() => "SIGUSR1",
+        };
+        self.count += 1;
+        name
+    }
+
+    /// Whether there was more than one.
+    fn insisted(&self) -> bool {
+        self.count > 1
+    }
+
+    /// Returns at the second one.
+    async fn insist(&mut self) {
+        while !self.insisted() {
+            let name = self.next().await;
+            if !self.insisted() {
+                warn!("{name}: the run has ended and is being summed up; once more ends everything at once");
+            }
+        }
+    }
+}

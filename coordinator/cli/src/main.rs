@@ -1,0 +1,12 @@
+//! `potstill`: the one command that users type.
+
+mod checkpoints;
+mod commands;
+mod launch;
+mod monitor;
+mod report;
+mod status;
+
+fn main() -> std::process::ExitCode {
+    commands::main()
+}

@@ -1,0 +1,327 @@
+//! What is shown of a run while it goes on: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, the last table.
+
+pub mod curves;
+#[cfg(test)]
+mod fixtures;
+pub mod log;
+pub mod metrics;
+pub mod number;
+pub mod progress;
+pub mod screen;
+pub mod summary;
+
+use std::time::Instant;
+
+use anyhow::Context;
+use potstill_core::observation::{Observation, Outcome};
+use potstill_proto::message::Source;
+use potstill_spec::RunSpec;
+use potstill_storage::{
+    Run,
+    layout::{manifest_iteration, manifest_key},
+};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::warn;
+
+use curves::Curves;
+use metrics::Metrics;
+use progress::Progress;
+use screen::Screen;
+use summary::Summary;
+
+/// One JSON object a line.
+pub const METRICS: &str = "metrics.jsonl";
+/// FID and losses as a picture.
+pub const CURVES: &str = "curves.png";
+/// What the run came to.
+pub const SUMMARY: &str = "summary.json";
+/// Written by a worker at evaluations.
+pub const SAMPLES: &str = "samples.png";
+
+/// Follows a run and shows how it goes. Trouble with its own files is logged and never ends the run.
+pub struct Monitor {
+    run: Run,
+    name: String,
+    metrics: Metrics,
+    progress: Progress,
+    started: Instant,
+    ended: Option<Instant>,
+    /// Wall time of earlier attempts.
+    earlier_seconds: f64,
+    world_size: Option<u32>,
+    /// Iterations that were computed again.
+    repeated: u64,
+}
+
+/// What there is to say when a run has ended.
+pub struct Ending {
+    /// The table, and where everything lies.
+    pub text: String,
+    /// Whether a checkpoint exists from which the run could go on.
+    pub resumable: bool,
+}
+
+impl Monitor {
+    /// Starts the view, or on `resume` continues the one in the run's folder. Writes nothing yet.
+    ///
+    /// # Errors
+    /// When there is an earlier one and it cannot be read.
+    pub async fn open(run: Run, spec: &RunSpec, resume: bool, screen: &Screen) -> anyhow::Result<Self> {
+        let path = run.describe(METRICS);
+        let earlier = if resume {
+            run.get(METRICS).await.with_context(|| format!("cannot read {path}"))?
+        } else {
+            None
+        };
+        let metrics = match earlier {
+            Some(bytes) => Metrics::resume(spec, &String::from_utf8_lossy(&bytes)).context(path)?,
+            None => Metrics::new(spec),
+        };
+        Ok(Self {
+            name: run.id().to_string(),
+            earlier_seconds: metrics.wall_seconds(),
+            run,
+            metrics,
+            progress: Progress::new(screen, spec.distillation.iterations),
+            started: Instant::now(),
+            ended: None,
+            world_size: None,
+            repeated: 0,
+        })
+    }
+
+    /// Takes in everything that happens until nothing more can.
+    pub async fn follow(mut self, mut observations: UnboundedReceiver<Observation>) -> Self {
+        while let Some(observation) = observations.recv().await {
+            self.observe(observation).await;
+        }
+        self
+    }
+
+    async fn observe(&mut self, observation: Observation) {
+        log::observation(&observation);
+        self.progress.observe(&observation, Instant::now());
+        let wall_seconds = self.wall_seconds();
+        match observation {
+            Observation::Started { repeated, .. } => self.repeated = repeated,
+            Observation::GenerationOpened { world_size, source, repeated, .. } => {
+                self.world_size = Some(world_size);
+                self.repeated = repeated;
+                match source {
+                    Source::Fresh => self.metrics.rewind(0),
+                    Source::Checkpoint { manifest_key } => match manifest_iteration(&manifest_key) {
+                        Some(iteration) => self.metrics.rewind(iteration),
+                        None => warn!(manifest_key, "no iteration in the manifest's key: metrics may repeat"),
+                    },
+                    Source::Peer { .. } => {}
+                }
+                // A coordinator that takes over counts on from here.
+                self.metrics.close_window(wall_seconds);
+                self.save_metrics().await;
+            }
+            Observation::Iteration(totals) => self.metrics.iteration(totals, wall_seconds),
+            Observation::Evaluated(report) => {
+                self.metrics.evaluation(&report, wall_seconds);
+                self.save_metrics().await;
+                self.save_curves().await;
+            }
+            Observation::Committed { .. } => self.save_metrics().await,
+            Observation::Ended(_) => self.ended = Some(Instant::now()),
+            _ => {}
+        }
+    }
+
+    /// Writes the files a last time, and says what the run came to.
+    pub async fn finish(mut self, outcome: &Outcome) -> Ending {
+        self.progress.clear();
+        let mut text = String::new();
+        let wall_seconds = self.wall_seconds();
+        self.metrics.close_window(wall_seconds);
+        self.save_metrics().await;
+        self.save_curves().await;
+        let mut keys = vec![];
+        if let Outcome::Succeeded { iteration } | Outcome::Stopped { iteration, .. } = outcome {
+            let summary = Summary {
+                repeated_iterations: self.repeated,
+                ..Summary::new(&self.name, &self.metrics, *iteration, self.world_size, wall_seconds)
+            };
+            match serde_json::to_vec_pretty(&summary) {
+                Ok(json) => self.save(SUMMARY, json).await,
+                Err(error) => warn!(%error, "cannot write {SUMMARY}"),
+            }
+            if let Some(table) = summary.table() {
+                text += &format!("{table}\n");
+            }
+            keys.push(("summary", SUMMARY));
+        }
+        keys.extend([("samples", SAMPLES), ("curves", CURVES), ("metrics", METRICS)]);
+        for (name, key) in keys {
+            if matches!(self.run.get(key).await, Ok(Some(_))) {
+                text += &format!("{name:<11}{}\n", self.run.describe(key));
+            }
+        }
+        let resumable = match self.run.checkpoints().await {
+            Ok(checkpoints) => match checkpoints.last() {
+                Some(newest) => {
+                    text += &format!("checkpoint {}\n", self.run.describe(&manifest_key(*newest)));
+                    true
+                }
+                None => false,
+            },
+            Err(error) => {
+                warn!(%error, "cannot list the checkpoints");
+                true
+            }
+        };
+        Ending { text, resumable }
+    }
+
+    fn wall_seconds(&self) -> f64 {
+        let now = self.ended.unwrap_or_else(Instant::now);
+        self.earlier_seconds + (now - self.started).as_secs_f64()
+    }
+
+    async fn save_metrics(&self) {
+        match self.metrics.to_jsonl() {
+            Ok(text) if text.is_empty() => {}
+            Ok(text) => self.save(METRICS, text.into_bytes()).await,
+            Err(error) => warn!(%error, "cannot write {METRICS}"),
+        }
+    }
+
+    async fn save_curves(&self) {
+        let curves = Curves::new(&self.name, &self.metrics);
+        match tokio::task::spawn_blocking(move || curves.draw()).await {
+            Ok(Ok(Some(png))) => self.save(CURVES, png).await,
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => warn!("{error}"),
+            Err(error) => warn!(%error, "cannot draw {CURVES}"),
+        }
+    }
+
+    async fn save(&self, key: &str, bytes: Vec<u8>) {
+        if let Err(error) = self.run.put(key, bytes.into()).await {
+            warn!(%error, "cannot write {}", self.run.describe(key));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use potstill_core::observation::IterationTotals;
+    use potstill_proto::{
+        cursor::Generation,
+        wire::Subject::{Student, Teacher},
+    };
+    use potstill_storage::Root;
+    use serde_json::Value;
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use fixtures::{evaluation, spec, totals};
+
+    fn root() -> (tempfile::TempDir, Root) {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root::open(folder.path().to_str().unwrap()).unwrap();
+        (folder, root)
+    }
+
+    fn generation(source: Source) -> Observation {
+        Observation::GenerationOpened {
+            generation: Generation(1),
+            world_size: 2,
+            source,
+            repeated: 0,
+            reason: "2 workers attached".into(),
+        }
+    }
+
+    fn iterations(range: std::ops::Range<u64>) -> impl Iterator<Item = Observation> {
+        range.map(|i| Observation::Iteration(IterationTotals { world_size: 2, ..totals(i) }))
+    }
+
+    /// One attempt at a run of 40 iterations.
+    async fn attempt(root: &Root, resume: bool, observations: Vec<Observation>, outcome: Outcome) -> String {
+        let run = root.run(&"r".parse().unwrap());
+        let report = Monitor::open(run, &spec(40), resume, &Screen::without_bar()).await.unwrap();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        for observation in observations {
+            sender.send(observation).unwrap();
+        }
+        sender.send(Observation::Ended(outcome.clone())).unwrap();
+        drop(sender);
+        report.follow(receiver).await.finish(&outcome).await.text
+    }
+
+    async fn read(root: &Root, key: &str) -> Option<Vec<u8>> {
+        root.run(&"r".parse().unwrap()).get(key).await.unwrap().map(Into::into)
+    }
+
+    async fn rows(root: &Root) -> Vec<(String, u64)> {
+        let text = String::from_utf8(read(root, METRICS).await.unwrap()).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        rows.map(|row| (row["kind"].as_str().unwrap().to_owned(), row["iteration"].as_u64().unwrap()))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn a_run_leaves_its_files_and_says_where() {
+        let (_folder, root) = root();
+        let mut observations = vec![generation(Source::Fresh)];
+        observations.push(Observation::Evaluated(evaluation(Teacher, 0, 3.0)));
+        observations.push(Observation::Evaluated(evaluation(Student, 0, 300.0)));
+        observations.extend(iterations(0..40));
+        observations.push(Observation::Evaluated(evaluation(Student, 40, 5.0)));
+        let text = attempt(&root, false, observations, Outcome::Succeeded { iteration: 40 }).await;
+
+        let summary: Value = serde_json::from_slice(&read(&root, SUMMARY).await.unwrap()).unwrap();
+        assert_eq!(summary["run"], "r");
+        assert_eq!(summary["world_size"], 2);
+        assert_eq!(summary["student"]["fid"], 5.0);
+        assert_eq!(summary["initial"]["fid"], 300.0);
+        assert!(read(&root, CURVES).await.unwrap().starts_with(b"\x89PNG"));
+        assert_eq!(rows(&root).await.len(), 3 + 4);
+        for part in ["teacher", SUMMARY, CURVES, METRICS] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+        assert!(!text.contains(SAMPLES), "nobody wrote samples");
+    }
+
+    #[tokio::test]
+    async fn a_resumed_run_continues_its_metrics_from_the_checkpoint() {
+        let (_folder, root) = root();
+        let mut observations = vec![generation(Source::Fresh)];
+        observations.push(Observation::Evaluated(evaluation(Teacher, 0, 3.0)));
+        observations.extend(iterations(0..20));
+        observations.push(Observation::Committed { iteration: 20, bytes: 1 });
+        observations.extend(iterations(20..33));
+        attempt(&root, false, observations, Outcome::Failed { reason: "power".into() }).await;
+        assert!(read(&root, SUMMARY).await.is_none(), "a failed run has no result");
+        let before =
+            Metrics::resume(&spec(40), std::str::from_utf8(&read(&root, METRICS).await.unwrap()).unwrap());
+        let wall_before = before.unwrap().wall_seconds();
+
+        let mut observations = vec![generation(Source::Checkpoint { manifest_key: manifest_key(20) })];
+        observations.extend(iterations(20..40));
+        attempt(&root, true, observations, Outcome::Succeeded { iteration: 40 }).await;
+        let kinds = rows(&root).await;
+        let iterations: Vec<u64> = kinds.iter().filter(|r| r.0 == "iteration").map(|r| r.1).collect();
+        assert_eq!(iterations, [10, 20, 30, 40]);
+        assert_eq!(kinds[0], ("evaluation".to_owned(), 0));
+        let summary: Value = serde_json::from_slice(&read(&root, SUMMARY).await.unwrap()).unwrap();
+        assert_eq!(summary["images"], 40 * 128);
+        assert_eq!(summary["teacher"]["fid"], 3.0);
+        assert!(summary["wall_seconds"].as_f64().unwrap() > wall_before);
+        assert!(summary["student"]["fid"].is_null());
+    }
+
+    #[tokio::test]
+    async fn damaged_metrics_are_not_overwritten() {
+        let (_folder, root) = root();
+        let run = root.run(&"r".parse().unwrap());
+        run.put(METRICS, "{".into()).await.unwrap();
+        let error = Monitor::open(run, &spec(40), true, &Screen::without_bar()).await.err().unwrap();
+        assert!(format!("{error:#}").contains("line 1"), "{error:#}");
+        assert_eq!(read(&root, METRICS).await.unwrap(), b"{");
+    }
+}

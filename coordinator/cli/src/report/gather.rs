@@ -1,0 +1,74 @@
+//! What a run left behind, read.
+
+use anyhow::Context;
+use bytes::Bytes;
+use potstill_spec::RunSpec;
+use potstill_storage::Run;
+
+use crate::monitor::{
+    CURVES, METRICS, SAMPLES, SUMMARY,
+    metrics::{Evaluation, Metrics, Subject},
+    summary::Summary,
+};
+
+/// A run as it stands in its folder.
+pub struct Gathered {
+    /// The frozen specification.
+    pub specification: String,
+    /// The end's, or where the run is not finished, its last scores'.
+    pub summary: Summary,
+    /// Whether it has come to its end.
+    pub finished: bool,
+    /// Every scoring of the student, in order.
+    pub evaluations: Vec<Evaluation>,
+    /// Seconds that the wall clock and all ranks together spent on it, over all attempts.
+    pub device_seconds: f64,
+    /// `samples.png`.
+    pub samples: Option<Bytes>,
+    /// `curves.png`.
+    pub curves: Option<Bytes>,
+}
+
+impl Gathered {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// There is no such run, or a file of it cannot be read.
+    pub async fn load(run: &Run) -> anyhow::Result<Self> {
+        let specification = run.specification().await?.with_context(|| {
+            format!("there is no run {}: {} is missing", run.id(), run.describe("run.toml"))
+        })?;
+        let spec = RunSpec::of_finished_run(&specification)?;
+        let metrics = match run.get(METRICS).await? {
+            Some(bytes) => Metrics::resume(&spec, &String::from_utf8_lossy(&bytes))
+                .with_context(|| run.describe(METRICS))?,
+            None => Metrics::new(&spec),
+        };
+        let finished = match run.get(SUMMARY).await? {
+            Some(bytes) => Some(
+                serde_json::from_slice::<Summary>(&bytes)
+                    .with_context(|| format!("cannot read {}", run.describe(SUMMARY)))?,
+            ),
+            None => None,
+        };
+        let evaluations: Vec<Evaluation> = metrics.evaluations(Subject::Student).cloned().collect();
+        let (summary, finished) = match finished {
+            Some(summary) => (summary, true),
+            None => {
+                let last = evaluations.last().map_or(0, |e| e.iteration);
+                let name = run.id().to_string();
+                (Summary::new(&name, &metrics, last, None, metrics.wall_seconds()), false)
+            }
+        };
+        let device_seconds = summary.wall_seconds * f64::from(summary.world_size.unwrap_or(1));
+        Ok(Self {
+            specification,
+            summary,
+            finished,
+            evaluations,
+            device_seconds,
+            samples: run.get(SAMPLES).await?,
+            curves: run.get(CURVES).await?,
+        })
+    }
+}

@@ -1,0 +1,144 @@
+//! The gRPC coordinator: serves workers, keeps the journal, and drives the state machine of `potstill-core`.
+//!
+//! - `opening` brings the run's folder, its journal and the state machine together;
+//! - `service` turns streams into events;
+//! - `shell` is the one task that owns the state machine and does what it says.
+
+pub mod address;
+pub mod client;
+mod error;
+mod opening;
+mod options;
+mod service;
+mod shell;
+
+use std::{net::SocketAddr, time::Duration};
+
+use potstill_core::observation::{Observation, Outcome};
+use potstill_proto::{MAX_MESSAGE_BYTES, wire::coordinator_server::CoordinatorServer};
+use tokio::{
+    net::TcpListener,
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot, watch,
+    },
+    task::JoinSet,
+};
+use tokio_stream::wrappers::TcpListenerStream;
+
+pub use self::{
+    error::StartError,
+    options::{Options, Resume},
+};
+use self::{
+    service::{Clock, Service},
+    shell::{Control, Shell},
+};
+
+/// Events that may wait for the shell before the streams they come from are held back.
+const INBOX: usize = 4096;
+/// How long workers have to take their last message when a run ends.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// A coordinator at work. Dropping it ends it at once, as a crash would.
+pub struct Running {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What happens, in order; ends with [`Observation::Ended`].
+    pub observations: UnboundedReceiver<Observation>,
+    control: UnboundedSender<Control>,
+    outcome: watch::Receiver<Option<Outcome>>,
+    /// Aborts its tasks when it is dropped.
+    _tasks: JoinSet<()>,
+}
+
+/// Starts serving a run: checks the storage, freezes or compares the specification, opens the journal, listens.
+///
+/// # Errors
+/// See [`StartError`]. Nothing is left running, and a run that existed is as it was.
+pub async fn start(options: Options) -> Result<Running, StartError> {
+    // The address first: it is the cheapest thing to be wrong, and a run is not to be created for nothing.
+    let address = options.listen;
+    let bind = |source| StartError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(bind)?;
+    let listening = listener.local_addr().map_err(bind)?;
+
+    let timeouts = opening::terms(&options.spec).timeouts;
+    let opened = opening::open(options, &address::advertised(listening)).await?;
+
+    let clock = Clock::start();
+    let (inbox_sender, inbox) = mpsc::channel(INBOX);
+    let (control, controls) = mpsc::unbounded_channel();
+    let (observe, observations) = mpsc::unbounded_channel();
+    let (decide, outcome) = watch::channel(None);
+    let (farewell, over) = oneshot::channel::<()>();
+    let mut shell = Shell::new(opened, clock, observe);
+    shell.start().await?;
+
+    let service = CoordinatorServer::new(Service::new(clock, inbox_sender))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    // A peer whose machine vanished: after its worker was given up on for its silence, which is the clearer reason.
+    let unknown = Duration::from_millis(timeouts.unknown_millis);
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(unknown))
+        .http2_keepalive_timeout(Some(Duration::from_millis(timeouts.dead_millis)))
+        .add_service(service)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            let _ = over.await;
+        });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut server = std::pin::pin!(server);
+        let outcome = tokio::select! {
+            outcome = shell.run(inbox, controls) => {
+                // Fails if the server has ended already.
+                let _ = farewell.send(());
+                if tokio::time::timeout(FAREWELL, server).await.is_err() {
+                    tracing::warn!("some connections did not end with the run");
+                }
+                outcome
+            }
+            ended = &mut server => Outcome::Failed { reason: format!("the gRPC server ended: {ended:?}") },
+        };
+        decide.send_replace(Some(outcome));
+    });
+    Ok(Running { address: listening, observations, control, outcome, _tasks: tasks })
+}
+
+impl Running {
+    /// Asks the run to save and stop.
+    pub fn stop(&self, reason: String) {
+        // When the shell is gone the run is over already.
+        let _ = self.control.send(Control::Stop(reason));
+    }
+
+    /// Says that the run cannot go on: its workers cannot be kept alive.
+    pub fn fail(&self, reason: String) {
+        let _ = self.control.send(Control::Fail(reason));
+    }
+
+    /// What is lost if everything ends now, for people.
+    pub async fn unfinished(&self) -> String {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.control.send(Control::Status(reply));
+        match answer.await {
+            Ok(status) => {
+                let saved = match status.committed_iteration {
+                    Some(iteration) => format!("the newest checkpoint is of iteration {iteration}"),
+                    None => "there is no checkpoint".to_owned(),
+                };
+                format!("{saved}, the run has done {} ({} {})", status.iteration, status.state, status.reason)
+            }
+            Err(_) => "the coordinator's task has ended".to_owned(),
+        }
+    }
+
+    /// Waits for the run's end and for its workers to have heard of it.
+    pub async fn outcome(&mut self) -> Outcome {
+        let decided = self.outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        decided
+            .unwrap_or_else(|| Outcome::Failed { reason: "the coordinator's task ended unexpectedly".into() })
+    }
+}

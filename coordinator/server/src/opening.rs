@@ -1,0 +1,186 @@
+//! A run's folder, its journal and what they hold, before anything is served.
+
+use std::{path::PathBuf, time::Duration};
+
+use potstill_core::{
+    Setup,
+    ledger::{Checkpoint, CommittedCheckpoint},
+    observation::Outcome,
+    record::Record,
+    terms::{Terms, Timeouts},
+};
+use potstill_spec::RunSpec;
+use potstill_storage::{
+    Run,
+    checkpoint::{Manifest, Shard},
+    digest::sha256_of,
+    journal::Journal,
+    layout,
+    retention::Policy,
+};
+use uuid::Uuid;
+
+use crate::{
+    client::{self, Client},
+    error::StartError,
+    options::{Options, Resume},
+};
+
+/// How long another coordinator of the run may take to show that it lives.
+const OTHERS: Duration = Duration::from_secs(2);
+
+/// A run that is ready to be served.
+pub struct Opened {
+    /// What the state machine starts with.
+    pub setup: Setup,
+    /// Which checkpoints it keeps.
+    pub retention: Policy,
+    /// The run's folder.
+    pub run: Run,
+    /// Its journal, at the end.
+    pub journal: Journal,
+}
+
+/// Opens a new run, or one to be resumed.
+pub async fn open(options: Options, address: &str) -> Result<Opened, StartError> {
+    let Options { mut spec, run_id, storage, resume, ranks_may_live, .. } = options;
+    storage.probe().await?;
+    let digest = teacher_digest(&spec).await?;
+    spec.teacher.sha256 = digest;
+    let run = storage.run(&run_id);
+    let name = run_id.to_string();
+    let specification = spec.to_toml()?;
+
+    match (resume, run.specification().await?) {
+        (Resume::Never, Some(_)) => return Err(StartError::RunExists { run: name }),
+        (Resume::Never | Resume::Auto, None) => {
+            run.freeze(&specification).await.map_err(|error| match error {
+                potstill_storage::Error::AlreadyExists { .. } => StartError::RunExists { run: name.clone() },
+                other => other.into(),
+            })?
+        }
+        (Resume::Always, None) => {
+            let problem = format!("there is no run {name} in {}", storage.url());
+            return Err(StartError::NothingToResume { problem });
+        }
+        (Resume::Always | Resume::Auto, Some(frozen)) => {
+            let differences = RunSpec::from_toml(&frozen)?.differences(&spec);
+            if !differences.is_empty() {
+                return Err(StartError::Differs { run: name, differences });
+            }
+        }
+    }
+    let (whole, damaged) = run.survey().await?;
+    for error in &damaged {
+        tracing::error!(%error, "a damaged checkpoint is passed over for the one before it");
+    }
+    if whole.is_empty() && !damaged.is_empty() {
+        let problem = format!(
+            "none of run {name}'s {} checkpoints can be read; start anew with another --run-id",
+            damaged.len()
+        );
+        return Err(StartError::NothingToResume { problem });
+    }
+    let checkpoint = |manifest: Manifest| CommittedCheckpoint {
+        iteration: manifest.iteration,
+        manifest_key: layout::manifest_key(manifest.iteration),
+    };
+    let checkpoints: Vec<_> = whole.into_iter().map(checkpoint).collect();
+
+    let (journal, records) = Journal::open(&run).await?;
+    let mut history = Vec::with_capacity(records.len());
+    for (index, bytes) in records.iter().enumerate() {
+        history.push(Record::decode(bytes).map_err(|source| StartError::Record { index, source })?);
+    }
+    if let Some(Record::Ended { outcome: Outcome::Succeeded { iteration } }) = history.last()
+        && *iteration >= spec.distillation.iterations
+    {
+        return Err(StartError::Complete { run: name, iteration: *iteration });
+    }
+    if let Some(served) = served_at(&history, &name).await {
+        return Err(StartError::Served { run: name, address: served });
+    }
+    if resume != Resume::Never && checkpoints.is_empty() {
+        tracing::warn!("no checkpoint yet: unless a worker brings a state, the run begins with the teacher");
+    }
+    let retention =
+        Policy { keep_last: spec.checkpoint.keep_last.bound(), keep_every: spec.checkpoint.keep_every };
+    let storage_url = storage.url().to_owned();
+    let coordinator = Uuid::new_v4().to_string();
+    Ok(Opened {
+        setup: Setup {
+            coordinator,
+            address: address.to_owned(),
+            run_id: name,
+            terms: terms(&spec),
+            specification,
+            storage_url,
+            history,
+            checkpoints,
+            ranks_may_live,
+        },
+        retention,
+        run,
+        journal,
+    })
+}
+
+/// What of the specification decides how the run is coordinated.
+pub fn terms(spec: &RunSpec) -> Terms {
+    Terms {
+        iterations: spec.distillation.iterations,
+        micro_batches: spec.micro_batches(),
+        micro_batch: spec.distillation.micro_batch,
+        min_workers: spec.cluster.min_workers,
+        max_workers: spec.cluster.max_workers,
+        timeouts: Timeouts::new(spec.cluster.failure_timeout, spec.cluster.wait_timeout),
+        scored: spec.evaluation.features.is_some(),
+        collapse_share: spec.evaluation.collapse_share,
+        stop_after_failures: spec.checkpoint.stop_after_failures,
+    }
+}
+
+/// SHA-256 of the teacher's file or folder, hexadecimal; compared with the specification's, where that has one. A model that is
+/// not on this machine keeps what the specification says of it.
+async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
+    let path = match &spec.teacher.model {
+        None => spec.teacher.weights.clone().unwrap_or_default(),
+        Some(model) if PathBuf::from(model).is_dir() => PathBuf::from(model),
+        Some(_) => return Ok(spec.teacher.sha256.clone()),
+    };
+    let hashing = path.clone();
+    let unreadable = |source| StartError::Teacher { path: path.clone(), source };
+    let hashed = tokio::task::spawn_blocking(move || sha256_of(&hashing)).await;
+    let actual = hashed.map_err(std::io::Error::other).and_then(|digest| digest).map_err(unreadable)?;
+    match &spec.teacher.sha256 {
+        Some(given) if !given.eq_ignore_ascii_case(&actual) => {
+            Err(StartError::OtherTeacher { path, actual, given: given.clone() })
+        }
+        _ => Ok(Some(actual)),
+    }
+}
+
+/// Where another coordinator serves this run, if one does. Should it live without being found here, the journal still
+/// tells the two apart.
+async fn served_at(history: &[Record], run: &str) -> Option<String> {
+    let address = client::newest_address(history)?;
+    if matches!(history.last(), Some(Record::Ended { .. })) {
+        return None;
+    }
+    let asking = async { Client::connect(address, OTHERS).await?.status().await };
+    let reply = tokio::time::timeout(OTHERS, asking).await.ok()?.ok()?;
+    let over = ["succeeded", "stopped", "failed"].contains(&reply.state.as_str());
+    (reply.run_id == run && !over).then(|| address.to_owned())
+}
+
+/// A checkpoint as storage writes it down.
+pub fn manifest(checkpoint: Checkpoint) -> Manifest {
+    let Checkpoint { generation, iteration, shards } = checkpoint;
+    let shard = |s: potstill_proto::wire::ShardReceipt| Shard {
+        rank: s.rank,
+        key: s.key,
+        bytes: s.bytes,
+        sha256: s.sha256,
+    };
+    Manifest::new(iteration, generation.0, shards.into_iter().map(shard).collect())
+}

@@ -1,0 +1,312 @@
+//! The one task that owns the state machine: it feeds it events and does what it says, in order.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use potstill_core::{
+    Action, ClientId, Core, Event, StreamId, Tick,
+    ledger::Checkpoint,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+use potstill_proto::wire;
+use potstill_storage::{
+    Run,
+    checkpoint::Manifest,
+    journal::Journal,
+    layout,
+    retention::{Policy, Swept},
+};
+use tokio::{
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    task::JoinSet,
+    time::MissedTickBehavior,
+};
+
+use crate::{
+    StartError,
+    opening::{Opened, manifest},
+    service::{Arrival, Clock, Input, Outbox},
+};
+
+/// How long the last sweep may hold up a run's end.
+const LAST_SWEEP: Duration = Duration::from_secs(30);
+/// How often a coordinator looks whether the journal is still its own.
+const WATCH: Duration = Duration::from_secs(10);
+
+/// What the owner of a coordinator may ask of it.
+pub enum Control {
+    /// Save and stop.
+    Stop(String),
+    /// End with an error.
+    Fail(String),
+    /// Say what the run is doing.
+    Status(oneshot::Sender<wire::StatusReply>),
+}
+
+/// See the module's documentation.
+pub struct Shell {
+    core: Core,
+    clock: Clock,
+    run: Run,
+    journal: Journal,
+    streams: BTreeMap<StreamId, Outbox>,
+    commits: JoinSet<(u64, Result<String, String>)>,
+    /// Which checkpoints to keep, and the sweep that goes on.
+    retention: Policy,
+    sweep: JoinSet<()>,
+    watch: JoinSet<Option<u64>>,
+    /// Who waits for a checkpoint.
+    clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
+    next_client: u64,
+    observations: mpsc::UnboundedSender<Observation>,
+    /// Events that acting on an earlier one has led to.
+    events: VecDeque<Event>,
+    outcome: Option<Outcome>,
+}
+
+impl Shell {
+    /// A shell around an opened run.
+    pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
+        let Opened { setup, retention, run, journal } = opened;
+        Self {
+            core: Core::new(setup),
+            clock,
+            run,
+            journal,
+            streams: BTreeMap::new(),
+            commits: JoinSet::new(),
+            retention,
+            sweep: JoinSet::new(),
+            watch: JoinSet::new(),
+            clients: BTreeMap::new(),
+            next_client: 0,
+            observations,
+            events: VecDeque::new(),
+            outcome: None,
+        }
+    }
+
+    /// Writes the journal's first record of this coordinator, which tells whether the run is its own.
+    pub async fn start(&mut self) -> Result<(), StartError> {
+        self.step(self.clock.now(), Event::Started).await;
+        match self.outcome.take() {
+            Some(Outcome::Failed { reason }) => Err(StartError::Journal(reason)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Serves until the run is over.
+    pub async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Arrival>,
+        mut controls: mpsc::UnboundedReceiver<Control>,
+    ) -> Outcome {
+        let mut looks = tokio::time::interval(WATCH);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            if let Some(outcome) = self.outcome.take() {
+                // What a sweep leaves is found by the next one, if there is one.
+                let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
+                return outcome;
+            }
+            let deadline = self.core.next_deadline().map(|tick| self.clock.instant(tick));
+            let timer = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            // What has arrived is looked at before the clock: nobody is dead whose word is waiting here.
+            tokio::select! {
+                biased;
+                Some(control) = controls.recv() => {
+                    match control {
+                        Control::Stop(reason) => {
+                            self.step(self.clock.now(), Event::StopRequested { reason }).await;
+                        }
+                        Control::Fail(reason) => {
+                            self.step(self.clock.now(), Event::WorkersUnavailable { reason }).await;
+                        }
+                        Control::Status(reply) => {
+                            let _ = reply.send(self.core.status());
+                        }
+                    }
+                }
+                Some(Ok((iteration, result))) = self.commits.join_next() => {
+                    self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
+                }
+                Some(arrival) = inbox.recv() => self.arrived(arrival).await,
+                Some(Ok(Some(found))) = self.watch.join_next() => {
+                    if let Err(error) = self.journal.watched(found) {
+                        self.step(self.clock.now(), Event::JournalLost { reason: error.to_string() }).await;
+                    }
+                }
+                _ = looks.tick(), if self.watch.is_empty() => {
+                    self.watch.spawn(self.journal.watch());
+                }
+                () = timer => self.step(self.clock.now(), Event::Timer).await,
+            }
+        }
+    }
+
+    async fn arrived(&mut self, Arrival { at, input }: Arrival) {
+        match input {
+            Input::Attached { stream, hello, outbox } => {
+                self.streams.insert(stream, outbox);
+                self.step(at, Event::Attached { stream, hello }).await;
+            }
+            Input::Received { stream, message } => self.step(at, Event::Received { stream, message }).await,
+            Input::Closed { stream, reason, status } => {
+                if let (Some(outbox), Some(status)) = (self.streams.remove(&stream), status) {
+                    // Where the queue is full nobody reads, so nobody misses the reason.
+                    let _ = outbox.try_send(Err(status));
+                }
+                self.step(at, Event::Closed { stream, reason }).await;
+            }
+            Input::Status(reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(self.core.status());
+            }
+            Input::Checkpoint(reply) => {
+                let client = ClientId(self.next_client);
+                self.next_client += 1;
+                self.clients.insert(client, reply);
+                self.step(at, Event::CheckpointRequested { client }).await;
+            }
+            Input::Cancel { reason } => self.step(at, Event::StopRequested { reason }).await,
+        }
+    }
+
+    /// Takes an event, and those that acting on it leads to, through the state machine.
+    async fn step(&mut self, at: Tick, event: Event) {
+        self.events.push_back(event);
+        while let Some(event) = self.events.pop_front() {
+            let mut actions = Vec::new();
+            self.core.step(at, event, &mut actions);
+            for action in actions {
+                if let Err(lost) = self.act(action).await {
+                    // Nothing after a record that is not durable may happen.
+                    self.events.clear();
+                    self.events.push_back(Event::JournalLost { reason: lost });
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Does what the state machine says.
+    ///
+    /// # Errors
+    /// The journal cannot be continued.
+    async fn act(&mut self, action: Action) -> Result<(), String> {
+        match action {
+            Action::Send { stream, message } => {
+                let Some(outbox) = self.streams.get(&stream) else { return Ok(()) };
+                tracing::debug!(stream = stream.0, ?message, "send");
+                if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message.into())) {
+                    self.streams.remove(&stream);
+                    let reason = "it does not read what it is sent".into();
+                    self.events.push_back(Event::Closed { stream, reason });
+                }
+            }
+            Action::Close { stream } => {
+                self.streams.remove(&stream);
+            }
+            Action::Persist(record) => self.persist(&record).await?,
+            Action::Commit(checkpoint) => self.commit(checkpoint),
+            Action::Retain { in_use, up_to } => self.retain(in_use, up_to),
+            Action::Answer { client, result } => {
+                if let Some(reply) = self.clients.remove(&client) {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(result);
+                }
+            }
+            Action::Observe(observation) => {
+                // Whoever started the coordinator may not care.
+                let _ = self.observations.send(observation);
+            }
+            Action::Log(what) => tracing::info!("{what}"),
+            Action::End(outcome) => {
+                // Each stream ends after what was queued on it.
+                self.streams.clear();
+                self.outcome = Some(outcome);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Shell {
+    /// Appends to the journal.
+    ///
+    /// # Errors
+    /// Why the journal cannot be continued.
+    async fn persist(&mut self, record: &Record) -> Result<(), String> {
+        tracing::debug!(?record, "journal");
+        let bytes = record.encode().map_err(|e| format!("the journal's record cannot be written: {e}"))?;
+        self.journal.append(bytes.into()).await.map_err(|error| journal_lost(&error))
+    }
+
+    /// Writes a manifest in the background.
+    fn commit(&mut self, checkpoint: Checkpoint) {
+        let run = self.run.clone();
+        self.commits.spawn(async move {
+            let iteration = checkpoint.iteration;
+            let written = commit(&run, &manifest(checkpoint)).await;
+            (iteration, written.map_err(|error| error.to_string()))
+        });
+    }
+
+    /// Sweeps in the background, unless the last sweep still goes on: the next one finds the same.
+    fn retain(&mut self, in_use: BTreeSet<u64>, up_to: u64) {
+        while self.sweep.try_join_next().is_some() {}
+        if !self.sweep.is_empty() {
+            return;
+        }
+        let (run, policy) = (self.run.clone(), self.retention);
+        self.sweep.spawn(async move {
+            match run.sweep(policy, &in_use, up_to).await {
+                Ok(swept) if swept == Swept::default() => {}
+                Ok(Swept { checkpoints, orphans }) => {
+                    tracing::info!(
+                        ?checkpoints,
+                        orphans,
+                        "removed checkpoints and objects that nobody needs"
+                    );
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot remove old checkpoints; trying again after the next one")
+                }
+            }
+        });
+    }
+}
+
+/// Writes a manifest. Another checkpoint of this iteration is as good, since the trajectory is one and the same; unless it
+/// is damaged, in which case it makes room.
+async fn commit(run: &Run, manifest: &Manifest) -> Result<String, potstill_storage::Error> {
+    let refused = match run.commit(manifest).await {
+        Err(error @ potstill_storage::Error::AlreadyExists { .. }) => error,
+        other => return other,
+    };
+    let key = layout::manifest_key(manifest.iteration);
+    if !run.is_damaged(&key).await? {
+        return Ok(key);
+    }
+    tracing::warn!(reason = %refused, "the one that exists is damaged: it is set aside");
+    run.set_aside(manifest.iteration).await?;
+    run.commit(manifest).await
+}
+
+fn journal_lost(error: &potstill_storage::Error) -> String {
+    match error {
+        potstill_storage::Error::Fenced { .. } => error.to_string(),
+        other => format!("the journal cannot be written: {other}"),
+    }
+}

@@ -1,0 +1,602 @@
+//! The coordinator as its workers see it: a real gRPC client over loopback, and storage in memory.
+
+#![allow(clippy::unwrap_used)] // A panic here is a failed test.
+
+use std::{net::SocketAddr, time::Duration};
+
+use potstill_core::observation::{Observation, Outcome};
+use potstill_proto::{
+    PROTOCOL,
+    cursor::Cursor,
+    message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
+    shard::MicroBatches,
+    wire::{self, coordinator_client::CoordinatorClient},
+};
+use potstill_server::{
+    self as server, Options,
+    Resume::{self, Always, Auto, Never},
+    Running, StartError,
+};
+use potstill_spec::RunSpec;
+use potstill_storage::{Root, RunId, journal::Journal, layout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+const ITERATIONS: u64 = 2;
+const SAMPLES: u32 = 8;
+const MICRO_BATCHES: u32 = 4;
+
+/// A run of its own: its storage, its teacher and its specification.
+struct Lab {
+    _folder: tempfile::TempDir,
+    storage: Root,
+    spec: RunSpec,
+}
+
+impl Lab {
+    fn new(workers: u32) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join("teacher.safetensors");
+        std::fs::write(&weights, b"weights").unwrap();
+        let mut spec = RunSpec::default();
+        spec.teacher.weights = Some(weights);
+        spec.distillation.iterations = ITERATIONS;
+        spec.distillation.global_batch = SAMPLES;
+        spec.distillation.micro_batch = SAMPLES / MICRO_BATCHES;
+        spec.cluster.min_workers = workers;
+        spec.cluster.max_workers = workers;
+        spec.cluster.failure_timeout = Duration::from_millis(60000);
+        spec.validate().unwrap();
+        let storage = Root::open("memory://").unwrap();
+        Self { _folder: folder, storage, spec }
+    }
+
+    fn options(&self, resume: Resume) -> Options {
+        Options {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            spec: self.spec.clone(),
+            run_id: run_id(),
+            storage: self.storage.clone(),
+            resume,
+            ranks_may_live: true,
+        }
+    }
+
+    async fn start(&self, resume: Resume) -> Running {
+        server::start(self.options(resume)).await.unwrap()
+    }
+
+    async fn refused(&self, resume: Resume) -> StartError {
+        match server::start(self.options(resume)).await {
+            Ok(_) => panic!("it started"),
+            Err(error) => error,
+        }
+    }
+
+    /// Trains a run to its end and leaves its checkpoint.
+    async fn train(&self, resume: Resume) -> Outcome {
+        let mut running = self.start(resume).await;
+        let mut worker = Worker::attach(&running, "a").await;
+        let assignment = worker.assignment().await;
+        let first = match &assignment.source {
+            Source::Fresh => 0,
+            Source::Checkpoint { manifest_key } => {
+                assert!(self.storage.run(&run_id()).get(manifest_key).await.unwrap().is_some());
+                ITERATIONS
+            }
+            source => panic!("{source:?}"),
+        };
+        for iteration in first..self.spec.distillation.iterations {
+            worker.reports(&assignment, iteration).await;
+        }
+        worker.saves_and_finishes(self, &assignment, self.spec.distillation.iterations).await;
+        worker.stopped().await;
+        running.outcome().await
+    }
+}
+
+fn run_id() -> RunId {
+    "test-run".parse().unwrap()
+}
+
+/// A worker that computes nothing.
+struct Worker {
+    id: String,
+    outgoing: mpsc::Sender<wire::WorkerMessage>,
+    incoming: Streaming<wire::CoordinatorMessage>,
+}
+
+impl Worker {
+    async fn connect(address: SocketAddr) -> CoordinatorClient<tonic::transport::Channel> {
+        CoordinatorClient::connect(format!("http://{address}")).await.unwrap()
+    }
+
+    /// Opens a stream and says `first`.
+    async fn open(running: &Running, first: wire::WorkerMessage) -> Self {
+        let mut client = Self::connect(running.address).await.max_encoding_message_size(usize::MAX);
+        let (outgoing, messages) = mpsc::channel(64);
+        outgoing.send(first).await.unwrap();
+        let incoming = client.attach(ReceiverStream::new(messages)).await.unwrap().into_inner();
+        Self { id: String::new(), outgoing, incoming }
+    }
+
+    async fn attach(running: &Running, id: &str) -> Self {
+        let mut worker = Self::open(running, hello(id).into()).await;
+        worker.id = id.into();
+        match worker.next().await {
+            ToWorker::Welcome { specification, .. } => {
+                let spec = RunSpec::from_toml(&specification).unwrap();
+                assert!(spec.teacher.weights.unwrap().is_absolute() && spec.teacher.sha256.is_some());
+            }
+            other => panic!("{other:?}"),
+        }
+        worker.say(FromWorker::Ready).await;
+        worker
+    }
+
+    /// Comes back, after its stream was lost, with the place that it has.
+    async fn come_back(running: &Running, id: &str, place: &Assignment, iteration: u64) -> Self {
+        let mut hello = hello(id);
+        hello.held = Some(Cursor::boundary(iteration));
+        hello.place = Some(Place { generation: place.generation, rank: place.rank });
+        let mut worker = Self::open(running, hello.into()).await;
+        worker.id = id.into();
+        assert!(matches!(worker.next().await, ToWorker::Welcome { .. }));
+        worker.say(FromWorker::Ready).await;
+        worker
+    }
+
+    async fn next(&mut self) -> ToWorker {
+        self.incoming.message().await.unwrap().expect("the stream ended").try_into().unwrap()
+    }
+
+    /// How the coordinator ends this stream, whatever it says before.
+    async fn ending(&mut self) -> Option<Status> {
+        loop {
+            match self.incoming.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(status) => return Some(status),
+            }
+        }
+    }
+
+    async fn assignment(&mut self) -> Assignment {
+        loop {
+            if let ToWorker::Assignment(assignment) = self.next().await {
+                return assignment;
+            }
+        }
+    }
+
+    async fn stopped(&mut self) -> (bool, String) {
+        loop {
+            if let ToWorker::Stop { success, reason } = self.next().await {
+                return (success, reason);
+            }
+        }
+    }
+
+    async fn say(&self, message: impl Into<wire::WorkerMessage>) {
+        self.outgoing.send(message.into()).await.unwrap();
+    }
+
+    async fn reports(&self, assignment: &Assignment, iteration: u64) {
+        let share = assignment.micro_batches;
+        let samples = share.count * SAMPLES / MICRO_BATCHES;
+        self.say(FromWorker::StepReport(wire::StepReport {
+            generation: assignment.generation.0,
+            iteration,
+            first_micro_batch: share.first,
+            micro_batches: share.count,
+            samples,
+            generator_loss_sum: f64::from(samples) * 0.5,
+            ..Default::default()
+        }))
+        .await;
+    }
+
+    async fn saves_and_finishes(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
+        self.saves(lab, assignment, iteration).await;
+        let generation = assignment.generation;
+        self.say(FromWorker::Finished { generation, cursor: Cursor::boundary(iteration) }).await;
+    }
+
+    async fn saves(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
+        let Assignment { rank, world_size, generation, .. } = *assignment;
+        let key = layout::shard_key(iteration, &self.id, rank, world_size);
+        let bytes = bytes::Bytes::from_static(b"state");
+        let shard = lab.storage.run(&run_id()).write_shard(&key, rank, bytes).await.unwrap();
+        self.say(FromWorker::ShardReceipt(wire::ShardReceipt {
+            generation: generation.0,
+            iteration,
+            rank,
+            key: shard.key,
+            bytes: shard.bytes,
+            sha256: shard.sha256,
+        }))
+        .await;
+    }
+}
+
+fn hello(id: &str) -> Hello {
+    Hello {
+        protocol: PROTOCOL,
+        worker: WorkerId(id.into()),
+        run_id: run_id().to_string(),
+        host: "localhost".into(),
+        pid: 1,
+        device: "cpu".into(),
+        store_address: "127.0.0.1:1".into(),
+        held: None,
+        place: None,
+    }
+}
+
+async fn observed<T>(running: &mut Running, mut what: impl FnMut(Observation) -> Option<T>) -> T {
+    loop {
+        if let Some(found) = what(running.observations.recv().await.expect("the run ended")) {
+            return found;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ a run
+
+#[tokio::test]
+async fn two_workers_train_a_run_to_its_end() {
+    let lab = Lab::new(2);
+    let mut running = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
+    let (first, second) = (a.assignment().await, b.assignment().await);
+    assert_eq!((first.rank, second.rank, first.world_size), (0, 1, 2));
+    assert_eq!(first.source, Source::Fresh);
+    assert_eq!(second.micro_batches, MicroBatches { first: 2, count: 2 });
+
+    for iteration in 0..ITERATIONS {
+        a.reports(&first, iteration).await;
+        b.reports(&second, iteration).await;
+        let totals = observed(&mut running, |observation| match observation {
+            Observation::Iteration(totals) => Some(totals),
+            _ => None,
+        })
+        .await;
+        assert_eq!((totals.iteration, totals.samples, totals.generator_loss), (iteration, SAMPLES, 0.5));
+    }
+    let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
+    let status = status.into_inner();
+    assert_eq!((status.state.as_str(), status.iteration, status.members.len()), ("training", ITERATIONS, 2));
+
+    a.saves_and_finishes(&lab, &first, ITERATIONS).await;
+    b.saves_and_finishes(&lab, &second, ITERATIONS).await;
+    for worker in [&mut a, &mut b] {
+        assert!(worker.stopped().await.0);
+        assert_eq!(worker.ending().await.map(|s| s.code()), None);
+    }
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+    assert_eq!(lab.storage.run(&run_id()).checkpoints().await.unwrap(), [ITERATIONS]);
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_is_replaced_in_a_new_generation() {
+    let lab = Lab::new(2);
+    let running = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
+    let (first, second) = (a.assignment().await, b.assignment().await);
+    a.reports(&first, 0).await;
+    b.reports(&second, 0).await;
+    drop(b);
+    let ToWorker::Abandon { generation, reason } = a.next().await else { panic!() };
+    assert_eq!(generation, first.generation);
+    assert!(reason.contains("worker b (localhost, process 1, cpu), rank 1 is lost"), "{reason}");
+    let error = "connection reset".into();
+    a.say(FromWorker::CollectiveFailed { generation, cursor: Cursor::boundary(1), error }).await;
+
+    let mut c = Worker::attach(&running, "c").await;
+    let (survivor, newcomer) = (a.assignment().await, c.assignment().await);
+    assert_eq!(survivor.generation, generation.next());
+    assert_eq!((survivor.rank, newcomer.rank), (0, 1));
+    assert_eq!(newcomer.source, Source::Peer { rank: 0 });
+}
+
+#[tokio::test]
+async fn what_an_old_generation_says_changes_nothing() {
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    let mut a = Worker::attach(&running, "a").await;
+    let old = a.assignment().await;
+    let failed = FromWorker::CollectiveFailed {
+        generation: old.generation,
+        cursor: Cursor::default(),
+        error: "reset".into(),
+    };
+    a.say(failed.clone()).await;
+    let new = a.assignment().await;
+    // A zombie of the old generation would save, finish and fail the run.
+    a.reports(&old, 0).await;
+    a.saves_and_finishes(&lab, &old, ITERATIONS).await;
+    a.say(failed).await;
+    a.say(FromWorker::Failed { generation: old.generation, error: "late".into() }).await;
+    for iteration in 0..ITERATIONS {
+        a.reports(&new, iteration).await;
+    }
+    a.saves_and_finishes(&lab, &new, ITERATIONS).await;
+    assert!(a.stopped().await.0);
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+#[tokio::test]
+async fn a_run_can_be_stopped_and_failed_from_outside() {
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    let mut a = Worker::attach(&running, "a").await;
+    let assignment = a.assignment().await;
+    running.stop("SIGTERM".into());
+    assert!(matches!(a.next().await, ToWorker::Request { .. }));
+    a.reports(&assignment, 0).await;
+    a.saves_and_finishes(&lab, &assignment, 1).await;
+    assert_eq!(a.stopped().await, (true, "SIGTERM".into()));
+    assert_eq!(running.outcome().await, Outcome::Stopped { iteration: 1, reason: "SIGTERM".into() });
+
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    running.fail("no such device".into());
+    assert_eq!(running.outcome().await, Outcome::Failed { reason: "no such device".into() });
+}
+
+#[tokio::test]
+async fn too_few_workers_for_too_long_is_an_error() {
+    let mut lab = Lab::new(2);
+    lab.spec.cluster.failure_timeout = Duration::from_millis(100);
+    lab.spec.cluster.wait_timeout = Duration::from_millis(100);
+    let mut running = lab.start(Never).await;
+    let Outcome::Failed { reason } = running.outcome().await else { panic!() };
+    assert!(reason.contains("0 of the 2 workers"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_silent_worker_is_given_up() {
+    let mut lab = Lab::new(1);
+    lab.spec.cluster.failure_timeout = Duration::from_millis(100);
+    let running = lab.start(Never).await;
+    let mut a = Worker::attach(&running, "a").await;
+    let _silence = a.outgoing.clone();
+    assert!(a.ending().await.is_none());
+}
+
+// ------------------------------------------------------------------------------------------------ bad streams
+
+#[tokio::test]
+async fn bad_streams_end_with_a_reason_and_harm_nobody() {
+    use wire::worker_message::Kind;
+    let lab = Lab::new(1);
+    let running = lab.start(Never).await;
+    let mut good = Worker::attach(&running, "good").await;
+    let assignment = good.assignment().await;
+
+    let heartbeat = Kind::Heartbeat(wire::Heartbeat::default());
+    let huge = Kind::Hello(wire::Hello { worker_id: "x".repeat(2 << 20), ..Default::default() });
+    for (first, code, says) in [
+        (None, Code::InvalidArgument, "not a Hello"),
+        (Some(heartbeat.clone()), Code::InvalidArgument, "not a Hello"),
+        (Some(huge), Code::OutOfRange, "too large"),
+    ] {
+        let mut worker = Worker::open(&running, wire::WorkerMessage { kind: first }).await;
+        let status = worker.ending().await.unwrap();
+        assert_eq!(status.code(), code);
+        assert!(status.message().contains(says), "{status:?}");
+    }
+    for (kind, says) in [
+        (None, "empty"),
+        (Some(heartbeat), "no cursor"),
+        (Some(Kind::Failed(wire::Failed { error: "x".repeat(2 << 20), generation: 1 })), "too large"),
+    ] {
+        let mut worker = Worker::attach(&running, "bad").await;
+        worker.say(wire::WorkerMessage { kind }).await;
+        let status = worker.ending().await.unwrap();
+        assert!(status.message().contains(says), "{status:?}");
+    }
+
+    let mut garbage = tokio::net::TcpStream::connect(running.address).await.unwrap();
+    garbage.write_all(&[0xff; 4096]).await.unwrap();
+    // The coordinator hangs up; a reset is as good as an end.
+    let _ = garbage.read_to_end(&mut Vec::new()).await;
+
+    // Nobody who had a place was disturbed.
+    good.reports(&assignment, 0).await;
+    let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
+    assert_eq!(status.into_inner().generation, assignment.generation.0);
+}
+
+#[tokio::test]
+async fn a_worker_of_another_run_is_refused() {
+    let lab = Lab::new(1);
+    let running = lab.start(Never).await;
+    let mut stranger = hello("a");
+    stranger.run_id = "another".into();
+    let mut worker = Worker::open(&running, stranger.into()).await;
+    let ToWorker::Refused { reason } = worker.next().await else { panic!() };
+    assert!(reason.contains("\"another\""), "{reason}");
+    assert!(worker.ending().await.is_none());
+}
+
+// ------------------------------------------------------------------------------------------------ starting
+
+#[tokio::test]
+async fn a_run_that_exists_is_only_continued_on_request() {
+    let mut lab = Lab::new(1);
+    assert!(matches!(lab.refused(Always).await, StartError::NothingToResume { .. }));
+    assert_eq!(lab.train(Never).await, Outcome::Succeeded { iteration: ITERATIONS });
+
+    let error = lab.refused(Never).await.to_string();
+    assert!(error.contains("test-run exists; give --resume"), "{error}");
+    let error = lab.refused(Always).await.to_string();
+    assert!(error.contains("already complete (2 iterations); raise distillation.iterations"), "{error}");
+
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    assert_eq!(lab.train(Always).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
+}
+
+#[tokio::test]
+async fn a_run_without_a_checkpoint_begins_again() {
+    let lab = Lab::new(1);
+    drop(lab.start(Never).await);
+    assert_eq!(lab.train(Always).await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+#[tokio::test]
+async fn a_run_may_be_started_or_gone_on_with_by_the_same_command() {
+    let mut lab = Lab::new(1);
+    assert_eq!(lab.train(Auto).await, Outcome::Succeeded { iteration: ITERATIONS });
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    assert_eq!(lab.train(Auto).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
+}
+
+#[tokio::test]
+async fn a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence() {
+    let lab = Lab::new(1);
+    lab.train(Never).await;
+    let run = lab.storage.run(&run_id());
+    run.put(&layout::manifest_key(ITERATIONS), "{".into()).await.unwrap();
+    let error = lab.refused(Always).await.to_string();
+    assert!(error.contains("nothing to resume") && error.contains("1 checkpoints can be read"), "{error}");
+}
+
+#[tokio::test]
+async fn a_run_is_not_resumed_with_other_values() {
+    let mut lab = Lab::new(1);
+    lab.train(Never).await;
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    lab.spec.distillation.seed = 5;
+    lab.spec.distillation.alpha = 1.0;
+    std::fs::write(lab.spec.teacher.weights.as_ref().unwrap(), b"other weights").unwrap();
+    let error = lab.refused(Always).await.to_string();
+    for says in ["distillation.seed: 0 there, 5 here", "distillation.alpha", "teacher.sha256"] {
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_teachers_file_is_read_and_compared() {
+    let mut lab = Lab::new(1);
+    lab.spec.teacher.sha256 = Some("00".into());
+    assert!(matches!(lab.refused(Never).await, StartError::OtherTeacher { .. }));
+    lab.spec.teacher.weights = Some("/nowhere/teacher.safetensors".into());
+    let error = lab.refused(Never).await.to_string();
+    assert!(error.contains("/nowhere/teacher.safetensors"), "{error}");
+    // Neither left a run behind.
+    assert!(lab.storage.run(&run_id()).specification().await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_named() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let lab = Lab::new(1);
+    let mut options = lab.options(Never);
+    options.listen = taken.local_addr().unwrap();
+    let Err(error) = server::start(options).await else { panic!() };
+    let error = error.to_string();
+    assert!(error.contains(&taken.local_addr().unwrap().to_string()) && error.contains("in use"), "{error}");
+}
+
+#[tokio::test]
+async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
+    let mut lab = Lab::new(1);
+    lab.train(Never).await;
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    let mut old = lab.start(Always).await;
+    let mut worker = Worker::attach(&old, "a").await;
+    worker.assignment().await;
+    // Another one, which did not find this one, writes its first record.
+    let run = lab.storage.run(&run_id());
+    let (mut journal, _) = Journal::open(&run).await.unwrap();
+    journal.append("another".into()).await.unwrap();
+    // A look at the journal, or the next thing that it has to write down, shows the old one that it is not alone.
+    let Outcome::Failed { reason } = old.outcome().await else { panic!() };
+    assert!(reason.contains("another coordinator has taken over"), "{reason}");
+    // Its worker is told nothing that it should act on.
+    assert!(worker.ending().await.is_none());
+}
+
+#[tokio::test]
+async fn a_run_that_is_being_served_is_not_taken_over() {
+    let lab = Lab::new(1);
+    let old = lab.start(Never).await;
+    let error = lab.refused(Always).await.to_string();
+    assert!(error.contains(&old.address.to_string()) && error.contains("is being served"), "{error}");
+}
+
+// ------------------------------------------------------------------------------------------------ a successor
+
+#[tokio::test]
+async fn workers_come_back_to_a_successor_and_nothing_changes() {
+    let lab = Lab::new(2);
+    let old = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&old, "a").await, Worker::attach(&old, "b").await);
+    let (first, second) = (a.assignment().await, b.assignment().await);
+    a.reports(&first, 0).await;
+    b.reports(&second, 0).await;
+    drop(old);
+    for worker in [&mut a, &mut b] {
+        worker.ending().await;
+    }
+
+    let mut running = lab.start(Always).await;
+    // They say again what the old one may not have heard.
+    let a = Worker::come_back(&running, "a", &first, 1).await;
+    let mut b = Worker::come_back(&running, "b", &second, 2).await;
+    for iteration in 0..ITERATIONS {
+        a.reports(&first, iteration).await;
+        b.reports(&second, iteration).await;
+    }
+    a.saves_and_finishes(&lab, &first, ITERATIONS).await;
+    b.saves_and_finishes(&lab, &second, ITERATIONS).await;
+    // Not an assignment: the generation lives on.
+    assert!(matches!(b.next().await, ToWorker::Committed { iteration: ITERATIONS }));
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+// ------------------------------------------------------------------------------------------------ requests
+
+#[tokio::test]
+async fn a_checkpoint_on_demand_is_answered_when_it_exists() {
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    let mut client = Worker::connect(running.address).await;
+    let refused = client.checkpoint(wire::CheckpointRequest {}).await.unwrap_err();
+    assert!(refused.message().contains("nothing is training"), "{refused:?}");
+
+    let mut a = Worker::attach(&running, "a").await;
+    let assignment = a.assignment().await;
+    let asking = tokio::spawn(async move { client.checkpoint(wire::CheckpointRequest {}).await });
+    assert!(matches!(a.next().await, ToWorker::Request { what: Request::Checkpoint, .. }));
+    a.reports(&assignment, 0).await;
+    a.saves(&lab, &assignment, 1).await;
+    assert_eq!(asking.await.unwrap().unwrap().into_inner().iteration, 1);
+
+    let mut client = Worker::connect(running.address).await;
+    client.cancel(wire::CancelRequest { reason: "enough".into() }).await.unwrap();
+    let what = loop {
+        if let ToWorker::Request { what, .. } = a.next().await {
+            break what;
+        }
+    };
+    assert_eq!(what, Request::CheckpointAndStop);
+    a.reports(&assignment, 1).await;
+    a.saves_and_finishes(&lab, &assignment, 2).await;
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: 2 });
+}
+
+#[tokio::test]
+async fn the_end_does_not_wait_for_a_worker_that_stays() {
+    let lab = Lab::new(1);
+    let mut running = lab.start(Never).await;
+    let worker = Worker::attach(&running, "a").await;
+    running.fail("enough".into());
+    tokio::time::timeout(Duration::from_secs(60), running.outcome()).await.unwrap();
+    drop(worker);
+}

@@ -1,0 +1,76 @@
+//! How both programs speak: log lines on standard error, and errors with their causes on one line.
+//!
+//! ```
+//! let error = anyhow::anyhow!("not found").context("cannot read x: not found").context("loading");
+//! assert_eq!(potstill_logging::chain(&error), "loading: cannot read x: not found");
+//! ```
+
+use std::io::IsTerminal;
+
+use clap::ValueEnum;
+use tracing_subscriber::{
+    EnvFilter,
+    fmt::{MakeWriter, time::ChronoUtc},
+};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Text; with a progress bar on a terminal.
+    #[default]
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// Its name on the command line, for handing on to a child.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Human => "human",
+            Self::Json => "json",
+        }
+    }
+
+    /// Starts logging to standard error.
+    pub fn start(self) {
+        self.start_with(std::io::stderr);
+    }
+
+    /// Starts logging to a writer that stands for standard error. `RUST_LOG` chooses what; the default is `info`. A log that is set up
+    /// already stays, as in tests.
+    pub fn start_with(self, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) {
+        let colours =
+            std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+            .with_ansi(colours)
+            .with_writer(writer);
+        let _ = match self {
+            Self::Human => log
+                .compact()
+                .with_target(false)
+                .with_timer(ChronoUtc::new("%Y-%m-%d %H:%M:%SZ".to_owned()))
+                .try_init(),
+            Self::Json => {
+                std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+                log.json().flatten_event(true).try_init()
+            }
+        };
+    }
+}
+
+/// The error and its causes, each once: many errors repeat their cause in their own text.
+#[must_use]
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            let separator = if line.is_empty() { "" } else { ": " };
+            line = line + separator + &text;
+        }
+    }
+    line
+}
