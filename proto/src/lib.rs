@@ -2,11 +2,13 @@
 //!
 //! - [`wire`]: what travels over gRPC, generated from `potstill/v1/attach.proto`.
 //! - [`message`]: the same as types that cannot be half-filled, and the conversions between the two.
-//! - [`cursor`], [`shard`]: where a run stands, and which rank computes what.
+//! - [`cursor`], [`micro_batches`]: where a run stands, and which rank computes what.
+//! - [`scores`]: how good samples are.
 
 pub mod cursor;
 pub mod message;
-pub mod shard;
+pub mod micro_batches;
+pub mod scores;
 
 /// Messages and service stubs generated from `potstill/v1/attach.proto`.
 pub mod wire {
@@ -15,7 +17,7 @@ pub mod wire {
 }
 
 /// Version of the stream's language. A worker that speaks another one is refused at its hello.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// The largest gRPC message either side accepts, in bytes. The biggest honest one is a `Welcome` with a run
 /// specification of a few kilobytes; tensors never travel this way.

@@ -1,7 +1,6 @@
 //! The stream's messages as types that cannot be half-filled, and their wire form.
 //!
-//! Reports that the coordinator only records ([`wire::StepReport`], [`wire::EvaluationReport`]) keep their wire type:
-//! every field of theirs is plain data.
+//! Reports that the coordinator only records ([`wire::StepReport`]) keep their wire type: every field of theirs is plain data.
 
 use std::fmt;
 
@@ -9,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cursor::{Cursor, Generation, Phase},
-    shard::MicroBatches,
+    micro_batches::MicroBatches,
+    scores::Evaluation,
     wire,
 };
 
@@ -46,7 +46,7 @@ pub struct Hello {
     pub worker: WorkerId,
     /// The run it was started for.
     pub run_id: String,
-    /// Its machine, for people.
+    /// Its machine.
     pub host: String,
     /// Its process id there.
     pub pid: u32,
@@ -80,7 +80,7 @@ pub enum FromWorker {
         cursor: Cursor,
         /// Grows with every unit of work.
         progress: u64,
-        /// What it is doing, for people.
+        /// What it is doing, for messages.
         activity: String,
         /// It waits for its peers in a collective.
         waiting: bool,
@@ -90,7 +90,7 @@ pub enum FromWorker {
     /// One finished iteration of one rank.
     StepReport(wire::StepReport),
     /// Scores of the teacher or of the student, from rank 0.
-    Evaluation(wire::EvaluationReport),
+    Evaluation(Evaluation),
     /// Its share of a checkpoint is durable.
     ShardReceipt(wire::ShardReceipt),
     /// Its share of a checkpoint could not be written.
@@ -113,7 +113,7 @@ pub enum FromWorker {
     },
     /// Its machine is wanted for something else: it would like to save and go.
     Leaving {
-        /// Who wants it, for people.
+        /// Who wants it, for messages.
         reason: String,
     },
     /// The checkpoint that its assignment names cannot be read: it left the group and holds no state.
@@ -215,7 +215,7 @@ pub enum ToWorker {
     Abandon {
         /// Which generation.
         generation: Generation,
-        /// Why, for people.
+        /// Why, for messages.
         reason: String,
     },
     /// This iteration's checkpoint exists.
@@ -268,7 +268,9 @@ impl TryFrom<wire::Cursor> for Cursor {
         let phase = match wire::Phase::try_from(cursor.phase) {
             Ok(wire::Phase::FakeScore) => Phase::FakeScore,
             Ok(wire::Phase::Generator) => Phase::Generator,
-            Err(_) => return malformed("Cursor", format!("unknown phase {}", cursor.phase)),
+            Ok(wire::Phase::Unspecified) | Err(_) => {
+                return malformed("Cursor", format!("unknown phase {}", cursor.phase));
+            }
         };
         Ok(Self { iteration: cursor.iteration, phase })
     }
@@ -348,7 +350,7 @@ impl From<FromWorker> for wire::WorkerMessage {
             }
             FromWorker::Ready => Kind::Ready(wire::Ready {}),
             FromWorker::StepReport(report) => Kind::StepReport(report),
-            FromWorker::Evaluation(report) => Kind::Evaluation(report),
+            FromWorker::Evaluation(report) => Kind::Evaluation(report.into()),
             FromWorker::ShardReceipt(receipt) => Kind::ShardReceipt(receipt),
             FromWorker::ShardFailed(failure) => Kind::ShardFailed(failure),
             FromWorker::CollectiveFailed { generation, cursor, error } => {
@@ -397,14 +399,10 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
             Kind::Ready(_) => FromWorker::Ready,
             Kind::StepReport(report) => FromWorker::StepReport(report),
             Kind::Evaluation(report) => {
-                if report.scores.is_none() {
-                    return malformed("EvaluationReport", "no scores");
-                }
-                if wire::Subject::try_from(report.subject).is_err() {
-                    let problem = format!("unknown subject {}", report.subject);
-                    return malformed("EvaluationReport", problem);
-                }
-                FromWorker::Evaluation(report)
+                let evaluation = report.try_into();
+                FromWorker::Evaluation(
+                    evaluation.or_else(|problem: String| malformed("EvaluationReport", problem))?,
+                )
             }
             Kind::ShardReceipt(receipt) => FromWorker::ShardReceipt(receipt),
             Kind::ShardFailed(failure) => FromWorker::ShardFailed(failure),
@@ -541,7 +539,9 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     Ok(wire::request::What::CheckpointAndStop) => Request::CheckpointAndStop,
                     Ok(wire::request::What::Yield) => Request::Yield,
                     Ok(wire::request::What::CheckpointAndYield) => Request::CheckpointAndYield,
-                    Err(_) => return malformed("Request", format!("unknown request {}", m.what)),
+                    Ok(wire::request::What::Unspecified) | Err(_) => {
+                        return malformed("Request", format!("unknown request {}", m.what));
+                    }
                 },
             },
             Kind::Stop(m) => ToWorker::Stop { success: m.success, reason: m.reason },

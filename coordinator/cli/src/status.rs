@@ -115,6 +115,26 @@ fn from_journal(run: &Run, history: &[Record], state: &str, reason: String) -> R
     status
 }
 
+fn state_name(state: wire::RunState) -> &'static str {
+    match state {
+        wire::RunState::Unspecified => "unspecified",
+        wire::RunState::Waiting => "waiting",
+        wire::RunState::Training => "training",
+        wire::RunState::Finishing => "finishing",
+        wire::RunState::Succeeded => "succeeded",
+        wire::RunState::Stopped => "stopped",
+        wire::RunState::Failed => "failed",
+    }
+}
+
+fn liveness_name(liveness: wire::Liveness) -> &'static str {
+    match liveness {
+        wire::Liveness::Unspecified => "unspecified",
+        wire::Liveness::Alive => "alive",
+        wire::Liveness::Unknown => "unknown",
+    }
+}
+
 impl From<wire::StatusReply> for RunStatus {
     fn from(reply: wire::StatusReply) -> Self {
         let member = |m: wire::Member| MemberStatus {
@@ -126,11 +146,11 @@ impl From<wire::StatusReply> for RunStatus {
             device: m.device,
             rank: m.rank,
             activity: m.activity,
-            liveness: m.liveness,
+            liveness: liveness_name(m.liveness()).to_owned(),
         };
         Self {
             run: reply.run_id,
-            state: reply.state,
+            state: state_name(reply.state()).to_owned(),
             reason: reply.reason,
             generation: reply.generation,
             iteration: reply.iteration,
@@ -143,7 +163,7 @@ impl From<wire::StatusReply> for RunStatus {
 }
 
 impl RunStatus {
-    /// For people.
+    /// As text.
     #[must_use]
     pub fn text(&self) -> String {
         let of = self.iterations.map(|n| format!(" of {n}")).unwrap_or_default();

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use potstill_proto::{
     cursor::{Cursor, Generation},
     message::{Assignment, Source},
-    shard::MicroBatches,
+    micro_batches::MicroBatches,
 };
 
 use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members};

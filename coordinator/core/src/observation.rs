@@ -60,7 +60,7 @@ pub enum Observation {
     /// again only where a run had to go back to an older checkpoint because nobody held its newest state any more.
     Iteration(IterationTotals),
     /// The teacher or the student was scored.
-    Evaluated(wire::EvaluationReport),
+    Evaluated(Evaluation),
     /// A checkpoint exists.
     Committed {
         /// After so many iterations.

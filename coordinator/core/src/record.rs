@@ -3,7 +3,7 @@
 use potstill_proto::{
     cursor::Generation,
     message::Source,
-    wire::{EvaluationReport, Subject},
+    scores::{self, Scores, Subject},
 };
 use serde::{Deserialize, Serialize};
 
@@ -80,32 +80,9 @@ pub struct Evaluation {
     pub iteration: u64,
     /// Whether the teacher was scored rather than the student.
     pub of_teacher: bool,
-    /// Fréchet distance on features.
-    #[serde(with = "lenient")]
-    pub fid: f64,
-    /// Share of samples whose classifier agrees with the condition.
-    #[serde(with = "lenient")]
-    pub agreement: f64,
-    /// k-NN precision.
-    #[serde(with = "lenient")]
-    pub precision: f64,
-    /// k-NN recall.
-    #[serde(with = "lenient")]
-    pub recall: f64,
-    /// Mean feature distance between two samples of one condition; records of earlier versions lack it.
-    #[serde(with = "lenient", default = "f64::default")]
-    pub diversity: f64,
-    /// Mean CLIP score, where it was measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clip_score: Option<f64>,
-    /// Network evaluations per image.
-    #[serde(with = "lenient")]
-    pub evaluations_per_image: f64,
-    /// Sampling speed.
-    #[serde(with = "lenient")]
-    pub images_per_second: f64,
-    /// Images scored.
-    pub samples: u64,
+    /// The result.
+    #[serde(flatten)]
+    pub scores: Scores,
 }
 
 impl Evaluation {
@@ -116,36 +93,10 @@ impl Evaluation {
     }
 }
 
-impl From<&EvaluationReport> for Evaluation {
-    fn from(report: &EvaluationReport) -> Self {
-        let scores = report.scores.unwrap_or_default();
-        Self {
-            generation: Generation(report.generation),
-            iteration: report.iteration,
-            of_teacher: report.subject() == Subject::Teacher,
-            fid: scores.fid,
-            agreement: scores.agreement,
-            precision: scores.precision,
-            recall: scores.recall,
-            diversity: scores.diversity,
-            clip_score: scores.clip_score,
-            evaluations_per_image: scores.evaluations_per_image,
-            images_per_second: scores.images_per_second,
-            samples: scores.samples,
-        }
-    }
-}
-
-/// JSON has no NaN: it is written as null and read back as NaN.
-mod lenient {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_f64(*value)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
-        Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+impl From<scores::Evaluation> for Evaluation {
+    fn from(evaluation: scores::Evaluation) -> Self {
+        let scores::Evaluation { generation, iteration, subject, scores } = evaluation;
+        Self { generation, iteration, of_teacher: subject == Subject::Teacher, scores }
     }
 }
 
@@ -200,7 +151,8 @@ mod tests {
 
     #[test]
     fn records_read_back_as_they_were_written() {
-        let evaluation = EvaluationReport { iteration: 4, ..Default::default() };
+        let scores = Scores { fid: Some(1.5), samples: 3, ..Scores::default() };
+        let evaluation = Evaluation { generation: Generation(2), iteration: 4, of_teacher: true, scores };
         for record in [
             Record::RunStarted { coordinator: "c".into(), run_id: "r".into(), address: "a:1".into() },
             Record::Resumed { coordinator: "c".into(), iteration: 3, iterations: 9, address: "a:1".into() },
@@ -212,21 +164,12 @@ mod tests {
                 repeats: 2,
                 reason: "b died".into(),
             },
-            Record::Evaluated((&evaluation).into()),
+            Record::Evaluated(evaluation),
             Record::Committed { iteration: 3, manifest_key: "k".into() },
             Record::Ended { outcome: Outcome::Stopped { iteration: 3, reason: "asked".into() } },
         ] {
             assert_eq!(Record::decode(&record.encode().unwrap()).unwrap(), record);
         }
-    }
-
-    #[test]
-    fn a_score_that_is_not_a_number_does_not_make_the_journal_unreadable() {
-        let mut evaluation = Evaluation::from(&EvaluationReport::default());
-        evaluation.fid = f64::NAN;
-        let read = Record::decode(&Record::Evaluated(evaluation).encode().unwrap()).unwrap();
-        let Record::Evaluated(read) = read else { panic!("{read:?}") };
-        assert!(read.fid.is_nan());
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use potstill_proto::{shard::MicroBatches, wire::StepReport};
+use potstill_proto::{micro_batches::MicroBatches, wire::StepReport};
 
 use crate::{assignment::Start, observation::IterationTotals};
 

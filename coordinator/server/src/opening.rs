@@ -4,19 +4,15 @@ use std::{path::PathBuf, time::Duration};
 
 use potstill_core::{
     Setup,
-    ledger::{Checkpoint, CommittedCheckpoint},
+    ledger::CommittedCheckpoint,
     observation::Outcome,
     record::Record,
     terms::{Terms, Timeouts},
 };
+use potstill_proto::wire::RunState;
 use potstill_spec::RunSpec;
 use potstill_storage::{
-    Run,
-    checkpoint::{Manifest, Shard},
-    digest::sha256_of,
-    journal::Journal,
-    layout,
-    retention::Policy,
+    Run, checkpoint::Manifest, digest::sha256_of, journal::Journal, layout, retention::Policy,
 };
 use uuid::Uuid;
 
@@ -169,18 +165,6 @@ async fn served_at(history: &[Record], run: &str) -> Option<String> {
     }
     let asking = async { Client::connect(address, OTHERS).await?.status().await };
     let reply = tokio::time::timeout(OTHERS, asking).await.ok()?.ok()?;
-    let over = ["succeeded", "stopped", "failed"].contains(&reply.state.as_str());
+    let over = matches!(reply.state(), RunState::Succeeded | RunState::Stopped | RunState::Failed);
     (reply.run_id == run && !over).then(|| address.to_owned())
-}
-
-/// A checkpoint as storage writes it down.
-pub fn manifest(checkpoint: Checkpoint) -> Manifest {
-    let Checkpoint { generation, iteration, shards } = checkpoint;
-    let shard = |s: potstill_proto::wire::ShardReceipt| Shard {
-        rank: s.rank,
-        key: s.key,
-        bytes: s.bytes,
-        sha256: s.sha256,
-    };
-    Manifest::new(iteration, generation.0, shards.into_iter().map(shard).collect())
 }

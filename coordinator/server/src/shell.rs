@@ -30,7 +30,7 @@ use tokio::{
 
 use crate::{
     StartError,
-    opening::{Opened, manifest},
+    opening::Opened,
     service::{Arrival, Clock, Input, Outbox},
 };
 
@@ -309,4 +309,16 @@ fn journal_lost(error: &potstill_storage::Error) -> String {
         potstill_storage::Error::Fenced { .. } => error.to_string(),
         other => format!("the journal cannot be written: {other}"),
     }
+}
+
+/// A checkpoint as storage writes it down.
+fn manifest(checkpoint: Checkpoint) -> Manifest {
+    let Checkpoint { generation, iteration, shards } = checkpoint;
+    let shard = |s: potstill_proto::wire::ShardReceipt| Shard {
+        rank: s.rank,
+        key: s.key,
+        bytes: s.bytes,
+        sha256: s.sha256,
+    };
+    Manifest::new(iteration, generation.0, shards.into_iter().map(shard).collect())
 }

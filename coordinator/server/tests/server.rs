@@ -9,7 +9,7 @@ use potstill_proto::{
     PROTOCOL,
     cursor::Cursor,
     message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
-    shard::MicroBatches,
+    micro_batches::MicroBatches,
     wire::{self, coordinator_client::CoordinatorClient},
 };
 use potstill_server::{
@@ -269,7 +269,10 @@ async fn two_workers_train_a_run_to_its_end() {
     }
     let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
     let status = status.into_inner();
-    assert_eq!((status.state.as_str(), status.iteration, status.members.len()), ("training", ITERATIONS, 2));
+    assert_eq!(
+        (status.state(), status.iteration, status.members.len()),
+        (wire::RunState::Training, ITERATIONS, 2)
+    );
 
     a.saves_and_finishes(&lab, &first, ITERATIONS).await;
     b.saves_and_finishes(&lab, &second, ITERATIONS).await;

@@ -16,7 +16,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
 use potstill_models::Denoiser;
-use potstill_proto::wire::Scores;
+use potstill_proto::scores::Scores;
 use potstill_spec::{EvaluationSpec, ImageTreatment, PromptsSpec};
 use potstill_storage::digest::{hexadecimal, sha256_of};
 use serde::Serialize;
@@ -160,58 +160,34 @@ struct Identity<'a> {
     device: &'static str,
 }
 
-/// The scores as JSON. What was not measured is null.
+/// The scores as JSON, and what they were measured with. `images_per_second` is that of the samples which this process and those
+/// beside it made; null when all were kept from before.
 #[derive(Serialize)]
 struct Record {
     subject: String,
-    fid: Option<f64>,
-    precision: Option<f64>,
-    recall: Option<f64>,
-    agreement: Option<f64>,
-    diversity: Option<f64>,
-    clip_score: Option<f64>,
-    evaluations_per_image: f64,
-    /// Of the samples that this process and those beside it made; null when all were kept from before.
-    images_per_second: Option<f64>,
-    samples: u64,
+    #[serde(flatten)]
+    scores: Scores,
     seed: u64,
     workers: u32,
 }
 
 impl Record {
-    fn new(subject: String, scores: &Scores, arguments: &Arguments) -> Self {
-        let measured = |x: f64| Some(x).filter(|x| x.is_finite());
-        Self {
-            subject,
-            fid: measured(scores.fid),
-            precision: measured(scores.precision),
-            recall: measured(scores.recall),
-            agreement: measured(scores.agreement),
-            diversity: measured(scores.diversity),
-            clip_score: scores.clip_score,
-            evaluations_per_image: scores.evaluations_per_image,
-            images_per_second: measured(scores.images_per_second),
-            samples: scores.samples,
-            seed: arguments.seed,
-            workers: arguments.workers,
-        }
-    }
-
     fn print(&self) {
+        let s = &self.scores;
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
         println!("{}", self.subject);
-        let clip_score = self.clip_score.map(|x| ("CLIP score", number(Some(x))));
+        let clip_score = s.clip_score.map(|x| ("CLIP score", number(Some(x))));
         let quality = [
-            ("FID", number(self.fid)),
-            ("precision", number(self.precision)),
-            ("recall", number(self.recall)),
-            ("class agreement", number(self.agreement)),
-            ("diversity", number(self.diversity)),
+            ("FID", number(s.fid)),
+            ("precision", number(s.precision)),
+            ("recall", number(s.recall)),
+            ("class agreement", number(s.agreement)),
+            ("diversity", number(s.diversity)),
         ];
         let others = [
-            ("evaluations per image", self.evaluations_per_image.to_string()),
-            ("images/s", self.images_per_second.map_or("–".to_owned(), |x| format!("{x:.1}"))),
-            ("samples", self.samples.to_string()),
+            ("evaluations per image", s.evaluations_per_image.map_or("–".to_owned(), |x| x.to_string())),
+            ("images/s", s.images_per_second.map_or("–".to_owned(), |x| format!("{x:.1}"))),
+            ("samples", s.samples.to_string()),
         ];
         for (name, value) in quality.into_iter().chain(clip_score).chain(others) {
             println!("  {name:<22}{value:>10}");
@@ -401,7 +377,8 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let scores = evaluator.compare(&gathered, tell)?;
     bar.finish_and_clear();
-    let record = Record::new(subject.name.clone(), &scores, &arguments);
+    let record =
+        Record { subject: subject.name.clone(), scores, seed: arguments.seed, workers: arguments.workers };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&record)?);
     } else {

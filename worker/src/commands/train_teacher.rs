@@ -23,7 +23,7 @@ use potstill_distill::{
     random::{Purpose, Stream},
 };
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
-use potstill_proto::wire::Scores;
+use potstill_proto::scores::Scores;
 use potstill_spec::{
     EvaluationSpec, LogNormalSpec,
     layers::{self, LayerError, Layered, Names},
@@ -319,17 +319,10 @@ fn save(
         "batch": config.training.batch,
         "seed": config.training.seed,
         "seconds": seconds.round(),
-        "scores": scores.map(|s| serde_json::json!({
-            "fid": s.fid,
-            "agreement": s.agreement,
-            "precision": s.precision,
-            "recall": s.recall,
-            "samples": s.samples,
-            "evaluations_per_image": s.evaluations_per_image,
-        })),
+        "scores": scores,
     });
     if let Some(s) = scores {
-        let number = |x: f64| if x.is_finite() { format!("{x:.3}") } else { "–".to_owned() };
+        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
         println!(
             "FID {}, agreement {}, precision {}, recall {} on {} samples",
             number(s.fid),

@@ -17,7 +17,7 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use potstill_c10d::{Error, ProcessGroup, ReduceOp};
 use potstill_distill::metrics::{self, Moments};
-use potstill_proto::wire::Scores;
+use potstill_proto::scores::{Scores, measured};
 use potstill_spec::{EvaluationSpec, Protocol};
 use tch::{Device, Kind, Tensor};
 
@@ -231,32 +231,29 @@ impl Evaluator {
             clip_score.is_none_or(f64::is_finite),
             "evaluation.clip: the embeddings are not finite, though the features are"
         );
-        let (precision, recall) = match &self.reference.features {
+        let manifolds = match &self.reference.features {
             Some(real) => {
                 // All distances between tens of thousands of rows: a GPU's work where there is one.
                 let [real, features] = [real, features].map(|x| x.to_device(self.extractor.device));
-                metrics::precision_recall(&real, &features, self.spec.neighbours.into())
+                Some(metrics::precision_recall(&real, &features, self.spec.neighbours.into()))
             }
-            None => (f64::NAN, f64::NAN),
+            None => None,
         };
         tell(Scoring::Compare);
         let agreement = match (logits, self.samples.labels()) {
-            (Some(logits), Some(labels)) => metrics::agreement(logits, &labels),
-            _ => f64::NAN,
+            (Some(logits), Some(labels)) => measured(metrics::agreement(logits, &labels)),
+            _ => None,
         };
-        let diversity = match self.samples.has_pairs() {
-            true => metrics::diversity(features, self.samples.groups()),
-            false => f64::NAN,
-        };
+        let diversity = self.samples.has_pairs().then(|| metrics::diversity(features, self.samples.groups()));
         Ok(Scores {
-            fid: self.reference.moments.frechet_distance(&Moments::of(features)),
+            fid: measured(self.reference.moments.frechet_distance(&Moments::of(features))),
             agreement,
-            precision,
-            recall,
-            diversity,
+            precision: manifolds.and_then(|(precision, _)| measured(precision)),
+            recall: manifolds.and_then(|(_, recall)| measured(recall)),
+            diversity: diversity.and_then(measured),
             clip_score,
-            evaluations_per_image: gathered.evaluations_per_image,
-            images_per_second: gathered.images_per_second,
+            evaluations_per_image: measured(gathered.evaluations_per_image),
+            images_per_second: measured(gathered.images_per_second),
             samples: self.spec.samples.into(),
         })
     }

@@ -18,7 +18,8 @@ use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker},
-    wire::{EvaluationReport, ShardFailed, Subject},
+    scores::{Evaluation, Subject},
+    wire::ShardFailed,
 };
 
 use self::{
@@ -257,11 +258,11 @@ impl Member<'_> {
         progress.set_waiting(false);
         let scores = scores??;
         if self.assignment.rank == 0 {
-            self.session.send(FromWorker::Evaluation(EvaluationReport {
-                generation: self.assignment.generation.0,
+            self.session.send(FromWorker::Evaluation(Evaluation {
+                generation: self.assignment.generation,
                 iteration,
-                subject: subject.into(),
-                scores: Some(scores),
+                subject,
+                scores,
             }));
         }
         heed(self.session, self.assignment.generation)

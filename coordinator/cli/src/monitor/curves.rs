@@ -16,10 +16,7 @@ use plotters::{
     style::{FontStyle, register_font, text_anchor},
 };
 
-use super::{
-    metrics::{Metrics, Subject},
-    number::short,
-};
+use super::{metrics::Metrics, number::short};
 
 /// Width and height of the picture in pixels.
 const SIZE: (u32, u32) = (1200, 960);
@@ -121,11 +118,11 @@ impl Fid {
         let drawable = |fid: f64| fid.is_finite() && fid > 0.0;
         let student: Points = metrics
             .evaluations(Subject::Student)
-            .map(|e| (e.images as f64, e.scores.fid))
+            .filter_map(|e| Some((e.images as f64, e.scores.fid?)))
             .filter(|(_, fid)| drawable(*fid))
             .collect();
         let end = student.last()?.0;
-        let teacher = metrics.evaluations(Subject::Teacher).next_back().map(|e| e.scores.fid);
+        let teacher = metrics.evaluations(Subject::Teacher).next_back().and_then(|e| e.scores.fid);
         Some(Self { student, teacher: teacher.filter(|fid| drawable(*fid)), end })
     }
 
@@ -386,7 +383,7 @@ fn log_ticks(range: &Range<f64>) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::wire::Subject::{Student, Teacher};
+    use potstill_proto::scores::Subject::{Student, Teacher};
 
     use super::*;
     use crate::monitor::fixtures::{evaluation, spec, totals};

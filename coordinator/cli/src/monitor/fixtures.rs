@@ -1,7 +1,11 @@
 //! Observations as a real run makes them, for this module's tests.
 
 use potstill_core::observation::IterationTotals;
-use potstill_proto::wire;
+use potstill_proto::{
+    cursor::Generation,
+    scores::{Evaluation, Scores, Subject},
+    wire,
+};
 use potstill_spec::RunSpec;
 
 /// A valid specification with a global batch of 128.
@@ -35,21 +39,21 @@ pub fn totals(iteration: u64) -> IterationTotals {
 }
 
 /// Scores of `subject` with this FID.
-pub fn evaluation(subject: wire::Subject, iteration: u64, fid: f64) -> wire::EvaluationReport {
-    wire::EvaluationReport {
-        generation: 1,
+pub fn evaluation(subject: Subject, iteration: u64, fid: f64) -> Evaluation {
+    Evaluation {
+        generation: Generation(1),
         iteration,
-        subject: subject.into(),
-        scores: Some(wire::Scores {
-            fid,
-            agreement: 0.931,
-            precision: 0.71,
-            recall: 0.412,
-            diversity: 7.5,
+        subject,
+        scores: Scores {
+            fid: Some(fid),
+            agreement: Some(0.931),
+            precision: Some(0.71),
+            recall: Some(0.412),
+            diversity: Some(7.5),
             clip_score: None,
-            evaluations_per_image: if subject == wire::Subject::Teacher { 35.0 } else { 1.0 },
-            images_per_second: if subject == wire::Subject::Teacher { 38.2 } else { 1310.0 },
+            evaluations_per_image: Some(if subject == Subject::Teacher { 35.0 } else { 1.0 }),
+            images_per_second: Some(if subject == Subject::Teacher { 38.2 } else { 1310.0 }),
             samples: 2000,
-        }),
+        },
     }
 }

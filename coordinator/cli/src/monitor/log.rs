@@ -1,7 +1,7 @@
 //! The structured log: one line for each observation.
 
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::{message::Source, wire};
+use potstill_proto::message::Source;
 use tracing::{debug, error, info, warn};
 
 /// Writes one log line about `observation`, with its reason. Iterations are logged at `debug`: the progress shows them.
@@ -30,20 +30,18 @@ pub fn observation(observation: &Observation) {
             seconds = t.seconds.total,
             "iteration"
         ),
-        Observation::Evaluated(report) => {
-            let subject = match report.subject() {
-                wire::Subject::Teacher => "teacher",
-                wire::Subject::Student => "student",
-            };
-            let scores = report.scores.unwrap_or_default();
+        Observation::Evaluated(evaluation) => {
+            let scores = evaluation.scores;
+            let rounded = |number: Option<f64>| number.map(|number| (number * 1000.0).round() / 1000.0);
             info!(
-                iteration = report.iteration,
+                iteration = evaluation.iteration,
                 fid = rounded(scores.fid),
                 agreement = rounded(scores.agreement),
                 recall = rounded(scores.recall),
                 diversity = rounded(scores.diversity),
-                clip_score = scores.clip_score.and_then(rounded),
-                "{subject} evaluated"
+                clip_score = rounded(scores.clip_score),
+                "{} evaluated",
+                evaluation.subject
             );
         }
         Observation::Committed { iteration, bytes } => {
@@ -60,9 +58,4 @@ pub fn observation(observation: &Observation) {
         }
         Observation::Ended(Outcome::Failed { reason }) => error!(%reason, "run failed"),
     }
-}
-
-/// Three decimals: what a person compares. What was not measured is left out.
-fn rounded(number: f64) -> Option<f64> {
-    number.is_finite().then_some((number * 1000.0).round() / 1000.0)
 }

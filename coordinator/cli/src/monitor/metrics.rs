@@ -5,7 +5,10 @@
 //! lines of both kinds share an axis. A number that was not finite is `null`.
 
 use potstill_core::observation::IterationTotals;
-use potstill_proto::wire;
+use potstill_proto::{
+    scores::{self, Scores, Subject},
+    wire,
+};
 use potstill_spec::RunSpec;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -104,47 +107,6 @@ pub struct Evaluation {
     pub wall_seconds: f64,
 }
 
-/// Who was scored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Subject {
-    /// The pretrained network with its sampler.
-    Teacher,
-    /// The averaged generator.
-    Student,
-}
-
-/// How good a sampler's images are, and what they cost.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Scores {
-    /// Fréchet distance to the reference images in feature space; lower is better.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub fid: f64,
-    /// Share of samples whose classifier agrees with the condition.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub agreement: f64,
-    /// Share of samples that lie in the manifold of the reference.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub precision: f64,
-    /// Share of the reference that lies in the manifold of the samples.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub recall: f64,
-    /// Mean distance in feature space between two samples of one condition.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub diversity: f64,
-    /// Mean over samples of 100·max(cos(image, text), 0), in [0, 100], where it was measured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clip_score: Option<f64>,
-    /// Network evaluations behind one image.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub evaluations_per_image: f64,
-    /// Sampling speed of the whole cluster.
-    #[serde(deserialize_with = "nan_if_null")]
-    pub images_per_second: f64,
-    /// Samples scored.
-    pub samples: u64,
-}
-
 /// JSON has no NaN or infinity: they are written as `null`.
 fn nan_if_null<'de, D: Deserializer<'de>>(number: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(number)?.unwrap_or(f64::NAN))
@@ -156,31 +118,6 @@ impl Seconds {
         self.communication += other.communication * weight;
         self.optimizer += other.optimizer * weight;
         self.total += other.total * weight;
-    }
-}
-
-impl From<wire::Scores> for Scores {
-    fn from(scores: wire::Scores) -> Self {
-        Self {
-            fid: scores.fid,
-            agreement: scores.agreement,
-            precision: scores.precision,
-            recall: scores.recall,
-            diversity: scores.diversity,
-            clip_score: scores.clip_score,
-            evaluations_per_image: scores.evaluations_per_image,
-            images_per_second: scores.images_per_second,
-            samples: scores.samples,
-        }
-    }
-}
-
-impl From<wire::Subject> for Subject {
-    fn from(subject: wire::Subject) -> Self {
-        match subject {
-            wire::Subject::Teacher => Self::Teacher,
-            wire::Subject::Student => Self::Student,
-        }
     }
 }
 
@@ -292,9 +229,8 @@ impl Metrics {
     }
 
     /// Adds scores; a second scoring of the same thing replaces the first.
-    pub fn evaluation(&mut self, report: &wire::EvaluationReport, wall_seconds: f64) {
-        let Some(scores) = report.scores else { return };
-        let (subject, iteration) = (report.subject().into(), report.iteration);
+    pub fn evaluation(&mut self, evaluation: &scores::Evaluation, wall_seconds: f64) {
+        let scores::Evaluation { iteration, subject, scores, .. } = *evaluation;
         self.rows.retain(
             |row| !matches!(row, Row::Evaluation(e) if e.subject == subject && e.iteration == iteration),
         );
@@ -302,7 +238,7 @@ impl Metrics {
             subject,
             iteration,
             images: iteration * self.global_batch,
-            scores: scores.into(),
+            scores,
             wall_seconds,
         }));
     }
@@ -379,11 +315,11 @@ mod tests {
     #[test]
     fn lines_are_json_with_a_kind_and_read_back_the_same() {
         let mut metrics = Metrics::new(&spec(20));
-        metrics.evaluation(&evaluation(wire::Subject::Teacher, 0, 3.0), 1.0);
+        metrics.evaluation(&evaluation(Subject::Teacher, 0, 3.0), 1.0);
         for i in 0..20 {
             metrics.iteration(totals(i), 2.0);
         }
-        metrics.evaluation(&evaluation(wire::Subject::Student, 20, 9.0), 3.0);
+        metrics.evaluation(&evaluation(Subject::Student, 20, 9.0), 3.0);
         let text = metrics.to_jsonl().unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         let kinds: Vec<_> = lines.iter().map(|l| l["kind"].as_str().unwrap()).collect();
@@ -403,9 +339,9 @@ mod tests {
         for i in 0..47 {
             metrics.iteration(totals(i), 0.0);
         }
-        metrics.evaluation(&evaluation(wire::Subject::Student, 30, 8.0), 0.0);
-        metrics.evaluation(&evaluation(wire::Subject::Student, 40, 7.0), 0.0);
-        metrics.evaluation(&evaluation(wire::Subject::Teacher, 40, 2.0), 0.0);
+        metrics.evaluation(&evaluation(Subject::Student, 30, 8.0), 0.0);
+        metrics.evaluation(&evaluation(Subject::Student, 40, 7.0), 0.0);
+        metrics.evaluation(&evaluation(Subject::Teacher, 40, 2.0), 0.0);
         metrics.rewind(30);
         assert_eq!(metrics.training().map(|r| r.iteration).collect::<Vec<_>>(), [10, 20, 30]);
         assert_eq!(metrics.evaluations(Subject::Student).map(|e| e.iteration).collect::<Vec<_>>(), [30]);
@@ -420,8 +356,8 @@ mod tests {
     #[test]
     fn a_second_scoring_replaces_the_first() {
         let mut metrics = Metrics::new(&spec(100));
-        metrics.evaluation(&evaluation(wire::Subject::Student, 30, 8.0), 0.0);
-        metrics.evaluation(&evaluation(wire::Subject::Student, 30, 7.5), 0.0);
+        metrics.evaluation(&evaluation(Subject::Student, 30, 8.0), 0.0);
+        metrics.evaluation(&evaluation(Subject::Student, 30, 7.5), 0.0);
         let fids: Vec<_> = metrics.evaluations(Subject::Student).map(|e| e.scores.fid).collect();
         assert_eq!(fids, [7.5]);
     }

@@ -211,7 +211,7 @@ mod tests {
     use potstill_core::observation::IterationTotals;
     use potstill_proto::{
         cursor::Generation,
-        wire::Subject::{Student, Teacher},
+        scores::Subject::{Student, Teacher},
     };
     use potstill_storage::Root;
     use serde_json::Value;

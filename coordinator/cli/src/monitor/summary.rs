@@ -3,7 +3,9 @@
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
-use super::metrics::{Metrics, Scores, Subject};
+use potstill_proto::scores::{Scores, Subject};
+
+use super::metrics::Metrics;
 
 /// What a run came to. A value that was not measured is `null`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -25,33 +27,11 @@ pub struct Summary {
     /// the last line that it left in `metrics.jsonl`. Evaluations, waiting and repeated work count; the pauses between attempts do not.
     pub wall_seconds: f64,
     /// The pretrained network.
-    pub teacher: Scored,
+    pub teacher: Scores,
     /// The generator after the last iteration.
-    pub student: Scored,
+    pub student: Scores,
     /// The generator before the first.
     pub initial: Initial,
-}
-
-/// The scores of a sampler.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Scored {
-    /// See [`Scores::fid`].
-    pub fid: Option<f64>,
-    /// See [`Scores::agreement`].
-    pub agreement: Option<f64>,
-    /// See [`Scores::precision`].
-    pub precision: Option<f64>,
-    /// See [`Scores::recall`].
-    pub recall: Option<f64>,
-    /// See [`Scores::diversity`].
-    pub diversity: Option<f64>,
-    /// See [`Scores::clip_score`].
-    pub clip_score: Option<f64>,
-    /// See [`Scores::evaluations_per_image`].
-    pub evaluations_per_image: Option<f64>,
-    /// See [`Scores::images_per_second`].
-    pub images_per_second: Option<f64>,
 }
 
 /// Where the student started.
@@ -65,21 +45,6 @@ pub struct Initial {
     pub clip_score: Option<f64>,
 }
 
-impl From<&Scores> for Scored {
-    fn from(scores: &Scores) -> Self {
-        Self {
-            fid: Some(scores.fid),
-            agreement: Some(scores.agreement),
-            precision: Some(scores.precision),
-            recall: Some(scores.recall),
-            diversity: Some(scores.diversity),
-            clip_score: scores.clip_score,
-            evaluations_per_image: Some(scores.evaluations_per_image),
-            images_per_second: Some(scores.images_per_second),
-        }
-    }
-}
-
 impl Summary {
     /// Sums up a run that has `iterations` iterations behind it.
     #[must_use]
@@ -91,9 +56,9 @@ impl Summary {
         wall_seconds: f64,
     ) -> Self {
         let student_at = |iteration| {
-            metrics.evaluations(Subject::Student).rfind(|e| e.iteration == iteration).map(|e| &e.scores)
+            metrics.evaluations(Subject::Student).rfind(|e| e.iteration == iteration).map(|e| e.scores)
         };
-        let teacher = metrics.evaluations(Subject::Teacher).next_back().map(|e| &e.scores);
+        let teacher = metrics.evaluations(Subject::Teacher).next_back().map(|e| e.scores);
         let trained: u64 = metrics.training().map(|t| t.iterations).sum();
         let seconds: f64 = metrics.training().map(|t| t.iterations as f64 * t.seconds.total).sum();
         Self {
@@ -104,10 +69,10 @@ impl Summary {
             images: iterations * metrics.global_batch(),
             images_per_second: (seconds > 0.0).then(|| (trained * metrics.global_batch()) as f64 / seconds),
             wall_seconds,
-            teacher: teacher.map(Scored::from).unwrap_or_default(),
-            student: student_at(iterations).map(Scored::from).unwrap_or_default(),
+            teacher: teacher.unwrap_or_default(),
+            student: student_at(iterations).unwrap_or_default(),
             initial: student_at(0)
-                .map(|s| Initial { fid: Some(s.fid), agreement: Some(s.agreement), clip_score: s.clip_score })
+                .map(|s| Initial { fid: s.fid, agreement: s.agreement, clip_score: s.clip_score })
                 .unwrap_or_default(),
         }
     }
@@ -115,7 +80,7 @@ impl Summary {
     /// Teacher against student; `None` when neither was scored.
     #[must_use]
     pub fn table(&self) -> Option<Table> {
-        if self.teacher == Scored::default() && self.student == Scored::default() {
+        if self.teacher == Scores::default() && self.student == Scores::default() {
             return None;
         }
         let mut table = Table::new();
@@ -162,7 +127,7 @@ impl Summary {
 
 #[cfg(test)]
 mod tests {
-    use potstill_proto::wire::Subject::{Student, Teacher};
+    use potstill_proto::scores::Subject::{Student, Teacher};
 
     use super::*;
     use crate::monitor::fixtures::{evaluation, spec, totals};
@@ -222,7 +187,7 @@ mod tests {
     #[test]
     fn the_student_is_the_one_after_the_last_iteration() {
         let summary = Summary::new("r", &scored(), 15, None, 1.0);
-        assert_eq!(summary.student, Scored::default());
+        assert_eq!(summary.student, Scores::default());
         assert_eq!(summary.world_size, Some(2));
     }
 
@@ -239,7 +204,7 @@ mod tests {
     fn a_clip_score_is_shown_where_there_is_one() {
         let mut metrics = scored();
         let mut report = evaluation(Student, 20, 5.0);
-        report.scores.as_mut().unwrap().clip_score = Some(31.416);
+        report.scores.clip_score = Some(31.416);
         metrics.evaluation(&report, 0.0);
         let summary = Summary::new("r", &metrics, 20, Some(2), 1.0);
         let json = serde_json::to_value(&summary).unwrap();

@@ -1,7 +1,7 @@
 //! The page's numbers as text, the same for both of its forms.
 
 use super::gather::Gathered;
-use crate::monitor::summary::Scored;
+use potstill_proto::scores::Scores;
 
 /// What an hour of one device costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +62,7 @@ impl Facts {
         let summary = &gathered.summary;
         let devices = f64::from(summary.world_size.unwrap_or(1));
         let (t, s) = (&summary.teacher, &summary.student);
-        let row = |label, meaning, of: &dyn Fn(&Scored) -> Option<f64>, show: &dyn Fn(f64) -> String| {
+        let row = |label, meaning, of: &dyn Fn(&Scores) -> Option<f64>, show: &dyn Fn(f64) -> String| {
             let [teacher, student] = [of(t), of(s)].map(|x| x.filter(|x| x.is_finite()));
             let ratio = teacher.zip(student).filter(|(t, _)| *t != 0.0).map(|(t, s)| s / t);
             let text = |x: Option<f64>| x.map_or_else(|| DASH.to_owned(), show);
@@ -76,7 +76,7 @@ impl Facts {
         };
         let three = |x: f64| format!("{x:.3}");
         let percent = |x: f64| format!("{:.1} %", x * 100.0);
-        let seconds_per_thousand = |s: &Scored| s.images_per_second.map(|speed| 1000.0 / speed);
+        let seconds_per_thousand = |s: &Scores| s.images_per_second.map(|speed| 1000.0 / speed);
         let mut cost = vec![
             row(
                 "Evaluations per image",
@@ -93,7 +93,7 @@ impl Facts {
             row("Seconds per 1,000 images", "all devices together", &seconds_per_thousand, &significant),
         ];
         if let Some(price) = price {
-            let money = |s: &Scored| {
+            let money = |s: &Scores| {
                 seconds_per_thousand(s).map(|seconds| seconds / 3600.0 * devices * price.per_device_hour)
             };
             let show = |x: f64| format!("{} {}", significant(x), price.currency);

@@ -7,7 +7,7 @@ use potstill_storage::Run;
 
 use crate::monitor::{
     CURVES, METRICS, SAMPLES, SUMMARY,
-    metrics::{Evaluation, Metrics, Subject},
+    metrics::{Evaluation, Metrics},
     summary::Summary,
 };
 

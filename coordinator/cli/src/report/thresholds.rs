@@ -163,12 +163,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::monitor::summary::Scored;
+    use potstill_proto::scores::Scores;
 
     fn summary(student: f64, teacher: Option<f64>) -> Summary {
         Summary {
-            teacher: Scored { fid: teacher, ..Scored::default() },
-            student: Scored { fid: Some(student), ..Scored::default() },
+            teacher: Scores { fid: teacher, ..Scores::default() },
+            student: Scores { fid: Some(student), ..Scores::default() },
             ..Summary::default()
         }
     }

@@ -202,8 +202,8 @@ impl Core {
         self.spoke(stream, Cursor::default());
     }
 
-    fn evaluated(&mut self, report: wire::EvaluationReport, actions: &mut Actions) {
-        let evaluation = Evaluation::from(&report);
+    fn evaluated(&mut self, report: scores::Evaluation, actions: &mut Actions) {
+        let evaluation = Evaluation::from(report);
         let scored = evaluation.order();
         if self.scored.is_some_and(|newest| newest >= scored) {
             return log(actions, "ignored: an evaluation that is in the journal already".to_owned());
@@ -211,7 +211,7 @@ impl Core {
         self.scored = Some(scored);
         if evaluation.of_teacher {
             self.score_teacher = false;
-            self.teacher_diversity = Some(evaluation.diversity);
+            self.teacher_diversity = evaluation.scores.diversity;
         }
         let collapse = self.collapse(&evaluation);
         actions.push(Action::Persist(Record::Evaluated(evaluation)));
@@ -224,8 +224,10 @@ impl Core {
     /// Why a student that was scored should not be trained on: its samples of one condition have become alike. Before the
     /// first iteration it is not a student yet.
     fn collapse(&self, evaluation: &Evaluation) -> Option<String> {
-        let least = self.teacher_diversity.filter(|d| d.is_finite())? * self.terms.collapse_share;
-        let low = evaluation.diversity < least;
+        let of_teacher = self.teacher_diversity?;
+        let least = of_teacher * self.terms.collapse_share;
+        let diversity = evaluation.scores.diversity?;
+        let low = diversity < least;
         if evaluation.of_teacher || evaluation.iteration == 0 || !low {
             return None;
         }
@@ -239,11 +241,7 @@ impl Core {
             "the student has collapsed: after iteration {} its diversity is {:.3}, below {:.3} (evaluation.collapse_share \
              {} of the teacher's {:.3}); {newest}. Lower the learning rates or the guidance, or set \
              evaluation.collapse_share",
-            evaluation.iteration,
-            evaluation.diversity,
-            least,
-            self.terms.collapse_share,
-            self.teacher_diversity.unwrap_or(f64::NAN)
+            evaluation.iteration, diversity, least, self.terms.collapse_share, of_teacher
         ))
     }
 

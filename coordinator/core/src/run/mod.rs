@@ -194,7 +194,7 @@ impl Core {
         } = setup;
         let timeouts = terms.timeouts;
         let teacher_diversity = history.iter().rev().find_map(|record| match record {
-            Record::Evaluated(evaluation) if evaluation.of_teacher => Some(evaluation.diversity),
+            Record::Evaluated(evaluation) if evaluation.of_teacher => evaluation.scores.diversity,
             _ => None,
         });
         let mut generation = Generation::default();

@@ -1,6 +1,6 @@
-//! What the run is doing, for people and scripts.
+//! What the run is doing.
 
-use potstill_proto::wire;
+use potstill_proto::wire::{self, RunState};
 
 use super::{Core, Stage};
 use crate::{
@@ -10,21 +10,23 @@ use crate::{
 };
 
 impl Core {
-    /// What the run is doing, for people and scripts.
+    /// What the run is doing.
     #[must_use]
     pub fn status(&self) -> wire::StatusReply {
         let (state, reason) = match &self.stage {
-            Stage::Gathering(gathering) => ("waiting", self.waiting_reason(gathering)),
-            Stage::Reattaching(reattaching) => ("waiting", self.missing_ranks(reattaching)),
-            Stage::Settling(settling) => ("waiting", settling.reason.clone()),
+            Stage::Gathering(gathering) => (RunState::Waiting, self.waiting_reason(gathering)),
+            Stage::Reattaching(reattaching) => (RunState::Waiting, self.missing_ranks(reattaching)),
+            Stage::Settling(settling) => (RunState::Waiting, settling.reason.clone()),
             Stage::Training(training) => match &self.stop {
-                Some(reason) => ("finishing", reason.clone()),
-                None if !training.finished.is_empty() => ("finishing", "the last checkpoint is saved".into()),
-                None => ("training", String::new()),
+                Some(reason) => (RunState::Finishing, reason.clone()),
+                None if !training.finished.is_empty() => {
+                    (RunState::Finishing, "the last checkpoint is saved".into())
+                }
+                None => (RunState::Training, String::new()),
             },
-            Stage::Ended(Outcome::Succeeded { .. }) => ("succeeded", String::new()),
-            Stage::Ended(Outcome::Stopped { reason, .. }) => ("stopped", reason.clone()),
-            Stage::Ended(Outcome::Failed { reason }) => ("failed", reason.clone()),
+            Stage::Ended(Outcome::Succeeded { .. }) => (RunState::Succeeded, String::new()),
+            Stage::Ended(Outcome::Stopped { reason, .. }) => (RunState::Stopped, reason.clone()),
+            Stage::Ended(Outcome::Failed { reason }) => (RunState::Failed, reason.clone()),
         };
         let member = |(stream, m): (StreamId, &Member)| wire::Member {
             worker_id: m.id().to_string(),
@@ -36,8 +38,8 @@ impl Core {
             progress: m.progress,
             activity: m.activity.clone(),
             liveness: match m.liveness {
-                Liveness::Alive => "alive",
-                Liveness::Unknown => "unknown",
+                Liveness::Alive => wire::Liveness::Alive,
+                Liveness::Unknown => wire::Liveness::Unknown,
             }
             .into(),
         };

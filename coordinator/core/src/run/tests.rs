@@ -6,6 +6,7 @@ use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker},
+    scores::{Evaluation, Scores, Subject},
     wire,
 };
 
@@ -72,7 +73,7 @@ impl World {
             world.later(1);
         }
         assert_eq!(world.core.generation, Generation(1));
-        assert_eq!(world.core.status().state, "training");
+        assert_eq!(world.core.status().state(), wire::RunState::Training);
         world
     }
 
@@ -157,7 +158,7 @@ fn heartbeat(generation: u64, cursor: Cursor) -> FromWorker {
 }
 
 fn report(generation: u64, iteration: u64, rank: u32, world: u32) -> wire::StepReport {
-    let share = potstill_proto::shard::MicroBatches::share(4, rank, world);
+    let share = potstill_proto::micro_batches::MicroBatches::share(4, rank, world);
     wire::StepReport {
         generation,
         iteration,
@@ -308,7 +309,7 @@ fn the_first_generation_waits_a_while_for_more_than_the_minimum() {
     world.attach(0);
     world.attach(1);
     world.pass(DEAD - 1, 2);
-    assert_eq!(world.core.status().state, "waiting");
+    assert_eq!(world.core.status().state(), wire::RunState::Waiting);
     assert_eq!(places(&world.later(1)), [(0, 1, 0), (1, 1, 1)]);
 }
 
@@ -362,6 +363,12 @@ fn a_worker_that_brings_state_is_the_source() {
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
 }
 
+/// A scoring by the first generation in which nothing but diversity was measured.
+fn scored(subject: Subject, iteration: u64, diversity: Option<f64>) -> Evaluation {
+    let scores = Scores { diversity, ..Scores::default() };
+    Evaluation { generation: Generation(1), iteration, subject, scores }
+}
+
 #[test]
 fn the_teacher_is_scored_once_in_a_run() {
     let mut setup = setup(1, 2);
@@ -370,12 +377,7 @@ fn the_teacher_is_scored_once_in_a_run() {
     world.attach(0);
     let actions = world.attach(1);
     assert!(assignments(&actions).iter().all(|(_, a)| a.score_teacher));
-    let evaluation = wire::EvaluationReport {
-        generation: 1,
-        subject: wire::Subject::Teacher.into(),
-        scores: Some(wire::Scores::default()),
-        ..Default::default()
-    };
+    let evaluation = scored(Subject::Teacher, 0, None);
     assert!(world.says(1, FromWorker::Evaluation(evaluation)).iter().all(|a| matches!(a, Action::Log(_))));
     let actions = world.says(0, FromWorker::Evaluation(evaluation));
     let [Action::Persist(Record::Evaluated(_)), Action::Observe(Observation::Evaluated(_))] = actions[..]
@@ -392,16 +394,9 @@ fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
     let mut setup = setup(1, 1);
     setup.terms.scored = true;
     setup.terms.collapse_share = 0.5;
-    let scored = |of_teacher: bool, iteration: u64, diversity: f64| {
-        let subject = if of_teacher { wire::Subject::Teacher } else { wire::Subject::Student };
-        let scores = Some(wire::Scores { diversity, ..Default::default() });
-        FromWorker::Evaluation(wire::EvaluationReport {
-            generation: 1,
-            iteration,
-            subject: subject.into(),
-            scores,
-        })
-    };
+    let student =
+        |iteration, diversity| FromWorker::Evaluation(scored(Subject::Student, iteration, diversity));
+    let teacher = scored(Subject::Teacher, 0, Some(6.0));
     let failure = |actions: &[Action]| {
         actions.iter().find_map(|action| match action {
             Action::End(Outcome::Failed { reason }) => Some(reason.clone()),
@@ -410,27 +405,22 @@ fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
     };
     let mut world = World::new(setup.clone());
     world.attach(0);
-    world.says(0, scored(true, 0, 6.0));
-    for (iteration, diversity) in [(0, 1.0), (1, 3.1), (2, f64::NAN)] {
-        assert_eq!(failure(&world.says(0, scored(false, iteration, diversity))), None);
+    world.says(0, FromWorker::Evaluation(teacher));
+    for (iteration, diversity) in [(0, Some(1.0)), (1, Some(3.1)), (2, None)] {
+        assert_eq!(failure(&world.says(0, student(iteration, diversity))), None);
     }
-    let reason = failure(&world.says(0, scored(false, 3, 2.9))).unwrap();
+    let reason = failure(&world.says(0, student(3, Some(2.9)))).unwrap();
     for part in ["collapsed", "iteration 3", "2.900", "3.000", "no checkpoint"] {
         assert!(reason.contains(part), "{reason}");
     }
     assert!(world.receipt(0, 3).is_empty(), "what has collapsed is not committed");
 
     // A resumed run knows the teacher from its journal.
-    let teacher = wire::EvaluationReport {
-        subject: wire::Subject::Teacher.into(),
-        scores: Some(wire::Scores { diversity: 6.0, ..Default::default() }),
-        ..Default::default()
-    };
-    setup.history = vec![Record::Evaluated((&teacher).into())];
+    setup.history = vec![Record::Evaluated(teacher.into())];
     setup.checkpoints = vec![CommittedCheckpoint { iteration: 2, manifest_key: "m2".into() }];
     let mut world = World::new(setup);
     world.attach(0);
-    let reason = failure(&world.says(0, scored(false, 3, 2.9))).unwrap();
+    let reason = failure(&world.says(0, student(3, Some(2.9)))).unwrap();
     assert!(reason.contains("the newest checkpoint, of iteration 2"), "{reason}");
 }
 
@@ -483,7 +473,7 @@ fn survivors_need_not_answer() {
 fn a_silent_worker_is_dead_after_the_failure_timeout() {
     let mut world = World::training(2, 2);
     world.pass(DEAD - 1, 1);
-    assert_eq!(world.core.status().members[1].liveness, "unknown");
+    assert_eq!(world.core.status().members[1].liveness(), wire::Liveness::Unknown);
     let actions = world.later(1);
     assert_eq!(abandoned(&actions), [0]);
     assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
@@ -575,7 +565,7 @@ fn what_an_old_generation_says_changes_nothing() {
         FromWorker::StepReport(report(1, 0, 0, 2)),
         FromWorker::ShardReceipt(wire::ShardReceipt { generation: 1, iteration: 1, ..Default::default() }),
         FromWorker::ShardFailed(wire::ShardFailed { generation: 1, iteration: 4, ..Default::default() }),
-        FromWorker::Evaluation(wire::EvaluationReport { generation: 1, ..Default::default() }),
+        FromWorker::Evaluation(scored(Subject::Student, 0, None)),
         FromWorker::Finished { generation: Generation(1), cursor: Cursor::boundary(ITERATIONS) },
         FromWorker::Failed { generation: Generation(1), error: "late".into() },
         collective_failed(1, 3),
@@ -705,14 +695,14 @@ fn the_run_succeeds_when_all_have_finished_and_the_last_checkpoint_exists() {
     world.receipt(0, ITERATIONS);
     world.receipt(1, ITERATIONS);
     assert_eq!(outcome(&world.finish(1, ITERATIONS)), None);
-    assert_eq!(world.core.status().state, "finishing");
+    assert_eq!(world.core.status().state(), wire::RunState::Finishing);
     // Its workers are needed no more while the manifest is written.
     assert!(abandoned(&world.close(1)).is_empty());
     let actions = world.committed(ITERATIONS);
     assert_eq!(outcome(&actions), Some(Outcome::Succeeded { iteration: ITERATIONS }));
     let stops = told(&actions);
     assert!(matches!(stops.last(), Some(ToWorker::Stop { success: true, .. })));
-    assert_eq!(world.core.status().state, "succeeded");
+    assert_eq!(world.core.status().state(), wire::RunState::Succeeded);
 }
 
 #[test]
@@ -850,11 +840,14 @@ fn returning(n: u64, rank: u32, iteration: u64) -> Hello {
 #[test]
 fn when_all_ranks_come_back_to_a_new_coordinator_nothing_changes() {
     let mut world = successor(2, 2);
-    assert_eq!(world.core.status().state, "waiting");
+    assert_eq!(world.core.status().state(), wire::RunState::Waiting);
     world.attach_with(5, returning(1, 1, 3));
     let actions = world.attach_with(6, returning(0, 0, 2));
     assert!(places(&actions).is_empty() && abandoned(&actions).is_empty(), "{actions:?}");
-    assert_eq!((world.core.status().state.as_str(), world.core.generation), ("training", Generation(6)));
+    assert_eq!(
+        (world.core.status().state(), world.core.generation),
+        (wire::RunState::Training, Generation(6))
+    );
     // They send again what the old coordinator may not have counted: each iteration counts once.
     for iteration in 0..2 {
         assert_eq!(world.report(6, iteration), []);
@@ -894,7 +887,7 @@ fn ranks_that_do_not_come_back_in_time_are_lost_and_the_others_go_on() {
     };
     world.now += DEAD - 1;
     beat(&mut world);
-    assert_eq!(world.core.status().state, "waiting");
+    assert_eq!(world.core.status().state(), wire::RunState::Waiting);
     let actions = world.later(1);
     assert_eq!(abandoned(&actions), [5, 6]);
     world.says(5, collective_failed(6, 2));

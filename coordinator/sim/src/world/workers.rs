@@ -432,9 +432,9 @@ impl World {
         let finishes = agreed.stop || iteration >= self.scenario.iterations;
         let saves = finishes || agreed.save || iteration.is_multiple_of(self.scenario.checkpoint_every);
         if saves && place.rank == 0 {
-            let scores = Some(wire::Scores { diversity: 1.0, ..Default::default() });
-            let subject = wire::Subject::Student.into();
-            let report = wire::EvaluationReport { generation, iteration, subject, scores };
+            let scores = Scores { diversity: Some(1.0), ..Scores::default() };
+            let subject = Subject::Student;
+            let report = Evaluation { generation, iteration, subject, scores };
             self.says(process, FromWorker::Evaluation(report));
         }
         if finishes || agreed.part {
