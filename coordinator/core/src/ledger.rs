@@ -131,7 +131,7 @@ impl Ledger {
     }
 
     /// A checkpoint cannot be read after all: from now on the one before it is the newest. False when there was none.
-    pub fn condemn(&mut self, manifest_key: &str) -> bool {
+    pub fn mark_damaged(&mut self, manifest_key: &str) -> bool {
         let before = self.committed.len();
         self.committed.retain(|checkpoint| checkpoint.manifest_key != manifest_key);
         self.committed.len() < before

@@ -14,7 +14,7 @@ pub struct Flags {
     /// Finish there.
     pub stop: bool,
     /// Part there.
-    pub part: bool,
+    pub yields: bool,
 }
 
 impl Flags {
@@ -23,21 +23,29 @@ impl Flags {
         match what {
             Request::Checkpoint => self.save = true,
             Request::CheckpointAndStop => (self.save, self.stop) = (true, true),
-            Request::Yield => self.part = true,
-            Request::CheckpointAndYield => (self.save, self.part) = (true, true),
+            Request::Yield => self.yields = true,
+            Request::CheckpointAndYield => (self.save, self.yields) = (true, true),
         }
     }
 
     /// What is left when `done` is done.
     #[must_use]
     pub fn less(self, done: Self) -> Self {
-        Self { save: self.save && !done.save, stop: self.stop && !done.stop, part: self.part && !done.part }
+        Self {
+            save: self.save && !done.save,
+            stop: self.stop && !done.stop,
+            yields: self.yields && !done.yields,
+        }
     }
 
     /// What either carries.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
-        Self { save: self.save || other.save, stop: self.stop || other.stop, part: self.part || other.part }
+        Self {
+            save: self.save || other.save,
+            stop: self.stop || other.stop,
+            yields: self.yields || other.yields,
+        }
     }
 }
 

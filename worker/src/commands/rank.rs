@@ -143,7 +143,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
             let (generation, cursor) = (assignment.generation, holding.cursor);
             match ending {
                 Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),
-                Ok(Ending::Parted) => {
+                Ok(Ending::Yielded) => {
                     tracing::info!(%generation, %cursor, "parted at a boundary; waiting for a place");
                     session.progress.set_activity("waiting for an assignment");
                     session.send(FromWorker::Yielded { generation, cursor });

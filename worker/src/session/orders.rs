@@ -18,8 +18,8 @@ pub struct Orders {
     checkpoint: Option<Generation>,
     /// A checkpoint and then an end are wanted in this generation.
     checkpoint_and_stop: Option<Generation>,
-    /// This generation's ranks are to part at a boundary.
-    part: Option<Generation>,
+    /// This generation's ranks are to yield at a boundary.
+    yields: Option<Generation>,
 }
 
 impl Orders {
@@ -45,9 +45,9 @@ impl Orders {
         self.checkpoint_and_stop == Some(generation)
     }
 
-    /// Whether the ranks of `generation` were asked to part.
-    pub fn parting_wanted(&self, generation: Generation) -> bool {
-        self.part == Some(generation)
+    /// Whether the ranks of `generation` were asked to yield.
+    pub fn yield_wanted(&self, generation: Generation) -> bool {
+        self.yields == Some(generation)
     }
 
     pub(super) fn take(&mut self, message: ToWorker) {
@@ -59,10 +59,10 @@ impl Orders {
             ToWorker::Request { generation, what } => match what {
                 Request::Checkpoint => self.checkpoint = Some(generation),
                 Request::CheckpointAndStop => self.checkpoint_and_stop = Some(generation),
-                Request::Yield => self.part = Some(generation),
+                Request::Yield => self.yields = Some(generation),
                 Request::CheckpointAndYield => {
                     self.checkpoint = Some(generation);
-                    self.part = Some(generation);
+                    self.yields = Some(generation);
                 }
             },
             ToWorker::Committed { iteration } => tracing::debug!(iteration, "checkpoint committed"),

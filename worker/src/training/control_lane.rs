@@ -12,7 +12,7 @@ pub struct Flags {
     /// Save at the end of this iteration and leave.
     pub stop: bool,
     /// Leave the group at the end of this iteration.
-    pub part: bool,
+    pub yields: bool,
 }
 
 /// An exchange under way.
@@ -27,7 +27,7 @@ impl Lane {
     /// # Errors
     /// The collective could not be issued.
     pub fn issue(group: &ProcessGroup, flags: Flags) -> Result<Self, Error> {
-        let flags = Tensor::from_slice(&[flags.checkpoint, flags.stop, flags.part].map(i64::from))
+        let flags = Tensor::from_slice(&[flags.checkpoint, flags.stop, flags.yields].map(i64::from))
             .to_device(group.device());
         let work = group.all_reduce(&flags, ReduceOp::Max)?;
         Ok(Self { work, flags })
@@ -41,6 +41,6 @@ impl Lane {
         self.work.wait(None)?;
         let flags = self.flags.to_device(tch::Device::Cpu).to_kind(Kind::Int64);
         let raised = |index: i64| flags.int64_value(&[index]) > 0;
-        Ok(Flags { checkpoint: raised(0), stop: raised(1), part: raised(2) })
+        Ok(Flags { checkpoint: raised(0), stop: raised(1), yields: raised(2) })
     }
 }

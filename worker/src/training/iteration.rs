@@ -9,7 +9,7 @@ use potstill_proto::{
     wire::{StepReport, StepSeconds},
 };
 
-use super::{Member, heed, interruption::Interruption, step::Totals};
+use super::{Member, interruption::Interruption, obey_orders, step::Totals};
 use crate::{
     process::faults,
     training::control_lane::{Flags, Lane},
@@ -42,12 +42,12 @@ impl Member<'_> {
         let started = Instant::now();
         let iteration = cursor.iteration;
         let generation = self.assignment.generation;
-        heed(self.session, generation)?;
+        obey_orders(self.session, generation)?;
         let orders = self.session.orders()?;
         let flags = Flags {
             checkpoint: orders.take_checkpoint(generation),
             stop: orders.stop_wanted(generation),
-            part: orders.parting_wanted(generation),
+            part: orders.yield_wanted(generation),
         };
         let lane = Lane::issue(&self.trainer.group, flags)?;
         let mut seconds = StepSeconds::default();
@@ -126,7 +126,7 @@ impl Member<'_> {
     ) -> Result<Trained, Interruption> {
         let (session, generation) = (&mut *self.session, self.assignment.generation);
         let reduced =
-            self.trainer.gradient(state, network, iteration, seconds, || heed(session, generation))?;
+            self.trainer.gradient(state, network, iteration, seconds, || obey_orders(session, generation))?;
         self.wait_for_copy();
         let (norm, non_finite) = (reduced.gradient.norm, reduced.gradient.non_finite);
         let sick = self.trainer.step(state, network, iteration, reduced.gradient, seconds)?;

@@ -49,7 +49,7 @@ pub enum Ending {
     /// Nothing left to compute.
     Finished,
     /// As all ranks agreed, it has left the group at a boundary.
-    Parted,
+    Yielded,
     /// What it was to start from cannot be read.
     Damaged {
         /// The checkpoint.
@@ -72,7 +72,7 @@ struct Member<'a> {
 }
 
 /// Leaves a generation when the coordinator wants that.
-fn heed(session: &mut Session, generation: Generation) -> Result<(), Interruption> {
+fn obey_orders(session: &mut Session, generation: Generation) -> Result<(), Interruption> {
     match session.orders()?.interruption(generation) {
         Some(reason) => Err(Interruption::Left(reason)),
         None => Ok(()),
@@ -183,10 +183,10 @@ impl Member<'_> {
             if last || stop {
                 return Ok(Ending::Finished);
             }
-            if flags.part {
+            if flags.yields {
                 // Whoever is leaving must have saved.
                 self.finish_saving()?;
-                return Ok(Ending::Parted);
+                return Ok(Ending::Yielded);
             }
             self.session.progress.set_activity("training");
             flags = self.iterate(state, cursor)?;
@@ -265,7 +265,7 @@ impl Member<'_> {
                 scores,
             }));
         }
-        heed(self.session, self.assignment.generation)
+        obey_orders(self.session, self.assignment.generation)
     }
 
     /// Writes `samples.png`: teacher above student, same noise, same classes.

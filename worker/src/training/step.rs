@@ -180,18 +180,18 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Runs this rank's micro-batches of the phase that trains `network`, and reduces the gradient. Adds to the times. `heed` is
+    /// Runs this rank's micro-batches of the phase that trains `network`, and reduces the gradient. Adds to the times. `obey_orders` is
     /// asked before each micro-batch whether to go on.
     ///
     /// # Errors
-    /// A collective failed, or `heed` says so.
+    /// A collective failed, or `obey_orders` says so.
     pub fn gradient(
         &self,
         state: &State,
         network: Network,
         iteration: u64,
         seconds: &mut StepSeconds,
-        mut heed: impl FnMut() -> Result<(), Interruption>,
+        mut obey_orders: impl FnMut() -> Result<(), Interruption>,
     ) -> Result<Reduced, Interruption> {
         let started = Instant::now();
         let loss_scale = state.counters.scale(network);
@@ -206,7 +206,7 @@ impl<'a> Trainer<'a> {
         let mut exposed = Duration::ZERO;
         let mut reported = Vec::with_capacity(self.micro_batches.len());
         for index in self.micro_batches.clone() {
-            heed()?;
+            obey_orders()?;
             let micro_batch = self.micro_batch(state, network, iteration, index)?;
             faults::point("forward", iteration, self.rank);
             let scaled = &micro_batch.loss * scale;

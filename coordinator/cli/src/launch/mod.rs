@@ -151,7 +151,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     let outcome = until_ended(&mut running, &mut agent, &mut signals, job.grace, observed).await;
     let outcome = match outcome {
         Ended::As(outcome) => outcome,
-        Ended::Insisted => return Ok(interrupted(&mut agent, &screen).await),
+        Ended::SecondSignal => return Ok(interrupted(&mut agent, &screen).await),
         Ended::Late => {
             let unfinished = running.unfinished().await;
             interrupted(&mut agent, &screen).await;
@@ -171,7 +171,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     };
     let Ending { mut text, resumable } = tokio::select! {
         closed = closing => closed?,
-        () = signals.insist() => return Ok(interrupted(&mut agent, &screen).await),
+        () = signals.second() => return Ok(interrupted(&mut agent, &screen).await),
     };
     let exit = match outcome {
         Outcome::Succeeded { .. } => Exit::Succeeded,
@@ -191,7 +191,7 @@ enum Ended {
     /// With the run's end.
     As(Outcome),
     /// With a second signal.
-    Insisted,
+    SecondSignal,
     /// With the end of the grace period.
     Late,
 }
@@ -231,8 +231,8 @@ async fn until_ended(
                 None => return Ended::As(running.outcome().await),
             },
             name = signals.next() => {
-                if signals.insisted() {
-                    return Ended::Insisted;
+                if signals.was_repeated() {
+                    return Ended::SecondSignal;
                 }
                 warn!(
                     "{name}: the workers save and stop; they have {} s; once more ends everything at once, without saving",
@@ -296,15 +296,15 @@ impl Signals {
     }
 
     /// Whether there was more than one.
-    fn insisted(&self) -> bool {
+    fn was_repeated(&self) -> bool {
         self.count > 1
     }
 
     /// Returns at the second one.
-    async fn insist(&mut self) {
-        while !self.insisted() {
+    async fn second(&mut self) {
+        while !self.was_repeated() {
             let name = self.next().await;
-            if !self.insisted() {
+            if !self.was_repeated() {
                 warn!("{name}: the run has ended and is being summed up; once more ends everything at once");
             }
         }

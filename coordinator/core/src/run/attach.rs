@@ -84,15 +84,15 @@ impl Core {
             let joiner = self.members.eligible().find(|(stream, _)| self.rank(*stream).is_none());
             if let Some((_, joiner)) = joiner {
                 let reason = format!("worker {} joins", joiner.describe());
-                self.part(Cause::Agreed, reason, actions);
+                self.ask_to_yield(Cause::Agreed, reason, actions);
             }
         }
     }
 
     /// Asks the ranks to part at the next boundary, unless they are about to end anyway.
-    fn part(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
+    fn ask_to_yield(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
         let Stage::Training(training) = &mut self.stage else { return };
-        let asked = training.parting.as_ref().map(|(cause, _)| *cause);
+        let asked = training.yielding.as_ref().map(|(cause, _)| *cause);
         if self.stop.is_some() || !training.finished.is_empty() || asked >= Some(cause) {
             return;
         }
@@ -104,7 +104,7 @@ impl Core {
             send(actions, *stream, ToWorker::Request { generation: self.generation, what });
         }
         log(actions, format!("{} is asked to part at the next boundary: {reason}", self.generation));
-        training.parting = Some((cause, reason));
+        training.yielding = Some((cause, reason));
     }
 
     /// A worker's machine is wanted for something else: it saves its share and goes at the next boundary, or at once where
@@ -121,7 +121,7 @@ impl Core {
         match &self.stage {
             Stage::Training(_) if placed => {
                 let reason = format!("worker {worker} leaves: {reason}");
-                self.part(Cause::AgreedAndSaving, reason, actions);
+                self.ask_to_yield(Cause::AgreedAndSaving, reason, actions);
             }
             Stage::Settling(_) if placed => {}
             Stage::Reattaching(_) if placed => {}
@@ -188,7 +188,7 @@ impl Core {
                 reattaching.left.remove(&stream);
             }
             Stage::Settling(settling) => {
-                settling.keepers.remove(&stream);
+                settling.holders.remove(&stream);
                 if settling.awaiting.remove(&stream) || rank.is_some() {
                     settling.cause = Cause::Known;
                     settling.since = self.now;

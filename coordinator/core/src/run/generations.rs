@@ -7,9 +7,7 @@ use potstill_proto::{
     message::{Place, Source, ToWorker},
 };
 
-use super::{
-    Actions, BARREN_GENERATIONS, Cause, Core, Gathering, Settling, Stage, Training, log, seconds, send,
-};
+use super::{Actions, Cause, Core, FAILED_STARTS, Gathering, Settling, Stage, Training, log, seconds, send};
 use crate::{Action, StreamId, Tick, assignment, observation::Observation, record::Record};
 
 impl Core {
@@ -22,10 +20,10 @@ impl Core {
             let held = self.members.get(*stream).and_then(|m| m.held);
             held.unwrap_or_default() >= self.start.cursor
         };
-        let keepers = survivors().filter(holds).collect();
+        let holders = survivors().filter(holds).collect();
         self.tell_to_abandon(&awaiting, &reason, actions);
         let cause = if spoken.is_none() { Cause::Known } else { Cause::Unexplained };
-        self.stage = Stage::Settling(Settling { awaiting, keepers, cause, since: self.now, reason });
+        self.stage = Stage::Settling(Settling { awaiting, holders, cause, since: self.now, reason });
     }
 
     pub(super) fn tell_to_abandon(&self, members: &BTreeSet<StreamId>, reason: &str, actions: &mut Actions) {
@@ -38,16 +36,16 @@ impl Core {
     }
 
     /// A rank has parted from the others, as all of them agreed to: the others are about to say the same.
-    pub(super) fn parted(&mut self, stream: StreamId, cursor: Cursor, actions: &mut Actions) {
+    pub(super) fn yielded(&mut self, stream: StreamId, cursor: Cursor, actions: &mut Actions) {
         if let Stage::Training(training) = &mut self.stage {
             let (cause, reason) = training
-                .parting
+                .yielding
                 .take()
                 .unwrap_or_else(|| (Cause::Agreed, "its ranks agreed to part".to_owned()));
             let awaiting = training.ranks.iter().copied().collect();
             log(actions, format!("{} parts at {cursor}: {reason}", self.generation));
-            let keepers = BTreeSet::new();
-            self.stage = Stage::Settling(Settling { awaiting, keepers, cause, since: self.now, reason });
+            let holders = BTreeSet::new();
+            self.stage = Stage::Settling(Settling { awaiting, holders, cause, since: self.now, reason });
         }
         self.spoke(stream, cursor);
     }
@@ -70,7 +68,7 @@ impl Core {
     /// and as long as a silent worker gets when without their word a state would be lost, or when nothing explains the
     /// failure yet.
     pub(super) fn settled_by(&self, settling: &Settling) -> Tick {
-        let safe = !settling.keepers.is_empty() || self.start.cursor == Cursor::default();
+        let safe = !settling.holders.is_empty() || self.start.cursor == Cursor::default();
         let patience = match settling.cause {
             Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,
             Cause::Known | Cause::Unexplained | Cause::Agreed => self.terms.timeouts.dead_millis,
@@ -151,13 +149,14 @@ impl Core {
                 self.let_go(stream, actions);
             }
         }
-        let barren = cause == Cause::Unexplained && self.steps.finished() <= self.start.cursor.iteration;
-        self.barren = if barren { self.barren + 1 } else { 0 };
-        if self.barren >= BARREN_GENERATIONS {
+        let failed_starts =
+            cause == Cause::Unexplained && self.steps.finished() <= self.start.cursor.iteration;
+        self.failed_starts = if failed_starts { self.failed_starts + 1 } else { 0 };
+        if self.failed_starts >= FAILED_STARTS {
             let reason = format!(
                 "{} generations in a row failed before they finished an iteration, although no worker died. Can the \
                  workers reach each other? The last one: {reason}",
-                self.barren
+                self.failed_starts
             );
             self.fail(reason, actions);
         } else if self.members.count() >= self.terms.min_workers {
@@ -264,7 +263,7 @@ impl Core {
         let training = Training {
             ranks: plan.ranks,
             finished: BTreeMap::new(),
-            parting: None,
+            yielding: None,
             look: now.after(self.terms.timeouts.hang_millis),
         };
         if self.stop.is_some() {

@@ -4,7 +4,7 @@ mod attach;
 mod ending;
 mod generations;
 mod hangs;
-mod hear;
+mod messages;
 mod reattaching;
 mod status;
 #[cfg(test)]
@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// So many generations in a row may fail without finishing an iteration before the run gives up.
-const BARREN_GENERATIONS: u32 = 8;
+const FAILED_STARTS: u32 = 8;
 
 /// What a coordinator knows of its run when it starts.
 #[derive(Clone, Debug)]
@@ -80,7 +80,7 @@ pub struct Core {
     /// Where it started.
     start: Start,
     /// Generations in a row that ended in a failed collective before they finished an iteration.
-    barren: u32,
+    failed_starts: u32,
     stage: Stage,
     steps: Steps,
     /// Iterations that were computed again, over the whole run.
@@ -125,7 +125,7 @@ struct Settling {
     /// Survivors that have not yet said where they stand.
     awaiting: BTreeSet<StreamId>,
     /// Survivors known to hold what the generation had reached, or more.
-    keepers: BTreeSet<StreamId>,
+    holders: BTreeSet<StreamId>,
     /// How the generation ended.
     cause: Cause,
     since: Tick,
@@ -152,7 +152,7 @@ struct Training {
     /// Ranks that have nothing left to compute, and where they stand.
     finished: BTreeMap<u32, Cursor>,
     /// Why its ranks were asked to part at the next boundary, and how.
-    parting: Option<(Cause, String)>,
+    yielding: Option<(Cause, String)>,
     /// When to look next whether everybody moves.
     look: Tick,
 }
@@ -224,7 +224,7 @@ impl Core {
             members: Members::new(timeouts),
             generation,
             start,
-            barren: 0,
+            failed_starts: 0,
             stage: Stage::Gathering(Gathering {
                 short_since: Tick::default(),
                 enough_since: None,

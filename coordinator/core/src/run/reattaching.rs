@@ -122,7 +122,7 @@ impl Core {
         let training = Training {
             ranks: here.into_values().collect(),
             finished,
-            parting: None,
+            yielding: None,
             look: self.now.after(self.terms.timeouts.hang_millis),
         };
         let holders: BTreeSet<_> = training
@@ -150,13 +150,8 @@ impl Core {
             let awaiting: BTreeSet<_> =
                 training.ranks.iter().copied().filter(|stream| !left.contains(stream)).collect();
             self.tell_to_abandon(&awaiting, &reason, actions);
-            self.stage = Stage::Settling(Settling {
-                awaiting,
-                keepers: holders,
-                cause: Cause::Known,
-                since: self.now,
-                reason,
-            });
+            self.stage =
+                Stage::Settling(Settling { awaiting, holders, cause: Cause::Known, since: self.now, reason });
         }
     }
 }

@@ -437,8 +437,8 @@ impl World {
             let report = Evaluation { generation, iteration, subject, scores };
             self.says(process, FromWorker::Evaluation(report));
         }
-        if finishes || agreed.part {
-            let stage = if finishes { Flags { stop: true, save: true, part: false } } else { agreed };
+        if finishes || agreed.yields {
+            let stage = if finishes { Flags { stop: true, save: true, yields: false } } else { agreed };
             self.processes[process].flags = stage;
             self.processes[process].enter(Stage::Saving);
             let write = if saves { self.scenario.write } else { (0, 0) };

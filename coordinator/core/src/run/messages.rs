@@ -41,9 +41,9 @@ impl Core {
             FromWorker::Ready => self.ready(stream, actions),
             FromWorker::Leaving { reason } => self.leaving(stream, reason, actions),
             FromWorker::Yielded { generation, cursor } => {
-                if self.spoken_rank(stream, generation, "a parting", actions).is_some() {
+                if self.spoken_rank(stream, generation, "a yielding", actions).is_some() {
                     self.reached(stream, cursor);
-                    self.parted(stream, cursor, actions);
+                    self.yielded(stream, cursor, actions);
                 }
             }
             FromWorker::StepReport(report) => {
@@ -138,9 +138,9 @@ impl Core {
     pub(super) fn keeps(&mut self, stream: StreamId, cursor: Cursor) {
         if let Stage::Settling(settling) = &mut self.stage {
             if cursor >= self.start.cursor {
-                settling.keepers.insert(stream);
+                settling.holders.insert(stream);
             } else {
-                settling.keepers.remove(&stream);
+                settling.holders.remove(&stream);
             }
         }
     }
@@ -192,7 +192,7 @@ impl Core {
         actions: &mut Actions,
     ) {
         let reason = format!("checkpoint {manifest_key} is damaged: {error}");
-        if self.ledger.condemn(manifest_key) {
+        if self.ledger.mark_damaged(manifest_key) {
             log(actions, format!("{reason}; the one before it is used"));
         }
         if let Some(member) = self.members.get_mut(stream) {
