@@ -47,7 +47,7 @@ impl Member<'_> {
         let flags = Flags {
             checkpoint: orders.take_checkpoint(generation),
             stop: orders.stop_wanted(generation),
-            part: orders.yield_wanted(generation),
+            yields: orders.yield_wanted(generation),
         };
         let lane = Lane::issue(&self.trainer.group, flags)?;
         let mut seconds = StepSeconds::default();
