@@ -7,4 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1:-}" = -- ] && shift
 
 scripts/setup.sh
+echo "Building the two programs; the first time takes several minutes on 2 cores …"
+cargo build -p potstill-cli -p potstill-worker --bins
 exec target/debug/potstill launch configs/digits/one-step.toml --workers 2 "$@"

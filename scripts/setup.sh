@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks what this machine has, installs libtorch into .venv and builds everything. Cheap to repeat.
+# Checks what this machine has and installs libtorch into .venv. Cheap to repeat.
 #
-# After it, plain `cargo build`, `cargo test` and the built binaries work in any shell with nothing exported.
+# After it, plain `cargo build`, `cargo test` and the built programs work in any shell with nothing exported.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -42,6 +42,3 @@ if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     ln -sfn "$(realpath --relative-to=.venv "$folder")" .venv/libtorch
     cp requirements.txt .venv/installed-requirements.txt
 fi
-
-echo "Building …"
-cargo build --workspace --quiet "$@"

@@ -1,25 +1,15 @@
 #!/usr/bin/env bash
-# Installs, builds and runs every test. Arguments are handed to `cargo test`.
+# Installs what the tests need, builds and runs every test. Arguments are handed to `cargo test`.
+#
+# A test whose server or right is missing fails. POTSTILL_TEST_WITHOUT=slurm,root,… names what this machine lacks: tests that need it
+# are then left out, and named at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
 if ! cmp -s requirements-test.txt .venv/installed-requirements-test.txt; then
+    echo "Installing the packages that tests compare with …"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
     cp requirements-test.txt .venv/installed-requirements-test.txt
 fi
-# Azure's storage, in Node. Without it the tests that need it are skipped by name.
-azurite=azurite@3.35.0 # The newest that runs on Node before 21.
-if command -v npm >/dev/null && ! grep -qsxF "$azurite" .venv/installed-azurite.txt; then
-    if npm install --silent --no-audit --no-fund --prefix .venv/azurite "$azurite"; then
-        echo "$azurite" >.venv/installed-azurite.txt
-    else
-        echo "$azurite could not be installed; the tests of Azure's storage will be skipped" >&2
-    fi
-fi
-.venv/bin/python scripts/train_features.py --check
-.venv/bin/python -m unittest discover -s scripts/tests
-# Test programs run one after the other; within one, two at a time: each of the cluster's tests has two ranks of its own.
-# One thread for libtorch: beside other processes, threads that wait for each other by spinning are many times slower.
-export OMP_NUM_THREADS=1
-cargo test --workspace --quiet "$@" -- --test-threads=2
+exec .venv/bin/python scripts/tests/run.py "$@"

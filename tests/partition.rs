@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use potstill_tests::{Cluster, Process, text};
+use potstill_tests::{Cluster, Process, lacks, text};
 
 const COORDINATOR: &str = "10.77.0.1";
 const A: &str = "10.77.0.2";
@@ -44,7 +44,7 @@ impl Net {
         match net.build() {
             Ok(()) => Some(net),
             Err(error) => {
-                eprintln!("skipped: {test}: it needs root, iproute2 and nftables: {error}");
+                lacks("namespaces", test, &format!("root, iproute2 and nftables: {error}"));
                 None
             }
         }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use potstill_tests::{Cluster, binary, free_port, repository, text};
+use potstill_tests::{Cluster, binary, free_port, lacks, repository, text};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -37,11 +37,11 @@ impl Drop for Slurm {
 }
 
 impl Slurm {
-    fn start() -> Option<Self> {
+    fn start(test: &str) -> Option<Self> {
         let programs = ["munged", "slurmctld", "slurmd", "sbatch", "scontrol"];
         let root = nix::unistd::Uid::effective().is_root();
         if !root || programs.iter().any(|program| on_path(program).is_none()) {
-            eprintln!("skipped: slurm: it needs root and Slurm (apt-get install slurm-wlm munge)");
+            lacks("slurm", test, "root, and Slurm (apt-get install slurm-wlm munge)");
             return None;
         }
         let folder = tempfile::tempdir().unwrap();
@@ -137,7 +137,7 @@ impl Slurm {
 
 #[test]
 fn a_requeued_job_goes_on_and_ends_like_an_undisturbed_one() {
-    let Some(slurm) = Slurm::start() else { return };
+    let Some(slurm) = Slurm::start("a_requeued_job_goes_on_and_ends_like_an_undisturbed_one") else { return };
     let cluster = Cluster::default();
     let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout=5s"];
     let output = slurm.at("job.out");

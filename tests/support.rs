@@ -18,6 +18,28 @@ use nix::{sys::signal::Signal, unistd::Pid};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
+/// Says that `test` cannot run because this machine lacks `what`, for a test that returns then.
+///
+/// `POTSTILL_TEST_WITHOUT`, a list with commas, names what a machine is known to lack. The file that `POTSTILL_TEST_SKIPPED` names gets
+/// a line for each test that is left out.
+///
+/// # Panics
+/// `what` is not in that list: a test is never left out unseen.
+pub fn lacks(what: &str, test: &str, reason: &str) {
+    let known = std::env::var("POTSTILL_TEST_WITHOUT").unwrap_or_default();
+    assert!(
+        known.split(',').any(|name| name.trim() == what),
+        "{test} needs {what}: {reason}. Install it, or leave the tests that need it out with POTSTILL_TEST_WITHOUT={what}"
+    );
+    let line = format!("{test}: without {what}: {reason}\n");
+    if let Some(file) = std::env::var_os("POTSTILL_TEST_SKIPPED") {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(file);
+        let written = file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()));
+        written.expect("POTSTILL_TEST_SKIPPED can be written");
+    }
+    eprint!("skipped: {line}");
+}
+
 /// The root of the repository.
 #[must_use]
 pub fn repository() -> PathBuf {

@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use potstill_tests::{Cluster, Process, binary, relative_difference, repository, text, tiny_model};
+use potstill_tests::{Cluster, Process, binary, lacks, relative_difference, repository, text, tiny_model};
 
 /// A cluster with a model and prompts.
 struct Studio {
@@ -108,7 +108,7 @@ fn python(test: &str) -> Option<PathBuf> {
     command.args(["-c", "import diffusers, transformers"]).stderr(Stdio::null());
     let found = command.status().is_ok_and(|status| status.success());
     if !found {
-        eprintln!("skipped: {test}: diffusers is not installed (pip install -r requirements-test.txt)");
+        lacks("diffusers", test, "pip install -r requirements-test.txt");
     }
     found.then_some(python)
 }

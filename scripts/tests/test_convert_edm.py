@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "data"))
 
 import convert_edm  # noqa: E402
 
@@ -170,7 +170,7 @@ class Convert(unittest.TestCase):
         self.assertEqual([path.name for path in self.folder.iterdir() if path.name != "in.pkl"], [])
 
     def run_script(self, *more):
-        command = [sys.executable, ROOT / "scripts" / "convert_edm.py", self.folder / "in.pkl", self.out, *more]
+        command = [sys.executable, ROOT / "scripts" / "data" / "convert_edm.py", self.folder / "in.pkl", self.out, *more]
         return subprocess.run(command, capture_output=True, text=True)
 
     def read(self):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import make_extractors  # noqa: E402
 
 FOUND = {name: importlib.util.find_spec(name) is not None for name in ("torch_fidelity", "transformers")}

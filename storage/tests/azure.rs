@@ -27,8 +27,9 @@ use potstill_storage::{
     layout,
     retention::{Policy, Swept},
 };
+use potstill_tests::lacks;
 
-/// What scripts/test.sh installs.
+/// What scripts/tests/run.py installs.
 const VERSION: &str = "3.35.0";
 /// Of the account that every Azurite has, with the key that Microsoft publishes for it.
 const ACCOUNT: &str = "devstoreaccount1";
@@ -60,12 +61,10 @@ fn installed() -> Option<PathBuf> {
 }
 
 impl Server {
-    /// `None`, and a line that says so, where Azurite is not installed.
+    /// `None` where Azurite is not installed and need not be.
     async fn start(test: &str) -> Option<Self> {
         let Some(program) = installed() else {
-            eprintln!(
-                "skipped: {test}: azurite is not installed (npm install --prefix .venv/azurite azurite@{VERSION})"
-            );
+            lacks("azurite", test, &format!("npm install --prefix .venv/azurite azurite@{VERSION}"));
             return None;
         };
         let folder = tempfile::tempdir().unwrap();

@@ -23,6 +23,7 @@ use potstill_storage::{
     layout,
     retention::{Policy, Swept},
 };
+use potstill_tests::lacks;
 
 /// moto's server with an empty bucket. Ends with this value.
 struct Server {
@@ -38,13 +39,13 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// `None`, and a line that says so, where moto is not installed.
+    /// `None` where moto is not installed and need not be.
     fn start(test: &str) -> Option<Self> {
         let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin/python");
         let installed =
             Command::new(&python).args(["-c", "import moto.server"]).stderr(Stdio::null()).status();
         if !installed.is_ok_and(|status| status.success()) {
-            eprintln!("skipped: {test}: moto is not installed (pip install -r requirements-test.txt)");
+            lacks("moto", test, "pip install -r requirements-test.txt");
             return None;
         }
         let address = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();

@@ -150,8 +150,8 @@ fn browser() -> Option<PathBuf> {
 #[test]
 fn a_real_browser_shows_tables_and_pictures_and_obeys_no_file() {
     let Some(browser) = browser() else {
-        eprintln!("skipped: a_real_browser_shows_tables_and_pictures_and_obeys_no_file: no Chromium on PATH");
-        return;
+        let test = "a_real_browser_shows_tables_and_pictures_and_obeys_no_file";
+        return lacks("chromium", test, "no Chromium on PATH");
     };
     let storage = storage(true);
     assert!(report(storage.path(), &[]).status.success());

@@ -507,7 +507,7 @@ def measure(out: Path, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the images, the weights and the batches")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "configs/shapes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent.parent / "configs/shapes")
     parser.add_argument("--classifier-steps", type=int, default=2500)
     parser.add_argument("--autoencoder-steps", type=int, default=700)
     parser.add_argument("--unet-steps", type=int, default=1800)

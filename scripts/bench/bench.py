@@ -1,5 +1,12 @@
 #!/usr/bin/env python3
-"""Measure distillation, start-up, memory and Gloo's all-reduce on this machine; scripts/bench.sh runs it.
+"""Measure Potstill on this machine and print one table: distillation with one and with two workers, where a step's time goes, how
+long a start takes, peak memory, and Gloo's all-reduce. About 1.5 minutes on 2 CPU cores, after the build.
+
+    scripts/bench/bench.py                                 the table
+    scripts/bench/bench.py --json FILE                     and the same as JSON, with every round
+    scripts/bench/bench.py --rounds 1 --iterations 20      a short look
+
+Times depend on the machine and on what else it does: compare only numbers of one table, best its ratios.
 
 Distillation is configs/digits/one-step.toml as `potstill launch` runs it, without evaluation and without checkpoints
 (the one at the end, which every run saves, comes after the last measured iteration). Runs with one and with two workers
@@ -19,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +34,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PROGRAMS = REPOSITORY / "target/debug"
+import prepare
+
+prepare.python()
+
+REPOSITORY = prepare.ROOT
+PROGRAMS = prepare.PROGRAMS
 CONFIG = "configs/digits/one-step.toml"
 WORKERS = (1, 2)
 PARTS = {
@@ -392,14 +404,13 @@ def report(results: dict) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/bench.sh", description="Measure Potstill on this machine and print one table."
+        prog="scripts/bench/bench.py", description="Measure Potstill on this machine and print one table."
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="runs of each kind [default: 3]")
     parser.add_argument(
         "--iterations", type=int, default=60, metavar="N", help="iterations of a run, at least 20 [default: 60]"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, of every round, to FILE")
-    parser.add_argument("--work", type=Path, required=True, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -427,20 +438,22 @@ def main() -> None:
     """Measure, and print."""
     given = arguments()
     end_on_signals()
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the script that started this one may be killed
     if sys.platform != "linux":
         fail("needs Linux: processes are watched in /proc")
-    for program in ("potstill", "potstill-worker"):
-        if not os.access(PROGRAMS / program, os.X_OK):
-            fail(f"target/debug/{program} is not built: run scripts/setup.sh")
+    prepare.programs("potstill-c10d", "all_reduce")
+    with tempfile.TemporaryDirectory() as work:
+        measure(given, Path(work))
 
-    config = write_config(given.work)
+
+def measure(given: argparse.Namespace, work: Path) -> None:
+    """All of it, in a folder that goes away."""
+    config = write_config(work)
     rounds = Rounds()
     for number in range(given.rounds):
         for workers in WORKERS if number % 2 == 0 else WORKERS[::-1]:
             print(f"round {number + 1} of {given.rounds}, {workers} worker(s) …", file=sys.stderr, flush=True)
             name = f"bench-{number}-{workers}"
-            rounds.of[workers].append(distil(given.work, config, name, workers, given.iterations))
+            rounds.of[workers].append(distil(work, config, name, workers, given.iterations))
     print("all-reduce …", file=sys.stderr, flush=True)
 
     results = {

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DATA = REPOSITORY / "configs/digits/digits.safetensors"
 MINIMUM_ACCURACY = 0.97
 HELD_OUT = 0.2

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 COUNT = 1797
 LEVELS = 16  # pixels count the set bits of a 4x4 block, so 0..16
 METADATA = {

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Random faults against a real cluster on this machine. Started by scripts/chaos.sh, which builds first."""
+"""Train on the digits while ranks and the coordinator are killed and paused at random and the storage misbehaves, and compare the result
+with an undisturbed run's. Exits with 1 if anything was lost, repeated or changed.
+
+    scripts/bench/chaos.py --minutes 2 --seed 0
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+import prepare
 
-ROOT = Path(__file__).resolve().parent.parent
-POTSTILL = ROOT / "target" / "debug" / "potstill"
+prepare.python()
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+ROOT = prepare.ROOT
+POTSTILL = prepare.PROGRAMS / "potstill"
 RUN = "chaos"
 # Two ranks, always: the sum of two numbers does not depend on their order, so the result must be the same bit by bit.
 WORLD = 2
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints")
     arguments = parser.parse_args()
+    prepare.programs()
     folder = Path(tempfile.mkdtemp(prefix="potstill-chaos-"))
     lab = Lab(folder)
     failed = True

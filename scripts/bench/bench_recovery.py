@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Recovery, checkpoints and the forming of generations, measured. Started by scripts/bench_recovery.sh, which builds."""
+"""Measure on this machine how long a run takes to go on after a rank was killed, what checkpoints of a large state cost, and how long a
+generation takes to form. About 20 minutes on 2 idle CPU cores, after the build.
+
+    scripts/bench/bench_recovery.py                  everything
+    scripts/bench/bench_recovery.py --only kill      only what begins so: kill, checkpoint, form
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
+import prepare
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ROOT / "target" / "debug"
+prepare.python()
+
+import numpy  # noqa: E402
+
+ROOT = prepare.ROOT
+PROGRAMS = prepare.PROGRAMS
 POTSTILL = PROGRAMS / "potstill"
 KILLS = 10
 # A network of 38 million parameters makes a state of 1 GiB: generator, average, fake score and two moments of two networks.
@@ -184,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="kill, checkpoint or form")
     only = parser.parse_args().only
+    prepare.programs("potstill-server", "form_generation")
     # Nothing here takes so long: whatever hangs is a finding.
     signal.alarm(3600)
     with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
