@@ -4,11 +4,13 @@
 //! - [`message`]: the same as types that cannot be half-filled, and the conversions between the two.
 //! - [`cursor`], [`micro_batches`]: where a run stands, and which rank computes what.
 //! - [`scores`]: how good samples are.
+//! - [`status`]: what a run is doing, in words.
 
 pub mod cursor;
 pub mod message;
 pub mod micro_batches;
 pub mod scores;
+pub mod status;
 
 /// Messages and service stubs generated from `potstill/v1/attach.proto`.
 pub mod wire {

@@ -2,7 +2,11 @@
 
 use comfy_table::{Table, presets};
 use potstill_core::{observation::Outcome, record::Record};
-use potstill_proto::{cursor::Cursor, wire};
+use potstill_proto::{
+    cursor::Cursor,
+    status::{liveness_name, state_name},
+    wire,
+};
 use potstill_storage::{Run, layout};
 use serde::Serialize;
 
@@ -115,29 +119,10 @@ fn from_journal(run: &Run, history: &[Record], state: &str, reason: String) -> R
     status
 }
 
-fn state_name(state: wire::RunState) -> &'static str {
-    match state {
-        wire::RunState::Unspecified => "unspecified",
-        wire::RunState::Waiting => "waiting",
-        wire::RunState::Training => "training",
-        wire::RunState::Finishing => "finishing",
-        wire::RunState::Succeeded => "succeeded",
-        wire::RunState::Stopped => "stopped",
-        wire::RunState::Failed => "failed",
-    }
-}
-
-fn liveness_name(liveness: wire::Liveness) -> &'static str {
-    match liveness {
-        wire::Liveness::Unspecified => "unspecified",
-        wire::Liveness::Alive => "alive",
-        wire::Liveness::Unknown => "unknown",
-    }
-}
-
 impl From<wire::StatusReply> for RunStatus {
     fn from(reply: wire::StatusReply) -> Self {
         let member = |m: wire::Member| MemberStatus {
+            liveness: liveness_name(m.liveness()).to_owned(),
             cursor: Cursor::try_from(m.cursor.unwrap_or_default())
                 .map_or_else(|e| e.to_string(), |c| c.to_string()),
             worker: m.worker_id,
@@ -146,11 +131,10 @@ impl From<wire::StatusReply> for RunStatus {
             device: m.device,
             rank: m.rank,
             activity: m.activity,
-            liveness: liveness_name(m.liveness()).to_owned(),
         };
         Self {
-            run: reply.run_id,
             state: state_name(reply.state()).to_owned(),
+            run: reply.run_id,
             reason: reply.reason,
             generation: reply.generation,
             iteration: reply.iteration,

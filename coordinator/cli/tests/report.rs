@@ -9,6 +9,7 @@ use std::{
 
 use image::{Rgb, RgbImage};
 use potstill_spec::RunSpec;
+use potstill_tests::lacks;
 
 const SUMMARY: &str = r#"{"run": "demo", "world_size": 2, "iterations": 20, "images": 2560, "images_per_second": 900.0,
     "wall_seconds": 194.0,

@@ -1,6 +1,6 @@
 //! What the core tells people about: the source of the progress bar, the log, the metrics and the summary.
 
-use potstill_proto::{cursor::Generation, message::Source, wire};
+use potstill_proto::{cursor::Generation, message::Source, scores::Evaluation, wire};
 use serde::{Deserialize, Serialize};
 
 /// Something that happened, with its reason where there was a choice.

@@ -15,7 +15,7 @@ mod shell;
 use std::{net::SocketAddr, time::Duration};
 
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::{MAX_MESSAGE_BYTES, wire::coordinator_server::CoordinatorServer};
+use potstill_proto::{MAX_MESSAGE_BYTES, status::state_name, wire::coordinator_server::CoordinatorServer};
 use tokio::{
     net::TcpListener,
     sync::{
@@ -31,8 +31,8 @@ pub use self::{
     options::{Options, Resume},
 };
 use self::{
-    service::{Clock, Service},
-    shell::{Control, Shell},
+    service::{Clock, Input, Service},
+    shell::Shell,
 };
 
 /// Events that may wait for the shell before the streams they come from are held back.
@@ -46,7 +46,7 @@ pub struct Running {
     pub address: SocketAddr,
     /// What happens, in order; ends with [`Observation::Ended`].
     pub observations: UnboundedReceiver<Observation>,
-    control: UnboundedSender<Control>,
+    control: UnboundedSender<Input>,
     outcome: watch::Receiver<Option<Outcome>>,
     /// Aborts its tasks when it is dropped.
     _tasks: JoinSet<()>,
@@ -111,25 +111,26 @@ impl Running {
     /// Asks the run to save and stop.
     pub fn stop(&self, reason: String) {
         // When the shell is gone the run is over already.
-        let _ = self.control.send(Control::Stop(reason));
+        let _ = self.control.send(Input::Stop { reason });
     }
 
     /// Says that the run cannot go on: its workers cannot be kept alive.
     pub fn fail(&self, reason: String) {
-        let _ = self.control.send(Control::Fail(reason));
+        let _ = self.control.send(Input::Fail { reason });
     }
 
     /// What is lost if everything ends now, for people.
     pub async fn unfinished(&self) -> String {
         let (reply, answer) = oneshot::channel();
-        let _ = self.control.send(Control::Status(reply));
+        let _ = self.control.send(Input::Status(reply));
         match answer.await {
             Ok(status) => {
                 let saved = match status.committed_iteration {
                     Some(iteration) => format!("the newest checkpoint is of iteration {iteration}"),
                     None => "there is no checkpoint".to_owned(),
                 };
-                format!("{saved}, the run has done {} ({} {})", status.iteration, status.state, status.reason)
+                let state = state_name(status.state());
+                format!("{saved}, the run has done {} ({state} {})", status.iteration, status.reason)
             }
             Err(_) => "the coordinator's task has ended".to_owned(),
         }

@@ -87,9 +87,14 @@ pub enum Input {
     Status(oneshot::Sender<wire::StatusReply>),
     /// Somebody asks for a checkpoint, and wants its iteration, or to hear why there is none.
     Checkpoint(oneshot::Sender<Result<u64, String>>),
-    /// Somebody asks the run to save and stop.
-    Cancel {
-        /// Who, and why.
+    /// The run is to save and stop.
+    Stop {
+        /// Who asks for it, and why.
+        reason: String,
+    },
+    /// The run cannot go on: its workers cannot be kept alive.
+    Fail {
+        /// Why.
         reason: String,
     },
 }
@@ -166,7 +171,7 @@ impl Coordinator for Service {
         &self,
         request: Request<wire::CancelRequest>,
     ) -> Result<Response<wire::CancelReply>, Status> {
-        self.ask(Input::Cancel { reason: request.into_inner().reason }).await?;
+        self.ask(Input::Stop { reason: request.into_inner().reason }).await?;
         Ok(Response::new(wire::CancelReply {}))
     }
 }

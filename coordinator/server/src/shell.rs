@@ -11,10 +11,9 @@ use potstill_core::{
     observation::{Observation, Outcome},
     record::Record,
 };
-use potstill_proto::wire;
 use potstill_storage::{
     Run,
-    checkpoint::Manifest,
+    checkpoint::{Manifest, Shard},
     journal::Journal,
     layout,
     retention::{Policy, Swept},
@@ -38,16 +37,6 @@ use crate::{
 const LAST_SWEEP: Duration = Duration::from_secs(30);
 /// How often a coordinator looks whether the journal is still its own.
 const WATCH: Duration = Duration::from_secs(10);
-
-/// What the owner of a coordinator may ask of it.
-pub enum Control {
-    /// Save and stop.
-    Stop(String),
-    /// End with an error.
-    Fail(String),
-    /// Say what the run is doing.
-    Status(oneshot::Sender<wire::StatusReply>),
-}
 
 /// See the module's documentation.
 pub struct Shell {
@@ -105,7 +94,7 @@ impl Shell {
     pub async fn run(
         mut self,
         mut inbox: mpsc::Receiver<Arrival>,
-        mut controls: mpsc::UnboundedReceiver<Control>,
+        mut controls: mpsc::UnboundedReceiver<Input>,
     ) -> Outcome {
         let mut looks = tokio::time::interval(WATCH);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -125,18 +114,8 @@ impl Shell {
             // What has arrived is looked at before the clock: nobody is dead whose word is waiting here.
             tokio::select! {
                 biased;
-                Some(control) = controls.recv() => {
-                    match control {
-                        Control::Stop(reason) => {
-                            self.step(self.clock.now(), Event::StopRequested { reason }).await;
-                        }
-                        Control::Fail(reason) => {
-                            self.step(self.clock.now(), Event::WorkersUnavailable { reason }).await;
-                        }
-                        Control::Status(reply) => {
-                            let _ = reply.send(self.core.status());
-                        }
-                    }
+                Some(input) = controls.recv() => {
+                    self.arrived(Arrival { at: self.clock.now(), input }).await;
                 }
                 Some(Ok((iteration, result))) = self.commits.join_next() => {
                     self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
@@ -179,7 +158,8 @@ impl Shell {
                 self.clients.insert(client, reply);
                 self.step(at, Event::CheckpointRequested { client }).await;
             }
-            Input::Cancel { reason } => self.step(at, Event::StopRequested { reason }).await,
+            Input::Stop { reason } => self.step(at, Event::StopRequested { reason }).await,
+            Input::Fail { reason } => self.step(at, Event::WorkersUnavailable { reason }).await,
         }
     }
 

@@ -4,15 +4,15 @@
 //! batch. A sample in which something is not finite contributes 0 and is counted.
 
 use potstill_models::{Condition, Denoiser, Mode};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 use crate::{
-    adversarial::{self, Adversarial, Terms},
-    augmentation::{Augmentation, Transforms},
+    adversarial::{self, Terms},
+    augmentation::Transforms,
     draws::{Draw, RealDraw},
-    generator::{Unroll, generate},
+    generator::generate,
     guidance::{self, Guidance},
-    loss::{self, Weighting},
+    loss,
     settings::Settings,
 };
 

@@ -107,7 +107,7 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             .arg("rank")
             .args(["--coordinator", &service.coordinator, "--run-id", &service.run_id])
             .args(["--threads", &threads.to_string(), "--lifeline"])
-            .args(["--device", arguments.device.name(), "--slot", &slot.to_string()])
+            .args(["--device", arguments.device.as_argument(), "--slot", &slot.to_string()])
             .args(["--log-format", service.log_format.name()])
             // libtorch's OpenMP pool would otherwise be sized before the rank can say how many threads it wants.
             .env("OMP_NUM_THREADS", threads.to_string())

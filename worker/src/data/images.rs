@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::data::{
         Shape,
-        tests::{png_of, tar},
+        read::tests::{png_of, tar},
     };
 
     const SHAPE: Shape = Shape { sample: [3, 2, 2], classes: 12 };

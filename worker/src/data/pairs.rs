@@ -104,7 +104,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::data::tests::{png_of, tar};
+    use crate::data::read::tests::{png_of, tar};
 
     fn load_tar(path: &Path, members: &[(&str, &[u8])]) -> anyhow::Result<Vec<Pair>> {
         tar(path, members);

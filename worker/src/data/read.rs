@@ -54,7 +54,7 @@ impl Dataset {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{io::Cursor, path::Path};
 
     use image::{ImageFormat, RgbImage};

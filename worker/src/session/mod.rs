@@ -19,7 +19,7 @@ use anyhow::{Context, bail};
 use potstill_c10d::ProcessGroup;
 use potstill_proto::{
     cursor::Generation,
-    message::{FromWorker, Hello, ToWorker},
+    message::{FromWorker, Hello},
 };
 use tokio::signal::unix::{SignalKind, signal};
 

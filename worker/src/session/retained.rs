@@ -50,7 +50,7 @@ impl Retained {
     pub fn keep(&mut self, message: &FromWorker) {
         let generation = match message {
             FromWorker::StepReport(report) => Generation(report.generation),
-            FromWorker::Evaluation(report) => Generation(report.generation),
+            FromWorker::Evaluation(report) => report.generation,
             FromWorker::ShardReceipt(receipt) => Generation(receipt.generation),
             FromWorker::ShardFailed(failure) => Generation(failure.generation),
             FromWorker::CollectiveFailed { generation, .. }

@@ -16,6 +16,8 @@ use plotters::{
     style::{FontStyle, register_font, text_anchor},
 };
 
+use potstill_proto::scores::Subject;
+
 use super::{metrics::Metrics, number::short};
 
 /// Width and height of the picture in pixels.

@@ -359,7 +359,7 @@ mod tests {
         metrics.evaluation(&evaluation(Subject::Student, 30, 8.0), 0.0);
         metrics.evaluation(&evaluation(Subject::Student, 30, 7.5), 0.0);
         let fids: Vec<_> = metrics.evaluations(Subject::Student).map(|e| e.scores.fid).collect();
-        assert_eq!(fids, [7.5]);
+        assert_eq!(fids, [Some(7.5)]);
     }
 
     #[test]

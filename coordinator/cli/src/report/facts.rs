@@ -166,11 +166,11 @@ fn training(gathered: &Gathered, price: Option<&Price>) -> Vec<(&'static str, St
 
 fn course(gathered: &Gathered) -> Course {
     let number =
-        |x: f64, digits: usize| if x.is_finite() { format!("{x:.digits$}") } else { DASH.to_owned() };
+        |x: Option<f64>, digits: usize| x.map_or_else(|| DASH.to_owned(), |x| format!("{x:.digits$}"));
     let clip = gathered.evaluations.iter().any(|e| e.scores.clip_score.is_some());
     let row = |e: &crate::monitor::metrics::Evaluation| {
         let s = &e.scores;
-        let clip_score = clip.then(|| number(s.clip_score.unwrap_or(f64::NAN), 2));
+        let clip_score = clip.then(|| number(s.clip_score, 2));
         let known = [
             grouped(e.iteration),
             grouped(e.images),

@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use bytes::Bytes;
+use potstill_proto::scores::Subject;
 use potstill_spec::RunSpec;
 use potstill_storage::Run;
 

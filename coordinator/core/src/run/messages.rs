@@ -5,7 +5,7 @@
 use potstill_proto::{
     cursor::{Cursor, Generation},
     message::FromWorker,
-    wire,
+    scores, wire,
 };
 
 use super::{Actions, Core, Stage, log};
@@ -53,8 +53,7 @@ impl Core {
                 }
             }
             FromWorker::Evaluation(report) => {
-                let generation = Generation(report.generation);
-                match self.spoken_rank(stream, generation, "an evaluation", actions) {
+                match self.spoken_rank(stream, report.generation, "an evaluation", actions) {
                     Some(0) => self.evaluated(report, actions),
                     Some(rank) => {
                         log(actions, format!("ignored: an evaluation by rank {rank}, which is not 0"))

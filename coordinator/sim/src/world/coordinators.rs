@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use potstill_core::{
-    Action, ClientId, Core, Event, Setup, Tick, ledger::Checkpoint, observation::Outcome, record::Record,
+    Action, Core, Event, Setup, Tick, ledger::Checkpoint, observation::Outcome, record::Record,
 };
 
 use rand::RngExt;

@@ -1,7 +1,7 @@
 //! Streams between workers and coordinators. Within one, order is kept; across streams it is not.
 
 use potstill_core::{Event, StreamId};
-use potstill_proto::message::{FromWorker, Hello, ToWorker};
+use potstill_proto::message::ToWorker;
 
 use super::{
     World,

@@ -4,6 +4,7 @@ use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation, Phase},
     message::{FromWorker, Hello, Source, ToWorker},
+    scores::{Evaluation, Scores, Subject},
     wire,
 };
 
@@ -432,6 +433,7 @@ impl World {
         let finishes = agreed.stop || iteration >= self.scenario.iterations;
         let saves = finishes || agreed.save || iteration.is_multiple_of(self.scenario.checkpoint_every);
         if saves && place.rank == 0 {
+            let generation = place.generation;
             let scores = Scores { diversity: Some(1.0), ..Scores::default() };
             let subject = Subject::Student;
             let report = Evaluation { generation, iteration, subject, scores };

@@ -6,7 +6,7 @@ mod embeddings;
 mod inputs;
 mod transformer;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 pub use self::{
     activations::{Kept, Pass},
