@@ -284,6 +284,7 @@ fn kept(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
     (chunks.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect(), evaluations)
 }
 
+#[expect(clippy::disallowed_methods, reason = "another process is watched, which tells nothing by itself")]
 #[test]
 fn an_evaluation_that_is_killed_goes_on_where_it_was_with_the_same_scores() {
     let folder = tempfile::tempdir().unwrap();

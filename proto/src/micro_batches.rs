@@ -16,6 +16,13 @@ impl MicroBatches {
     /// differ by at most one, lower ranks take the larger ones, and together they cover each index exactly once.
     ///
     /// `rank` must be below `world_size`.
+    ///
+    /// ```
+    /// use potstill_proto::micro_batches::MicroBatches;
+    ///
+    /// let shares = [0, 1, 2].map(|rank| MicroBatches::share(8, rank, 3).indices());
+    /// assert_eq!(shares, [0..3, 3..6, 6..8]);
+    /// ```
     #[must_use]
     pub fn share(total: u32, rank: u32, world_size: u32) -> Self {
         let (each, extra) = (total / world_size, total % world_size);

@@ -87,7 +87,7 @@ def iterations(config: dict, side: int, tokens: int, count: int, device: str) ->
         file.flush()
         arguments = [file.name, str(side), str(tokens), "1", str(count), device]
         ours = run([str(BINARIES / "examples/iteration"), *arguments])
-        eager = run([sys.executable, str(ROOT / "scripts/gpu_check_eager.py"), *arguments])
+        eager = run([sys.executable, str(ROOT / "scripts/bench/gpu_check_eager.py"), *arguments])
     return {"Potstill": json.loads(ours), "eager PyTorch": json.loads(eager)}
 
 

@@ -1,7 +1,7 @@
 """Full SiD iterations of a text-to-image U-Net with random weights in eager PyTorch and diffusers: what `iteration`, the example of
 worker/distill, is measured beside. The same mathematics, sizes, precision and checkpointing.
 
-    python scripts/gpu_check_eager.py UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda
+    python scripts/bench/gpu_check_eager.py UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda
 """
 
 import json

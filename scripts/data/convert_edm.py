@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn a public EDM network (a pickle) into safetensors that Potstill loads, without trusting the pickle.
 
-    .venv/bin/python scripts/convert_edm.py edm-cifar10-32x32-cond-vp.pkl configs/cifar10/teacher.safetensors
+    .venv/bin/python scripts/data/convert_edm.py edm-cifar10-32x32-cond-vp.pkl configs/cifar10/teacher.safetensors
 
 EDM's networks lie at https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/, SiD's students in the same format at
 https://huggingface.co/UT-Austin-PML/SiD. Such a pickle carries the source code of its classes, which EDM's own loader

@@ -6,7 +6,7 @@ it needs no download. This script made that file and is kept so that anybody can
 make it again, byte for byte:
 
     pip install scikit-learn numpy safetensors
-    python scripts/make_digits.py
+    python scripts/data/make_digits.py
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 """Make the TorchScript files that an evaluation names: `evaluation.features` and `evaluation.clip`.
 
     pip install torch==2.11.0 torchvision==0.26.0 torch-fidelity==0.4.0
-    python scripts/make_extractors.py inception --weights pt_inception-2015-12-05-6726825d.pth --out inception.pt
+    python scripts/data/make_extractors.py inception --weights pt_inception-2015-12-05-6726825d.pth --out inception.pt
 
     pip install torch==2.11.0 transformers==5.23.0
-    python scripts/make_extractors.py clip --model FOLDER --out clip.pt
+    python scripts/data/make_extractors.py clip --model FOLDER --out clip.pt
 
 `inception` is the InceptionV3 that FID is defined on (1706.08500; TensorFlow's graph of 2015-12-05, 1,008 classes,
 average pooling that leaves padding out, max pooling in the last block), from the package torch-fidelity. Its weights are

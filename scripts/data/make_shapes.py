@@ -2,7 +2,7 @@
 """Make configs/shapes: a text-to-image teacher small enough to train on one CPU core and to ship.
 
     pip install -r requirements.txt -r requirements-test.txt
-    python scripts/make_shapes.py [--seed N] [--out DIR]
+    python scripts/data/make_shapes.py [--seed N] [--out DIR]
 
 It renders images of twelve things (three shapes in four colours) with prompts, trains on them a
 classifier, an autoencoder, and a U-Net together with its text encoder, saves these as a model folder in

@@ -8,8 +8,8 @@ Potstill's contract for a feature extractor is a TorchScript file whose forward 
 Real work names an InceptionV3; on 8x8 digits that says nothing, so a small classifier
 is trained here (C = 1, H = W = 8, F = 64, 10 classes) and shipped with the example.
 
-    python scripts/train_features.py           # train, then write features.pt and features.json
-    python scripts/train_features.py --check   # score the shipped features.pt; fails below 97 %
+    python scripts/data/train_features.py           # train, then write features.pt and features.json
+    python scripts/data/train_features.py --check   # score the shipped features.pt; fails below 97 %
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class DigitFeatures(nn.Module):
 def load_data(path: Path) -> Tuple[Tensor, Tensor]:
     """Return images float32 [N, 1, 8, 8] in [-1, 1] and labels int64 [N]."""
     if not path.is_file():
-        raise SystemExit(f"train_features: {path.name} is missing; scripts/make_digits.py writes it")
+        raise SystemExit(f"train_features: {path.name} is missing; scripts/data/make_digits.py writes it")
     tensors = load_file(path)
     return tensors["images"].float() / 8.0 - 1.0, tensors["labels"].long()
 

@@ -9,6 +9,23 @@
 //!
 //! Commits use one conditional write only, "create if absent", which every store has. [`Root::probe`] refuses a store that
 //! ignores it.
+//!
+//! ```
+//! use potstill_storage::{Root, checkpoint::Manifest, layout};
+//!
+//! # let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+//! # runtime.block_on(async {
+//! let root = Root::open("memory:///")?;
+//! root.probe().await?;
+//! let run = root.run(&"demo".parse()?);
+//! let shard = run.write_shard(&layout::shard_key(20, "g1", 0, 1), 0, "state".into()).await?;
+//! assert!(run.checkpoints().await?.is_empty(), "a shard alone is no checkpoint");
+//! run.commit(&Manifest::new(20, 1, vec![shard])).await?;
+//! assert_eq!(run.checkpoints().await?.into_iter().collect::<Vec<_>>(), [20]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod checkpoint;
 pub mod digest;

@@ -4,6 +4,38 @@
 //! number and touches no network or storage: a recorded sequence of events gives the same actions again, and a simulated
 //! world can drive thousands of workers through it.
 //!
+//! ```
+//! use std::time::Duration;
+//!
+//! use potstill_core::{Action, Core, Event, Setup, Tick, terms::{Terms, Timeouts}};
+//!
+//! let mut core = Core::new(Setup {
+//!     coordinator: "c1".into(),
+//!     address: "host:7070".into(),
+//!     run_id: "demo".into(),
+//!     terms: Terms {
+//!         iterations: 100,
+//!         micro_batches: 4,
+//!         micro_batch: 32,
+//!         min_workers: 1,
+//!         max_workers: 2,
+//!         timeouts: Timeouts::new(Duration::from_secs(10), Duration::from_secs(300)),
+//!         scored: false,
+//!         collapse_share: 0.25,
+//!         stop_after_failures: None,
+//!     },
+//!     specification: String::new(),
+//!     storage_url: "memory:///".into(),
+//!     history: vec![],
+//!     checkpoints: vec![],
+//!     ranks_may_live: false,
+//! });
+//! let mut actions = Vec::new();
+//! core.step(Tick(0), Event::Started, &mut actions);
+//! assert!(matches!(actions[0], Action::Persist(_)), "the journal comes first");
+//! assert!(core.next_deadline().is_some(), "it does not wait for workers for ever");
+//! ```
+//!
 //! One job for each module: who is attached and alive ([`membership`]); who gets which place in a generation and where
 //! its state comes from ([`assignment`]); what every iteration computed, exactly once ([`steps`]); which checkpoints exist
 //! ([`ledger`]); and the life of the run that ties them together ([`Core`]).

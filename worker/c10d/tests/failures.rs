@@ -175,6 +175,7 @@ fn a_stopped_peer_holds_no_backward_that_is_aborted() {
     stop_last("stopped_in_backward");
 }
 
+#[expect(clippy::disallowed_methods, reason = "another process is watched, which tells nothing by itself")]
 fn stopped_in_backward(seat: &Seat) {
     let group = seat.join("g1", LONG);
     let (param, reducer) = reducer(&group);

@@ -1,5 +1,5 @@
 //! Time and memory of full SiD iterations of a text-to-image network with random weights, on one device and without a cluster:
-//! what `scripts/gpu_check.sh` puts beside the same iteration in eager PyTorch.
+//! what `scripts/bench/gpu_check.py` puts beside the same iteration in eager PyTorch.
 //!
 //! `iteration UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda` prints a JSON object: seconds of each part, median over all
 //! iterations but the first, and the peak of allocated bytes. Weights are bf16 on a GPU with fp32 masters, activations are

@@ -24,6 +24,14 @@ impl Guidance {
 
     /// Share of the fake score's samples to make and learn without condition: none where it is not guided (κ₁ = κ₂ = 1), and
     /// none where it learns nothing but the unconditional score of conditional samples (κ₁ = 0).
+    ///
+    /// ```
+    /// use potstill_distill::guidance::Guidance;
+    ///
+    /// let lsg = Guidance { fake_score_training: 1.5, fake_score: 1.5, teacher: 1.5, condition_dropout: 0.1 };
+    /// assert_eq!(lsg.dropped_share(), 0.1);
+    /// assert_eq!(Guidance { fake_score_training: 0.0, ..lsg }.dropped_share(), 0.0);
+    /// ```
     #[must_use]
     pub fn dropped_share(&self) -> f64 {
         let unguided = self.fake_score_training == 1.0 && self.fake_score == 1.0;

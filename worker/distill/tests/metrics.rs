@@ -1,4 +1,4 @@
-//! FID, precision and recall against values made with scipy and by brute force (`scripts/make_score_fixture.py`).
+//! FID, precision and recall against values made with scipy and by brute force (`scripts/fixtures/metrics.py`).
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

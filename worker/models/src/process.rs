@@ -72,6 +72,17 @@ impl ForwardProcess {
     }
 
     /// x_t = a·x + b·n for `x` and `noise` [N, C, H, W] and `time` `[N]`.
+    ///
+    /// ```
+    /// use potstill_models::ForwardProcess;
+    /// use tch::Tensor;
+    ///
+    /// let x = Tensor::from(2.0f32).view([1, 1, 1, 1]);
+    /// let noise = Tensor::from(1.0f32).view([1, 1, 1, 1]);
+    /// let time = Tensor::from_slice(&[0.25f32]);
+    /// let x_t = ForwardProcess::Flow.add_noise(&x, &noise, &time);
+    /// assert_eq!(x_t.double_value(&[0, 0, 0, 0]), 0.75 * 2.0 + 0.25);
+    /// ```
     pub fn add_noise(&self, x: &Tensor, noise: &Tensor, time: &Tensor) -> Tensor {
         match self {
             Self::Edm { .. } => x + noise * time.view([-1, 1, 1, 1]),

@@ -1,5 +1,5 @@
 //! Text-to-image models beside the real diffusers and transformers: `tests/fixtures/sd_*.safetensors`, which
-//! `scripts/make_fixtures.py` writes.
+//! `scripts/fixtures/text_to_image.py` writes.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

@@ -27,7 +27,7 @@ impl Screen {
     }
 
     /// A screen that shows no bar and leaves the log alone.
-    #[must_use]
+    #[cfg(test)]
     pub fn without_bar() -> Self {
         Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()) }
     }

@@ -14,10 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use potstill_proto::{
     cursor::{Cursor, Generation},
-    message::ToWorker,
+    message::{ToWorker, WorkerId},
 };
 
-use self::reattaching::Reattaching;
 use crate::{
     Action, ClientId, Event, StreamId, Tick,
     assignment::Start,
@@ -106,6 +105,19 @@ enum Stage {
     Training(Training),
     /// The run is over.
     Ended(Outcome),
+}
+
+#[derive(Debug)]
+struct Reattaching {
+    /// Members by rank, from the journal.
+    expected: Vec<WorkerId>,
+    /// Those that are here, by rank.
+    here: BTreeMap<u32, StreamId>,
+    /// Those of them that have left the generation's group.
+    left: BTreeSet<StreamId>,
+    /// Ranks that have nothing left to compute, and where they stand.
+    finished: BTreeMap<u32, Cursor>,
+    since: Tick,
 }
 
 #[derive(Debug)]

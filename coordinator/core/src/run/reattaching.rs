@@ -8,22 +8,8 @@ use potstill_proto::{
     message::{Place, WorkerId},
 };
 
-use super::{Actions, Cause, Core, Gathering, Settling, Stage, Training, log, seconds};
+use super::{Actions, Cause, Core, Gathering, Reattaching, Settling, Stage, Training, log, seconds};
 use crate::{Action, StreamId, Tick, assignment::Start, observation::Observation, record::Record};
-
-/// See [`Stage::Reattaching`].
-#[derive(Debug)]
-pub(super) struct Reattaching {
-    /// Members by rank, from the journal.
-    expected: Vec<WorkerId>,
-    /// Those that are here, by rank.
-    pub(super) here: BTreeMap<u32, StreamId>,
-    /// Those of them that have left the generation's group.
-    pub(super) left: BTreeSet<StreamId>,
-    /// Ranks that have nothing left to compute, and where they stand.
-    pub(super) finished: BTreeMap<u32, Cursor>,
-    since: Tick,
-}
 
 impl Core {
     /// Prepares for the ranks of the generation that the journal says lived last.
