@@ -175,7 +175,7 @@ pub struct Assignment {
     /// Where the state comes from.
     pub source: Source,
     /// Whether this generation scores the teacher before it trains.
-    pub score_teacher: bool,
+    pub evaluate_teacher: bool,
 }
 
 /// What the coordinator asks of a whole generation, agreed on over the control lane.
@@ -458,7 +458,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 store_address: a.store_address,
                 first_micro_batch: a.micro_batches.first,
                 micro_batches: a.micro_batches.count,
-                score_teacher: a.score_teacher,
+                evaluate_teacher: a.evaluate_teacher,
                 source: Some(match a.source {
                     Source::Fresh => wire::assignment::Source::Fresh(wire::Fresh {}),
                     Source::Checkpoint { manifest_key } => {
@@ -527,7 +527,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     store_address: m.store_address,
                     micro_batches: MicroBatches { first: m.first_micro_batch, count: m.micro_batches },
                     source,
-                    score_teacher: m.score_teacher,
+                    evaluate_teacher: m.evaluate_teacher,
                 })
             }
             Kind::Abandon(m) => ToWorker::Abandon { generation: Generation(m.generation), reason: m.reason },
@@ -594,7 +594,7 @@ mod tests {
                 store_address: "a:1".into(),
                 micro_batches: MicroBatches { first: 2, count: 3 },
                 source,
-                score_teacher: true,
+                evaluate_teacher: true,
             });
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
         }

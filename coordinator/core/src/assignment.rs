@@ -71,7 +71,7 @@ impl Plan {
         members: &Members,
         generation: Generation,
         micro_batches: u32,
-        score_teacher: bool,
+        evaluate_teacher: bool,
     ) -> impl Iterator<Item = (StreamId, Assignment)> {
         let world_size = self.world_size();
         let first = self.ranks.first().and_then(|stream| members.get(*stream));
@@ -84,7 +84,7 @@ impl Plan {
                 store_address: store_address.clone(),
                 micro_batches: MicroBatches::share(micro_batches, rank, world_size),
                 source: self.source.clone(),
-                score_teacher,
+                evaluate_teacher,
             };
             (*stream, assignment)
         })
@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
         for (_, a) in &assigned {
             assert_eq!(a.store_address, hello("a").store_address);
-            assert_eq!((a.generation, a.world_size, a.score_teacher), (Generation(4), 2, true));
+            assert_eq!((a.generation, a.world_size, a.evaluate_teacher), (Generation(4), 2, true));
         }
     }
 }

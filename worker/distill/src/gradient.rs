@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Optional bounds of a gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,6 +22,12 @@ impl<E, F: FnMut([f64; 2]) -> Result<[f64; 2], E>> Sum<E> for F {}
 /// The sum where there is one slice.
 fn own(numbers: [f64; 2]) -> Result<[f64; 2], Infallible> {
     Ok(numbers)
+}
+
+/// L2 norm. The sum of squares of an fp32 vector may overflow although each element is finite: then it is summed in fp64.
+fn norm_of(flat: &Tensor) -> f64 {
+    let norm = flat.norm().double_value(&[]);
+    if norm.is_infinite() { flat.norm_scalaropt_dtype(2, Kind::Double).double_value(&[]) } else { norm }
 }
 
 /// A network's gradient as one flat vector, or this rank's slice of it, made finite.
@@ -52,14 +58,13 @@ impl Gradient {
     /// # Errors
     /// Those of `sum`.
     pub fn repaired_slice<E>(mut flat: Tensor, mut sum: impl Sum<E>) -> Result<Self, E> {
-        let mut norm = flat.norm().double_value(&[]);
+        let mut norm = norm_of(&flat);
         let mut non_finite = 0;
         if !norm.is_finite() {
-            // The norm may overflow although each element is finite; then nothing is replaced.
             let finite = flat.isfinite();
-            non_finite = flat.numel() as i64 - finite.sum(tch::Kind::Int64).int64_value(&[]);
+            non_finite = flat.numel() as i64 - finite.sum(Kind::Int64).int64_value(&[]);
             let _ = flat.nan_to_num_(0.0, 0.0, 0.0);
-            norm = flat.norm().double_value(&[]);
+            norm = norm_of(&flat);
         }
         let [squares, non_finite] = sum([norm * norm, non_finite as f64])?;
         Ok(Self { flat, norm: squares.sqrt(), non_finite: non_finite as u64 })
@@ -80,7 +85,7 @@ impl Gradient {
         let mut norm = self.norm;
         if let Some(value) = clip.value {
             let _ = self.flat.clamp_(-value, value);
-            let own = self.flat.norm().double_value(&[]);
+            let own = norm_of(&self.flat);
             norm = sum([own * own, 0.0])?[0].sqrt();
         }
         if let Some(greatest) = clip.norm
@@ -109,6 +114,15 @@ mod tests {
         assert_eq!(clipped(None, Some(2.5)), [1.5, -2.0]);
         assert_eq!(clipped(Some(3.5), None), [3.0, -3.5]);
         assert_eq!(clipped(Some(4.0), Some(2.5)), [1.5, -2.0]);
+    }
+
+    #[test]
+    fn a_norm_beyond_fp32_is_a_norm_all_the_same() {
+        let gradient = Gradient::repaired(Tensor::from_slice(&[3e30f32, -4e30]));
+        assert!((gradient.norm / 5e30 - 1.0).abs() < 1e-6 && gradient.non_finite == 0, "{}", gradient.norm);
+        let clipped = gradient.clipped(Clip { value: None, norm: Some(2.5) });
+        let [a, b] = <[f32; 2]>::try_from(Vec::<f32>::try_from(clipped.flat).unwrap()).unwrap();
+        assert!((a - 1.5).abs() < 1e-5 && (b + 2.0).abs() < 1e-5, "{a} {b}");
     }
 
     #[test]

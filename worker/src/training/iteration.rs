@@ -107,11 +107,13 @@ impl Member<'_> {
         let limit = self.job.spec.distillation.non_finite_limit;
         let elements: u64 = phases.iter().map(|phase| phase.non_finite).sum();
         let dropped: u32 = phases.iter().map(|phase| phase.totals.dropped).sum();
+        let first = (iteration + 1).saturating_sub(limit.into());
         anyhow::ensure!(
             self.non_finite_streak < limit,
-            "{limit} iterations in a row, up to iteration {iteration}, had gradients or samples that were not finite \
+            "{limit} iterations in a row, from iteration {first} to {iteration}, had gradients or samples that were not finite \
              ({elements} elements of the gradients and {dropped} samples of this rank in the last): the run has diverged. \
-             Nothing was saved since; lower the learning rates and resume from the newest checkpoint, or start again"
+             Lower the learning rates and go on from a checkpoint before iteration {first} (potstill checkpoint restore), or \
+             start again"
         );
         Ok(())
     }

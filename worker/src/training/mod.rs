@@ -157,7 +157,7 @@ impl Drop for Member<'_> {
 
 impl Member<'_> {
     fn work(&mut self, state: &mut State, cursor: &mut Cursor) -> Result<Ending, Interruption> {
-        if self.assignment.score_teacher {
+        if self.assignment.evaluate_teacher {
             self.evaluate(state, cursor.iteration, Subject::Teacher)?;
         }
         let iterations = self.job.spec.distillation.iterations;

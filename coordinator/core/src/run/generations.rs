@@ -256,7 +256,7 @@ impl Core {
             reason,
         }));
         for (stream, assignment) in
-            plan.assignments(&self.members, generation, self.terms.micro_batches, self.score_teacher)
+            plan.assignments(&self.members, generation, self.terms.micro_batches, self.evaluate_teacher)
         {
             send(actions, stream, ToWorker::Assignment(assignment));
         }

@@ -209,7 +209,7 @@ impl Core {
         }
         self.scored = Some(scored);
         if evaluation.of_teacher {
-            self.score_teacher = false;
+            self.evaluate_teacher = false;
             self.teacher_diversity = evaluation.scores.diversity;
         }
         let collapse = self.collapse(&evaluation);

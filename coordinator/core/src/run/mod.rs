@@ -66,7 +66,7 @@ pub struct Core {
     /// Whether this run has a journal from an earlier coordinator.
     resumed: bool,
     /// Whether the teacher has still to be scored.
-    score_teacher: bool,
+    evaluate_teacher: bool,
     /// Of the teacher, once it was scored.
     teacher_diversity: Option<f64>,
     /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest one in the journal.
@@ -226,7 +226,7 @@ impl Core {
             specification,
             storage_url,
             resumed: !history.is_empty(),
-            score_teacher: teacher_diversity.is_none() && terms.scored,
+            evaluate_teacher: teacher_diversity.is_none() && terms.scored,
             teacher_diversity,
             scored: history.iter().rev().find_map(|record| match record {
                 Record::Evaluated(evaluation) => Some(evaluation.order()),

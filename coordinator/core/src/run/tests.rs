@@ -376,7 +376,7 @@ fn the_teacher_is_scored_once_in_a_run() {
     let mut world = World::new(setup);
     world.attach(0);
     let actions = world.attach(1);
-    assert!(assignments(&actions).iter().all(|(_, a)| a.score_teacher));
+    assert!(assignments(&actions).iter().all(|(_, a)| a.evaluate_teacher));
     let evaluation = scored(Subject::Teacher, 0, None);
     assert!(world.says(1, FromWorker::Evaluation(evaluation)).iter().all(|a| matches!(a, Action::Log(_))));
     let actions = world.says(0, FromWorker::Evaluation(evaluation));
@@ -386,7 +386,7 @@ fn the_teacher_is_scored_once_in_a_run() {
     };
     world.close(1);
     let actions = world.later(MOMENT);
-    assert!(assignments(&actions).iter().all(|(_, a)| !a.score_teacher));
+    assert!(assignments(&actions).iter().all(|(_, a)| !a.evaluate_teacher));
 }
 
 #[test]
