@@ -136,7 +136,7 @@ fn status_says_who_is_there_and_what_a_run_waits_for() {
     let waiting = status();
     assert_eq!(waiting["state"], "waiting");
     let reason = waiting["reason"].as_str().unwrap();
-    assert!(reason.contains("the run starts: 1 of 2 workers; it gives up after"), "{reason}");
+    assert!(reason.contains("the run starts: 1 of 2 workers; the run fails after"), "{reason}");
     let member = &waiting["members"][0];
     assert_eq!((&member["pid"], &member["liveness"]), (&pid.into(), &"alive".into()), "{waiting}");
     assert!(member["rank"].is_null() && waiting["committed_iteration"].is_null(), "{waiting}");

@@ -61,7 +61,9 @@ fn a_rank_that_hangs_is_named_and_started_again() {
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
-    let named = |line: &&str| line.contains("rank 1") && line.contains("it breathes but has not moved for");
+    let named = |line: &&str| {
+        line.contains("rank 1") && line.contains("rank hung: heartbeats arrive, no progress for")
+    };
     assert!(log.lines().any(|line| named(&line)), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("hung", "undisturbed", 8);
@@ -165,7 +167,7 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
     assert!(text(&status.stdout).contains("unreachable"), "{}", text(&status.stdout));
 
     let mut successor = Process::start(serve(&["--resume"]));
-    successor.until(&["it goes on"]);
+    successor.until(&["it continues"]);
     let saved = cluster.about("checkpoint save", "led").output().unwrap();
     let status = cluster.about("status", "led").output().unwrap();
     let (saved, status) = (text(&saved.stdout), text(&status.stdout));
