@@ -354,7 +354,7 @@ fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
     let given_up = |line: &&str| {
-        line.contains("checkpoint failed; training goes on") && line.contains("still being written")
+        line.contains("checkpoint failed; training continues") && line.contains("still being written")
     };
     assert!(log.lines().any(|line| given_up(&line)), "{log}");
     cluster.finish("undisturbed", 2, &sets, &[]);
@@ -380,7 +380,7 @@ fn a_save_may_outlive_its_generation() {
     kill(i32::try_from(victim["pid"].as_u64().unwrap()).unwrap(), Signal::SIGKILL);
     launched.until(&["generation opened", "generation=2"]);
     // Rank 0 has no memory for another copy: it still holds that of a generation that is over.
-    launched.until(&["checkpoint failed; training goes on", "still being written"]);
+    launched.until(&["checkpoint failed; training continues", "still being written"]);
     std::fs::write(&pipe, "").unwrap();
     let (code, log) = launched.end();
     assert_eq!(code, Some(0), "{log}");
