@@ -1,9 +1,9 @@
 //! The contract between Potstill's coordinator and its workers.
 //!
-//! - [`wire`]: what travels over gRPC, generated from `potstill/v1/attach.proto`.
-//! - [`message`]: the same as types that cannot be half-filled, and the conversions between the two.
-//! - [`cursor`], [`micro_batches`]: where a run stands, and which rank computes what.
-//! - [`scores`]: how good samples are.
+//! - [`wire`]: the gRPC messages, generated from `potstill/v1/attach.proto`.
+//! - [`message`]: the same messages as types that cannot be incomplete, and the conversions between the two.
+//! - [`cursor`], [`micro_batches`]: how far a run is, and which rank computes which micro-batches.
+//! - [`scores`]: the metrics of samples.
 
 pub mod cursor;
 pub mod message;
@@ -16,9 +16,9 @@ pub mod wire {
     tonic::include_proto!("potstill.v1");
 }
 
-/// Version of the stream's language. A worker that speaks another one is refused at its hello.
+/// Version of the protocol. A worker with another version is refused at its hello.
 pub const PROTOCOL: u32 = 3;
 
-/// The largest gRPC message either side accepts, in bytes. The biggest honest one is a `Welcome` with a run
-/// specification of a few kilobytes; tensors never travel this way.
+/// The largest gRPC message that either side accepts, in bytes. The largest regular one is a `Welcome` with a run
+/// specification of a few kilobytes; tensors are never sent in these messages.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
