@@ -1,4 +1,4 @@
-//! What lies on object storage, used by the coordinator and by its workers.
+//! The object storage of runs, used by the coordinator and by its workers.
 //!
 //! ```text
 //! <root>/runs/<run>/run.toml                                                   the frozen specification
@@ -7,8 +7,8 @@
 //! <root>/runs/<run>/checkpoints/<12 digits>/manifest.json                      create-only: the commit
 //! ```
 //!
-//! Commits use one conditional write only, "create if absent", which every store has. [`Root::probe`] refuses a store that
-//! ignores it.
+//! Commits use one conditional write only, "create if absent", which every store has. [`Root::probe`] rejects a store
+//! that ignores it.
 
 pub mod checkpoint;
 pub mod digest;
