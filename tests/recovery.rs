@@ -373,7 +373,7 @@ fn a_save_may_outlive_its_generation() {
     mkfifo(&pipe, Mode::S_IRWXU).unwrap();
     command.env("POTSTILL_FAULT", format!("hold:copied:10:0:{}", pipe.display()));
     let mut launched = Process::start(command);
-    launched.until(&["held, as"]);
+    launched.until(&["waiting because of"]);
     let status = cluster.about("status", "carried").arg("--json").output().unwrap();
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     let victim = status["members"].as_array().unwrap().iter().find(|member| member["rank"] == 1).unwrap();
