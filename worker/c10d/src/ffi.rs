@@ -8,7 +8,7 @@ use std::marker::{PhantomData, PhantomPinned};
 pub use potstill_torch_ext::shim::ErrorText;
 use torch_sys::C_tensor;
 
-/// An object that only C++ looks into. Neither `Send` nor `Sync`; the safe owners say what they are, and why.
+/// An opaque C++ object. Neither `Send` nor `Sync`; the safe owners declare what they are, and why.
 #[repr(C)]
 pub struct Opaque<Tag> {
     bytes: [u8; 0],

@@ -8,7 +8,7 @@ use torch_sys::C_tensor;
 
 use crate::shim::ErrorText;
 
-/// A memory meter, into which only C++ looks.
+/// A memory meter, which is opaque to Rust.
 #[repr(C)]
 pub struct Memory {
     bytes: [u8; 0],
