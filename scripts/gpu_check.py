@@ -1,4 +1,4 @@
-"""See gpu_check.sh."""
+"""Checks a machine with a GPU. Started by scripts/gpu_check.sh."""
 
 import json
 import os

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write tests/fixtures/clip_*.pt: TorchScript modules with a CLIP's signature that know colours and nothing else.
+"""Write tests/fixtures/clip_*.pt: TorchScript modules with a CLIP's signature that distinguish only colors.
 
     pip install torch safetensors
     python scripts/make_clip_fixture.py
 
-An image's embedding is how much more red, green and blue there is in it than in its corner; a text's is the sum of the
-colours that it names. So the score of an image is 100 when it shows the colour it was asked for, and about 0 for another
+An image's embedding is the excess of red, green and blue over its corner; a text's is the sum of the
+colors that it names. So the score of an image is 100 when it shows the color in its prompt, and about 0 for another
 one. There is one for the shapes' tokens and one for those of the tiny models. The tests that read them need no Python.
 """
 
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# By the last token of the word. "green" is no token: its "re", which is merged first, is that of "red".
+# By the last token of the word. "green" is not a token: its "re", which is merged first, is that of "red".
 COLOURS = {"red</w>": [1, 0, 0], "n</w>": [0, 1, 0], "blue</w>": [0, 0, 1], "yellow</w>": [1, 1, 0]}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tests/fixtures/sd_*.safetensors: what the real diffusers and transformers compute with tiny random models.
+"""Write tests/fixtures/sd_*.safetensors: results of diffusers and transformers with tiny random models.
 
     pip install -r requirements-test.txt
     python scripts/make_fixtures.py [--seed N] [--out DIR]
@@ -40,7 +40,7 @@ TEXTS = [
 
 
 def shaken(model: torch.nn.Module, draw: torch.Generator, scale: float = 1.0) -> torch.nn.Module:
-    """Random weights in every place: what begins as 0 or 1 would hide mistakes."""
+    """Random weights everywhere: initial values of 0 or 1 would hide mistakes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 16
@@ -156,7 +156,7 @@ def tensors_of(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def plain(config: object) -> str:
-    """A model's configuration as its folder holds it."""
+    """A model's configuration as in its folder."""
     return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config))
 
 
@@ -188,7 +188,7 @@ def run_unet(unet, draw, states, size, prefix, **extra) -> dict[str, torch.Tenso
 
 
 class Noises:
-    """Hands out given noises where a scheduler would draw its own."""
+    """Returns given noises where a scheduler would draw its own."""
 
     def __init__(self, noises: list[torch.Tensor]):
         self.noises = list(noises)
@@ -333,7 +333,7 @@ def schedules(draw: torch.Generator) -> tuple[dict[str, torch.Tensor], dict[str,
         )
         found = {"alphas_cumprod": scheduler.alphas_cumprod, "times": times, "x": x, "noise": noise, "x_t": noisy}
         out |= {f"{name}.{key}": value for key, value in (found | {"native": native, "x0": x0}).items()}
-    # Classes differ in how they step, not in what they were trained on.
+    # Classes differ in how they step, not in their forward process.
     strings["pndm"] = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").to_json_string()
     out["pndm.alphas_cumprod"] = out["scaled_linear.alphas_cumprod"].clone()
     return out, strings

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write tests/fixtures/pillow.safetensors: images, and what Pillow makes of them.
+"""Write tests/fixtures/pillow.safetensors: images, and Pillow's results for them.
 
     pip install pillow==13.0.0 numpy safetensors
     python scripts/make_pillow_fixture.py
 
-Each case is an image, u8 [H, W, C]; its largest centred square, resized with Pillow's Lanczos filter; and a patch from
-its middle. Half of an odd margin is rounded to even, as torchvision's center_crop rounds it. The tests that read the file
+Each case is an image, u8 [H, W, C]; its largest centered square, resized with Pillow's Lanczos filter; and a patch from
+its center. Half of an odd margin is rounded to even, as torchvision's center_crop rounds it. The tests that read the file
 need no Python.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tests/fixtures/scores.safetensors: features, and what FID, precision and recall of them are.
+"""Write tests/fixtures/scores.safetensors: features, and their FID, precision and recall.
 
     pip install numpy scipy safetensors
     python scripts/make_score_fixture.py
