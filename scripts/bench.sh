@@ -3,10 +3,10 @@
 # time goes, how long a start takes, peak memory, and Gloo's all-reduce. About 1.5 minutes on 2 CPU cores, after the build.
 #
 #   scripts/bench.sh                                 the table
-#   scripts/bench.sh --json FILE                     and the same as JSON, with every round
-#   scripts/bench.sh --rounds 1 --iterations 20      a short look
+#   scripts/bench.sh --json FILE                     also writes it as JSON, with every round
+#   scripts/bench.sh --rounds 1 --iterations 20      a short measurement
 #
-# Times depend on the machine and on what else it does: compare only numbers of one table, best its ratios.
+# Times depend on the machine and its other load: compare only numbers of one table, preferably its ratios.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -20,8 +20,8 @@ esac
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# In the background, because bash minds a signal only between commands and while it waits. A signal is handed on, and the
-# measurement ends all that it has started before it ends itself.
+# In the background, because bash handles a signal only between commands and while it waits. A signal is forwarded, and
+# the measurement ends all processes that it has started before it ends itself.
 "$root/.venv/bin/python" "$root/scripts/bench.py" --work "$work" "$@" &
 measuring=$!
 trap 'kill -TERM "$measuring" 2>/dev/null || true' HUP INT TERM

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks what this machine has, installs libtorch into .venv and builds everything. Cheap to repeat.
+# Checks the required tools, installs libtorch into .venv and builds everything. Running it again takes little time.
 #
-# After it, plain `cargo build`, `cargo test` and the built binaries work in any shell with nothing exported.
+# After it, plain `cargo build`, `cargo test` and the built binaries work in any shell without exported variables.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,7 +32,7 @@ int main() { return std::optional<int>(0).value(); }' >"$probe/probe.cpp"
 "$cxx" -std=c++17 "$probe/probe.cpp" -o "$probe/probe" 2>"$probe/errors" ||
     missing "$cxx does not compile C++17: $(head -n 3 "$probe/errors")"
 
-# The stamp holds what was installed, so that a second call has nothing to do.
+# The stamp holds the installed versions, so that a second call does nothing.
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     echo "Installing libtorch ($(grep '^torch==' requirements.txt)) into .venv …"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
