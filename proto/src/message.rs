@@ -386,7 +386,10 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
     fn try_from(message: wire::WorkerMessage) -> Result<Self, Malformed> {
         use wire::worker_message::Kind;
         let Some(kind) = message.kind else {
-            return malformed("WorkerMessage", "it is empty, or of a kind this version does not know");
+            return malformed(
+                "WorkerMessage",
+                "it is empty, or of a kind that this version does not support",
+            );
         };
         Ok(match kind {
             Kind::Hello(_) => return malformed("Hello", "a stream has only one"),
@@ -496,7 +499,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
     fn try_from(message: wire::CoordinatorMessage) -> Result<Self, Malformed> {
         use wire::coordinator_message::Kind;
         let Some(kind) = message.kind else {
-            let problem = "it is empty, or of a kind this version does not know";
+            let problem = "it is empty, or of a kind that this version does not support";
             return malformed("CoordinatorMessage", problem);
         };
         Ok(match kind {

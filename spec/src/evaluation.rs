@@ -46,7 +46,7 @@ pub struct EvaluationSpec {
     pub teacher_steps: u32,
     /// Guidance scale of a text-to-image teacher's samples: 7.5 is diffusers' default for SD 1.5.
     pub teacher_guidance: f64,
-    /// k of the k-nearest-neighbour manifolds of precision and recall.
+    /// k of the k-nearest-neighbor manifolds of precision and recall.
     pub neighbours: u32,
     /// The run stops when the student's diversity falls below this share of the teacher's, which is called collapse. 0:
     /// never.

@@ -128,7 +128,7 @@ pub fn from_str<T: Layered>(text: &str, origin: &str) -> Result<T, LayerError> {
     merge(&[(origin.to_owned(), table)], Path::new(""), &[], none)
 }
 
-/// The absolute folder that a file lies in.
+/// The absolute folder of a file.
 fn folder_of(file: &Path) -> Result<PathBuf, LayerError> {
     let absolute = std::path::absolute(file)
         .map_err(|source| LayerError::Unreadable { path: file.to_owned(), source })?;
@@ -148,7 +148,7 @@ fn merge<T: Layered>(
         move |e: config::ConfigError| LayerError::Invalid { origin, problem: e.to_string() }
     };
     let origin = layers.last().map_or("", |(origin, _)| origin);
-    // Optional values serialise as null, so the defaults list every key there is.
+    // Optional values serialize as null, so the defaults list every key there is.
     let template = serde_json::to_value(T::default()).unwrap_or_default();
     let mut valid = Vec::new();
     leaves(&template, "", &mut valid);

@@ -28,7 +28,7 @@ use potstill_storage::{
     retention::{Policy, Swept},
 };
 
-/// What scripts/test.sh installs.
+/// The version that scripts/test.sh installs.
 const VERSION: &str = "3.35.0";
 /// The account that every Azurite has, with the key that Microsoft publishes for it.
 const ACCOUNT: &str = "devstoreaccount1";

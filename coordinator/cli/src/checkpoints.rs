@@ -20,7 +20,7 @@ pub struct Entry {
     pub manifest: String,
     /// Whether every shard was read and has the recorded length and checksum; none when the shards were not read.
     pub verified: Option<bool>,
-    /// What is wrong with it.
+    /// The error, if it cannot be read or is damaged.
     pub problem: Option<String>,
 }
 

@@ -83,7 +83,7 @@ struct Launched {
 }
 
 impl Launched {
-    /// Reads up to a line with this word.
+    /// Reads until a line contains this text.
     fn wait_for(&mut self, word: &str) {
         let mut line = String::new();
         while !line.contains(word) {

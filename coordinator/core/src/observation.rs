@@ -68,7 +68,7 @@ pub enum Observation {
         /// Bytes of its shards.
         bytes: u64,
     },
-    /// A checkpoint could not be made; training goes on.
+    /// A checkpoint could not be made; training continues.
     CheckpointFailed {
         /// Completed iterations.
         iteration: u64,
@@ -128,7 +128,7 @@ pub enum Outcome {
         /// Who asked.
         reason: String,
     },
-    /// It cannot go on.
+    /// It cannot continue.
     Failed {
         /// Why, and what to do about it.
         reason: String,

@@ -66,7 +66,7 @@ pub enum Record {
     },
     /// The run ended; it may be resumed.
     Ended {
-        /// How.
+        /// The outcome.
         outcome: Outcome,
     },
 }

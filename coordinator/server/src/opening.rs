@@ -72,7 +72,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     }
     if whole.is_empty() && !damaged.is_empty() {
         let problem = format!(
-            "none of run {name}'s {} checkpoints can be read; start anew with another --run-id",
+            "none of run {name}'s {} checkpoints can be read; start a new run with another --run-id",
             damaged.len()
         );
         return Err(StartError::NothingToResume { problem });

@@ -73,7 +73,7 @@ struct Inner {
     failed: AtomicBool,
 }
 
-// SAFETY: c10d's groups are bound to no thread. Issuing is serialised by `issued`; `abort` may run beside it,
+// SAFETY: c10d's groups are bound to no thread. Issuing is serialized by `issued`; `abort` may run beside it,
 // since it only closes connections (Gloo) or communicators (NCCL), each under the backend's own locks; the
 // rest is atomic or immutable.
 unsafe impl Send for Inner {}

@@ -33,7 +33,7 @@ impl Default for ReducerOptions {
 /// One optimizer step goes like this, on every rank alike:
 /// 1. [`zero_grad`](Reducer::zero_grad).
 /// 2. For every micro-batch but the last, plain `backward` of tch: gradients add up locally.
-/// 3. For the last one, [`Reducer::backward`]: gradients go on to add up, and each bucket is all-reduced as
+/// 3. For the last one, [`Reducer::backward`]: gradients are added too, and each bucket is all-reduced as
 ///    soon as it is full. Afterwards each parameter's gradient is the **mean over ranks of the sum over
 ///    micro-batches**.
 /// 4. The optimizer's step.

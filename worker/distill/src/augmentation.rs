@@ -321,14 +321,14 @@ impl Axis {
     }
 
     /// From libtorch's coordinate of a sample of the result, which is −1 and 1 at the lattice's edges, half a sample
-    /// beyond its first and last one, to its position in pixels from the centre: factor and offset.
+    /// beyond its first and last one, to its position in pixels from the center: factor and offset.
     fn to_position(&self) -> (f64, f64) {
         // Sample k is at pixel (k − PEAK)/2, and its coordinate is (2k + 1)/lattice − 1.
         let lattice = self.lattice() as f64;
         (lattice / 4.0, (lattice - 1.0) / 4.0 - PEAK as f64 / 2.0 - (self.side - 1) as f64 / 2.0)
     }
 
-    /// From a position in pixels from the centre to libtorch's coordinate in the continued image at twice the
+    /// From a position in pixels from the center to libtorch's coordinate in the continued image at twice the
     /// resolution: factor and offset.
     fn to_coordinate(&self) -> (f64, f64) {
         // Pixel i is at sample 2(i + before), and the coordinate of sample k is (2k + 1)/samples − 1.

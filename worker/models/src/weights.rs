@@ -295,7 +295,7 @@ pub(crate) fn assemble(
             let stored = tensors[&buffer.name].tensor();
             let wanted = Tensor::from_slice(values).view(buffer.shape.as_slice()).to_device(stored.device());
             if !stored.to_kind(Kind::Float).allclose(&wanted, 1e-5, 1e-6, false) {
-                problems.push(format!("{} differs from what the configuration says", buffer.name));
+                problems.push(format!("{} differs from its value by the configuration", buffer.name));
             }
         }
     }

@@ -255,7 +255,7 @@ fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
     start..a.end.min(b.end).max(start)
 }
 
-/// Fills `state`, or the slices that it holds, from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.
+/// Fills `state`, or the slices that it holds, from the checkpoint with this manifest; returns its iteration.
 ///
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
@@ -264,8 +264,8 @@ pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow
     fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await
 }
 
-/// Fills `network` with the averaged generator of the checkpoint whose manifest lies under `manifest_key`; returns the
-/// checkpoint's iteration.
+/// Fills `network` with the averaged generator of the checkpoint with this manifest; returns the checkpoint's
+/// iteration.
 ///
 /// # Errors
 /// As [`restore`].

@@ -196,7 +196,7 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
     let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + most(&[&trained_fake]);
     let kind = match (spec.memory.bf16_weights, spec.distillation.precision) {
         (true, _) => 2,
-        // Mixed precision: normalisations stay fp32 on a GPU.
+        // Mixed precision: normalizations stay fp32 on a GPU.
         (false, _) => 4,
     };
     // Each product's copy of its weights in lower precision is kept for the backward pass.

@@ -62,7 +62,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let Student { model, times, origin } = arguments.source.load(device)?;
     let classes = model.network.classes();
     if let Some(label) = arguments.labels.iter().find(|label| !(0..classes).contains(*label)) {
-        bail!("class {label} is out of range: {origin} knows {classes} classes, from 0");
+        bail!("class {label} is out of range: {origin} has {classes} classes, from 0");
     }
     let reads = model.latent.is_some();
     let asked = !arguments.prompt.is_empty() || arguments.prompts.is_some();

@@ -49,7 +49,7 @@ pub struct Arguments {
     /// Threads for libtorch; by default all cores.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
 }

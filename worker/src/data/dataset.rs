@@ -56,7 +56,7 @@ impl Dataset {
             let outside = self.labels.lt(0).logical_or(&self.labels.ge(shape.classes));
             if let Some(index) = Vec::<i64>::try_from(outside.nonzero().reshape([-1]))?.first() {
                 anyhow::bail!(
-                    "label {} of image {index} is out of range: the network knows classes 0 to {}",
+                    "label {} of image {index} is out of range: the network has classes 0 to {}",
                     self.labels.int64_value(&[*index]),
                     shape.classes - 1
                 );

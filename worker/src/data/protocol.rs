@@ -117,7 +117,7 @@ impl Picture {
         let kind = match self.channels {
             1 => PixelType::U8,
             3 => PixelType::U8x3,
-            other => bail!("images of {other} channels cannot be resized; only grey and RGB ones can"),
+            other => bail!("images of {other} channels cannot be resized; only gray and RGB ones can"),
         };
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
         let scaled = |bytes: &[u8], from: [u32; 2], to: [u32; 2]| -> anyhow::Result<Vec<u8>> {

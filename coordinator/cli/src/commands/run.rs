@@ -120,7 +120,7 @@ fn run(job: Job) -> Result<Exit, LaunchError> {
     exit
 }
 
-/// Where a run's workers come from.
+/// The source of a run's workers.
 enum Workers {
     /// An agent on this machine.
     Local { threads: Option<u32>, spares: u32, device: String },
@@ -140,7 +140,7 @@ impl RunArguments {
             (Ok(exit), _) => exit.into(),
             (Err((exit, error)), LogFormat::Human) => complain(&error, exit),
             (Err((exit, error)), LogFormat::Json) => {
-                // Where the log has started already it stays.
+                // A log that has been started already stays.
                 let _screen = Screen::new(format);
                 tracing::error!("{}", chain(&error));
                 exit.into()

@@ -229,7 +229,7 @@ fn joints(points: &Points, color: RGBColor) -> impl Iterator<Item = Circle<(f64,
     points.iter().map(move |point| Circle::new(*point, radius, color.filled()))
 }
 
-/// At most some hundred points: means of as many neighbours as it takes.
+/// At most some hundred points: means over as many adjacent points as needed.
 fn thinned(points: &Points) -> Points {
     let group = points.len().div_ceil(400).max(1);
     let mean = |chunk: &[(f64, f64)]| {
@@ -317,7 +317,7 @@ impl Axis {
         Self { line: range.clone().into(), marks: linear_ticks(range), label: short }
     }
 
-    /// For logarithms of values in `range`, labelled with the values.
+    /// For logarithms of values in `range`, labeled with the values.
     fn logarithmic(range: &Range<f64>) -> Self {
         Self {
             line: (range.start.ln()..range.end.ln()).into(),

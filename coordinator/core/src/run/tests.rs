@@ -527,7 +527,7 @@ fn a_state_that_was_being_overwritten_is_no_source() {
     world.says(0, collective_failed(1, 1));
     let actions = world.says(2, collective_failed(1, 2));
     assert_eq!(source(&actions), Source::Peer { rank: 1 });
-    // Stream 0 was taking stream 2's state when that died; it still says that it was at iteration 1.
+    // Stream 0 was taking stream 2's state when that died; it still reports iteration 1.
     world.says(0, heartbeat(2, Cursor::boundary(1)));
     assert_eq!(places(&world.close(2)), []);
     // Without its report a state would be lost, so the coordinator waits longer.
@@ -573,7 +573,7 @@ fn what_an_old_generation_says_changes_nothing() {
         let actions = world.says(0, message);
         assert!(matches!(actions[..], [Action::Log(_)]), "{actions:?}");
     }
-    // A stream that is gone says nothing at all.
+    // A message on a closed stream is ignored.
     assert_eq!(world.says(1, FromWorker::Failed { generation: Generation(1), error: "late".into() }), []);
     assert_eq!(world.core.status(), before);
 }
@@ -811,7 +811,7 @@ fn a_rank_that_makes_progress_is_left_alone() {
 
 // ------------------------------------------------------------------------------------------------ a successor
 
-/// What the journal says after `world`'s coordinator opened its first generation.
+/// The journal after `world`'s coordinator opened its first generation.
 fn journal(members: u64) -> Vec<Record> {
     vec![
         Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
@@ -870,7 +870,7 @@ fn reports_of_iterations_that_a_checkpoint_covers_are_not_counted_again() {
     let mut world = World::new(setup);
     world.attach_with(5, returning(0, 0, 3));
     world.attach_with(6, returning(1, 1, 3));
-    // One of them has not heard of the checkpoint.
+    // One of them has not received the commit of the checkpoint.
     assert!(matches!(world.report(5, 0)[..], [Action::Log(_)]));
     assert!(matches!(world.report(5, 1)[..], [Action::Log(_)]));
     assert_eq!(world.report(5, 2), []);

@@ -178,7 +178,7 @@ impl World {
             && self.storage.committed().last().is_none_or(|newest| newest.iteration < *iteration)
         {
             self.breaks(format!(
-                "{client:?} is told of a checkpoint of iteration {iteration}; there is none"
+                "{client:?} gets a checkpoint of iteration {iteration} as its answer, which does not exist"
             ));
         }
     }

@@ -36,7 +36,7 @@ pub struct AutoencoderConfig {
     pub act_fn: String,
     /// Channels of a latent.
     pub latent_channels: i64,
-    /// Groups of each normalisation.
+    /// Groups of each normalization.
     pub norm_num_groups: i64,
     /// Height and width of the images that it was trained on, and of tiles.
     pub sample_size: i64,

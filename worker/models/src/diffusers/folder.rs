@@ -182,7 +182,7 @@ impl ModelFolder {
         let tokenizer = Tokenizer::load(&folder, config.max_position_embeddings as usize)?;
         if tokenizer.vocabulary() > config.vocab_size {
             return Err(LoadError::Folder(format!(
-                "has tokens up to {}, but {encoder} knows {}: it is another encoder's tokenizer",
+                "has tokens up to {}, but {encoder} has {}: it is another encoder's tokenizer",
                 tokenizer.vocabulary() - 1,
                 config.vocab_size
             ))

@@ -54,7 +54,7 @@ impl Conv2d {
     }
 }
 
-/// Group normalisation.
+/// Group normalization.
 pub(crate) struct GroupNorm {
     groups: i64,
     weight: Tensor,
@@ -80,7 +80,7 @@ impl GroupNorm {
     }
 }
 
-/// Normalisation over the last dimension.
+/// Normalization over the last dimension.
 pub(crate) struct LayerNorm {
     weight: Tensor,
     bias: Tensor,

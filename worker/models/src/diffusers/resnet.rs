@@ -15,7 +15,7 @@ pub(crate) struct ResnetShape {
     pub embedding: i64,
     pub groups: i64,
     pub eps: f64,
-    /// The embedding scales and shifts the second normalisation's output instead of being added before it.
+    /// The embedding scales and shifts the second normalization's output instead of being added before it.
     pub scale_shift: bool,
     /// The divisor of the sum.
     pub scale_factor: f64,

@@ -61,7 +61,7 @@ pub struct UNetConfig {
     pub dropout: f64,
     /// `silu`.
     pub act_fn: String,
-    /// Groups of each normalisation.
+    /// Groups of each normalization.
     pub norm_num_groups: Option<i64>,
     /// Added to the variances in normalizations.
     pub norm_eps: f64,
