@@ -2,8 +2,8 @@
 //! backward pass ([`recompute`]), the memory of tensors ([`MemoryMeter`]), clearing gradients ([`clear_gradients`]),
 //! CUDA on demand ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
 //!
-//! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
-//! this page. Unsafe code is in these two crates alone.
+//! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and
+//! the safe types of this page. Unsafe code is in these two crates alone.
 //!
 //! ```
 //! use potstill_torch_ext::{Autocast, LowerPrecision};
