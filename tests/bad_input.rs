@@ -1,4 +1,4 @@
-//! Bad input gets a clear error, a code other than 0, and leaves nothing behind.
+//! Tests that invalid input gets a clear error and an exit code other than 0, and that nothing is written.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -6,7 +6,7 @@ use std::{net::TcpListener, path::Path, process::Command};
 
 use potstill_tests::{Cluster, binary, repository, text};
 
-/// Launches with what must be refused and returns the message.
+/// Launches with input that must be rejected and returns the message.
 fn refused(cluster: &Cluster, sets: &[&str], flags: &[&str]) -> String {
     let output = cluster.run_to_end("bad", 2, sets, flags);
     let message = text(&output.stderr);
@@ -177,7 +177,7 @@ fn a_generator_that_makes_nothing_finite_stops_the_run_with_a_reason() {
     let end = bytes.len();
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     std::fs::write(&path, bytes).unwrap();
-    // Without scores: those of such samples would be refused before the first iteration.
+    // Without evaluation: the metrics of such samples would be rejected before the first iteration.
     let sets = [&sets[..], &["checkpoint.every=1"]].concat();
     let output = cluster.unscored("launch", "diverged", 1, &sets, &[]).output().unwrap();
     let message = text(&output.stderr);
@@ -193,7 +193,7 @@ fn a_student_that_collapses_stops_the_run_and_leaves_the_checkpoint_before() {
         "checkpoint.every=1",
         "evaluation.every=2",
         "evaluation.teacher_steps=8",
-        // So early the student's samples of one class are still much alike.
+        // At this stage the student's samples of one class are still very similar.
         "evaluation.collapse_share=0.9",
     ];
     let output = cluster.run_to_end("collapsed", 2, &sets, &[]);
@@ -256,7 +256,7 @@ fn resume() {
 
 #[test]
 fn a_coordinator_that_is_not_there() {
-    // Bound, then let go: nobody listens there.
+    // Bound, then closed: no process listens there.
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let coordinator = format!("http://{address}");
     let output = Command::new(binary("potstill-worker"))

@@ -1,8 +1,8 @@
-"""Loads an exported few-step generator as anybody would, with diffusers, and compares its images with `potstill sample`'s.
+"""Loads an exported few-step generator with plain diffusers, and compares its images with those of `potstill sample`.
 
     python tests/diffusers_image.py FOLDER NOISE PICTURES PROMPT...
 
-NOISE is what `potstill sample --save-noise` wrote, PICTURES its folder. Images must agree to 1e-3 before they are rounded to
+NOISE is the file of `potstill sample --save-noise`, PICTURES its folder. Images must agree to 1e-3 before they are rounded to
 eight bits, so pixels may differ by one step.
 """
 
@@ -26,14 +26,14 @@ def main() -> None:
     noises = load_file(noise_file)["noise"]
     first = (1 - scheduler.alphas_cumprod[times[0]]) ** 0.5
     for index, prompt in enumerate(prompts):
-        # Later noises come from the scheduler's own source, which is made to give those of the file.
+        # The scheduler draws later noises itself, from a source that returns those of the file.
         later = iter(noises[index, 1:])
         scheduling_lcm.randn_tensor = lambda shape, **_: next(later).reshape(shape)
         image = pipeline(
             prompt, latents=first * noises[index, :1], timesteps=times, guidance_scale=0.0, output_type="np"
         ).images[0]
         ours = np.asarray(Image.open(f"{pictures}/{index:06}.png").convert("RGB"), dtype=np.float64) / 255
-        # Half a step of rounding, and the 1e-3 that are allowed.
+        # Half a step of rounding, and the tolerance of 1e-3.
         worst = np.abs(image - ours).max()
         print(f"{prompt!r}: largest difference {worst:.2e}")
         if worst > 0.5 / 255 + 1e-3:

@@ -1,4 +1,4 @@
-//! `potstill evaluate`: the scores of a run's own evaluation, from the command line.
+//! Tests `potstill evaluate`: the metrics of a run's own evaluation, from the command line.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -85,7 +85,7 @@ fn statistics_take_the_place_of_images() {
     let [a, b] = [value(&from_images), value(&from_statistics)];
     assert_eq!((&a["fid"], &a["recall"]), (&b["fid"], &b["recall"]));
 
-    // Another extractor's features are refused.
+    // Features of another extractor are rejected.
     let bytes = std::fs::read(&saved).unwrap();
     let text_of_digest = String::from_utf8_lossy(&bytes[..400]).into_owned();
     let at = text_of_digest.find("extractor_sha256").unwrap() + "extractor_sha256\":\"".len();
@@ -136,7 +136,7 @@ fn the_clip_score_says_whether_images_match_their_prompts() {
         let scores: Value = serde_json::from_slice(&output.stdout).unwrap();
         scores["clip_score"].as_f64().unwrap()
     };
-    // The teacher draws nearly every shape in its colour; colours taken at random would score about half.
+    // The teacher draws nearly every shape in its color; random colors would score about half.
     let one = score(&["--workers", "1"]);
     assert!((90.0..=100.0).contains(&one), "{one}");
     // More processes than chunks: one of them makes nothing.
@@ -145,7 +145,7 @@ fn the_clip_score_says_whether_images_match_their_prompts() {
     assert!(score(&["--seed", "1"]) != one);
 }
 
-/// Modules that are no CLIP.
+/// Modules that are not a CLIP.
 const NO_CLIPS: &str = "
 import sys
 import torch
@@ -202,13 +202,13 @@ fn what_is_no_clip_is_refused() {
         let message = text(&output.stderr);
         assert!(!output.status.success() && message.contains(says), "{name}: {message}");
     }
-    // Classes have no prompts.
+    // Class-conditional teachers have no prompts.
     let teacher = repository().join("configs/digits/teacher.safetensors").display().to_string();
     let clip = repository().join("tests/fixtures/clip_shapes.pt").display().to_string();
     refused(&["--teacher", &teacher, "--clip", &clip], &["clip_shapes.pt", "text-to-image models"]);
 }
 
-/// Extractors that return other things than features, and one that returns nothing but them.
+/// Extractors that return other values than features, and one that returns only features.
 const EXTRACTORS: &str = "
 import sys
 import torch
@@ -317,21 +317,21 @@ fn an_evaluation_that_is_killed_goes_on_where_it_was_with_the_same_scores() {
             std::thread::sleep(Duration::from_millis(5));
         }
         process.signal(Signal::SIGKILL);
-        // Whoever it had started is gone as well when the log is closed.
+        // The processes that it had started have ended as well when the log is closed.
         let (code, log) = process.end();
         assert_eq!(code, None, "{log}");
-        assert_eq!(log.contains("going on"), before > 0, "{log}");
+        assert_eq!(log.contains("resuming"), before > 0, "{log}");
         before = kept(&resume).0.len();
         assert!(before < 12, "there is something left to make");
     }
     let (scores, said) = scored(command("2", Some(&resume), "7"));
-    assert!(said.contains("going on"), "{said}");
+    assert!(said.contains("resuming"), "{said}");
     assert_eq!(bits(&scores), bits(&undisturbed));
     assert!(scores["images_per_second"].as_f64().unwrap() > 0.0);
     let (chunks, evaluations) = kept(&resume);
     assert_eq!((chunks.len(), evaluations.len()), (12, 1));
 
-    // Everything is there: nothing is sampled, so nothing is said about its speed.
+    // All chunks are kept: nothing is sampled, so there is no speed.
     let (again, said) = scored(command("1", Some(&resume), "7"));
     assert!(said.contains("1150 of 1150"), "{said}");
     assert_eq!(bits(&again), bits(&undisturbed));
@@ -339,12 +339,12 @@ fn an_evaluation_that_is_killed_goes_on_where_it_was_with_the_same_scores() {
 
     // Another evaluation has a sub-folder of its own.
     let (other, said) = scored(command("1", Some(&resume), "5"));
-    assert!(!said.contains("going on"), "{said}");
+    assert!(!said.contains("resuming"), "{said}");
     assert_ne!(other["fid"], undisturbed["fid"]);
     let (chunks, evaluations) = kept(&resume);
     assert_eq!((chunks.len(), evaluations.len()), (24, 2));
 
-    // What is damaged is named.
+    // A damaged file is named.
     for damaged in chunks.iter().filter(|path| path.ends_with("000004.safetensors")) {
         std::fs::write(damaged, b"damaged").unwrap();
     }
@@ -353,7 +353,8 @@ fn an_evaluation_that_is_killed_goes_on_where_it_was_with_the_same_scores() {
     assert!(!output.status.success() && message.contains("000004.safetensors is damaged"), "{message}");
 }
 
-/// The moments of features that `potstill evaluate` saved, as EDM and pytorch-fid keep them, and files that hold none.
+/// The moments of features that `potstill evaluate` saved, in the formats of EDM and pytorch-fid, and files without
+/// valid ones.
 const MOMENTS: &str = "
 import sys
 import numpy as np
@@ -427,7 +428,7 @@ fn a_run_compared_with_moments_says_nothing_about_recall() {
     let cluster = Cluster::default();
     let digits = repository().join("configs/digits");
     let moments = cluster.storage().join("moments.npz");
-    // No digit has such features; it is about what is said, not about how good it is.
+    // No digit has such features; the test is about the output, not about quality.
     let script = "import sys, numpy as np; n = int(sys.argv[2]); np.savez(sys.argv[1], mu=np.zeros(n), sigma=np.eye(n))";
     let width = "import sys, torch; print(torch.jit.load(sys.argv[1])(torch.zeros(1, 1, 8, 8))[0].shape[1])";
     let python = |arguments: &[&Path]| {
@@ -496,7 +497,7 @@ fn images_are_scored_in_the_size_that_the_protocol_has() {
     let two = fid(&digits, &[&of_patch[..], &["--save-statistics", &patch]].concat());
     assert_eq!((width(&small), width(&patch)), (25, 36), "the extractor sees images of that size");
     assert!(one != two && one > 0.0);
-    // What they hold belongs to one protocol.
+    // The features in a file are of one treatment.
     assert!((fid(&small, &resized) - one).abs() <= 1e-9 * one);
     for (reference, more, says) in [
         (&small, vec![], vec!["images resized to 5", "as-made"]),
@@ -530,7 +531,7 @@ fn each_caption_can_have_one_image() {
     assert!(one_each["diversity"].is_null() && one_each["fid"].is_f64(), "{one_each}");
     assert!(one_each["agreement"].is_f64() && one_each["clip_score"].is_f64(), "{one_each}");
     assert!(score(&own, "48", &["--samples-per-prompt", "2"])["diversity"].is_f64());
-    // Fewer captions than samples: they go round, and there are pairs.
+    // Fewer captions than samples: they are used in turn, so there are pairs.
     let circles = score(&captions, "24", &["--prompts-column", "caption", "--samples-per-prompt", "1"]);
     assert!(circles["diversity"].is_f64(), "{circles}");
     let output = shapes_on(&captions, &clip, &["--samples", "24"]);

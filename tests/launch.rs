@@ -1,5 +1,5 @@
-//! What `potstill launch` leaves behind, and how it ends: by itself, by a signal, by kill -9, with a rank lost on the way; and what it
-//! says of itself meanwhile.
+//! Tests how `potstill launch` ends: by itself, by a signal, by kill -9, with a rank lost before; which files it
+//! leaves, and what `potstill status` shows meanwhile.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -65,7 +65,7 @@ fn saved_at(cluster: &Cluster, run: &str) -> u64 {
     iteration
 }
 
-/// A run that saves only when it is asked to.
+/// A run that saves only on request.
 const ENDLESS: [&str; 2] = ["distillation.iterations=100000", "checkpoint.every=100000"];
 
 #[test]
@@ -136,7 +136,7 @@ fn status_says_who_is_there_and_what_a_run_waits_for() {
     let waiting = status();
     assert_eq!(waiting["state"], "waiting");
     let reason = waiting["reason"].as_str().unwrap();
-    assert!(reason.contains("the run starts: 1 of 2 workers; it gives up after"), "{reason}");
+    assert!(reason.contains("the run starts: 1 of 2 workers; the run fails after"), "{reason}");
     let member = &waiting["members"][0];
     assert_eq!((&member["pid"], &member["liveness"]), (&pid.into(), &"alive".into()), "{waiting}");
     assert!(member["rank"].is_null() && waiting["committed_iteration"].is_null(), "{waiting}");
@@ -164,7 +164,7 @@ fn status_says_who_is_there_and_what_a_run_waits_for() {
         assert!(said.contains(words), "{words}: {said}");
     }
 
-    // Not its rank alone, which it would start again.
+    // The agent, since it would restart its rank.
     second.signal(Signal::SIGKILL);
     assert_eq!(second.end().0, None);
     served.until(&["waiting for workers", "1 of 2 workers"]);
@@ -187,7 +187,7 @@ fn nothing_outlives_a_launcher_that_is_killed() {
     let mut launched = Process::start(cluster.launch("killed", 2, &["distillation.iterations=100000"], &[]));
     launched.until(&["iteration", "images/s"]);
     launched.signal(Signal::SIGKILL);
-    // The log ends only when agent and ranks, which write to it too, are gone.
+    // The log ends only when agent and ranks, which write to it too, have ended.
     let (code, _) = launched.end();
     assert_eq!(code, None);
 }

@@ -92,7 +92,7 @@ impl Net {
         run("ip", &["netns", "exec", &self.host(host), "nft", &table]).unwrap();
     }
 
-    /// Cuts a host off from others, in both directions, without a word to either.
+    /// Cuts a host off from others, in both directions; packets are dropped silently.
     fn cut(&self, host: &str, from: &[&str]) {
         let rules: Vec<_> = from
             .iter()
@@ -171,8 +171,8 @@ fn a_worker_cut_off_from_the_coordinator_is_named_and_joins_again() {
 }
 
 #[test]
-fn a_worker_cut_off_from_everybody_is_named_and_joins_again() {
-    let Some(net) = Net::new("a_worker_cut_off_from_everybody_is_named_and_joins_again") else { return };
+fn a_worker_cut_off_from_all_others_is_named_and_joins_again() {
+    let Some(net) = Net::new("a_worker_cut_off_from_all_others_is_named_and_joins_again") else { return };
     let mut lab = Lab::start(net, 350, 8);
     lab.net.cut("b", &[COORDINATOR, A]);
     lab.served.until(&["worker lost", "no heartbeat for 2.0 s"]);
@@ -188,7 +188,7 @@ fn workers_cut_off_from_each_other_say_so_and_go_on_when_they_meet_again() {
     let Some(net) = Net::new(test) else { return };
     let mut lab = Lab::start(net, 100, 8);
     lab.net.cut("b", &[A]);
-    lab.served.until(&["is abandoned", "all ranks wait for each other"]);
+    lab.served.until(&["generation abandoned", "all ranks wait for each other"]);
     lab.served.until(&["generation opened", "generation=2", "world_size=2"]);
     lab.net.heal("b");
     lab.ends_like_an_undisturbed_run();

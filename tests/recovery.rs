@@ -1,5 +1,6 @@
-//! Nothing is lost: ranks that die, hang or are stopped at any point, coordinators that die, workers that come and go. Every
-//! run here must end with the networks of an undisturbed one, and repeat no iteration that anybody held.
+//! Tests that nothing is lost: ranks that die, hang or are stopped at any point, coordinators that die, workers that
+//! come and go. Every run here must end with the networks of an undisturbed one, and repeat no iteration whose result a
+//! surviving worker held.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -11,7 +12,7 @@ use nix::{
 };
 use potstill_tests::{Cluster, Process, free_port, kill, text, worker_pid};
 
-/// A short run that saves in its middle.
+/// A short run that saves once before its end.
 const SHORT: [&str; 2] = ["distillation.iterations=8", "checkpoint.every=4"];
 
 fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration: u64, rank: u32) {
@@ -22,8 +23,8 @@ fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration
 #[test]
 fn a_rank_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
-    // Three micro-batches for rank 0, two for rank 1: each has something between two backward passes, and when rank 0 comes
-    // to its last one, rank 1 already waits in the all-reduce.
+    // Three micro-batches for rank 0, two for rank 1: each has some work between two backward passes, and when rank 0
+    // starts its last one, rank 1 already waits in the all-reduce.
     let sets = [SHORT[0], SHORT[1], "distillation.global_batch=40", "distillation.micro_batch=8"];
     let undisturbed = cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     assert!(undisturbed.status.success(), "{}", text(&undisturbed.stderr));
@@ -46,7 +47,7 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
             let output = command.output().unwrap();
             let log = text(&output.stderr);
             assert!(output.status.success(), "{run}: {log}");
-            assert!(log.contains("generation=2"), "{run}: nobody died: {log}");
+            assert!(log.contains("generation=2"), "{run}: no rank died: {log}");
             cluster.assert_same_end(&run, "undisturbed", 8);
         }
     }
@@ -61,7 +62,9 @@ fn a_rank_that_hangs_is_named_and_started_again() {
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
-    let named = |line: &&str| line.contains("rank 1") && line.contains("it breathes but has not moved for");
+    let named = |line: &&str| {
+        line.contains("rank 1") && line.contains("rank hung: heartbeats arrive, no progress for")
+    };
     assert!(log.lines().any(|line| named(&line)), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("hung", "undisturbed", 8);
@@ -108,7 +111,7 @@ fn ranks_may_die_faster_than_the_run_recovers() {
     launched.until(&["images/s"]);
     let status = cluster.about("status", "hunted").arg("--json").output().unwrap();
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
-    // One is left alone: somebody must hold the state.
+    // One rank is not disturbed: it must hold the state.
     for member in status["members"].as_array().unwrap().iter().filter(|member| member["rank"] != 0) {
         kill(i32::try_from(member["pid"].as_u64().unwrap()).unwrap(), Signal::SIGKILL);
     }
@@ -152,7 +155,7 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
     let agent = Process::start(Cluster::agent("led", port, 2));
     first.until(&["images/s"]);
 
-    // While it lives, another one is turned away.
+    // While it is alive, another coordinator is rejected.
     let flags = ["--resume", "--listen", "127.0.0.1:0"];
     let second = cluster.unscored("serve", "led", 2, &sets, &flags).output().unwrap();
     assert_eq!(second.status.code(), Some(2));
@@ -165,7 +168,7 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
     assert!(text(&status.stdout).contains("unreachable"), "{}", text(&status.stdout));
 
     let mut successor = Process::start(serve(&["--resume"]));
-    successor.until(&["it goes on"]);
+    successor.until(&["it continues"]);
     let saved = cluster.about("checkpoint save", "led").output().unwrap();
     let status = cluster.about("status", "led").output().unwrap();
     let (saved, status) = (text(&saved.stdout), text(&status.stdout));
@@ -173,7 +176,7 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
     assert!(status.contains("generation 1") && status.contains("alive"), "{status}");
     let (code, log) = successor.end();
     assert_eq!(code, Some(0), "{log}");
-    assert!(!log.contains("generation opened"), "nobody was lost, so nothing changes: {log}");
+    assert!(!log.contains("generation opened"), "no worker was lost, so no generation is opened: {log}");
     assert_eq!(agent.end().0, Some(0));
 
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
@@ -346,13 +349,13 @@ fn a_save_that_is_due_while_the_one_before_is_written_is_given_up() {
     let cluster = Cluster::default();
     let sets = ["distillation.iterations=40", "checkpoint.every=1", "checkpoint.keep_last=all"];
     let mut command = cluster.unscored("launch", "slow", 2, &sets, &[]);
-    // Each write takes as long as many iterations.
+    // Each write takes as long as several iterations.
     command.env("POTSTILL_STORAGE_FAULTS", "seed=1,delay=1");
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
     let given_up = |line: &&str| {
-        line.contains("checkpoint failed; training goes on") && line.contains("still being written")
+        line.contains("checkpoint failed; training continues") && line.contains("still being written")
     };
     assert!(log.lines().any(|line| given_up(&line)), "{log}");
     cluster.finish("undisturbed", 2, &sets, &[]);
@@ -371,18 +374,18 @@ fn a_save_may_outlive_its_generation() {
     mkfifo(&pipe, Mode::S_IRWXU).unwrap();
     command.env("POTSTILL_FAULT", format!("hold:copied:10:0:{}", pipe.display()));
     let mut launched = Process::start(command);
-    launched.until(&["held, as"]);
+    launched.until(&["waiting because of"]);
     let status = cluster.about("status", "carried").arg("--json").output().unwrap();
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     let victim = status["members"].as_array().unwrap().iter().find(|member| member["rank"] == 1).unwrap();
     kill(i32::try_from(victim["pid"].as_u64().unwrap()).unwrap(), Signal::SIGKILL);
     launched.until(&["generation opened", "generation=2"]);
-    // Rank 0 has no memory for another copy: it still holds that of a generation that is over.
-    launched.until(&["checkpoint failed; training goes on", "still being written"]);
+    // Rank 0 has no memory for another copy: it still holds that of the previous generation.
+    launched.until(&["checkpoint failed; training continues", "still being written"]);
     std::fs::write(&pipe, "").unwrap();
     let (code, log) = launched.end();
     assert_eq!(code, Some(0), "{log}");
-    // What it wrote counts for nothing in the new generation.
+    // The shard that it wrote does not count in the new generation.
     assert!(!cluster.run("carried").join("checkpoints/000000000010/manifest.json").exists(), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("carried", "undisturbed", 60);
@@ -414,7 +417,7 @@ fn each_transition_is_one_line_of_json() {
             assert!(line["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{line:?}");
         }
     }
-    // What cannot be started is said in the same way.
+    // An error at the start has the same format.
     let output = cluster.unscored("launch", "json", 2, &SHORT, &["--log-format", "json"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let log = text(&output.stderr);

@@ -1,5 +1,5 @@
-//! A real Slurm on this machine: the batch file is submitted, requeued in mid-run, goes on, and ends with the weights of an
-//! undisturbed run. Skipped, by name, where Slurm and munge are not installed.
+//! Tests a real Slurm on this machine: the batch file is submitted, requeued during the run, resumes, and ends with the
+//! weights of an undisturbed run. Skipped, with its name, where Slurm and munge are not installed.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -11,7 +11,7 @@ use std::{
 
 use potstill_tests::{Cluster, binary, free_port, lacks, repository, text};
 
-/// Longer than anything here takes.
+/// Longer than any step of the test.
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -21,7 +21,7 @@ fn on_path(program: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
-/// munged, slurmctld and slurmd, with everything of theirs in one folder. They end with this value.
+/// munged, slurmctld and slurmd, with all their files in one folder. They end when this value is dropped.
 struct Slurm {
     folder: tempfile::TempDir,
     daemons: Vec<Child>,
@@ -174,7 +174,7 @@ fn a_requeued_job_goes_on_and_ends_like_an_undisturbed_one() {
     let log = std::fs::read_to_string(&output).unwrap();
     assert!(
         log.contains("resumed=true") && log.contains("state_from=checkpoints/"),
-        "it did not go on: {log}"
+        "it did not resume: {log}"
     );
     assert!(log.contains("run succeeded"), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();

@@ -1,4 +1,4 @@
-//! What a finished student can be used for: export, and samples from the export or from the run itself.
+//! Tests the uses of a finished student: export, and samples from the export or from the run itself.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -80,7 +80,7 @@ fn samples_are_the_same_from_the_run_and_from_its_export() {
     }
 }
 
-/// A checkpoint of the format before this one: its generator is of use, but no run goes on from it.
+/// A checkpoint of the previous format: its generator can be exported, but no run can be resumed from it.
 #[test]
 fn what_an_earlier_version_saved_is_exported_but_not_resumed() {
     let cluster = Cluster::default();
@@ -108,7 +108,7 @@ fn what_an_earlier_version_saved_is_exported_but_not_resumed() {
     for part in ["manifest.json", "format 1", "earlier version", "potstill export", "generator.start_from"] {
         assert!(message.contains(part), "{part}: {message}");
     }
-    // Its run file has keys that are gone.
+    // Its run file has former keys.
     change("run.toml", "[adversarial]", "[adversarial]\nstart_images = 0\nscore_identity_weight = 100.0");
     let message = log(cluster.run_to_end("old", 1, &longer, &["--resume"]));
     assert!(message.contains("earlier version") && message.contains("score_identity_weight"), "{message}");

@@ -1,6 +1,6 @@
-//! What the tests of this folder share: running `potstill launch` for real, and reading what it leaves behind.
+//! Helpers of the tests in this folder: they run `potstill launch` and read the files of a run.
 //!
-//! The binaries are those beside the tests in the target folder: `cargo build --workspace` makes them.
+//! The binaries are in the target folder beside the tests: `cargo build --workspace` makes them.
 
 pub mod tiny_model;
 
@@ -59,7 +59,7 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
-/// A folder of its own for one cluster's storage.
+/// A storage folder for one cluster.
 pub struct Cluster {
     folder: TempDir,
 }
@@ -83,8 +83,8 @@ impl Cluster {
         self.folder.path().join("runs").join(run)
     }
 
-    /// `potstill launch` on the digits with two micro-batches of 16 per iteration and no scoring, unless `sets` say
-    /// otherwise.
+    /// `potstill launch` on the digits with two micro-batches of 16 per iteration and without evaluation, unless `sets`
+    /// change that.
     #[must_use]
     pub fn launch(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
         let mut command = Self::launch_anywhere(run, workers, sets, flags);
@@ -92,7 +92,7 @@ impl Cluster {
         command
     }
 
-    /// [`launch`](Self::launch) without a word on storage.
+    /// [`launch`](Self::launch) without a storage argument.
     #[must_use]
     pub fn launch_anywhere(run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
         let mut command = Command::new(binary("potstill"));
@@ -102,7 +102,7 @@ impl Cluster {
             .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1"])
             .args(["--set", "distillation.global_batch=32", "--set", "distillation.micro_batch=16"])
             .args(["--set", "evaluation.every=none", "--set", "evaluation.samples=100"])
-            // Two steps give no images, whose diversity says nothing of the student's.
+            // With two steps the teacher's samples are not digits yet, so a collapse could not be recognized.
             .args(["--set", "evaluation.teacher_steps=2", "--set", "evaluation.collapse_share=0.0"])
             .args(sets.iter().flat_map(|set| ["--set", set]))
             .args(flags)
@@ -110,7 +110,7 @@ impl Cluster {
         command
     }
 
-    /// A run file of the digits that names no extractor, so that nothing is scored.
+    /// A run file of the digits without an extractor, so that nothing is evaluated.
     ///
     /// # Panics
     /// It cannot be written.
@@ -126,8 +126,8 @@ impl Cluster {
         config
     }
 
-    /// `potstill launch` or `potstill serve` on the digits, unscored, with two micro-batches of 16 per iteration unless
-    /// `sets` say otherwise.
+    /// `potstill launch` or `potstill serve` on the digits, without evaluation, with two micro-batches of 16 per
+    /// iteration unless `sets` change that.
     #[must_use]
     pub fn unscored(
         &self,
@@ -155,7 +155,7 @@ impl Cluster {
     /// Runs [`unscored`](Self::unscored)'s `potstill launch` to its end, which must be a success. Returns its log.
     ///
     /// # Panics
-    /// It was not.
+    /// It failed.
     pub fn finish(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> String {
         let output = self.unscored("launch", run, workers, sets, flags).output().expect("potstill starts");
         let log = text(&output.stderr);
@@ -169,7 +169,7 @@ impl Cluster {
         Self::agent_at(run, &format!("http://127.0.0.1:{port}"), ranks)
     }
 
-    /// `potstill agent` for a coordinator anywhere.
+    /// `potstill agent` for a coordinator at any address.
     #[must_use]
     pub fn agent_at(run: &str, coordinator: &str, ranks: u32) -> Command {
         let mut command = Command::new(binary("potstill"));
@@ -201,7 +201,7 @@ impl Cluster {
     /// Asserts that two runs ended with the same networks, but for the order of float sums, and that the first one repeated
     /// no iteration.
     ///
-    /// # Panics
+    /// They differ.
     /// They did not.
     pub fn assert_same_end(&self, disturbed: &str, undisturbed: &str, iteration: u64) {
         let (a, b) = (self.checkpoint(disturbed, iteration), self.checkpoint(undisturbed, iteration));
@@ -223,7 +223,7 @@ impl Cluster {
     /// [`run_to_end`](Self::run_to_end) of a run that must succeed.
     ///
     /// # Panics
-    /// It did not.
+    /// It failed.
     pub fn succeed(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) {
         let output = self.run_to_end(run, workers, sets, flags);
         assert!(output.status.success(), "{}: {}", output.status, text(&output.stderr));
@@ -239,7 +239,7 @@ impl Cluster {
         text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
     }
 
-    /// Every tensor of a committed checkpoint, by name, whoever wrote it.
+    /// Every tensor of a committed checkpoint, by name, from all shards.
     ///
     /// # Panics
     /// There is no such checkpoint, or two shards hold the same tensor.
@@ -263,10 +263,10 @@ impl Cluster {
     }
 }
 
-/// Long enough for anything that is not stuck.
+/// Longer than any command takes that does not hang.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// A command under way, whose log on standard error is read line by line.
+/// A running command, whose log on standard error is read line by line.
 pub struct Process {
     child: Child,
     log: BufReader<ChildStderr>,
@@ -275,7 +275,7 @@ pub struct Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // A test that panics leaves nothing running. Fails where it has been waited for.
+        // A test that panics leaves no process running. Fails where it has been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -294,7 +294,7 @@ impl Process {
         Self { child, log, seen: String::new() }
     }
 
-    /// Reads on until a line holds all of `words`; returns it.
+    /// Reads until a line contains all of `words`; returns it.
     ///
     /// # Panics
     /// The log ends before.
@@ -321,8 +321,8 @@ impl Process {
         i32::try_from(self.child.id()).expect("a process id")
     }
 
-    /// Reads the log to its end, which is when the process and all that it started have closed it, and reaps it. Returns
-    /// its exit code and all that was said.
+    /// Reads the log to its end, when the process and all its children have closed it, and reaps the process. Returns
+    /// its exit code and the rest of the log.
     ///
     /// # Panics
     /// A process still holds the log open after a long time.
@@ -332,7 +332,7 @@ impl Process {
         std::thread::spawn(move || {
             let result = self.log.read_to_string(&mut self.seen);
             if let Some(mut stdout) = self.child.stdout.take() {
-                // What cannot be read is missing in what the test sees.
+                // A line that cannot be read is missing in the result.
                 let _ = stdout.read_to_string(&mut self.seen);
             }
             let status = self.child.wait();
@@ -345,10 +345,10 @@ impl Process {
     }
 }
 
-/// Sends a signal to a process of the test's own.
+/// Sends a signal to a process that the test has started.
 ///
 /// # Panics
-/// It is gone.
+/// It has ended.
 pub fn kill(pid: i32, signal: Signal) {
     nix::sys::signal::kill(Pid::from_raw(pid), signal).unwrap_or_else(|e| panic!("{signal} to {pid}: {e}"));
 }
@@ -356,14 +356,14 @@ pub fn kill(pid: i32, signal: Signal) {
 /// The process id in a log line about a worker: "… (host, process 123, cpu)".
 ///
 /// # Panics
-/// There is none.
+/// The line has none.
 #[must_use]
 pub fn worker_pid(line: &str) -> i32 {
     let pid = line.split("process ").nth(1).and_then(|rest| rest.split(',').next());
     pid.and_then(|pid| pid.parse().ok()).unwrap_or_else(|| panic!("no process in {line:?}"))
 }
 
-/// A port of this machine that nobody listens on.
+/// A port of this machine on which no process listens.
 ///
 /// # Panics
 /// There is none.

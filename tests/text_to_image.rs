@@ -101,7 +101,7 @@ fn potstill(arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// Python with diffusers, where `scripts/test.sh` has installed it.
+/// Python with diffusers, if `scripts/test.sh` has installed it.
 fn python(test: &str) -> Option<PathBuf> {
     let python = repository().join(".venv/bin/python");
     let mut command = Command::new(&python);
@@ -151,7 +151,7 @@ fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers()
             assert!(checked.status.success(), "{preset}: {}", text(&checked.stderr));
         }
     }
-    // Twenty iterations are ten and ten more, bit by bit.
+    // Twenty iterations are the same as ten and ten more, bit by bit.
     studio.succeed("straight", 2, &["distillation.iterations=20", "guidance.preset=none"], &[]);
     assert!(studio.cluster.checkpoint("straight", 20) == studio.cluster.checkpoint("none", 20));
 }
@@ -173,7 +173,7 @@ fn what_saves_memory_changes_nothing() {
         studio.assert_close(run, "plain", 6, 1e-4);
     }
     assert!(studio.path("embeddings").is_dir(), "embeddings were kept");
-    // bf16 weights with fp32 masters: near, but not the same; sharded or not.
+    // bf16 weights with fp32 master weights: close, but not equal; sharded or not.
     let bf16 = ["distillation.precision=bf16", "memory.bf16_weights=true"];
     studio.succeed("bf16", 1, &sets(&bf16), &[]);
     studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard_optimizer=true"]].concat()), &[]);
@@ -226,7 +226,7 @@ fn a_sharded_optimizers_checkpoint_is_loaded_by_any_number_of_ranks() {
             assert!(difference <= 1e-4, "{run}: {part}: {difference}");
         }
     }
-    // Resumed at the same size it is the same, bit by bit.
+    // Resumed with the same number of workers, it is the same bit by bit.
     studio.succeed("halves", 2, &["distillation.iterations=3", sharded], &[]);
     studio.succeed("halves", 2, &["distillation.iterations=6", sharded], &["--resume"]);
     studio.succeed("whole", 2, &["distillation.iterations=6", sharded], &[]);
@@ -312,11 +312,11 @@ fn the_adversarial_loss_sees_images_with_captions() {
     run("waiting", 1, &sets(&["adversarial.join_images=1000"]));
     let (with, waiting) = (studio.cluster.checkpoint("one", 6), studio.cluster.checkpoint("waiting", 6));
     assert!(relative_difference(&with, &waiting, "generator/") > 0.0);
-    // Without a list of prompts, generated samples share the captions of the real images.
+    // Without prompts of its own, generated samples share the captions of the real images.
     run("shared", 1, &sets(&["prompts.data=none"]));
     let shared = studio.cluster.checkpoint("shared", 6);
     assert!(relative_difference(&with, &shared, "generator/") > 0.0);
-    // A finished generator is what the next run starts from.
+    // The next run starts from a finished generator.
     let exported = studio.path("exported");
     let run_url = studio.cluster.run("one");
     potstill(&[
@@ -341,7 +341,7 @@ fn a_run_is_scored_with_clip_where_it_names_one() {
         file("reference", "configs/shapes/shapes.safetensors"),
     );
     let clip = file("clip", "tests/fixtures/clip_tiny.pt");
-    // What is made at random has no meaning, and may be as alike as it likes.
+    // Samples of a random model may be as similar as they are.
     let common = ["distillation.iterations=2", "evaluation.samples=24", "evaluation.collapse_share=0.0"];
     let sets = [&common[..], &[&features, &reference]].concat();
     let with = [&sets[..], &[&clip]].concat();
@@ -370,7 +370,7 @@ fn a_run_is_scored_with_clip_where_it_names_one() {
             .collect::<Vec<_>>()
     };
     assert!(evaluated("one").iter().all(|scores| scores["clip_score"].is_f64()));
-    // Where there is none, nothing is said.
+    // Without them nothing is reported.
     let without = table("without", &sets);
     assert!(without.contains("FID") && !without.contains("CLIP"), "{without}");
     assert!(scores("without").iter().all(serde_json::Value::is_null));
@@ -423,7 +423,7 @@ fn a_run_is_scored_on_prompts_of_its_own() {
         studio.succeed(name, 1, &[&common[..], more].concat(), &[]);
         studio.cluster.summary(name)
     };
-    // A relative path counts from the run file. The teacher is the same whatever is trained on.
+    // A relative path is relative to the run file. The teacher's evaluation does not depend on the training prompts.
     let of_captions = ["evaluation.prompts=captions.jsonl", "evaluation.prompts_column=caption"];
     let scored = run("captions", &of_captions);
     let trained = run("trained-on-captions", &["prompts.data=captions.txt"]);
@@ -433,7 +433,7 @@ fn a_run_is_scored_on_prompts_of_its_own() {
         assert_eq!(scored["teacher"][name], trained["teacher"][name], "{name}");
         assert_ne!(scored["teacher"][name], usual["teacher"][name], "{name}");
     }
-    // Training draws from prompts.data all the same.
+    // Training still draws from prompts.data.
     studio.assert_close("captions", "usual", 1, 1e-6);
     let cached = run("cached", &[&of_captions[..], &["prompts.cache=embeddings"]].concat());
     for name in names {
@@ -481,7 +481,7 @@ fn wrong_input_is_named_before_anything_is_written() {
     says(studio.refused(&["memory.bf16_weights=true"]), &["bf16_weights", "precision"]);
     says(studio.refused(&["teacher.model=/nowhere/model"]), &["/nowhere/model", "model_index.json"]);
 
-    // Folders with something wrong.
+    // Invalid folders.
     let broken = |name: &str, change: &dyn Fn(&Path)| {
         let folder = studio.path(name);
         tiny_model::write("sdxl", &folder);
@@ -521,7 +521,7 @@ fn wrong_input_is_named_before_anything_is_written() {
     });
     says(message, &["scheduler_config.json", "FlowMatchEulerDiscreteScheduler"]);
 
-    // Pairs.
+    // Image-text pairs.
     let pairs = |path: &Path| format!("adversarial.data={}", path.display());
     says(studio.refused(&[&pairs(&studio.path("model"))]), &["holds no tars"]);
     let tar = studio.path("broken.tar");
@@ -535,7 +535,7 @@ fn wrong_input_is_named_before_anything_is_written() {
 #[test]
 fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     let studio = Studio::new("sdxl");
-    // The weights are not looked at.
+    // The weights are not checked.
     std::fs::remove_file(studio.path("model/unet/diffusion_pytorch_model.safetensors")).unwrap();
     let config = studio.config.to_str().unwrap();
     let plan = |more: &[&str]| {
@@ -567,8 +567,8 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     assert_eq!(code, Some(2), "{error}");
 }
 
-/// The shipped teacher of shapes obeys its prompts, and so do its students (a classifier's agreement at least 0.9 times the
-/// teacher's), with one step and with four.
+/// The shipped teacher of shapes follows its prompts, and so do its students (a classifier's agreement at least 0.9
+/// times the teacher's), with one step and with four.
 #[test]
 fn students_of_the_shapes_teacher_obey_its_prompts() {
     let cluster = Cluster::default();

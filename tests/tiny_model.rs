@@ -1,4 +1,4 @@
-//! The tiny text-to-image models of `tests/fixtures/sd_model_*.safetensors`, as folders that a hub would send.
+//! The tiny text-to-image models of `tests/fixtures/sd_model_*.safetensors`, as folders in a hub's layout.
 
 use std::{collections::HashMap, path::Path};
 
@@ -31,7 +31,7 @@ pub fn write(family: &str, folder: &Path) {
     write("scheduler/scheduler_config.json", metadata["scheduler"].as_bytes());
     for (name, content) in metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
         write(name, content.as_bytes());
-        // What transformers wants to be told; the loader here takes it from the encoder.
+        // transformers needs this; the loader here takes it from the encoder.
         if let Some(folder) = name.strip_suffix("special_tokens_map.json") {
             let mut config: serde_json::Value = serde_json::from_str(content).expect("JSON");
             config["model_max_length"] = 77.into();

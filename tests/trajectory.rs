@@ -1,4 +1,5 @@
-//! The same result whatever happens: resume is bit-identical, and the number of workers changes only float sums.
+//! Tests that the result is always the same: resume is bit-identical, and the number of workers changes only float
+//! sums.
 
 use potstill_tests::{Cluster, relative_difference, text};
 
@@ -96,7 +97,8 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
             iterations,
             "adversarial.data=digits.safetensors",
             "adversarial.limit=100",
-            // Halved, the run is resumed between the two: the generator moves from iteration 3 on, its term joins in iteration 5.
+            // The generator steps from iteration 3 on and its term joins in iteration 5; the run in two halves resumes
+            // between the two.
             "adversarial.join_images=128",
             "adversarial.approximate_r1=1",
             "distillation.generator_start_images=64",
@@ -122,8 +124,8 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
     assert!(last["generator_adversarial_loss"].as_f64().is_some_and(|loss| loss > 0.0), "{last}");
 }
 
-/// Adam's bias correction counts the generator's own steps: after any number of frozen iterations its first step is as long as
-/// the learning rate, element by element (β₁ = 0), and so is the fake score's.
+/// Adam's bias correction counts the generator's own steps: after any number of frozen iterations its first step is as
+/// long as the learning rate, element by element (β₁ = 0), and so is the fake score's.
 #[test]
 fn the_first_step_after_a_freeze_is_as_long_as_any_first_step() {
     let cluster = Cluster::default();
@@ -199,7 +201,7 @@ fn with_names_of(
 #[test]
 fn lower_precisions_stay_close_and_resume_bit_by_bit() {
     let cluster = Cluster::default();
-    // Small steps, so that one which fp16 leaves out while its loss scale settles makes no great difference.
+    // Small steps, so that one that fp16 skips while its loss scale settles makes little difference.
     let slow = "optimizer.fake_score_learning_rate=5e-5";
     cluster.succeed("fp32", 1, &["distillation.iterations=6", slow], &[]);
     let reference = cluster.checkpoint("fp32", 6);
@@ -218,7 +220,7 @@ fn lower_precisions_stay_close_and_resume_bit_by_bit() {
         let counters = &lower["counters/loss_scale_and_steps"];
         let [scale, _, steps, _, _, fake_steps] = counters[..] else { panic!("{counters:?}") };
         assert_eq!(scale > 1.0, precision == "fp16", "{precision}: {scale}");
-        // A step that fp16 leaves out does not count: each of them has halved the loss scale.
+        // A step that fp16 skips does not count: each of them has halved the loss scale.
         let fake_scale = counters[3];
         for (scale, steps) in [(scale, steps), (fake_scale, fake_steps)] {
             let skipped = if precision == "fp16" { 16.0 - scale.log2() } else { 0.0 };

@@ -1,11 +1,11 @@
-//! Where a run stands: generations and cursors.
+//! Generations and cursors: which membership computes, and how far its state is.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A numbered membership. Grows by one with every change of members and never repeats within a run, so that what
-/// an old member says can be told from what a present one says.
+/// A numbered membership of a run. The number grows by one with every change of members and is never used twice within
+/// a run, so that messages of former members can be told from those of present ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Generation(pub u64);
@@ -34,14 +34,14 @@ impl fmt::Display for Generation {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// The fake score network learns the score of what the generator makes.
+    /// The fake score network learns the score of the generator's samples.
     #[default]
     FakeScore,
-    /// The generator takes its step against the difference of the two scores.
+    /// The generator takes a step along the difference of the two scores.
     Generator,
 }
 
-/// What a state is about to compute: everything before has been applied to it. Ordered by age.
+/// How far a state is: the phase that it computes next, with everything before applied to it. Ordered by age.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Cursor {
     /// Completed iterations.

@@ -18,9 +18,9 @@ pub mod wire {
     tonic::include_proto!("potstill.v1");
 }
 
-/// Version of the stream's language. A worker that speaks another one is refused at its hello.
+/// Version of the protocol. A worker with another version is refused at its hello.
 pub const PROTOCOL: u32 = 3;
 
-/// The largest gRPC message either side accepts, in bytes. The biggest honest one is a `Welcome` with a run
-/// specification of a few kilobytes; tensors never travel this way.
+/// The largest gRPC message that either side accepts, in bytes. The largest regular one is a `Welcome` with a run
+/// specification of a few kilobytes; tensors are never sent in these messages.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

@@ -1,6 +1,7 @@
-//! The stream's messages as types that cannot be half-filled, and their wire form.
+//! The stream's messages as types that cannot be incomplete, and their wire form.
 //!
-//! Reports that the coordinator only records ([`wire::StepReport`]) keep their wire type: every field of theirs is plain data.
+//! Reports that the coordinator only records ([`wire::StepReport`]) keep their wire type: all their fields are plain
+//! data.
 
 use std::fmt;
 
@@ -13,11 +14,11 @@ use crate::{
     wire,
 };
 
-/// A message that does not say what its kind must say. The sender is speaking another language: its stream is closed.
+/// A message that lacks a required field or has an invalid one. The sender uses another protocol: its stream is closed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("malformed {message}: {problem}")]
 pub struct Malformed {
-    /// Which message.
+    /// The kind of message.
     pub message: &'static str,
     /// What is wrong with it.
     pub problem: String,
@@ -27,7 +28,7 @@ fn malformed<T>(message: &'static str, problem: impl Into<String>) -> Result<T, 
     Err(Malformed { message, problem: problem.into() })
 }
 
-/// A worker process, unique for ever: a restarted rank is a new worker.
+/// The id of a worker process, different for every process: a restarted rank is a new worker.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub String);
 
@@ -37,16 +38,16 @@ impl fmt::Display for WorkerId {
     }
 }
 
-/// The first message of a stream: who attaches and what it holds.
+/// The first message of a stream: which worker attaches, and which state it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Language version; see [`crate::PROTOCOL`].
+    /// Protocol version; see [`crate::PROTOCOL`].
     pub protocol: u32,
-    /// Who.
+    /// Its id.
     pub worker: WorkerId,
     /// The run it was started for.
     pub run_id: String,
-    /// Its machine.
+    /// Its host.
     pub host: String,
     /// Its process id there.
     pub pid: u32,
@@ -54,33 +55,33 @@ pub struct Hello {
     pub device: String,
     /// `host:port` of its own TCPStore server.
     pub store_address: String,
-    /// How far the state is that it holds whole; `None` for a fresh process.
+    /// The cursor of the state that it holds completely; `None` for a fresh process.
     pub held: Option<Cursor>,
     /// Its newest place; `None` for a fresh process. It may have left that generation since.
     pub place: Option<Place>,
 }
 
-/// Where a worker stands in a generation.
+/// A worker's rank in a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The generation.
     pub generation: Generation,
-    /// The rank in it.
+    /// Its rank in that generation.
     pub rank: u32,
 }
 
-/// What a worker says after its hello.
+/// A worker's messages after its hello.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FromWorker {
-    /// It lives, and this far it is.
+    /// It is alive, and its state is at this cursor.
     Heartbeat {
         /// Its generation.
         generation: Generation,
-        /// How far its state is.
+        /// The cursor of its state.
         cursor: Cursor,
-        /// Grows with every unit of work.
+        /// Its count of completed units of work, such as micro-batches.
         progress: u64,
-        /// What it is doing, for messages.
+        /// What it is doing, as text.
         activity: String,
         /// It waits for its peers in a collective.
         waiting: bool,
@@ -89,17 +90,17 @@ pub enum FromWorker {
     Ready,
     /// One finished iteration of one rank.
     StepReport(wire::StepReport),
-    /// Scores of the teacher or of the student, from rank 0.
+    /// Metrics of the teacher or of the student, from rank 0.
     Evaluation(Evaluation),
-    /// Its share of a checkpoint is durable.
+    /// Its shard of a checkpoint is durable.
     ShardReceipt(wire::ShardReceipt),
-    /// Its share of a checkpoint could not be written.
+    /// Its shard of a checkpoint could not be written.
     ShardFailed(wire::ShardFailed),
     /// It left the group after a failed collective and waits.
     CollectiveFailed {
         /// The generation whose collective failed.
         generation: Generation,
-        /// The state it kept.
+        /// The cursor of the state that it kept.
         cursor: Cursor,
         /// Operation, rank and cause.
         error: String,
@@ -108,12 +109,12 @@ pub enum FromWorker {
     Yielded {
         /// The generation it left.
         generation: Generation,
-        /// The state it kept.
+        /// The cursor of the state that it kept.
         cursor: Cursor,
     },
-    /// Its machine is wanted for something else: it would like to save and go.
+    /// It must leave its machine: it asks to save and leave at the next boundary.
     Leaving {
-        /// Who wants it, for messages.
+        /// Why, as text.
         reason: String,
     },
     /// The checkpoint that its assignment names cannot be read: it left the group and holds no state.
@@ -129,14 +130,14 @@ pub enum FromWorker {
     Finished {
         /// Its generation.
         generation: Generation,
-        /// How far its state is.
+        /// The cursor of its state.
         cursor: Cursor,
     },
-    /// It cannot go on, and no other worker could.
+    /// It cannot continue, and no other worker could.
     Failed {
         /// Its generation; 0 before any assignment.
         generation: Generation,
-        /// What, where, and what to do about it.
+        /// The error: what failed, where, and what to do about it.
         error: String,
     },
 }
@@ -152,9 +153,9 @@ pub enum Source {
         /// Object key of the manifest.
         manifest_key: String,
     },
-    /// From the rank that is furthest: it broadcasts, the others take.
+    /// From the rank that is furthest: it broadcasts its state to the others.
     Peer {
-        /// That rank.
+        /// Its rank.
         rank: u32,
     },
 }
@@ -162,15 +163,15 @@ pub enum Source {
 /// A worker's place in a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
-    /// Which generation.
+    /// The generation.
     pub generation: Generation,
     /// Its rank in it.
     pub rank: u32,
-    /// How many ranks there are.
+    /// The number of ranks.
     pub world_size: u32,
     /// TCPStore of rank 0's worker.
     pub store_address: String,
-    /// What it computes of every iteration.
+    /// Its micro-batches of every iteration.
     pub micro_batches: MicroBatches,
     /// Where the state comes from.
     pub source: Source,
@@ -178,61 +179,61 @@ pub struct Assignment {
     pub evaluate_teacher: bool,
 }
 
-/// What the coordinator asks of a whole generation, agreed on over the control lane.
+/// The coordinator's request to a whole generation, on whose execution its ranks agree over the control lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Save a checkpoint at the next boundary and go on.
+    /// Save a checkpoint at the next boundary and continue.
     Checkpoint,
     /// Save a checkpoint at the next boundary and finish.
     CheckpointAndStop,
-    /// Leave the group at the next boundary and wait for a place.
+    /// Leave the group at the next boundary and wait for an assignment.
     Yield,
-    /// Save a checkpoint at the next boundary, then the same.
+    /// Save a checkpoint at the next boundary, then leave the group and wait for an assignment.
     CheckpointAndYield,
 }
 
-/// What the coordinator says.
+/// The coordinator's messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToWorker {
     /// Answers the hello.
     Welcome {
-        /// The run.
+        /// The run's id.
         run_id: String,
         /// The frozen specification, TOML.
         specification: String,
         /// Root of the object storage.
         storage_url: String,
-        /// How often to send heartbeats.
+        /// Time between two heartbeats.
         heartbeat_millis: u64,
-        /// Bound for one collective.
+        /// Timeout of one collective.
         collective_timeout_millis: u64,
-        /// How long to go on without a coordinator.
+        /// How long to continue without a coordinator.
         patience_millis: u64,
     },
     /// A place in a generation.
     Assignment(Assignment),
-    /// Leave this generation's collectives, keep the state, wait.
+    /// Leave this generation's group, keep the state, and wait for an assignment.
     Abandon {
-        /// Which generation.
+        /// The generation.
         generation: Generation,
-        /// Why, for messages.
+        /// Why, as text.
         reason: String,
     },
-    /// This iteration's checkpoint exists.
+    /// A checkpoint is committed.
     Committed {
         /// Its iteration.
         iteration: u64,
     },
-    /// Raise a flag on the control lane.
+    /// Raise a flag on the control lane, so that all ranks act at the same boundary.
     Request {
-        /// The generation it is addressed to.
+        /// The generation that is asked.
         generation: Generation,
-        /// What is asked.
+        /// The request.
         what: Request,
     },
     /// The run is over for this worker.
     Stop {
-        /// Whether the run reached its end or saved when it was asked to stop.
+        /// Whether the run has succeeded, or has saved when it was asked to stop.
         success: bool,
         /// Why.
         reason: String,
@@ -242,9 +243,9 @@ pub enum ToWorker {
         /// Why.
         reason: String,
     },
-    /// The worker does not move: its process is to end at once, and to be started again.
+    /// The worker hangs: its process must end at once, and its agent starts another.
     Restart {
-        /// Since when it has not moved, and where.
+        /// For how long it has made no progress, what it was doing, and its cursor.
         reason: String,
     },
 }
@@ -385,7 +386,10 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
     fn try_from(message: wire::WorkerMessage) -> Result<Self, Malformed> {
         use wire::worker_message::Kind;
         let Some(kind) = message.kind else {
-            return malformed("WorkerMessage", "it is empty, or of a kind this version does not know");
+            return malformed(
+                "WorkerMessage",
+                "it is empty, or of a kind that this version does not support",
+            );
         };
         Ok(match kind {
             Kind::Hello(_) => return malformed("Hello", "a stream has only one"),
@@ -495,7 +499,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
     fn try_from(message: wire::CoordinatorMessage) -> Result<Self, Malformed> {
         use wire::coordinator_message::Kind;
         let Some(kind) = message.kind else {
-            let problem = "it is empty, or of a kind this version does not know";
+            let problem = "it is empty, or of a kind that this version does not support";
             return malformed("CoordinatorMessage", problem);
         };
         Ok(match kind {

@@ -1,4 +1,4 @@
-//! How an iteration's micro-batches are spread over the ranks.
+//! The distribution of an iteration's micro-batches over the ranks.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 pub struct MicroBatches {
     /// Index of the first one.
     pub first: u32,
-    /// How many.
+    /// Their number.
     pub count: u32,
 }
 

@@ -1,10 +1,10 @@
-//! How good the samples of a teacher or of a student are, and what they cost.
+//! Metrics of the samples of a teacher or of a student, and their cost.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{cursor::Generation, wire};
 
-/// What was scored.
+/// Whose samples were evaluated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Subject {
@@ -39,28 +39,28 @@ pub struct Scores {
     pub diversity: Option<f64>,
     /// Mean over samples of 100·max(cos(image, text), 0), in [0, 100] (2104.08718).
     pub clip_score: Option<f64>,
-    /// Network evaluations behind one image.
+    /// Network evaluations per image.
     pub evaluations_per_image: Option<f64>,
-    /// Sampling speed of all processes together.
+    /// Images per second of all processes together.
     pub images_per_second: Option<f64>,
-    /// Samples scored.
+    /// Number of samples evaluated.
     pub samples: u64,
 }
 
-/// A number that was measured, if it is one.
+/// A metric that was measured and is finite.
 #[must_use]
 pub fn measured(number: f64) -> Option<f64> {
     Some(number).filter(|number| number.is_finite())
 }
 
-/// One scoring, as rank 0 reports it.
+/// One evaluation, as rank 0 reports it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// The generation that scored.
+    /// The generation that evaluated.
     pub generation: Generation,
     /// Completed iterations.
     pub iteration: u64,
-    /// What was scored.
+    /// Whose samples were evaluated.
     pub subject: Subject,
     /// The result.
     pub scores: Scores,

@@ -27,15 +27,16 @@ PICTURES = ROOT / "docs" / "results"
 POTSTILL = prepare.PROGRAMS / "potstill"
 
 ITERATIONS = 1000
-# The same for every run, so that rows differ only in what they are named after. The learning rates fall in the second half.
+# The same for every run, so that rows differ only in the settings in their names. The learning rates decay in the
+# second half.
 COMMON = {
     "distillation.iterations": ITERATIONS,
     "optimizer.decay": "{start_images=64000,end_images=128000}",
     "checkpoint.every": 500,
     "evaluation.every": 250,
-    # More than a run's usual 2,000, so that rows can be told apart.
+    # More than a run's usual 2,000, so that differences between rows are significant.
     "evaluation.samples": 5000,
-    # Guidance may cost diversity here; that is what is measured.
+    # Guidance may reduce diversity here; this is what is measured.
     "evaluation.collapse_share": 0.0,
 }
 STEPS = {"one-step": 1, "four-step": 4}
@@ -46,8 +47,8 @@ GUIDANCE = {
     "zero-cfg": {"guidance.preset": "zero-cfg"},
     "anti-cfg": {"guidance.preset": "anti-cfg"},
 }
-# The generator's adversarial term joins after a tenth of the run; the discriminator learns from the first image. Scaling and weight
-# are SiD-DiT's: at SiDA's weight nothing is seen here.
+# The generator's adversarial term joins after a tenth of the run; the discriminator learns from the first image.
+# Scaling and weight are SiD-DiT's: with SiDA's weight there is no effect here.
 REAL = ROOT / "configs" / "digits" / "digits.safetensors"
 WEIGHT = 1.0
 
@@ -62,7 +63,7 @@ def adversarial(limit: int | None) -> dict[str, str]:
 class Row:
     preset: str
     guidance: str
-    # None: data-free; 0: all real digits; otherwise so many.
+    # None: data-free; 0: all real digits; otherwise this many.
     real: int | None
 
     @property
@@ -79,7 +80,7 @@ class Row:
         return COMMON | GUIDANCE[self.guidance] | real
 
 
-# Those that say most come first: whoever stops early has them.
+# The most informative runs come first, for those who stop early.
 ROWS = [Row(p, g, r) for r in (None, 0) for p in STEPS for g in GUIDANCE]
 ROWS += [Row("four-step", g, 100) for g in ("none", "zero-cfg")]
 
@@ -93,7 +94,7 @@ def launch(row: Row, storage: Path) -> None:
     if any((folder / "checkpoints").glob("*/manifest.json")):
         command.append("--resume")
     elif folder.exists():
-        # It was stopped before its first checkpoint: there is nothing to go on from.
+        # It was stopped before its first checkpoint: there is none to resume from.
         shutil.rmtree(folder)
     with open(storage / f"{row.name}.log", "ab") as log:
         subprocess.run([str(part) for part in command], stdout=log, stderr=log, check=True)
@@ -124,7 +125,7 @@ def table(rows: list[Row], found: dict[Row, dict], teacher: dict) -> list[str]:
 
 
 def compare(found: dict[Row, dict], key: str, pairs: list[tuple[Row, Row]]) -> str:
-    """How often the first of a pair has more of something, and by how much on average."""
+    """In how many pairs the first has the greater value, and the mean difference."""
     differences = [found[a]["student"][key] - found[b]["student"][key] for a, b in pairs if a in found and b in found]
     if not differences:
         return "not measured"
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", type=Path, default=ROOT / "ablation")
     parser.add_argument("--only", default="", help="only runs whose names contain this")
-    parser.add_argument("--report", action="store_true", help="only write the document anew")
+    parser.add_argument("--report", action="store_true", help="only write the document again")
     arguments = parser.parse_args()
     prepare.programs()
     storage = arguments.storage.resolve()

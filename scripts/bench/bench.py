@@ -8,9 +8,9 @@ long a start takes, peak memory, and Gloo's all-reduce. About 1.5 minutes on 2 C
 
 Times depend on the machine and on what else it does: compare only numbers of one table, best its ratios.
 
-Distillation is configs/digits/one-step.toml as `potstill launch` runs it, without evaluation and without checkpoints
+Distillation is configs/digits/one-step.toml with `potstill launch`, without evaluation and without checkpoints
 (the one at the end, which every run saves, comes after the last measured iteration). Runs with one and with two workers
-take turns, each round in the other order than the one before, so that a machine that slows down slows both. All
+alternate, in reverse order in every other round, so that a machine that slows down affects both equally. All
 numbers are medians over the rounds; ratios are taken within a round, and then their median.
 """
 
@@ -49,9 +49,9 @@ PARTS = {
     "other": "other",
 }
 PROCESSES = ("rank", "agent", "launcher")
-SAMPLING_SECONDS = 0.1  # the kernel keeps the peak: a sample only has to come before the process's end
+SAMPLING_SECONDS = 0.1  # the kernel keeps the peak: one sample before the process's end is enough
 SIZES = {4 << 10: "4 KiB", 4 << 20: "4 MiB", 64 << 20: "64 MiB"}
-QUIET_CORES = 0.2  # two threads that meet after each operation lose far more to a busy neighbour than its share
+QUIET_CORES = 0.2  # two threads that synchronize after each operation lose far more to another program than its share
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -65,18 +65,18 @@ def fail(message: str) -> NoReturn:
 
 
 def tied_to_us() -> None:
-    """In a new child: die with this process, even where it has no chance to clean up."""
+    """In a new child: ends it with this process, even if this one is killed."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without what would change a run or silence its log."""
+    """This process's environment, without variables that would change a run or silence its log."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("POTSTILL_")}
     return kept | {"RUST_LOG": "info"}
 
 
 def read_proc(pid: int | str, name: str) -> str:
-    """A file of /proc, or nothing when the process is gone."""
+    """A file of /proc; empty when the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
@@ -84,31 +84,31 @@ def read_proc(pid: int | str, name: str) -> str:
 
 
 def stat_fields(pid: int | str) -> list[str]:
-    """/proc/PID/stat from the state on: the name before it may hold anything."""
+    """/proc/PID/stat from the state on: the name before it may contain spaces and parentheses."""
     return read_proc(pid, "stat").rpartition(")")[2].split()
 
 
 def children(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
+    """The child processes of `pid`."""
     pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
     return [child for child in pids if stat_fields(child)[1:2] == [str(pid)]]
 
 
 class Others:
-    """How many cores everybody else kept busy while a run went on, the machine's host included."""
+    """How many cores all other programs used during a run, including those on the machine's host."""
 
     def __init__(self) -> None:
         self.started, self.busy, self.own = time.monotonic(), self.busy_seconds(), self.own_seconds()
 
     @staticmethod
     def busy_seconds() -> float:
-        """CPU time spent on anything, since the start of the machine."""
+        """CPU seconds of all programs since the start of the machine."""
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, read_proc(".", "stat").split()[1:9])
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
     @staticmethod
     def own_seconds() -> float:
-        """CPU time of this process and of all that it has started and that have ended."""
+        """CPU seconds of this process and of its children that have ended."""
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(of.ru_utime + of.ru_stime for of in used)
 
@@ -131,7 +131,7 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Sample until told that the run is over."""
+        """Sample until the run is over."""
         while not self.over.wait(SAMPLING_SECONDS):
             if len(self.found["rank"]) < self.workers:
                 self.look()
@@ -141,7 +141,7 @@ class Watch(threading.Thread):
                         self.peak_kib[pid] = int(line.split()[1])
 
     def look(self) -> None:
-        """Look for processes that were not there before."""
+        """Find new processes."""
         parents = {"agent": self.found["launcher"], "rank": self.found["agent"]}
         for role, above in parents.items():
             for pid in [child for parent in above for child in children(parent)]:
@@ -165,7 +165,7 @@ class Watch(threading.Thread):
 
 
 def write_config(work: Path) -> Path:
-    """The digits run without its evaluation section: then nothing is scored, not even at the end."""
+    """The digits run without its evaluation section, so that nothing is evaluated, not even at the end."""
     kept, section = [], ""
     for line in (REPOSITORY / CONFIG).read_text().splitlines():
         if line.startswith("["):
@@ -174,7 +174,7 @@ def write_config(work: Path) -> Path:
             continue
         name, _, value = line.partition("=")
         if section == "[teacher]" and name.strip() == "weights":
-            # Relative to the file that names it, and the copy lies elsewhere.
+            # The path is relative to the file that names it, and the copy is in another folder.
             path = REPOSITORY / Path(CONFIG).parent / value.strip().strip("\"'")
             line = f"weights = {json.dumps(str(path))}"
         kept.append(line)
@@ -217,7 +217,7 @@ def distil(work: Path, config: Path, name: str, workers: int, iterations: int) -
         watch.over.set()
         if launcher.poll() is None:
             launcher.kill()
-        # The agent and its ranks end with their launcher. Each holds the other end of this pipe until then.
+        # The agent and its ranks end with their launcher. Each keeps the other end of this pipe open until then.
         for _ in launcher.stderr:
             pass
         launcher.wait()
@@ -242,7 +242,7 @@ def step_times(path: Path, workers: int) -> dict:
     if not rows:
         fail("the run was too short: nothing is left without the first iterations")
     if any(row["world_size"] != workers for row in [warm_up, *rows]):
-        fail(f"a worker was lost in the run with {workers}: nothing can be said about its speed")
+        fail(f"a worker was lost in the run with {workers}: its speed cannot be measured")
     iterations = sum(row["iterations"] for row in rows)
     images = rows[-1]["images"] - warm_up["images"]
 
@@ -296,7 +296,7 @@ def median(values: list[float | None]) -> float | None:
 
 
 class Rounds:
-    """What was measured in all rounds, with one and with two workers."""
+    """The measurements of all rounds, with one and with two workers."""
 
     def __init__(self) -> None:
         self.of: dict[int, list[dict]] = {workers: [] for workers in WORKERS}
@@ -316,7 +316,7 @@ class Rounds:
 
 
 def machine() -> dict:
-    """What the numbers depend on. No names and no paths."""
+    """The machine and the versions on which the numbers depend, without names and paths."""
     lines = (line.partition(":") for line in read_proc(".", "cpuinfo").splitlines())
     models = [value.strip() for name, _, value in lines if name.strip() == "model name"]
     return {
@@ -367,7 +367,7 @@ def report(results: dict) -> str:
         ["distillation"],
         row("images/s", runs["images_per_second"], "{:.1f}".format),
         ["  slowest .. fastest round", *spread, ""],
-        row("cores that others kept busy", runs["cores_busy_for_others"], "{:.2f}".format)[:3] + [""],
+        row("cores used by other programs", runs["cores_busy_for_others"], "{:.2f}".format)[:3] + [""],
         ["a step of the slowest rank, ms and share"],
         *(part(name, key) for key, name in PARTS.items()),
         part("total", "total"),
@@ -383,7 +383,7 @@ def report(results: dict) -> str:
         ),
     ]
     busiest = max(run["cores_busy_for_others"] for rounds in results["rounds"].values() for run in rounds)
-    warning = f"Not a quiet machine: in one run, other programs kept {busiest:.1f} cores busy. Measure again."
+    warning = f"Not an idle machine: in one run, other programs used {busiest:.1f} cores. Measure again."
     return "\n".join(
         [
             f"{counted(facts['cores'], 'core')}, {facts['cpu']}, {facts['system']} {facts['architecture']}, "
@@ -394,8 +394,8 @@ def report(results: dict) -> str:
             table(rows),
             "",
             "images/s: of training alone. other: the total less the three parts. MB: the largest process of its kind,",
-            "each with the shared libraries that it has touched.",
-            "GB/s: bytes of one rank's fp32 tensor (what comes out reduced) by the median time of an operation.",
+            "each with the shared libraries that it has loaded.",
+            "GB/s: bytes of one rank's fp32 tensor divided by the median time of an operation.",
             "Only numbers of one table can be compared.",
             *([warning] if busiest > QUIET_CORES else []),
         ]
@@ -422,7 +422,7 @@ def arguments() -> argparse.Namespace:
 
 
 def end_on_signals() -> None:
-    """Make a signal an exception, once: what has been started is then ended on the way out."""
+    """Turn the first signal into an exception, so that all started processes are ended."""
     signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
     def end(number: int, _frame: object) -> NoReturn:

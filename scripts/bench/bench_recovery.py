@@ -54,7 +54,7 @@ def launch(folder: Path, config: Path, run: str, settings: dict[str, object], *f
 
 
 class Log:
-    """The messages of a run, one after the other, with the time at which they were read."""
+    """The log messages of a run, in order, with the time at which they were read."""
 
     def __init__(self, command: list[str], log: str):
         self.process = subprocess.Popen(
@@ -112,7 +112,7 @@ def kills(folder: Path, spares: int) -> list[float]:
                 if opened["world_size"] == 2:
                     break
             seconds.append(at - killed)
-            # Whoever was started in its place stands by again before the next kill.
+            # The process that was started in its place must be standby before the next kill.
             while log.attached < 2 + spares + len(seconds):
                 log.until("iteration")
     finally:
@@ -121,7 +121,7 @@ def kills(folder: Path, spares: int) -> list[float]:
 
 
 def copy_seconds(size: int) -> float:
-    """One memory copy of so many bytes on one thread, into memory that was touched before."""
+    """Seconds of one memory copy of this many bytes on one thread, into memory that was written to before."""
     source, target = numpy.ones(size, numpy.uint8), numpy.ones(size, numpy.uint8)
     seconds = []
     for _ in range(5):
@@ -132,7 +132,7 @@ def copy_seconds(size: int) -> float:
 
 
 def checkpoints(folder: Path) -> None:
-    """What saves cost, within one run: the iterations beside a save against the others."""
+    """The cost of saves within one run: iterations during a save against the others."""
     teacher = folder / "large.safetensors"
     config = ROOT / "configs" / "digits" / "teacher.toml"
     sets = LARGE | {
@@ -163,7 +163,7 @@ def checkpoints(folder: Path) -> None:
                 case "iteration":
                     seconds.append(said["seconds"])
                     print(f"\riteration {len(seconds)}/{SAVES * SAVE_EVERY + SAVE_EVERY}", end="", file=sys.stderr)
-                case "training waited for the checkpoint's copy":
+                case "training waited until the state was copied for the checkpoint":
                     waits.append(said["seconds"])
                 case "checkpoint committed" if "bytes" in said:
                     size = said["bytes"]
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kill, checkpoint or form")
     only = parser.parse_args().only
     prepare.programs("potstill-server", "form_generation")
-    # Nothing here takes so long: whatever hangs is a finding.
+    # No step takes so long: a timeout means a hang.
     signal.alarm(3600)
     with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
         folder = Path(name)

@@ -31,7 +31,7 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = prepare.ROOT
 POTSTILL = prepare.PROGRAMS / "potstill"
 RUN = "chaos"
-# Two ranks, always: the sum of two numbers does not depend on their order, so the result must be the same bit by bit.
+# Always two ranks: the sum of two numbers does not depend on their order, so the result must be bit-identical.
 WORLD = 2
 SETTINGS = {
     "distillation.global_batch": 32,
@@ -40,7 +40,7 @@ SETTINGS = {
     "cluster.failure_timeout": "2s",
     "cluster.wait_timeout": "120s",
 }
-# How often each storage operation misbehaves, while there is chaos.
+# The rates of storage faults while faults are injected.
 STORAGE_FAULTS = "error=0.02,delay=0.05,lost=0.02"
 
 
@@ -50,7 +50,7 @@ def settings(iterations: int) -> list[str]:
 
 
 class Lab:
-    """Storage, a run file without scoring, and the processes that were started."""
+    """Storage, a run file without evaluation, and the started processes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -103,7 +103,7 @@ def undisturbed(lab: Lab, iterations: int) -> float:
 
 
 class Chaos:
-    """A coordinator and its agents, and what is done to them."""
+    """A coordinator and its agents, and the faults injected into them."""
 
     def __init__(self, lab: Lab, iterations: int, seed: int):
         self.lab = lab
@@ -129,9 +129,9 @@ class Chaos:
     def holders(self, status: dict) -> list[dict]:
         return [member for member in status["members"] if member["rank"] is not None]
 
-    def wake(self, everybody: bool = False) -> None:
+    def wake(self, all_ranks: bool = False) -> None:
         for pid, until in list(self.paused.items()):
-            if everybody or until <= time.monotonic():
+            if all_ranks or until <= time.monotonic():
                 del self.paused[pid]
                 try:
                     os.kill(pid, signal.SIGCONT)
@@ -139,14 +139,14 @@ class Chaos:
                     pass
 
     def disturb(self) -> None:
-        """One fault, if the cluster can bear it: at least one rank that holds the state must live on."""
+        """Injects one fault, if at least one rank that holds the state survives it."""
         status = self.lab.status()
         if status is None or status["state"] != "training":
             return
         holders = self.holders(status)
         kind = self.random.choices(["kill", "pause", "coordinator", "kill and coordinator"], [5, 2, 2, 1])[0]
         able = [m["pid"] for m in holders if m["liveness"] == "alive" and m["pid"] not in self.paused]
-        # Whoever has just joined may not have taken the state yet.
+        # A rank that has just joined may not have taken over the state yet.
         cursors = [int(re.findall(r"\d+", m["cursor"])[0]) for m in holders]
         settled = len(able) == WORLD and min(cursors) + 1 >= max(cursors) >= max(status["iteration"], 1)
         if kind != "coordinator" and (not settled or self.paused):
@@ -178,7 +178,7 @@ class Chaos:
                 status = self.lab.status() or {}
                 at = f"iteration {status.get('iteration')}/{self.iterations}, generation {status.get('generation')}"
                 print(f"  {at}, faults: {dict(self.faults)}", flush=True)
-        self.wake(everybody=True)
+        self.wake(all_ranks=True)
         if self.coordinator.returncode != 0:
             raise Lost(f"the coordinator ended with {self.coordinator.returncode}")
         for agent in self.agents:
@@ -187,7 +187,7 @@ class Chaos:
 
 
 class Lost(Exception):
-    """Something that must not have happened."""
+    """An invariant was violated."""
 
 
 def compare(lab: Lab, iterations: int) -> float:
@@ -204,7 +204,7 @@ def compare(lab: Lab, iterations: int) -> float:
 
 
 def count(lab: Lab, iterations: int) -> None:
-    """Every iteration counts once, and none was repeated."""
+    """Checks that every iteration counts once, and none was repeated."""
     summary = json.loads((lab.folder / "runs" / RUN / "summary.json").read_text())
     if summary["iterations"] != iterations or summary["repeated_iterations"] != 0:
         raise Lost(f"{summary['iterations']} iterations, {summary['repeated_iterations']} of them repeated")
@@ -225,7 +225,7 @@ def transitions(lab: Lab) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="about how long the disturbed run takes")
+    parser.add_argument("--minutes", type=float, default=2.0, help="approximate duration of the disturbed run in minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints")
     arguments = parser.parse_args()
@@ -234,7 +234,8 @@ def main() -> None:
     lab = Lab(folder)
     failed = True
     try:
-        # How fast this machine is: the disturbed run gets as many iterations as an undisturbed one does in half its time.
+        # The speed of this machine: the disturbed run gets as many iterations as an undisturbed one completes in half
+        # its time.
         trial = Lab(folder)
         (folder / "trial").mkdir()
         trial.folder = folder / "trial"

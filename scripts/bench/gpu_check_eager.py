@@ -1,5 +1,5 @@
-"""Full SiD iterations of a text-to-image U-Net with random weights in eager PyTorch and diffusers: what `iteration`, the example of
-worker/distill, is measured beside. The same mathematics, sizes, precision and checkpointing.
+"""Full SiD iterations of a text-to-image U-Net with random weights in eager PyTorch and diffusers: the baseline of `iteration`, the example of
+worker/distill. Losses, sizes, precision and activation checkpointing are the same.
 
     python scripts/bench/gpu_check_eager.py UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda
 """
@@ -17,7 +17,7 @@ T_INIT = 625
 
 
 class Trained:
-    """A network of lower precision with fp32 masters and Adam's moments."""
+    """A network of lower precision with fp32 master weights and Adam's moments."""
 
     def __init__(self, network: torch.nn.Module):
         self.network = network
@@ -55,7 +55,7 @@ def main() -> None:
         other.load_state_dict(teacher.state_dict())
     teacher.requires_grad_(False)
     trained_generator, trained_fake = Trained(generator), Trained(fake)
-    # On the host, where Potstill's lies too in this measurement.
+    # On the host, where Potstill's is too in this measurement.
     average = [master.to("cpu", copy=True) for master in trained_generator.masters]
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0).float().to(device)

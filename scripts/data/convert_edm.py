@@ -3,12 +3,12 @@
 
     .venv/bin/python scripts/data/convert_edm.py edm-cifar10-32x32-cond-vp.pkl configs/cifar10/teacher.safetensors
 
-EDM's networks lie at https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/, SiD's students in the same format at
+EDM's networks are at https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/, SiD's students in the same format at
 https://huggingface.co/UT-Austin-PML/SiD. Such a pickle carries the source code of its classes, which EDM's own loader
 executes. Here nothing of it is executed: objects become passive records of their state, tensors and numbers are rebuilt
-by a short list of known functions, and everything else that the pickle asks for is refused by name.
+by a short list of known functions, and any other request of the pickle is rejected by name.
 
-That the tensors are those of the network is checked when Potstill loads the file.
+Potstill checks that the tensors are those of the network when it loads the file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-# The configuration's fields as Potstill knows them: constructor arguments of EDM's EDMPrecond and of its U-Nets. Those of
-# the first kind are also attributes of the network, which say what holds even where the default was taken.
+# The configuration's fields that Potstill supports: constructor arguments of EDM's EDMPrecond and of its U-Nets. Those
+# of the first kind are also attributes of the network, with the values in use, including defaults.
 ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 FIELDS = {
     *ATTRIBUTES, "model_type", "augment_dim", "model_channels", "channel_mult", "channel_mult_emb", "num_blocks",
@@ -43,14 +43,14 @@ FIELDS = {
 
 
 class Refused(Exception):
-    """What was found is not what an EDM network consists of."""
+    """The file is not that of an EDM network."""
 
 
-# What stands in for the objects of a pickle
+# Stand-ins for the objects of a pickle
 
 
 class Record:
-    """An object of a class that came with the pickle: its name and its state, and nothing that could run."""
+    """An object of a class in the pickle: its name and its state, without any code."""
 
     def __init__(self, meta: dict) -> None:
         if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("state"), dict):
@@ -60,7 +60,7 @@ class Record:
 
 
 class Container(Record):
-    """Stands in for torch.nn.ModuleDict, which EDM's U-Nets keep their blocks in."""
+    """Replaces torch.nn.ModuleDict, in which EDM's U-Nets keep their blocks."""
 
     def __init__(self) -> None:
         self.class_name, self.state = "ModuleDict", {}
@@ -72,11 +72,11 @@ class Container(Record):
 
 
 class AttributeDict(dict):
-    """Stands in for dnnlib.EasyDict, a dict whose keys are also attributes."""
+    """Replaces dnnlib.EasyDict, a dict whose keys are also attributes."""
 
 
 class NumpyType:
-    """Stands in for numpy.dtype: the plain numbers, none of the types that hold objects."""
+    """Replaces numpy.dtype: plain numbers only, no types that hold objects."""
 
     def __init__(self, code: str, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
@@ -88,7 +88,7 @@ class NumpyType:
 
 
 class NumpyArray:
-    """Stands in for numpy.ndarray. No array is part of a network, so its content is not looked at."""
+    """Replaces numpy.ndarray. No array is part of a network, so its content is ignored."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -106,7 +106,7 @@ def numpy_scalar(kind: NumpyType, data: bytes) -> object:
 
 
 def storage_from_bytes(data: bytes) -> torch.TypedStorage:
-    """A tensor's storage, which pickles carry as a file of torch's own within the file; from a GPU it goes to the CPU."""
+    """A tensor's storage, which a pickle contains as a file in torch's format; from a GPU it is moved to the CPU."""
     try:
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file can raise anything, and torch's advice is to trust it.
@@ -120,7 +120,7 @@ def storage_from_bytes(data: bytes) -> torch.TypedStorage:
 
 def tensor(storage: torch.TypedStorage, offset: int, size: tuple, stride: tuple, *_: object) -> torch.Tensor:
     flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
-    # Strides of 0 could make a terabyte out of a few bytes; beyond the storage's end, as_strided itself looks.
+    # Strides of 0 could make a terabyte out of a few bytes; as_strided itself checks the storage's end.
     if math.prod(size) > flat.numel():
         raise Refused(f"a tensor of shape {tuple(size)} has only {flat.numel()} numbers")
     return flat.as_strided(size, stride, offset)
@@ -130,7 +130,7 @@ def parameter(data: torch.Tensor, *_: object) -> torch.Tensor:
     return data
 
 
-# What EDM's code writes, with torch 1.12 to 2.11 and numpy 1 and 2. Nothing else is ever looked up.
+# The functions that EDM's code pickles, with torch 1.12 to 2.11 and numpy 1 and 2. No other name is looked up.
 ALLOWED = {
     ("builtins", "set"): set,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -163,7 +163,7 @@ class Reader(pickle.Unpickler):
 
 
 def read(file: BinaryIO) -> Record:
-    """The network in a pickle: itself, or what lies under 'ema' as in EDM's and SiD's snapshots."""
+    """The network in a pickle: itself, or the entry 'ema' as in EDM's and SiD's snapshots."""
     try:
         loaded = Reader(file).load()
     except Refused:
@@ -177,12 +177,12 @@ def read(file: BinaryIO) -> Record:
         raise Refused("it holds no network, neither alone nor under 'ema'")
     if network.class_name != "EDMPrecond":
         raise Refused(
-            f"its network is a {network.class_name}; Potstill knows EDMPrecond, which EDM's files named edm-*.pkl hold"
+            f"its network is a {network.class_name}; Potstill supports EDMPrecond, the network in EDM's files named edm-*.pkl"
         )
     return network
 
 
-# From records to what Potstill loads
+# From records to safetensors
 
 
 def members(record: Record, kind: str) -> dict:
@@ -196,7 +196,7 @@ def tensors(record: Record, prefix: str = "", seen: set[int] | None = None) -> d
     """Parameters and buffers of a module and of those within it, by the names that torch gives them."""
     seen = set() if seen is None else seen
     if id(record) in seen:
-        raise Refused(f"{prefix.rstrip('.')} is also another of its modules, which is so in no EDM network")
+        raise Refused(f"{prefix.rstrip('.')} is also another of its modules, which is not the case in an EDM network")
     seen.add(id(record))
     found: dict[str, torch.Tensor] = {}
     for kind in ("_parameters", "_buffers"):
@@ -206,8 +206,8 @@ def tensors(record: Record, prefix: str = "", seen: set[int] | None = None) -> d
             if not isinstance(value, torch.Tensor):
                 raise Refused(f"{prefix}{name} is a {type(value).__name__}, not a tensor")
             if value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise Refused(f"{prefix}{name} is of kind {value.dtype}, which fp32 does not hold exactly")
-            # Half precision is how some are stored, not how they are computed with here.
+                raise Refused(f"{prefix}{name} is of kind {value.dtype}, which fp32 cannot represent exactly")
+            # Some networks are stored in half precision, but none computes in it here.
             found[f"{prefix}{name}"] = value.detach().to(torch.float32).contiguous().clone()
     for name, module in members(record, "_modules").items():
         if isinstance(module, Record):
@@ -218,23 +218,23 @@ def tensors(record: Record, prefix: str = "", seen: set[int] | None = None) -> d
 
 
 def plain(name: str, value: object) -> object:
-    """A setting as JSON has it."""
+    """A setting as a JSON value."""
     if isinstance(value, (list, tuple)):
         return [plain(name, item) for item in value]
     finite = not isinstance(value, float) or math.isfinite(value)
     if not isinstance(value, (bool, int, float, str)) or not finite:
-        raise Refused(f"its network was made with {name} = {value!r}, which is no setting of the known form")
+        raise Refused(f"its network was made with {name} = {value!r}, which is not a setting of the known form")
     return value
 
 
 def config(record: Record) -> dict[str, object]:
-    """The constructor's arguments, as they were given, and what the network says of itself."""
+    """The constructor's arguments as they were given, and the network's own attributes."""
     arguments = record.state.get("_init_kwargs")
     if record.state.get("_init_args") or not isinstance(arguments, dict):
-        raise Refused("its network does not tell by name what it was made with (_init_kwargs)")
+        raise Refused("its network does not hold its constructor's arguments (_init_kwargs)")
     unknown = sorted(str(name) for name in set(arguments) - FIELDS)
     if unknown:
-        raise Refused(f"its network was made with {', '.join(unknown)}, which Potstill does not know")
+        raise Refused(f"its network was made with {', '.join(unknown)}, which Potstill does not support")
     settings = arguments | {name: record.state[name] for name in ATTRIBUTES if name in record.state}
     # JSON has no infinity; without the field it is the default.
     if settings.get("sigma_max") in (None, math.inf):
@@ -250,14 +250,14 @@ def digest(file: BinaryIO) -> str:
 
 
 def save(weights: dict[str, torch.Tensor], settings: dict[str, object], output: Path) -> str:
-    """Writes the file, whole or not at all, and returns its SHA-256."""
+    """Writes the file, completely or not at all, and returns its SHA-256."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as folder:
         part = Path(folder) / "part"
-        # One key alone: safetensors writes several in an order that changes from run to run, and so would the digest.
+        # One key only: safetensors writes several in an order that varies, and the digest would vary with it.
         save_file(weights, part, {"config": json.dumps(settings)})
         with open(part, "rb") as file:
             found = digest(file)
-        # It comes readable for its owner alone; as other files it is to be read by whom the user's mask lets.
+        # It was created readable for its owner only; like other files it gets the permissions of the user's umask.
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o666 & ~mask)
@@ -266,7 +266,7 @@ def save(weights: dict[str, torch.Tensor], settings: dict[str, object], output: 
 
 
 def convert(file: BinaryIO, output: Path) -> str:
-    """Converts an opened pickle, and returns what there is to say about it."""
+    """Converts an opened pickle, and returns a summary of it."""
     try:
         network = read(file)
         weights, settings = tensors(network), config(network)
@@ -284,10 +284,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="the pickle")
     parser.add_argument("output", type=Path, help="the safetensors file to write")
-    parser.add_argument("--sha256", metavar="HEX", help="refuse an input with another digest")
+    parser.add_argument("--sha256", metavar="HEX", help="reject an input with another digest")
     arguments = parser.parse_args()
     if not arguments.output.parent.is_dir():
-        sys.exit(f"error: {arguments.output}: there is no folder {arguments.output.parent}; make it first")
+        sys.exit(f"error: {arguments.output}: there is no folder {arguments.output.parent}; create it first")
     try:
         with open(arguments.input, "rb") as file:
             if arguments.sha256:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write the digits data set as one safetensors file.
 
-The digits example trains on real images that ship with the repository, so that
-it needs no download. This script made that file and is kept so that anybody can
-make it again, byte for byte:
+The digits example trains on real images that are in the repository, so that
+it needs no download. This script made that file and can make it again,
+byte for byte:
 
     pip install scikit-learn numpy safetensors
     python scripts/data/make_digits.py
@@ -50,7 +50,7 @@ def load() -> dict[str, np.ndarray]:
 
 
 def ordered(content: bytes) -> bytes:
-    """Sort the metadata of a safetensors file, whose order the library leaves to chance."""
+    """Sort the metadata of a safetensors file, whose order in the library's output varies."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

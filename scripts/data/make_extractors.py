@@ -15,7 +15,7 @@ images [N, 3, H, W] in [-1, 1] of any size and returns (features [N, 2048], logi
 `clip` is a CLIPModel of transformers from a folder (config.json and weights). The module takes fp32 images [N, 3, H, W]
 in [-1, 1] and int64 tokens [N, tokens] and returns (image embeddings [N, D], text embeddings [N, D]).
 
-Both work for any number of images. docs/EVALUATION.md says what they are for.
+Both work for any number of images. docs/EVALUATION.md explains their use.
 """
 
 import argparse
@@ -36,11 +36,11 @@ INCEPTION_SIDE = 299
 
 
 class BadInput(Exception):
-    """What the caller has to change."""
+    """An invalid argument or file."""
 
 
 def tensorflow_resize(x: Tensor, side: int) -> Tensor:
-    """Bilinear without antialiasing and without half-pixel centres, as TensorFlow 1 does it: fp32 [N, C, H, W]."""
+    """Bilinear without antialiasing and without half-pixel centers, as TensorFlow 1 does it: fp32 [N, C, H, W]."""
     height, width = x.size(2), x.size(3)
     steps = torch.arange(side, device=x.device).to(x.dtype)
     rows = steps * (float(height) / float(side))
@@ -69,7 +69,7 @@ class Inception(nn.Module):
         # To 8 bits, as in the PNG files that the packages read; EDM's generate.py rounds in the same way.
         x = (images * 127.5 + 128.0).clamp(0.0, 255.0).floor()
         if self.half_pixel:
-            # pytorch-fid: half-pixel centres, and 0 to 255 becomes -1 to 1. The network itself computes (x - 128) /
+            # pytorch-fid: half-pixel centers, and 0 to 255 becomes -1 to 1. The network itself computes (x - 128) /
             # 128.
             x = nn.functional.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
             x = x * (128.0 / 127.5)
@@ -100,15 +100,15 @@ def inception(weights: Path, half_pixel: bool, features_only: bool) -> torch.jit
     except Exception as error:  # torch.load raises many kinds
         raise BadInput(f"{weights}: cannot be read as PyTorch weights: {error}") from error
     try:
-        # The package loads a file with pickle; here it gets what was read without executing any of it.
+        # The package loads a file with pickle; here it gets the weights, which were read without executing code.
         with mock.patch.object(package.torch, "load", lambda *_args, **_kwargs: state):
             network = package.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits"], feature_extractor_weights_path=str(weights)
             )
     except (RuntimeError, TypeError, AttributeError) as error:
         raise BadInput(f"{weights}: not the weights of FID's InceptionV3: {str(error)[:500]}") from error
-    # Tracing would bind the package's resize to the size of the example, so it is left out of the trace, and so is
-    # the check for whole numbers, which images that have been resized are not.
+    # Tracing would bind the package's resize to the size of the example, so the trace does not include it, nor the
+    # check for integers, which resized images are not.
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
@@ -137,15 +137,14 @@ class Clip(nn.Module):
         x = nn.functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
         x = ((x + 1) / 2).clamp(0, 1)
         seen = self.clip.vision_model(pixel_values=(x - self.mean) / self.std).pooler_output
-        # Behind the mark of the start. What does not fit any more is cut off, and the mark of the end, which is the
-        # greatest token, is put last.
+        # After the start token. Tokens beyond the length are cut off, and the end token, which is the greatest token,
+        # is put last.
         prefix = self.prefix.expand(ids.shape[0], -1)
         end = ids.max(dim=1, keepdim=True).values
         ids = torch.cat([ids[:, :1], prefix, ids[:, 1:]], dim=1)[:, : self.positions]
         cut = (ids != end).all(dim=1, keepdim=True)
         ids = torch.cat([ids[:, :-1], torch.where(cut, end, ids[:, -1:])], dim=1)
-        # Read at the first mark of the end, as the model does it, but without its indices, which a trace binds to the
-        # CPU.
+        # Read at the first end token, as in the model, but without its indices, which a trace binds to the CPU.
         states = self.clip.text_model(input_ids=ids).last_hidden_state
         first = (ids == end).int().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, states.shape[2])
         read = states.gather(1, first).squeeze(1)
@@ -168,7 +167,7 @@ def clip(folder: Path, prefix: str, tokens: int, side: int) -> torch.jit.ScriptM
     if prefix:
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise BadInput(f"{folder}: --prefix needs the tokenizer there, tokenizer.json or vocab.json and merges.txt")
-        # Between the marks of start and end.
+        # Between the start and the end token.
         ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(prefix)["input_ids"][1:-1]
     end = model.config.text_config.vocab_size - 1
     positions = min(tokens + len(ids), model.config.text_config.max_position_embeddings)
@@ -187,7 +186,7 @@ def clip(folder: Path, prefix: str, tokens: int, side: int) -> torch.jit.ScriptM
 
 
 def save(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Under another name first, so that a file that exists is whole."""
+    """Writes under another name first, so that a file that exists is complete."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder) / path.name
         module.save(str(partial))
@@ -215,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     of_clip.add_argument("--image-size", type=int, default=512, metavar="PIXELS",
                          help="side of the images that it is tried on (default: 512); others work as well")
     for kind in (of_inception, of_clip):
-        kind.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the module goes")
+        kind.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the module")
     arguments = parser.parse_args(arguments)
     try:
         if not arguments.out.parent.is_dir():

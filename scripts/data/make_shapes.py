@@ -4,9 +4,9 @@
     pip install -r requirements.txt -r requirements-test.txt
     python scripts/data/make_shapes.py [--seed N] [--out DIR]
 
-It renders images of twelve things (three shapes in four colours) with prompts, trains on them a
+It renders images of twelve classes (three shapes in four colors) with prompts, trains on them a
 classifier, an autoencoder, and a U-Net together with its text encoder, saves these as a model folder in
-the layout of diffusers, and measures what it saved. Nothing is downloaded. The same seed gives the same
+the layout of diffusers, and evaluates the saved model. Nothing is downloaded. The same seed gives the same
 files on the same machine.
 """
 
@@ -56,7 +56,7 @@ REFERENCE_IMAGES = 1200
 PAIRS = 360
 TRAINING_IMAGES = 12_000
 TEST_IMAGES = 3_000
-# What the teacher is measured with.
+# The evaluation of the teacher.
 DDIM_STEPS = 20
 GUIDANCE = 2.0
 SAMPLES = 1200
@@ -146,7 +146,7 @@ def learn(
     loss_of: Callable[[], Tensor],
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Adam with a short warm-up and a rate that falls along a cosine; prints ten lines of progress."""
+    """Adam with a short warm-up and a learning rate that falls along a cosine; prints ten lines of progress."""
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
 
     def factor(step: int) -> float:
@@ -180,7 +180,7 @@ def batches(count: int, draw: torch.Generator):
 class ShapeFeatures(nn.Module):
     """Four convolutions, 64 smooth features, one linear head; no batch norm, no dropout.
 
-    `shift` and `scale` standardise each feature after training, which gives the Fréchet distance a
+    `shift` and `scale` standardize each feature after training, which gives the Fréchet distance a
     readable unit: real images have a total variance of about 64.
     """
 
@@ -267,8 +267,8 @@ def train_autoencoder(images: Tensor, seed: int, steps: int) -> AutoencoderKL:
 
     learn("autoencoder", steps, 3e-3, list(model.parameters()), loss)
     model.eval().requires_grad_(False)
-    # The last layer of the encoder and the first of the decoder are 1 x 1 convolutions: what moves the
-    # latents' means to 0 goes into their biases, and changes no image.
+    # The last layer of the encoder and the first of the decoder are 1 x 1 convolutions: the shift of the latents' means
+    # to 0 goes into their biases, and changes no image.
     mean = latents_of(model, images[:3000]).mean((0, 2, 3))
     model.quant_conv.bias[:4] -= mean
     model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
@@ -333,7 +333,7 @@ def scheduler() -> DDIMScheduler:
 def train_unet(
     latents: Tensor, labels: Tensor, tokenizer: CLIPTokenizer, seed: int, steps: int
 ) -> Tuple[UNet2DConditionModel, CLIPTextModel]:
-    """The U-Net and its text encoder, both as averages; one sample in ten is shown the empty prompt."""
+    """The U-Net and its text encoder, both as averages; one sample in ten gets the empty prompt."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=SIDE // 2, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(24, 32),
@@ -382,7 +382,7 @@ def train_unet(
 
 
 def save_model(folder: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text: CLIPTextModel) -> None:
-    """All but the tokenizer, which lies there already; the large parts in half precision."""
+    """All parts but the tokenizer, which is there already; the large parts in half precision."""
     unet.half().save_pretrained(folder / "unet")
     vae.half().save_pretrained(folder / "vae")
     text.save_pretrained(folder / "text_encoder")
@@ -404,7 +404,7 @@ def save_model(folder: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, tex
 
 
 def load_model(folder: Path):
-    """What `save_model` wrote, in fp32."""
+    """The model that `save_model` wrote, in fp32."""
     plain = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", **plain)
     vae = AutoencoderKL.from_pretrained(folder / "vae", **plain)
@@ -446,7 +446,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.no_grad()
 def features_of(classifier: nn.Module, images: Tensor) -> Tuple[np.ndarray, Tensor]:
-    """Features in fp64, and the classes that it sees."""
+    """Features in fp64, and the predicted classes."""
     features, logits = zip(*(classifier(batch) for batch in images.split(500)))
     return torch.cat(features).double().numpy(), torch.cat(logits).argmax(1)
 
@@ -461,7 +461,7 @@ def picture(path: Path, images: Tensor, columns: int, zoom: int = 3) -> None:
 
 
 def measure(out: Path, seed: int) -> dict:
-    """Score what was saved, on every prompt in turn."""
+    """Evaluate the saved model, on every prompt in turn."""
     unet, vae, text, tokenizer = load_model(out / "model")
     classifier = torch.jit.load(str(out / "features.pt"))
     images, labels = draw(TEST_IMAGES, seed, 4)

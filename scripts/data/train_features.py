@@ -5,7 +5,7 @@ Potstill's contract for a feature extractor is a TorchScript file whose forward 
 
     images: float32 [N, C, H, W] in [-1, 1]  ->  (features: float32 [N, F], logits: float32 [N, classes])
 
-Real work names an InceptionV3; on 8x8 digits that says nothing, so a small classifier
+Other data sets use an InceptionV3; on 8x8 digits that is meaningless, so a small classifier
 is trained here (C = 1, H = W = 8, F = 64, 10 classes) and shipped with the example.
 
     python scripts/data/train_features.py           # train, then write features.pt and features.json
@@ -40,7 +40,7 @@ class DigitFeatures(nn.Module):
     """Three convolutions, 64 smooth features, one linear head: 31,674 parameters.
 
     There is no batch norm and no dropout, so an image's features depend on that image
-    alone. `shift` and `scale` standardise each feature after training, which gives the
+    alone. `shift` and `scale` standardize each feature after training, which gives the
     Fréchet distance a readable unit: real images have total variance of about 64.
     """
 
@@ -93,7 +93,7 @@ def split(labels: Tensor, seed: int) -> Tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Turn, scale and shift a little (sigma 6 degrees, 5 %, 0.4 pixels), then add noise."""
+    """Rotate, scale and shift a little (sigma 6 degrees, 5 %, 0.4 pixels), then add noise."""
     n = len(images)
     angle = torch.randn(n) * math.radians(6.0)
     size = 1.0 + 0.05 * torch.randn(n)
@@ -146,7 +146,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @torch.no_grad()
 def describe(model: nn.Module, images: Tensor, seed: int) -> None:
-    """Print what makes the features fit for a Fréchet distance: their spread and its noise floor."""
+    """Print the spread of the features and the noise floor of their Fréchet distance."""
     features = model(images)[0].double().numpy()
     values = np.linalg.eigvalsh(np.cov(features, rowvar=False))
     random, half = np.random.RandomState(seed), len(features) // 2
@@ -175,7 +175,7 @@ def save(model: DigitFeatures, out: Path) -> None:
 
 
 def check(out: Path) -> None:
-    """Score a saved extractor on the split that it was trained with, and exit with an error if it is poor."""
+    """Evaluate a saved extractor on the split that it was trained with, and exit with an error if its accuracy is low."""
     for path in (out, out.with_suffix(".json")):
         if not path.is_file():
             raise SystemExit(f"train_features: {path.name} is missing; run this script without --check")
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "configs/digits/features.pt")
-    parser.add_argument("--check", action="store_true", help="score --out instead of training it")
+    parser.add_argument("--check", action="store_true", help="evaluate --out instead of training it")
     arguments = parser.parse_args()
     out: Path = arguments.out
     torch.set_num_threads(1)

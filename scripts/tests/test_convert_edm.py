@@ -1,4 +1,4 @@
-"""convert_edm.py on pickles of EDM's form that are made here, and on hostile ones."""
+"""convert_edm.py on pickles of EDM's form made here, and on malicious ones."""
 
 import collections
 import hashlib
@@ -24,10 +24,10 @@ import convert_edm  # noqa: E402
 
 TEACHER = ROOT / "configs" / "digits" / "teacher.safetensors"
 WORKER = ROOT / "target" / "debug" / "potstill-worker"
-# Executed, this leaves a file; carried along as text, it does not.
+# Executed, this writes a file; kept as text, it does not.
 HOSTILE_SOURCE = "import pathlib; pathlib.Path({path!r}).write_text('executed')"
-# What EDM's own code asks for when it pickles a network, with torch 2.11 and numpy 2: measured there, not here, so that the
-# pickles of these tests cannot be of a simpler form than the real ones.
+# The names in the pickles of EDM's own code, with torch 2.11 and numpy 2: recorded from that code, so that the pickles
+# of these tests are not of a simpler form than the real ones.
 ASKED_BY_EDM = {
     ("collections", "OrderedDict"),
     ("numpy", "dtype"),
@@ -42,7 +42,7 @@ ATTRIBUTES = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_
 
 
 class Module:
-    """Pickles as EDM's persistent classes do: a function's name and a dict of source code and state."""
+    """Is pickled as EDM's persistent classes are: a function's name and a dict of source code and state."""
 
     source = "class EDMPrecond: pass"
 
@@ -84,7 +84,7 @@ class FromBytes:
 
 
 class Call:
-    """Unpickled by a trusting reader, it calls something."""
+    """Unpickled by an ordinary reader, it calls a function."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -108,7 +108,7 @@ def install_stand_ins():
 
 
 def as_module(tensors, class_name, **more):
-    """Nested modules out of dotted names; a U-Net's `enc` and `dec` are torch's own dicts of modules, as in EDM."""
+    """Nested modules from dotted names; a U-Net's `enc` and `dec` are torch's own dicts of modules, as in EDM."""
     own, below = {}, collections.OrderedDict()
     for name, value in tensors.items():
         first, _, rest = name.partition(".")
@@ -123,12 +123,12 @@ def as_module(tensors, class_name, **more):
         return container
     buffers = {n: t for n, t in own.items() if n in ("resample_filter", "freqs")}
     parameters = {n: torch.nn.Parameter(t, requires_grad=False) for n, t in own.items() if n not in buffers}
-    # What a layer does without is there too, as None.
+    # Absent parts of a layer are there too, as None.
     return Module(class_name, [*parameters.items(), ("absent", None)], buffers.items(), modules, **more)
 
 
 def legacy_storage(tensor, **replaced):
-    """A storage as pickles carry it."""
+    """A storage in a pickle's form."""
     file = io.BytesIO()
     torch.save(tensor._typed_storage(), file, _use_new_zipfile_serialization=False)
     data = file.getvalue()
@@ -214,12 +214,12 @@ class Convert(unittest.TestCase):
 
     def test_the_worker_loads_the_converted_network(self):
         if not WORKER.exists():
-            self.skipTest("the worker is not built (cargo build): what it says of the file is not looked at")
+            self.skipTest("the worker is not built (cargo build): its reading of the file is not tested")
         self.convert(self.pickled())
         spec = f"[teacher]\nweights = {json.dumps(str(self.out))}\n"
         checked = subprocess.run([WORKER, "check"], input=spec, capture_output=True, text=True)
         self.assertEqual(checked.returncode, 0, checked.stderr)
-        # A tensor less, and it says which: so it did look.
+        # With one tensor less it names the missing one: so it does check the file.
         name = next(n for n in self.tensors if n.endswith("qkv.weight"))
         del self.tensors[name]
         self.convert(self.pickled())
@@ -251,7 +251,7 @@ class Convert(unittest.TestCase):
         config, _ = self.read()
         self.assertEqual((config["dropout"], config["num_blocks"], config["resample_filter"]), (0.25, 1, [1, 1]))
         self.convert(self.pickled(attributes={"unused": np.arange(3)}))
-        # What the network says of itself counts, also where a default was taken.
+        # The network's own attributes count, also where a default was taken.
         self.convert(self.pickled(attributes={"sigma_max": 80.0, "use_fp16": True}))
         self.assertEqual((self.read()[0]["sigma_max"], self.read()[0]["use_fp16"]), (80.0, True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MANIFESTS = ROOT / "scripts" / "kubernetes"
-# The schemas lie in the package: no network is needed.
+# The schemas are in the package: no network is needed.
 VERSIONS = ["1.33", "1.37"]
 
 try:

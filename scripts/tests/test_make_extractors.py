@@ -18,7 +18,7 @@ FOUND = {name: importlib.util.find_spec(name) is not None for name in ("torch_fi
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    """Exit code and what was said; in this process, because libtorch takes seconds to load."""
+    """Exit code and output; in this process, because libtorch takes seconds to load."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         return make_extractors.main(list(arguments)), said.getvalue()
@@ -116,7 +116,7 @@ class Clip(Case):
         return model
 
     def tokens(self, lengths: list[int]) -> torch.Tensor:
-        """Prompts of so many tokens between the two marks, padded with the second one."""
+        """Prompts of this many tokens between start and end token, padded with the latter."""
         ids = torch.full((len(lengths), self.TOKENS), self.END)
         ids[:, 0] = self.START
         for row, length in zip(ids, lengths):

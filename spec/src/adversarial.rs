@@ -11,14 +11,14 @@ use crate::problems::Problems;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdversarialSpec {
-    /// Real samples: an image file of this project's (safetensors), a folder with one sub-folder of images per class, a tar
-    /// in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL. For a text-to-image
-    /// model tars of images with captions.
+    /// Real samples: an image file in this project's format (safetensors), a folder with one sub-folder of images per
+    /// class, a tar in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL.
+    /// For a text-to-image model tars of images with captions.
     pub data: String,
-    /// Folder on this machine where the latents of images with captions are kept: each is computed once. Without it they are
-    /// computed as they are needed.
+    /// Folder on this machine that keeps the latents of images with captions: each is computed once. Without it they
+    /// are computed when they are needed.
     pub cache: Option<PathBuf>,
-    /// Use only so many of them, spread evenly over the whole.
+    /// Use only this many of them, spread evenly over all.
     pub limit: Option<u64>,
     /// How the cross entropies become losses.
     pub scaling: Scaling,
@@ -26,12 +26,12 @@ pub struct AdversarialSpec {
     pub generator_weight: f64,
     /// λ_D of the discriminator, which learns from the first image. SiDA and SiD-DiT: 1.
     pub discriminator_weight: f64,
-    /// The generator's adversarial term joins when more images than this have been seen; without it, it is there from the first
-    /// image. SiDA: 200,000; SiD-DiT: 40,000.
+    /// The generator's adversarial term joins when more images than this have been seen; without it, it is present from
+    /// the first image. SiDA: 200,000; SiD-DiT: 40,000.
     pub join_images: Option<u64>,
     /// Weight of the approximate R1 penalty on real samples (2501.08316); 0: none.
     pub approximate_r1: f64,
-    /// Standard deviation of its perturbation.
+    /// Standard deviation of the perturbation of that penalty.
     pub approximate_r1_sigma: f64,
 }
 
@@ -66,7 +66,7 @@ impl Default for AdversarialSpec {
 impl AdversarialSpec {
     pub(crate) fn validate(&self, problems: &mut Problems) {
         problems.require(!self.data.is_empty(), || {
-            "adversarial.data is missing: name the real samples, or leave the section out".into()
+            "adversarial.data is missing: name the real samples, or remove the section".into()
         });
         problems.require(self.limit != Some(0), || "adversarial.limit is 0; it must be at least 1".into());
         for (name, weight) in [

@@ -1,4 +1,4 @@
-//! `[checkpoint]`: when to save, and how much to keep.
+//! `[checkpoint]`: when checkpoints are saved, and how many are kept.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -11,13 +11,13 @@ use crate::problems::Problems;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CheckpointSpec {
-    /// Save after every so many iterations; the last iteration always saves.
+    /// Iterations between two checkpoints; the last iteration is always saved.
     pub every: u64,
-    /// Keep so many of the newest, or "all".
+    /// Number of the newest checkpoints to keep, or "all".
     pub keep_last: Keep,
-    /// Besides these, keep every checkpoint whose iteration is a multiple of this.
+    /// Besides these, every checkpoint whose iteration is a multiple of this is kept.
     pub keep_every: Option<NonZeroU64>,
-    /// Stop the run after so many failed saves in a row; without it the run goes on whatever fails.
+    /// Stop the run after this number of failed checkpoints in a row; without it the run continues however many fail.
     pub stop_after_failures: Option<NonZeroU32>,
 }
 
@@ -25,9 +25,9 @@ pub struct CheckpointSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected a number of at least 1, or \"all\"")]
 pub enum Keep {
-    /// So many.
+    /// This number.
     Newest(NonZeroU64),
-    /// Every one.
+    /// All of them.
     All(All),
 }
 
@@ -35,15 +35,15 @@ pub enum Keep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum All {
-    /// Every one.
+    /// All checkpoints.
     All,
 }
 
 impl Keep {
-    /// Every checkpoint.
+    /// All checkpoints.
     pub const ALL: Self = Self::All(All::All);
 
-    /// How many, where there is a bound.
+    /// The number, if it is limited.
     #[must_use]
     pub fn bound(self) -> Option<u64> {
         match self {

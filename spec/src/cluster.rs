@@ -1,4 +1,4 @@
-//! `[cluster]`: how many workers, and how long to wait for them.
+//! `[cluster]`: the number of workers, and timeouts.
 
 use std::time::Duration;
 
@@ -11,16 +11,17 @@ use crate::{problems::Problems, units::duration};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ClusterSpec {
-    /// Fewer than this and the run waits.
+    /// With fewer workers than this the run waits.
     pub min_workers: u32,
-    /// More than this stand by.
+    /// Workers beyond this number are standby.
     pub max_workers: u32,
-    /// A worker that is silent for so long is dead. Every other timeout but `wait_timeout` derives from this one: a
-    /// heartbeat every tenth of it, no progress for four times as long is a hang, a collective has six times as long.
+    /// A worker that is silent for this long is dead. All other timeouts but `wait_timeout` derive from it: a worker
+    /// sends a heartbeat every tenth of it, a worker without progress for four times as long hangs, and a collective
+    /// may take six times as long.
     #[serde(with = "duration")]
     #[schemars(with = "String")]
     pub failure_timeout: Duration,
-    /// How long the run waits for `min_workers` before it gives up.
+    /// How long the run waits for `min_workers` before it fails.
     #[serde(with = "duration")]
     #[schemars(with = "String")]
     pub wait_timeout: Duration,
@@ -38,7 +39,7 @@ impl Default for ClusterSpec {
 }
 
 impl ClusterSpec {
-    /// `micro_batches`: how many an iteration has.
+    /// `micro_batches`: micro-batches of an iteration.
     pub(crate) fn validate(&self, micro_batches: Option<u32>, problems: &mut Problems) {
         problems.require(self.min_workers >= 1 && self.min_workers <= self.max_workers, || {
             format!(
@@ -58,7 +59,7 @@ impl ClusterSpec {
         let [failure, wait] = [self.failure_timeout, self.wait_timeout].map(humantime::format_duration);
         problems.require(
             (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.failure_timeout),
-            || format!("cluster.failure_timeout is {failure}; it must lie between 100ms and 1h"),
+            || format!("cluster.failure_timeout is {failure}; it must be between 100ms and 1h"),
         );
         problems.require(self.wait_timeout >= self.failure_timeout, || {
             format!("cluster.wait_timeout is {wait}; it must be at least failure_timeout ({failure})")

@@ -1,4 +1,4 @@
-//! `[distillation]`: what score identity distillation computes.
+//! `[distillation]`: score identity distillation.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,35 +9,36 @@ use crate::problems::{Problems, positive};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DistillationSpec {
-    /// Decides every random number of the run.
+    /// Seed of all random numbers of the run.
     pub seed: u64,
-    /// Iterations of fake-score phase and generator phase.
+    /// Iterations, each with a fake-score phase and a generator phase.
     pub iterations: u64,
     /// Samples per phase over all ranks.
     pub global_batch: u32,
-    /// Samples per forward pass. Divides `global_batch`; part of the trajectory, unlike the number of workers.
+    /// Samples per forward pass. Divides `global_batch`; changes the trajectory, unlike the number of workers.
     pub micro_batch: u32,
     /// α of the generator loss: 1.2 for EDM in SiD (AFHQ 1.0), 1.0 elsewhere.
     pub alpha: f64,
     /// ω of the generator loss.
     pub weighting: Weighting,
-    /// λ_sid: weight of the score identity loss, halved once the adversarial term has joined. 100 in SiD, SiDA and SiD-DiT, 1 in
-    /// SiD-LSG. With Adam it decides what `optimizer.epsilon` means, and how the adversarial term compares.
+    /// λ_sid: weight of the score identity loss, halved once the adversarial term has joined. 100 in SiD, SiDA and
+    /// SiD-DiT, 1 in SiD-LSG. With Adam it sets the scale of `optimizer.epsilon` and of the adversarial term relative
+    /// to this loss.
     pub score_identity_weight: f64,
-    /// The generator is frozen until more images than this have been seen; without it, it never is. SiDA: 100,000; SiD-DiT:
-    /// 20,000.
+    /// The generator is frozen until more images than this have been seen; without it, it is never frozen. SiDA:
+    /// 100,000; SiD-DiT: 20,000.
     pub generator_start_images: Option<u64>,
-    /// Updates of the fake score (iterations) to one update of the generator: 1 in SiD, 5 in DMD2 (2405.14867).
+    /// Updates of the fake score (iterations) for each update of the generator: 1 in SiD, 5 in DMD2 (2405.14867).
     pub fake_score_updates: u32,
-    /// Probability of EDM's augmentations (2206.00364, appendix F.2) of what the fake score and the discriminator learn from,
-    /// horizontal flips always among them: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQ in SiD's code. The teacher must take
-    /// augmentation labels.
+    /// Probability of EDM's augmentations (2206.00364, appendix F.2) of the samples from which the fake score and the
+    /// discriminator learn, always including horizontal flips: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQ in SiD's code.
+    /// The teacher must take augmentation labels.
     pub augmentation: Option<f64>,
-    /// Kind of number that the networks compute with. Weights, moments and reductions are fp32 whatever this is.
+    /// Data type in which the networks compute. Weights, moments and reductions are fp32 in any case.
     pub precision: Precision,
-    /// Noise law of the fake-score phase: ln σ ~ N(mean, std²).
+    /// Noise distribution of the fake-score phase: ln σ ~ N(mean, std²).
     pub fake_score_noise: LogNormalSpec,
-    /// Noise law of the generator phase: Karras spacing with u ~ U[0, u_max).
+    /// Noise distribution of the generator phase: Karras spacing with u ~ U[0, u_max).
     pub generator_noise: KarrasSpec,
     /// Least and greatest timestep of both phases for a text-to-image model, drawn uniformly: 20 and 979 in SiD-LSG (2406.01561).
     pub timesteps: [u32; 2],
@@ -70,7 +71,7 @@ impl Default for DistillationSpec {
     }
 }
 
-/// ω: how much a sample counts in the generator's loss (docs/algorithm.md §3).
+/// ω: the weight of a sample in the generator's loss (docs/algorithm.md §3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Weighting {
@@ -87,11 +88,11 @@ pub enum Weighting {
     InverseTSquared,
     /// The signal-to-noise ratio.
     Snr,
-    /// Its root.
+    /// The square root of the signal-to-noise ratio.
     SqrtSnr,
 }
 
-/// Kind of number that networks compute with.
+/// Data type in which the networks compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -104,7 +105,7 @@ pub enum Precision {
     Fp16,
 }
 
-/// ln σ ~ N(mean, std²), EDM's training law (EDM table 1: −1.2, 1.2).
+/// ln σ ~ N(mean, std²), EDM's training distribution (EDM table 1: −1.2, 1.2).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogNormalSpec {
@@ -126,7 +127,7 @@ impl Default for LogNormalSpec {
 pub struct KarrasSpec {
     /// Smallest noise level, reached at u = 0.
     pub sigma_min: f64,
-    /// Largest noise level, the limit at u = 1.
+    /// Largest noise level, the limit for u → 1.
     pub sigma_max: f64,
     /// Spacing exponent.
     pub rho: f64,
@@ -141,7 +142,7 @@ impl Default for KarrasSpec {
 }
 
 impl DistillationSpec {
-    /// `reads` says whether the teacher is a text-to-image model.
+    /// `reads`: whether the teacher is a text-to-image model.
     pub(crate) fn validate(&self, reads: bool, problems: &mut Problems) {
         for (name, count) in [
             ("iterations", self.iterations),

@@ -1,7 +1,7 @@
-//! Keys of earlier versions, and what became of them.
+//! Keys of earlier versions, and their replacements.
 //!
-//! A run file that has one is refused with the new key's name. The frozen `run.toml` of a run that is over is translated, so that
-//! the run can still be exported and reported on.
+//! A run file that has one is rejected with the new key's name. The frozen `run.toml` of a run that is over is
+//! translated, so that the run can still be exported and reported on.
 
 use toml::{Table, Value};
 
@@ -10,16 +10,16 @@ use toml::{Table, Value};
 pub struct FormerKey {
     /// The key, dotted; the name of a section stands for all keys in it.
     pub key: &'static str,
-    /// A sentence that says what became of it.
+    /// A sentence about its replacement.
     pub now: &'static str,
-    /// What it means in a run that is over.
+    /// How it is read in a run that is over.
     fate: Fate,
 }
 
 /// How a former key is read where a run is over.
 #[derive(Clone, Copy, Debug)]
 enum Fate {
-    /// It decided nothing that outlives the run.
+    /// It is dropped: it has no effect on a run that is over.
     Gone,
     /// The same value under another key.
     Renamed(&'static str),
@@ -82,7 +82,7 @@ const ABSENT: &[&str] = &[
     "prompts.data",
 ];
 
-/// The entry for a key, by itself or by its section.
+/// The entry of a key, or of its section.
 #[must_use]
 pub fn find(key: &str) -> Option<&'static FormerKey> {
     let is = |former: &&FormerKey| {

@@ -13,30 +13,30 @@ use crate::problems::{Problems, positive};
 pub struct GeneratorSpec {
     /// K, the number of steps.
     pub steps: u32,
-    /// Noise level of each step for the EDM family, falling; as many as steps. The first is σ_init: 2.5 in SiD. SiDA's code for
-    /// EDM2 has σ_init·(K − i)/K for step i, with final-step matching.
+    /// Noise level of each step for the EDM family, falling; one for each step. The first is σ_init: 2.5 in SiD. SiDA's
+    /// code for EDM2 has σ_init·(K − i)/K for step i, with final-step matching.
     pub sigmas: Vec<f64>,
     /// t_init of a text-to-image model, whose step i is at timestep ⌊t_init·(1 − i/K)⌋. By default 625 (SiD-LSG, 2406.01561), and
     /// 999 for a flow (SiD-DiT, 2509.25127), whose times are timesteps/999.
     pub initial_timestep: Option<u32>,
     /// Which step's output is matched.
     pub matching: Matching,
-    /// With uniform-step matching: how often each step is chosen, relative to the others; as many as steps. Without them all
-    /// alike, as published (2505.12674).
+    /// With uniform-step matching: how often each step is chosen, relative to the others; one number for each step.
+    /// Without it all steps are chosen equally often, as published (2505.12674).
     pub step_weights: Option<Vec<f64>>,
     /// An exported generator of the same architecture to start from, instead of a copy of the teacher: SiDA that continues
     /// SiD (2410.14919's SiD²A).
     pub start_from: Option<PathBuf>,
 }
 
-/// Which outputs of a K-step generator are trained to match the data.
+/// The outputs of a K-step generator that are trained to match the data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Matching {
-    /// One step in each iteration, chosen uniformly; back-propagation through that step alone (2505.12674).
+    /// One step in each iteration, chosen at random; back-propagation through that step alone (2505.12674).
     #[default]
     UniformStep,
-    /// The last step; back-propagation through all (SiD-LSG, 2406.01561).
+    /// The last step; back-propagation through all steps (SiD-LSG, 2406.01561).
     FinalStep,
 }
 
@@ -60,7 +60,7 @@ impl GeneratorSpec {
         self.step_weights.clone().unwrap_or_else(|| vec![1.0; self.steps as usize])
     }
 
-    /// `reads` says whether the teacher is a text-to-image model.
+    /// `reads`: whether the teacher is a text-to-image model.
     pub(crate) fn validate(&self, reads: bool, problems: &mut Problems) {
         let steps = self.steps;
         problems.require(steps >= 1, || "generator.steps is 0; it must be at least 1".into());
@@ -91,12 +91,12 @@ impl GeneratorSpec {
                 || {
                     format!(
                         "generator.step_weights are {weights:?}; give one number ≥ 0 for each of the {steps} steps, not \
-                         all 0, or leave the key out"
+                         all 0, or remove the key"
                     )
                 },
             );
             problems.require(self.matching == Matching::UniformStep, || {
-                "generator.step_weights say which step is matched how often; final-step matching matches the last only"
+                "generator.step_weights are for uniform-step matching; final-step matching always matches the last step"
                     .into()
             });
         }

@@ -9,22 +9,24 @@ use crate::problems::Problems;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct GuidanceSpec {
-    /// Which three scales.
+    /// The preset of the three scales.
     pub preset: GuidancePreset,
-    /// κ of `lsg` (1.5, 2, 3 or 4.5 in SiD-LSG); the strength s of `anti-cfg`, for which no value is published: 1 is ours.
+    /// κ of `lsg` (1.5, 2, 3 or 4.5 in SiD-LSG); the strength s of `anti-cfg`, for which no value is published: 1 is
+    /// Potstill's.
     pub scale: f64,
     /// κ₁ of `custom`: the fake score while it trains.
     pub fake_score_training: f64,
-    /// κ₂ = κ₃ of `custom`: the fake score inside the generator loss.
+    /// κ₂ = κ₃ of `custom`: the fake score in the generator's loss.
     pub fake_score: f64,
     /// κ₄ of `custom`: the teacher.
     pub teacher: f64,
-    /// Share of the fake score's samples that are made and learnt without their condition, where κ₁ or κ₂ is not 1 and κ₁ is not
-    /// 0. By default 0.1 for `lsg` and `custom` (SiD-LSG), except on flows (SiD-DiT), and 0 for the others.
+    /// Share of the fake score's samples that are generated and learned without their condition, where κ₁ or κ₂ is not
+    /// 1 and κ₁ is not 0. By default 0.1 for `lsg` and `custom` (SiD-LSG), except on flows (SiD-DiT), and 0 for the
+    /// others.
     pub condition_dropout: Option<f64>,
 }
 
-/// Known choices of the three scales.
+/// Presets of the three scales.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum GuidancePreset {
@@ -37,7 +39,7 @@ pub enum GuidancePreset {
     ZeroCfg,
     /// −s, −s, 1: negative guidance in the fake score (2505.12674).
     AntiCfg,
-    /// As given.
+    /// The scales of the keys below.
     Custom,
 }
 
@@ -67,7 +69,7 @@ impl GuidanceSpec {
         }
     }
 
-    /// Share of conditions to drop, given whether the teacher is a flow.
+    /// Share of conditions that are dropped; `flow`: whether the teacher is a flow.
     #[must_use]
     pub fn dropout(&self, flow: bool) -> f64 {
         let published = matches!(self.preset, GuidancePreset::Lsg | GuidancePreset::Custom) && !flow;

@@ -1,8 +1,8 @@
 //! Layered configuration: defaults → the files that a file extends → the file → `POTSTILL__…` environment → `--set key=value`.
 //!
 //! - A file extends another by `extends = "base.toml"` at its top; relative paths in it are relative to the file that has them.
-//! - A key that the configuration does not have is refused by name, with the nearest one it has.
-//! - The word `none` unsets an optional key that an earlier layer has set.
+//! - An unknown key is rejected by name, with the nearest valid one.
+//! - The value `none` unsets an optional key that an earlier layer has set.
 
 use std::path::{Path, PathBuf};
 
@@ -15,20 +15,20 @@ use crate::former;
 /// Why a configuration could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum LayerError {
-    /// The file is not there or cannot be read.
+    /// The file is missing or cannot be read.
     #[error("cannot read {path}: {source}")]
     Unreadable {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Bad TOML, or a value of the wrong type.
+    /// Invalid TOML, or a value of the wrong type.
     #[error("{origin}: {problem}")]
     Invalid {
-        /// The file, or the other layer, at fault.
+        /// The file, or the other layer, in which it was found.
         origin: String,
-        /// What is wrong, with the key.
+        /// The error, with the key.
         problem: String,
     },
     /// A key that an earlier version had.
@@ -36,21 +36,21 @@ pub enum LayerError {
     FormerKey {
         /// The key, dotted.
         key: String,
-        /// What became of it.
+        /// A sentence about its replacement.
         now: &'static str,
     },
-    /// A key that means nothing.
+    /// An unknown key.
     #[error("unknown key `{key}`{}", nearest.as_ref().map(|n| format!("; the nearest valid key is `{n}`")).unwrap_or_default())]
     UnknownKey {
         /// The key, dotted.
         key: String,
-        /// The most similar valid key, if one is similar at all.
+        /// The most similar valid key, if there is a similar one.
         nearest: Option<String>,
     },
     /// `--set` without `=`.
     #[error("--set {0}: expected key=value, as in --set distillation.iterations=200")]
     NotKeyValue(String),
-    /// Values that are each well-formed but not acceptable.
+    /// Values of the right type that are out of range or contradict each other.
     #[error("the configuration is not valid:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
     OutOfRange {
         /// One line for each problem, naming the key.
@@ -58,14 +58,14 @@ pub enum LayerError {
     },
 }
 
-/// What a key that names something outside the file holds.
+/// The kind of reference that a key holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Names {
     /// A path on this machine.
     Path,
     /// A path, or a URL.
     Location,
-    /// A folder, or something that is found elsewhere by its name: a path only where there is such a folder.
+    /// A folder, or the name of a remote repository: a path only where there is such a folder.
     FolderIfThere,
 }
 
@@ -75,11 +75,12 @@ pub trait Layered: Default + Serialize + DeserializeOwned {
     const PATHS: &'static [(&'static str, Names)];
 }
 
-/// Files that extend each other, in a row.
+/// The largest number of files in a chain of `extends`.
 const MOST_BASES: usize = 8;
 
-/// Reads a `T` from its layers. `sets` are the `key=value` strings of `--set`, applied in order; a value is read as TOML
-/// where it parses as such and as a string otherwise. Relative paths in them and in the environment are relative to `file`.
+/// Reads a `T` from its layers. `sets` are the `key=value` strings of `--set`, applied in order; a value is read as
+/// TOML if it is valid TOML and as a string otherwise. Relative paths in them and in the environment are relative to
+/// `file`.
 ///
 /// # Errors
 /// See [`LayerError`]. Ranges are not checked here: `T`'s own `validate` does that.
@@ -115,7 +116,8 @@ pub fn load<T: Layered>(file: &Path, sets: &[String]) -> Result<T, LayerError> {
     merge(&layers, &folder_of(file)?, sets, environment)
 }
 
-/// [`load`] for a text that is already in memory, without environment. It extends nothing, and its paths stay as they are.
+/// [`load`] for a text that is already in memory, without environment. It extends no file, and its paths stay
+/// unchanged.
 ///
 /// # Errors
 /// As [`load`].
@@ -126,7 +128,7 @@ pub fn from_str<T: Layered>(text: &str, origin: &str) -> Result<T, LayerError> {
     merge(&[(origin.to_owned(), table)], Path::new(""), &[], none)
 }
 
-/// The absolute folder that a file lies in.
+/// The absolute folder of a file.
 fn folder_of(file: &Path) -> Result<PathBuf, LayerError> {
     let absolute = std::path::absolute(file)
         .map_err(|source| LayerError::Unreadable { path: file.to_owned(), source })?;
@@ -146,7 +148,7 @@ fn merge<T: Layered>(
         move |e: config::ConfigError| LayerError::Invalid { origin, problem: e.to_string() }
     };
     let origin = layers.last().map_or("", |(origin, _)| origin);
-    // Optional values serialise as null, so the defaults list every key there is.
+    // Optional values serialize as null, so the defaults list every key there is.
     let template = serde_json::to_value(T::default()).unwrap_or_default();
     let mut valid = Vec::new();
     leaves(&template, "", &mut valid);
@@ -168,11 +170,10 @@ fn merge<T: Layered>(
     unset(&mut given, &template);
     resolve::<T>(&mut given, folder);
 
-    // Not the configuration library's own conversion: it would round 1.5 to 2 where a count is wanted.
+    // The configuration library's own conversion would round 1.5 to 2 where an integer is wanted.
     let given = serde_json::to_value(given).unwrap_or_default();
     serde_path_to_error::deserialize(given).map_err(|e| {
-        let advice =
-            if e.inner().to_string().contains("nonzero") { "; leave the key out for none" } else { "" };
+        let advice = if e.inner().to_string().contains("nonzero") { "; remove the key for none" } else { "" };
         LayerError::Invalid {
             origin: origin.to_owned(),
             problem: format!("`{}`: {}{advice}", e.path(), e.inner()),
@@ -210,10 +211,10 @@ fn resolve<T: Layered>(table: &mut toml::Table, folder: &Path) {
     }
 }
 
-/// The word that unsets an optional key.
+/// The value that unsets an optional key.
 const NONE: &str = "none";
 
-/// Removes keys that a layer has set to `none` and whose default is that they are absent.
+/// Removes keys that a layer has set to `none` and that are absent by default.
 fn unset(given: &mut toml::Table, template: &Value) {
     given.retain(|key, value| match (value, template.get(key)) {
         (toml::Value::String(text), Some(Value::Null)) => text != NONE,
@@ -225,7 +226,7 @@ fn unset(given: &mut toml::Table, template: &Value) {
     });
 }
 
-/// A `--set` value as the configuration library's value, by way of TOML's grammar.
+/// A `--set` value as the configuration library's value, parsed by TOML's grammar.
 fn toml_value(text: &str) -> config::Value {
     fn convert(value: toml::Value) -> config::Value {
         use toml::Value as T;
@@ -250,7 +251,7 @@ fn refuse_unknown_keys(given: &Value, valid: &[String]) -> Result<(), LayerError
     let mut present = Vec::new();
     leaves(given, "", &mut present);
     for key in present {
-        // First: inside an optional section every key counts as known here.
+        // Checked first: inside an optional section every key counts as known here.
         if let Some(former) = former::find(&key) {
             return Err(LayerError::FormerKey { key, now: former.now });
         }
@@ -284,7 +285,7 @@ fn nearest(key: &str, valid: &[String]) -> Option<String> {
     let last = |k: &str| k.rsplit('.').next().unwrap_or(k).to_owned();
     valid
         .iter()
-        // A key in the wrong section is as likely a slip as a misspelt one.
+        // A valid key in the wrong section is as likely a mistake as a misspelled one.
         .map(|v| (strsim::jaro_winkler(key, v).max(strsim::jaro_winkler(&last(key), &last(v))), v))
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))

@@ -1,9 +1,9 @@
-//! The run specification: everything that decides what a run computes and how it is run.
+//! The run specification: everything that decides the result of a run and how it is executed.
 //!
 //! - [`RunSpec`]: a run file (`run.toml`), one module for each of its sections. Each section checks its own values; what sections
 //!   must agree on is checked in [`run`].
 //! - [`layers`]: how a file is read: defaults, the files that it extends, itself, the environment, `--set`.
-//! - [`former`]: keys of earlier versions, and what became of them.
+//! - [`former`]: keys of earlier versions, and their replacements.
 //! - [`reference`]: the JSON schema and `docs/configuration.md`, both made from these types.
 //!
 //! ```

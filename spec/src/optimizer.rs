@@ -1,4 +1,4 @@
-//! `[optimizer]`: Adam and the averages.
+//! `[optimizer]`: Adam and the generator's average.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -15,20 +15,20 @@ pub struct OptimizerSpec {
     pub fake_score_learning_rate: f64,
     /// β₁, β₂.
     pub betas: [f64; 2],
-    /// β₁, β₂ of the generator, where they are others: SiD's for FFHQ has β₁ = 0.9 there.
+    /// β₁, β₂ of the generator, where they differ: SiD's for FFHQ has β₁ = 0.9 there.
     pub generator_betas: Option<[f64; 2]>,
     /// Added to the root of the second moment.
     pub epsilon: f64,
     /// Half-life of G_ema in images; bounded by 5 % of the images seen.
     pub ema_half_life_images: f64,
-    /// Gradients longer than this L2 norm are scaled down to it; without it they are not (SiD).
+    /// Gradients with a larger L2 norm are scaled down to this one; without it they are not scaled (SiD).
     pub clip_norm: Option<f64>,
-    /// Elements of the generator's gradient are kept within ± this; without it they are not (SiD, SiDA).
+    /// Elements of the generator's gradient are limited to ± this; without it they are not limited (SiD, SiDA).
     pub generator_clip_value: Option<f64>,
-    /// Elements of the gradient of the fake score, which is the discriminator too, are kept within ± this; without it they are not
-    /// (SiD). SiDA: 1.
+    /// Elements of the gradient of the fake score, which is the discriminator too, are limited to ± this; without it
+    /// they are not limited (SiD). SiDA: 1.
     pub fake_score_clip_value: Option<f64>,
-    /// When both learning rates fall; without it they stay (SiD).
+    /// Decay of both learning rates; without it they are constant (SiD).
     pub decay: Option<DecaySpec>,
 }
 
@@ -50,15 +50,16 @@ impl Default for OptimizerSpec {
 }
 
 /// Learning rates fall linearly between two points of the run, counted in images so that more iterations or another
-/// number of workers leave the trajectory before them as it is. Not in SiD: ours, for runs that end.
+/// number of workers do not change the trajectory before them. Not in SiD; an addition of Potstill for runs of fixed
+/// length.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DecaySpec {
-    /// Images seen when the fall begins.
+    /// Images seen when the decay begins.
     pub start_images: u64,
-    /// Images seen when the fall ends.
+    /// Images seen when the decay ends.
     pub end_images: u64,
-    /// What is left of the learning rates from then on; 0: nothing, so a run cannot go on beyond it.
+    /// Factor of the learning rates from then on; with 0 the networks no longer change, so the run cannot be extended.
     #[serde(default)]
     pub end_factor: f64,
 }
@@ -75,7 +76,7 @@ impl DecaySpec {
     fn validate(&self, images: u64, problems: &mut Problems) {
         let Self { start_images: start, end_images: end, end_factor } = *self;
         problems.require(start < end, || {
-            format!("optimizer.decay.end_images ({end}) must lie behind start_images ({start})")
+            format!("optimizer.decay.end_images ({end}) must be greater than start_images ({start})")
         });
         problems.require((0.0..1.0).contains(&end_factor), || {
             format!("optimizer.decay.end_factor is {end_factor}; it must lie in [0, 1)")
@@ -83,14 +84,14 @@ impl DecaySpec {
         problems.require(end_factor > 0.0 || end >= images, || {
             format!(
                 "optimizer.decay.end_images is {end}, but the run sees {images} images (iterations × global_batch): \
-                 nothing would be learned in the rest; move it, or leave something with optimizer.decay.end_factor"
+                 nothing would be learned after the decay; raise it, or set optimizer.decay.end_factor above 0"
             )
         });
     }
 }
 
 impl OptimizerSpec {
-    /// `images`: how many the whole run sees.
+    /// `images`: images of the whole run.
     pub(crate) fn validate(&self, images: u64, problems: &mut Problems) {
         for (name, bound) in [
             ("clip_norm", self.clip_norm),

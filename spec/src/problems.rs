@@ -1,4 +1,4 @@
-//! What is wrong with a specification, collected so that all of it is reported at once.
+//! Problems of a specification, collected so that all are reported at once.
 
 use crate::layers::LayerError;
 
@@ -7,7 +7,7 @@ use crate::layers::LayerError;
 pub struct Problems(Vec<String>);
 
 impl Problems {
-    /// Records a problem where `holds` is false.
+    /// Records a problem if `holds` is false.
     pub fn require(&mut self, holds: bool, problem: impl FnOnce() -> String) {
         if !holds {
             self.0.push(problem());
@@ -15,7 +15,7 @@ impl Problems {
     }
 
     /// # Errors
-    /// [`LayerError::OutOfRange`] where there are any.
+    /// [`LayerError::OutOfRange`] if there are any.
     pub fn into_result(self) -> Result<(), LayerError> {
         if self.0.is_empty() { Ok(()) } else { Err(LayerError::OutOfRange { problems: self.0 }) }
     }

@@ -1,21 +1,21 @@
-//! `[prompts]`: what a text-to-image model is shown.
+//! `[prompts]`: the prompts of a text-to-image model.
 
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What a text-to-image model is shown while it is distilled.
+/// The prompts with which a text-to-image model is distilled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsSpec {
-    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it, or a URL. In
-    /// an adversarial run it may be left out: then generated samples share the captions of the real images.
+    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it,
+    /// or a URL. In an adversarial run it may be absent: then generated samples share the captions of the real images.
     pub data: Option<String>,
     /// Column of the prompts in JSONL and Parquet.
     pub column: String,
-    /// Folder on this machine where the prompts' embeddings are kept: they are computed once, and the text encoders are released.
-    /// Without it they are computed as they are needed.
+    /// Folder on this machine that keeps the prompts' embeddings: they are computed once, and the text encoders are
+    /// released. Without it they are computed when they are needed.
     pub cache: Option<PathBuf>,
     /// SDXL's micro-conditioning: height and width of the original image; by default those of the model's images.
     pub original_size: Option<[u32; 2]>,

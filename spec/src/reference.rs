@@ -1,5 +1,5 @@
-//! What a run file may hold, for readers and for editors: `docs/configuration.md` and `docs/run.schema.json`. Both are made from
-//! the types, so that they cannot say anything else; a test fails when a file is stale.
+//! The reference of a run file's keys, for users and for editors: `docs/configuration.md` and `docs/run.schema.json`.
+//! Both are made from the types, and a test fails when a file is stale.
 
 use std::fmt::Write;
 
@@ -11,7 +11,7 @@ use crate::RunSpec;
 #[must_use]
 pub fn schema() -> Value {
     let mut schema = schemars::schema_for!(RunSpec).to_value();
-    // Not part of a run: read away before.
+    // `extends` is not part of the specification: it is resolved when the file is read.
     if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
         properties.insert(
             "extends".to_owned(),
@@ -57,7 +57,7 @@ fn properties(definition: &Value) -> impl Iterator<Item = (&String, &Value)> {
     definition["properties"].as_object().into_iter().flatten()
 }
 
-/// The definition behind a reference, or behind one that may be null.
+/// The definition behind a reference, also behind an optional one.
 fn resolve<'a>(schema: &'a Value, entry: &'a Value) -> &'a Value {
     let reference =
         |entry: &Value| entry["$ref"].as_str().and_then(|r| r.rsplit('/').next()).map(str::to_owned);
@@ -104,7 +104,7 @@ fn rows(schema: &Value, definition: &Value, prefix: &str, page: &mut String) {
     }
 }
 
-/// The type in TOML's words.
+/// The type as text, in TOML's terms.
 fn kind(schema: &Value, entry: &Value) -> String {
     let definition = resolve(schema, entry);
     let of = |entry: &Value| -> String {
@@ -153,7 +153,7 @@ fn choices(definition: &Value) -> String {
 mod tests {
     use std::path::Path;
 
-    /// `POTSTILL_BLESS=1` writes them anew.
+    /// `POTSTILL_BLESS=1` writes the files again.
     #[test]
     fn what_is_written_in_docs_is_what_the_types_say() {
         let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");

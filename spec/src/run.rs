@@ -1,7 +1,7 @@
 //! A run file as a whole: reading, freezing, checking, comparing.
 //!
-//! Read through [`layers`], validated, frozen as `run.toml` in the run's folder. On resume the frozen one is compared with the one
-//! given: [`RunSpec::differences`].
+//! Read through [`layers`], validated, frozen as `run.toml` in the run's folder. On resume the given specification is
+//! compared with the frozen one: [`RunSpec::differences`].
 
 use std::path::{Path, PathBuf};
 
@@ -15,38 +15,38 @@ use crate::{
     problems::Problems,
 };
 
-/// A run, whole. Every section has defaults; only the teacher must be named.
+/// The specification of a run. All keys but the teacher's have defaults.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSpec {
     /// The pretrained network.
     pub teacher: TeacherSpec,
-    /// What a text-to-image model is shown; only for those.
+    /// The prompts of a text-to-image model; only for those.
     pub prompts: Option<PromptsSpec>,
     /// The few-step generator.
     pub generator: GeneratorSpec,
-    /// What SiD computes.
+    /// Score identity distillation.
     pub distillation: DistillationSpec,
     /// The trade-off between alignment and diversity.
     pub guidance: GuidanceSpec,
     /// The adversarial loss with real samples; without this section the run is data-free.
     pub adversarial: Option<AdversarialSpec>,
-    /// Adam and the averages.
+    /// Adam and the generator's average.
     pub optimizer: OptimizerSpec,
-    /// What saves memory on the devices.
+    /// Options that save memory on the devices.
     pub memory: MemorySpec,
-    /// When to save, and how much to keep.
+    /// When checkpoints are saved, and how many are kept.
     pub checkpoint: CheckpointSpec,
-    /// When and on what to score.
+    /// When the student is evaluated, and on which data.
     pub evaluation: EvaluationSpec,
-    /// How many workers, and how patient to be with them.
+    /// The number of workers, and timeouts.
     pub cluster: ClusterSpec,
 }
 
 impl Layered for RunSpec {
     const PATHS: &'static [(&'static str, Names)] = &[
         ("teacher.weights", Names::Path),
-        // A name that is no folder here is one of the hub.
+        // A name that is not a folder here is that of a repository on the hub.
         ("teacher.model", Names::FolderIfThere),
         ("prompts.data", Names::Location),
         ("prompts.cache", Names::Path),
@@ -81,8 +81,9 @@ impl RunSpec {
         Ok(spec)
     }
 
-    /// Reads the frozen specification of a run that is only looked at or exported, of this version or an earlier one: keys of earlier
-    /// versions are translated. A run that goes on is read by [`from_toml`](Self::from_toml), which refuses them.
+    /// Reads the frozen specification of a run that is only inspected or exported, of this version or an earlier one:
+    /// keys of earlier versions are translated. A run that is resumed is read by [`from_toml`](Self::from_toml), which
+    /// rejects them.
     ///
     /// # Errors
     /// See [`LayerError`].
@@ -118,7 +119,7 @@ impl RunSpec {
         let reads = self.teacher.model.is_some();
         self.teacher.validate(&mut problems);
         problems.require(reads == self.prompts.is_some(), || {
-            "prompts and teacher.model go together: text-to-image models need prompts, others take none"
+            "prompts and teacher.model go together: text-to-image models need prompts, other models have none"
                 .into()
         });
         if let Some(prompts) = &self.prompts {
@@ -155,7 +156,7 @@ impl RunSpec {
             spec.teacher.weights = None;
             spec.teacher.model = spec.teacher.model.map(|_| String::new());
             if let Some(prompts) = &mut spec.prompts {
-                // Whether there is a file counts: without one captions of real images are taken.
+                // Only whether there is a file counts: without one, captions of real images are used.
                 prompts.data = prompts.data.take().map(|_| "a file".to_owned());
                 prompts.cache = None;
             }

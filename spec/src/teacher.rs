@@ -17,7 +17,7 @@ pub struct TeacherSpec {
     /// A text-to-image model instead: a folder in the layout of diffusers (Stable Diffusion 1.x, 2.x, SDXL), as a path, a
     /// URL of an object store, or the name of a repository on the Hugging Face hub.
     pub model: Option<String>,
-    /// Height and width of that model's images, in pixels; by default what it was trained on.
+    /// Height and width of that model's images, in pixels; by default those it was trained on.
     pub image_size: Option<[u32; 2]>,
     /// SHA-256 of that file, or of the folder's files one after the other. Filled in when the run is frozen; given by hand, it
     /// is checked.
@@ -38,7 +38,7 @@ impl TeacherSpec {
     pub(crate) fn validate(&self, problems: &mut Problems) {
         problems.require(self.weights.is_some() != self.model.is_some(), || {
             "teacher.weights is missing: name the teacher's safetensors file, or a text-to-image model's folder as \
-             teacher.model; not both"
+             teacher.model, but not both"
                 .into()
         });
         problems.require(

@@ -1,4 +1,4 @@
-//! Checkpoints: shards that the ranks write, and the manifest that makes them one.
+//! Checkpoints: the shards that the ranks write, and the manifest that commits them.
 //!
 //! A checkpoint exists when its manifest does.
 
@@ -11,17 +11,17 @@ use sha2::{Digest, Sha256};
 
 use crate::{Error, Run, digest::hexadecimal, layout};
 
-/// Shards above this size are written in parts of it: the least that S3 takes for a part is 5 MiB.
+/// Shards above this size are written in parts of it, in bytes: S3 requires parts of at least 5 MiB.
 const PART: usize = 8 << 20;
-/// Parts under way at a time: bounds the memory of an upload.
+/// Parts that are uploaded at a time: bounds the memory of an upload.
 const PARTS_AT_ONCE: usize = 4;
-/// The format that this code writes. Format 2 holds each network's own count of optimizer steps; in format 1, of Potstill's first
-/// runs, both networks were taken to have stepped in every iteration.
+/// The format that this code writes. Format 2 holds each network's own count of optimizer steps; in format 1, of
+/// Potstill's first versions, both networks were assumed to have stepped in every iteration.
 const VERSION: u32 = 2;
-/// The oldest format whose averaged generator can be read. A run goes on from [`VERSION`] alone.
+/// The oldest format whose averaged generator can be read. A run can be resumed from [`VERSION`] only.
 const OLDEST: u32 = 1;
 
-/// What a checkpoint consists of.
+/// The content of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -30,11 +30,11 @@ pub struct Manifest {
     pub iteration: u64,
     /// The generation that wrote it.
     pub generation: u64,
-    /// One from each rank; together they hold each tensor once.
+    /// One shard of each rank; together they hold each tensor once.
     pub shards: Vec<Shard>,
 }
 
-/// The part of a manifest that every format has.
+/// The fields of a manifest that every format has.
 #[derive(Deserialize)]
 struct VersionOnly {
     version: u32,
@@ -48,7 +48,7 @@ impl Manifest {
     }
 }
 
-/// One object of a checkpoint.
+/// One shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shard {
@@ -56,18 +56,18 @@ pub struct Shard {
     pub rank: u32,
     /// Its key below the run's folder.
     pub key: String,
-    /// Its length.
+    /// Its length in bytes.
     pub bytes: u64,
     /// SHA-256 of its bytes, hexadecimal.
     pub sha256: String,
 }
 
 impl Run {
-    /// Writes a shard and returns what the manifest needs to know of it. A large one goes up in parts; when that fails,
-    /// the parts are removed.
+    /// Writes a shard and returns its entry for the manifest. A large one is uploaded in parts; when that fails, the
+    /// parts are removed.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn write_shard(&self, key: &str, rank: u32, bytes: Bytes) -> Result<Shard, Error> {
         let sha256 = sha256(&bytes).await;
         let shard = Shard { rank, key: key.to_owned(), bytes: bytes.len() as u64, sha256 };
@@ -76,7 +76,7 @@ impl Run {
             return Ok(shard);
         }
         let path = self.path(key);
-        // As a whole, because parts of an attempt that failed are gone.
+        // Retried as a whole, because the parts of a failed attempt are removed.
         let upload = async || {
             let mut parts =
                 WriteMultipart::new_with_chunk_size(self.root().store().put_multipart(&path).await?, PART);
@@ -88,8 +88,8 @@ impl Run {
                 }
                 parts.put(rest.split_to(rest.len().min(PART)));
             }
-            // Removes the parts by itself when it fails. An upload that is not there may be complete: the client asks again
-            // when an answer is lost, and the store no longer knows it. From the start, then.
+            // It removes the parts when it fails. A missing upload may be a complete one: when an answer is lost, the
+            // client repeats its request, and the store no longer knows the upload. So the upload starts again.
             parts.finish().await.map_err(|error| match error {
                 StoreError::NotFound { .. } => {
                     StoreError::Generic { store: "multipart", source: error.into() }
@@ -104,7 +104,7 @@ impl Run {
     /// Reads a shard and checks its length and its checksum.
     ///
     /// # Errors
-    /// [`Error::Damaged`] when it is not what was written, or gone; otherwise the store's.
+    /// [`Error::Damaged`] when its content is not what was written, or it is missing; otherwise the store's error.
     pub async fn read_shard(&self, shard: &Shard) -> Result<Bytes, Error> {
         let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
         let bytes = self
@@ -121,10 +121,10 @@ impl Run {
         Ok(bytes)
     }
 
-    /// Writes a manifest, create-only, and returns its key: from now on the checkpoint exists.
+    /// Writes a manifest, create-only, and returns its key: from then on the checkpoint exists.
     ///
     /// # Errors
-    /// [`Error::AlreadyExists`] when there is another one for this iteration; otherwise the store's.
+    /// [`Error::AlreadyExists`] when there is another one for this iteration; otherwise the store's error.
     pub async fn commit(&self, manifest: &Manifest) -> Result<String, Error> {
         let key = layout::manifest_key(manifest.iteration);
         let text = serde_json::to_vec_pretty(manifest).map_err(|e| self.unreadable(&key, &e))?;
@@ -135,17 +135,17 @@ impl Run {
     /// Iterations of the committed checkpoints, in order.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn checkpoints(&self) -> Result<Vec<u64>, Error> {
         let keys = self.list(layout::CHECKPOINTS).await?;
         Ok(keys.iter().filter_map(|(key, _)| layout::manifest_iteration(key)).collect())
     }
 
-    /// The checkpoints that are whole, as far as can be seen without reading them, oldest first; and of the others what is
-    /// wrong with each. Whole: the manifest can be read, and every shard is there in its length.
+    /// The checkpoints that are complete, oldest first, and the errors of the others. Complete: the manifest can be
+    /// read, and every shard exists in its length; the shards are not read.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn survey(&self) -> Result<(Vec<Manifest>, Vec<Error>), Error> {
         let sizes: BTreeMap<String, u64> = self.list(layout::CHECKPOINTS).await?.into_iter().collect();
         let (mut whole, mut damaged) = (Vec::new(), Vec::new());
@@ -176,7 +176,7 @@ impl Run {
     /// Whether a checkpoint is damaged: reads every byte of it.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn is_damaged(&self, manifest_key: &str) -> Result<bool, Error> {
         let read = async {
             for shard in &self.manifest(manifest_key).await?.shards {
@@ -191,10 +191,10 @@ impl Run {
         }
     }
 
-    /// Sets the manifest of a damaged checkpoint aside, so that its iteration can be committed again.
+    /// Moves the manifest of a damaged checkpoint aside, so that its iteration can be committed again.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn set_aside(&self, iteration: u64) -> Result<(), Error> {
         let key = layout::manifest_key(iteration);
         if let Some(bytes) = self.get(&key).await? {
@@ -206,7 +206,7 @@ impl Run {
     /// Copies a checkpoint into another run, verified byte by byte; its manifest last.
     ///
     /// # Errors
-    /// [`Error::Damaged`] names what is not as it was written; otherwise a store's.
+    /// [`Error::Damaged`] names the object whose content is not what was written; otherwise a store's error.
     pub async fn copy_checkpoint(&self, iteration: u64, to: &Self) -> Result<Manifest, Error> {
         let manifest = self.manifest(&layout::manifest_key(iteration)).await?;
         for shard in &manifest.shards {
@@ -217,7 +217,7 @@ impl Run {
         Ok(manifest)
     }
 
-    /// The manifest under a key, of a checkpoint from which a run can go on.
+    /// The manifest under a key, of a checkpoint from which a run can be resumed.
     ///
     /// # Errors
     /// As [`manifest`](Self::manifest), and [`Error::Format`] when an earlier version wrote it.
@@ -236,8 +236,8 @@ impl Run {
                 place,
                 found,
                 advice: format!(
-                    "an earlier version of Potstill wrote it, and a run cannot go on from it, since it lacks what format {VERSION} \
-                     says of the optimizers; finish the run with that version, or export its generator (potstill export \
+                    "an earlier version of Potstill wrote it, and a run cannot be resumed from it, since it lacks what format {VERSION} \
+                     holds of the optimizers; finish the run with that version, or export its generator (potstill export \
                      reads it) and start a new run with generator.start_from"
                 ),
             },
@@ -254,8 +254,8 @@ impl Run {
     /// The manifest under a key, in any format whose averaged generator can be read.
     ///
     /// # Errors
-    /// [`Error::Damaged`] when there is none, or it cannot be read; [`Error::Format`] when its format is unknown; otherwise the
-    /// store's.
+    /// [`Error::Damaged`] when there is none, or it cannot be read; [`Error::Format`] when its format is unknown;
+    /// otherwise the store's error.
     pub async fn manifest(&self, key: &str) -> Result<Manifest, Error> {
         let damaged =
             |problem: &str| Error::Damaged { place: self.describe(key), problem: problem.to_owned() };
@@ -273,7 +273,7 @@ impl Run {
     }
 }
 
-/// In pieces: whatever else this thread has to do, heartbeats among it, comes in between.
+/// Hashed in pieces, so that other tasks of this thread, such as heartbeats, run in between.
 async fn sha256(bytes: &[u8]) -> String {
     let mut hasher = Sha256::new();
     for piece in bytes.chunks(PART) {

@@ -8,11 +8,11 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-/// SHA-256 of a file, or of a folder's files, hexadecimal. Of a folder count names and contents of `.json`, `.txt` and
-/// `.safetensors` files in it and in its sub-folders, in the order of their paths; what is hidden is left out.
+/// SHA-256 of a file, or of a folder's files, hexadecimal. Of a folder the names and contents of `.json`, `.txt` and
+/// `.safetensors` files in it and in its sub-folders count, in the order of their paths; hidden files are left out.
 ///
 /// # Errors
-/// Something cannot be read.
+/// A file or folder cannot be read.
 pub fn sha256_of(path: &Path) -> io::Result<String> {
     let mut hasher = Sha256::new();
     if path.is_dir() {
@@ -32,7 +32,7 @@ pub fn sha256_of(path: &Path) -> io::Result<String> {
     Ok(hexadecimal(&hasher.finalize()))
 }
 
-/// Bytes as text.
+/// Bytes in hexadecimal.
 #[must_use]
 pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -57,7 +57,7 @@ fn collect(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> io::Result<()
             continue;
         }
         let path = below.join(&name);
-        // Hubs' caches are full of links; what they lead to counts.
+        // The caches of model hubs consist of links: their targets are hashed.
         if root.join(&path).is_dir() {
             collect(root, &path, files)?;
         } else if path.extension().is_some_and(|e| e == "json" || e == "txt" || e == "safetensors") {
@@ -83,7 +83,7 @@ mod tests {
         write("unet/a.safetensors", "weights");
         let first = sha256_of(folder.path()).unwrap();
         write("readme.md", "does not count");
-        write(".cache/x.json", "nor does this");
+        write(".cache/x.json", "does not count either");
         assert_eq!(sha256_of(folder.path()).unwrap(), first);
         write("unet/a.safetensors", "others.");
         assert_ne!(sha256_of(folder.path()).unwrap(), first);

@@ -1,40 +1,40 @@
-//! What can go wrong on storage.
+//! Errors of storage operations.
 
 use std::time::Duration;
 
-/// A storage operation that failed; says which object and what to do.
+/// A storage operation that failed; names the object and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The URL names no store.
+    /// The URL is not one of a supported store.
     #[error("storage {url:?}: {problem}; use a path, or a URL of file://, s3://, gs://, az:// or memory://")]
     BadUrl {
-        /// What was given.
+        /// The URL.
         url: String,
-        /// Why it does not do.
+        /// Why it is not accepted.
         problem: String,
     },
-    /// The store did not do what it was asked.
+    /// The store reported an error.
     #[error("cannot {operation} {place}: {source}")]
     Store {
-        /// "read", "write", "list" …
+        /// What was tried: "read", "write", "list" …
         operation: &'static str,
         /// Path or URL of the object.
         place: String,
-        /// What the store says.
+        /// The store's error.
         source: object_store::Error,
     },
-    /// The store did not answer.
+    /// The store did not answer in time.
     #[error("cannot {operation} {place}: no answer within {} s", patience.as_secs())]
     NoAnswer {
-        /// "read", "write", "list" …
+        /// What was tried: "read", "write", "list" …
         operation: &'static str,
         /// Path or URL of the object.
         place: String,
-        /// How long it was waited for.
+        /// The timeout.
         patience: Duration,
     },
-    /// A create-only object is there already, with another content.
+    /// A create-only object exists already, with another content.
     #[error("{place} exists already, with another content")]
     AlreadyExists {
         /// Path or URL of the object.
@@ -46,31 +46,31 @@ pub enum Error {
         /// Path or URL of the record.
         place: String,
     },
-    /// The store overwrites where it was asked to create only.
+    /// The store overwrote an object that it was asked only to create.
     #[error(
         "the storage at {url} ignores conditional writes (If-None-Match: *): it overwrote an object that it was asked only \
          to create, so two coordinators could not be told apart there; use another store, or a newer version of this one"
     )]
     NotConditional {
-        /// The store.
+        /// The store's URL.
         url: String,
     },
-    /// A checkpoint is whole, but in another format than is wanted.
+    /// A checkpoint is complete, but its format is not supported here.
     #[error("checkpoint {place} is in format {found}: {advice}")]
     Format {
         /// Path or URL of its manifest.
         place: String,
-        /// The format that it is in.
+        /// Its format.
         found: u32,
-        /// Who wrote it, and what to do.
+        /// Which version wrote it, and what to do.
         advice: String,
     },
-    /// What was read is not what was written.
+    /// An object's content is not what was written.
     #[error("{place} is damaged: {problem}")]
     Damaged {
         /// Path or URL of the object.
         place: String,
-        /// How that was noticed.
+        /// How it was noticed.
         problem: String,
     },
 }

@@ -1,8 +1,8 @@
-//! Storage that misbehaves on purpose, for tests of what depends on it.
+//! Storage that injects faults, for tests of the code that uses it.
 //!
-//! `POTSTILL_STORAGE_FAULTS=seed=7,error=0.02,delay=0.05,hang=0.001,lost=0.02,short=0.01,flip=0.01` in the environment of a
-//! debug build: the share of operations that fail without effect; wait for up to a second; never answer; take effect and
-//! then fail; read too few bytes; read a wrong bit. Which ones is decided by the seed and the operation's number.
+//! `POTSTILL_STORAGE_FAULTS=seed=7,error=0.02,delay=0.05,hang=0.001,lost=0.02,short=0.01,flip=0.01` in the environment
+//! of a debug build: the share of operations that fail without effect; wait for up to a second; never answer; take
+//! effect and then fail; read too few bytes; read a wrong bit. The seed and the operation's number decide which ones.
 
 use std::{
     fmt,
@@ -70,25 +70,25 @@ impl Rates {
 /// Wraps a store if the environment asks for it.
 ///
 /// # Errors
-/// What is wrong with the variable.
+/// An error in the variable.
 pub fn wrapped(store: Arc<dyn ObjectStore>) -> std::result::Result<Arc<dyn ObjectStore>, String> {
     match std::env::var(VARIABLE) {
         Ok(text) if cfg!(debug_assertions) => {
-            tracing::warn!(faults = text, "this storage misbehaves on purpose");
+            tracing::warn!(faults = text, "this storage injects faults");
             Ok(Arc::new(Faulty::new(store, Rates::parse(&text)?)))
         }
         _ => Ok(store),
     }
 }
 
-/// A store that misbehaves.
+/// A store that injects faults.
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn ObjectStore>,
     faults: Arc<Faults>,
 }
 
-/// Decides what goes wrong.
+/// The rates of faults, and the number of operations so far, which decides where they are injected.
 #[derive(Debug)]
 struct Faults {
     rates: Rates,
@@ -97,7 +97,7 @@ struct Faults {
 
 impl fmt::Display for Faulty {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "misbehaving {}", self.inner)
+        write!(f, "faulty {}", self.inner)
     }
 }
 
@@ -116,7 +116,7 @@ impl Dice {
 }
 
 fn failure(what: &'static str) -> StoreError {
-    StoreError::Generic { store: "misbehaving", source: what.into() }
+    StoreError::Generic { store: "faulty", source: what.into() }
 }
 
 impl Faulty {
@@ -126,7 +126,7 @@ impl Faulty {
 }
 
 impl Faults {
-    /// What happens before an operation.
+    /// Injects the faults that come before an operation.
     async fn before(&self) -> Result<Dice> {
         let number = self.operations.fetch_add(1, Ordering::Relaxed);
         let mut dice = Dice(self.rates.seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ number);
@@ -142,7 +142,7 @@ impl Faults {
         Ok(dice)
     }
 
-    /// What becomes of the answer of an operation that had its effect.
+    /// Injects the faults of the answer to an operation that had its effect.
     fn after<T>(&self, dice: &mut Dice, answer: T) -> Result<T> {
         if dice.roll() < self.rates.lost {
             Err(failure("connection reset before the answer"))
@@ -217,7 +217,7 @@ impl ObjectStore for Faulty {
     }
 }
 
-/// A multipart upload to a store that misbehaves.
+/// A multipart upload to a store that injects faults.
 #[derive(Debug)]
 struct Upload {
     inner: Box<dyn MultipartUpload>,
@@ -256,7 +256,7 @@ mod tests {
     use super::*;
     use crate::{Error, Root, Run, checkpoint::Manifest, layout, retention::Policy};
 
-    /// A run in a store that misbehaves, and the same without.
+    /// A run in a store that injects faults, and the same run without them.
     fn runs(rates: &str) -> (Run, Run) {
         let inner = Arc::new(InMemory::new());
         let faulty = Faulty::new(inner.clone(), Rates::parse(rates).unwrap());
@@ -277,7 +277,7 @@ mod tests {
         }
     }
 
-    /// Whatever goes wrong: what is said to exist exists, with the bytes that were written.
+    /// Under all faults, an object that is reported to exist exists, with the bytes that were written.
     #[tokio::test(start_paused = true)]
     async fn a_success_is_one_and_a_failure_says_where() {
         let (mut failed, mut created) = (0, 0);
@@ -309,7 +309,7 @@ mod tests {
         assert!(created > 100 && failed > 0, "{created} were created, {failed} failed");
     }
 
-    /// Parts of an upload, listings and removals misbehave too; what is swept or counted in the end is right.
+    /// Parts of an upload, listings and removals fail too; sweeps and counts are right in the end.
     #[tokio::test(start_paused = true)]
     async fn uploads_in_parts_listings_and_sweeps_do_what_they_say_or_fail() {
         let bytes = Bytes::from(vec![7; 20 << 20]);
@@ -341,7 +341,7 @@ mod tests {
                 }
                 Err(error) => assert!(error.to_string().contains("checkpoints"), "{error}"),
             }
-            // Never the newest, and what is left is whole.
+            // The newest is never removed, and the checkpoints that are left are complete.
             assert_eq!(truth.checkpoints().await.unwrap().last(), committed.last(), "{seed}");
             assert!(truth.survey().await.unwrap().1.is_empty(), "{seed}");
         }

@@ -1,12 +1,12 @@
-//! The journal: a run's history as create-only records, and the fence between coordinators.
+//! The journal: a run's history as create-only records, which also fences coordinators.
 //!
-//! Two coordinators of one run cannot both create record n + 1: the one that comes second is told so, and must stop.
+//! Two coordinators of one run cannot both create record n + 1: the second one gets an error, and must stop.
 
 use bytes::Bytes;
 
 use crate::{Error, Run, layout};
 
-/// A journal, at its end. What the records say is the caller's business.
+/// A journal, positioned after its newest record. The caller interprets the records.
 #[derive(Debug)]
 pub struct Journal {
     run: Run,
@@ -17,14 +17,14 @@ impl Journal {
     /// Opens a run's journal and reads its records, in order.
     ///
     /// # Errors
-    /// The store's; [`Error::Damaged`] when a record is missing.
+    /// The store's error; [`Error::Damaged`] when a record is missing.
     pub async fn open(run: &Run) -> Result<(Self, Vec<Bytes>), Error> {
         let mut records = Vec::new();
         for (key, _) in run.list(layout::JOURNAL).await? {
             let Some(sequence) = layout::journal_sequence(&key) else { continue };
             let missing = || Error::Damaged {
                 place: run.describe(&layout::journal_key(records.len() as u64)),
-                problem: format!("it is missing, though the journal goes on to record {sequence}"),
+                problem: format!("it is missing, though record {sequence} exists"),
             };
             if sequence != records.len() as u64 {
                 return Err(missing());
@@ -35,15 +35,15 @@ impl Journal {
         Ok((Self { run: run.clone(), next: records.len() as u64 }, records))
     }
 
-    /// A look, for the background, at whether another coordinator has gone on with the journal: one that writes nothing would
-    /// not learn it otherwise. The answer is the number of the record that was found, if one was.
+    /// A check, to be run in the background, whether another coordinator has written to the journal: a coordinator that
+    /// writes nothing would not notice it otherwise. Returns the number of the record that was found, if there is one.
     pub fn watch(&self) -> impl Future<Output = Option<u64>> + use<> {
         let (run, next) = (self.run.clone(), self.next);
-        // An error says nothing; the next look may.
+        // After an error nothing is known; the check is repeated later.
         async move { run.get(&layout::journal_key(next)).await.ok().flatten().map(|_| next) }
     }
 
-    /// What [`watch`](Self::watch) has found is another's.
+    /// Marks the record that [`watch`](Self::watch) has found as another coordinator's.
     ///
     /// # Errors
     /// [`Error::Fenced`].
@@ -57,7 +57,7 @@ impl Journal {
     /// Writes the next record.
     ///
     /// # Errors
-    /// [`Error::Fenced`] when another coordinator has written it; otherwise the store's.
+    /// [`Error::Fenced`] when another coordinator has written it; otherwise the store's error.
     pub async fn append(&mut self, record: Bytes) -> Result<(), Error> {
         match self.run.create(&layout::journal_key(self.next), record).await {
             Ok(()) => {

@@ -1,4 +1,4 @@
-//! Keys below a run's folder. Numbers are padded with zeros, so that keys sort as they count.
+//! Keys below a run's folder. Numbers are padded with zeros, so that the order of keys is that of the numbers.
 
 /// The frozen specification.
 pub const SPECIFICATION: &str = "run.toml";
@@ -20,7 +20,7 @@ pub fn journal_sequence(key: &str) -> Option<u64> {
     digits.parse().ok().filter(|&sequence| journal_key(sequence) == key)
 }
 
-/// A checkpoint's commit.
+/// The manifest of a checkpoint.
 #[must_use]
 pub fn manifest_key(iteration: u64) -> String {
     format!("{CHECKPOINTS}/{iteration:012}/manifest.json")
@@ -40,13 +40,14 @@ pub fn checkpoint_iteration(key: &str) -> Option<u64> {
     digits.parse().ok().filter(|iteration| format!("{iteration:012}") == digits)
 }
 
-/// Where the manifest of a damaged checkpoint is set aside.
+/// The key to which the manifest of a damaged checkpoint is moved.
 #[must_use]
 pub fn damaged_manifest_key(iteration: u64) -> String {
     format!("{CHECKPOINTS}/{iteration:012}/damaged-manifest.json")
 }
 
-/// One rank's share of a checkpoint. `unique` keeps the attempts of different generations apart; the manifest decides.
+/// One rank's shard of a checkpoint. `unique` separates the attempts of different generations; the manifest names the
+/// one that counts.
 #[must_use]
 pub fn shard_key(iteration: u64, unique: &str, rank: u32, world_size: u32) -> String {
     format!("{CHECKPOINTS}/{iteration:012}/{unique}/rank-{rank:03}-of-{world_size:03}.safetensors")

@@ -1,4 +1,4 @@
-//! What lies on object storage, used by the coordinator and by its workers.
+//! The object storage of runs, used by the coordinator and by its workers.
 //!
 //! ```text
 //! <root>/runs/<run>/run.toml                                                   the frozen specification

@@ -1,7 +1,7 @@
-//! Which checkpoints go, and the removal of what is not needed any more.
+//! The rule for which checkpoints are kept, and the removal of the others.
 //!
-//! A checkpoint goes manifest first: from then on it does not exist, and what is left of it is an orphan for this sweep or a
-//! later one. Which orphans may go the caller knows: others may be about to be committed.
+//! A checkpoint's manifest is removed first: from then on it does not exist, and its shards are orphans for this sweep
+//! or a later one. The caller says which orphans may be removed: others may be about to be committed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,13 +13,13 @@ use crate::{Error, Run, layout};
 /// Which checkpoints are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// So many of the newest; without it all.
+    /// The number of the newest to keep; without it all are kept.
     pub keep_last: Option<u64>,
-    /// And those whose iteration is a multiple of this.
+    /// Those whose iteration is a multiple of this are kept too.
     pub keep_every: Option<NonZeroU64>,
 }
 
-/// What a sweep removed.
+/// The result of a sweep.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
     /// Iterations of the checkpoints that were removed.
@@ -28,7 +28,7 @@ pub struct Swept {
     pub orphans: usize,
 }
 
-/// The committed checkpoints that may go: never the newest one, never one in use.
+/// The committed checkpoints that may be removed: never the newest one, never one in use.
 #[must_use]
 pub fn unneeded(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64>) -> Vec<u64> {
     let Some(newest) = policy.keep_last else { return Vec::new() };
@@ -43,11 +43,12 @@ pub fn unneeded(committed: &BTreeSet<u64>, policy: Policy, in_use: &BTreeSet<u64
 }
 
 impl Run {
-    /// Removes the checkpoints that the policy does not keep, and orphans up to an iteration: no checkpoint may come into being
-    /// there any more, except those `in_use`, whose objects must stay because they are being read or committed.
+    /// Removes the checkpoints that the policy does not keep, and orphans up to an iteration. Up to that iteration no
+    /// new checkpoint may be committed, except those `in_use`, whose objects are kept because they are being read or
+    /// committed.
     ///
     /// # Errors
-    /// The store's. What was not removed is found by the next sweep.
+    /// The store's error. Objects that were not removed are found by the next sweep.
     pub async fn sweep(&self, policy: Policy, in_use: &BTreeSet<u64>, up_to: u64) -> Result<Swept, Error> {
         let mut folders: BTreeMap<u64, Vec<String>> = BTreeMap::new();
         for (key, _) in self.list(layout::CHECKPOINTS).await? {
@@ -74,7 +75,7 @@ impl Run {
             } else {
                 match self.needed(iteration, &keys).await? {
                     Some(needed) => needed,
-                    // Nobody can tell what belongs to it.
+                    // Its manifest cannot be read, so it is not known which objects belong to it.
                     None => continue,
                 }
             };
@@ -95,7 +96,7 @@ impl Run {
         let attempts: BTreeSet<_> =
             keys.iter().filter_map(|key| key.rsplit_once('/')).map(|(f, _)| f).collect();
         if attempts.len() <= 2 {
-            // Its own folder and that of one attempt: the manifest's.
+            // They are in its own folder and in that of one attempt: the manifest's.
             return Ok(Some(keys.iter().cloned().collect()));
         }
         match self.manifest(&manifest_key).await {
@@ -132,7 +133,7 @@ mod tests {
                 prop_assert!(!newest.contains(iteration));
                 prop_assert!(keep_every == 0 || iteration % keep_every != 0);
             }
-            // And nothing else stays.
+            // No other object stays.
             if keep_last.is_some() {
                 for iteration in committed.iter().filter(|i| !gone.contains(i)) {
                     prop_assert!(

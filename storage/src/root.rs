@@ -1,4 +1,4 @@
-//! The root of the storage: which store, and where in it.
+//! The root of the storage: the store, and the folder in it.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -8,21 +8,21 @@ use uuid::Uuid;
 
 use crate::{Error, RunId, faults};
 
-/// Environment variables with these beginnings configure the cloud stores, as their own tools' do.
+/// Environment variables with these prefixes configure the cloud stores, as with those stores' own tools.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
 
-/// The place below which all runs lie.
+/// The folder that holds all runs.
 #[derive(Clone, Debug)]
 pub struct Root {
     store: Arc<dyn ObjectStore>,
-    /// Below the store's own root.
+    /// The folder, relative to the store's own root.
     prefix: Path,
     url: String,
-    /// The folder, where the store is local.
+    /// The folder on this machine, where the store is local.
     folder: Option<PathBuf>,
 }
 
-/// The environment of this process. What is not text configures no store.
+/// The environment of this process. Variables that are not UTF-8 are ignored.
 pub fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -30,16 +30,16 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 
 impl Root {
     /// Opens a path, or a URL of `file://`, `s3://`, `gs://`, `az://` or `memory://`. A local folder is created, and
-    /// everything written to it is synced to disk. Credentials of the others come from their usual environment variables.
-    /// What is kept in `memory://` is seen by this value and its clones only.
+    /// everything written to it is synced to disk. Credentials for the cloud stores come from their usual environment
+    /// variables. The content of `memory://` is visible to this value and its clones only.
     ///
     /// # Errors
-    /// The URL does not name a store, or the folder cannot be made.
+    /// The URL is not one of a supported store, or the folder cannot be created.
     pub fn open(location: &str) -> Result<Self, Error> {
         Self::open_with(location, environment())
     }
 
-    /// [`open`](Self::open) with other variables than those of this process's environment.
+    /// [`open`](Self::open) with other variables than the process's environment.
     ///
     /// # Errors
     /// As for [`open`](Self::open).
@@ -58,7 +58,8 @@ impl Root {
             return Self::local(folder, location);
         }
         let (store, prefix) = Self::open_store(location, variables)?;
-        // Without what may follow: a query can hold credentials. Before the host of az:// there may be the container.
+        // Without what may follow: a query can hold credentials. In az:// the user name before the host may be the
+        // container.
         let container = match (url.scheme(), url.username()) {
             ("az", name) if !name.is_empty() => format!("{name}@"),
             _ => String::new(),
@@ -68,17 +69,17 @@ impl Root {
         Ok(Self { store: faults::wrapped(store).map_err(bad)?, prefix, url: shown, folder: None })
     }
 
-    /// The store that a URL of `s3://`, `gs://`, `az://` or `memory://` names, and the place in it.
+    /// The store of a URL of `s3://`, `gs://`, `az://` or `memory://`, and the path in it.
     pub(crate) fn open_store(
         location: &str,
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
-        // The client of the clouds takes the process's own; an error says that there is one already.
+        // The cloud clients use the process's own TLS provider; an error means that one is installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
         let scheme = url.scheme();
-        // object_store knows more schemes, but some of them name the place in parts that `url` leaves out.
+        // object_store supports more schemes, but in some of them part of the location is where `url` does not keep it.
         if !["s3", "gs", "az", "memory"].contains(&scheme) {
             return Err(bad(format!("the scheme {scheme}:// is not known")));
         }
@@ -106,19 +107,19 @@ impl Root {
         })
     }
 
-    /// A root in a store that the caller has made.
+    /// A root in a store that the caller has opened.
     #[must_use]
     pub fn in_store(store: Arc<dyn ObjectStore>, url: &str) -> Self {
         Self { store, prefix: Path::default(), url: url.to_owned(), folder: None }
     }
 
-    /// Its URL, without credentials; [`open`](Self::open) takes it.
+    /// Its URL, without credentials; [`open`](Self::open) accepts it.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Makes sure that the store can be written to and that it honours "create if absent".
+    /// Checks that the store can be written to and that it honors "create if absent".
     ///
     /// # Errors
     /// [`Error::Store`] where it cannot be written, [`Error::NotConditional`] where it ignores the condition.
@@ -129,7 +130,7 @@ impl Root {
         let create = || self.store.put_opts(&path, "probe".into(), PutMode::Create.into());
         create().await.map_err(failed)?;
         let again = create().await;
-        // Whatever the answer is, nothing stays behind. A probe that cannot be removed does no harm.
+        // The probe's object is removed in any case. One that cannot be removed does no harm.
         if let Err(error) = self.store.delete(&path).await {
             tracing::debug!(%place, %error, "the probe could not be removed");
         }
@@ -150,7 +151,7 @@ impl Root {
         self.prefix.clone().join("runs").join(id.to_string())
     }
 
-    /// Path or URL of an object, as messages name it.
+    /// Path or URL of an object, for messages.
     pub(crate) fn describe(&self, path: &Path) -> String {
         match &self.folder {
             Some(folder) => folder.join(path.as_ref()).display().to_string(),

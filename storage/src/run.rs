@@ -1,4 +1,4 @@
-//! One run's folder: plain reads and writes, and the create-only write that commits are made of.
+//! One run's folder: plain reads and writes, and the create-only write for commits.
 
 use std::{future::Future, time::Duration};
 
@@ -9,16 +9,16 @@ use object_store::{Error as StoreError, ObjectStoreExt, PutMode, path::Path};
 
 use crate::{Error, Root, RunId, layout};
 
-/// How long one operation may take. The store's own retries, which give up after three minutes, fit into it.
+/// Timeout of one operation. The store's own retries, which end after three minutes, fit into it.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// How often an operation is tried again, beyond the store's own retries, and how long to wait before the first time; each
-/// pause is about twice the one before.
+/// How often an operation is repeated, beyond the store's own retries, and the pause before the first time; each pause
+/// is about twice the one before.
 const RETRIES: usize = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// And how much longer for each MiB that it moves: a link slower than this is as good as down.
+/// Added to the timeout for each MiB that the operation moves: a slower link counts as broken.
 const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
 
-/// Whether an operation that failed so may succeed when it is tried again.
+/// Whether an operation with this error may succeed when it is repeated.
 fn may_pass(error: &StoreError) -> bool {
     !matches!(
         error,
@@ -44,7 +44,7 @@ pub struct Run {
 }
 
 impl Root {
-    /// The folder of a run, which need not exist.
+    /// The folder of a run, which may not exist yet.
     #[must_use]
     pub fn run(&self, id: &RunId) -> Run {
         let folder = self.path_of_run(id);
@@ -53,7 +53,7 @@ impl Root {
 }
 
 impl Run {
-    /// Which run.
+    /// The run's id.
     #[must_use]
     pub fn id(&self) -> &RunId {
         &self.id
@@ -67,14 +67,14 @@ impl Run {
         key.split('/').filter(|part| !part.is_empty()).fold(self.folder.clone(), |path, part| path.join(part))
     }
 
-    /// Path or URL of an object, for people; of the folder for an empty key.
+    /// Path or URL of an object, for messages; of the folder for an empty key.
     #[must_use]
     pub fn describe(&self, key: &str) -> String {
         self.root.describe(&self.path(key))
     }
 
-    /// Runs a store operation that moves `bytes`, again where that may help, within [`PATIENCE`] and what the bytes add to
-    /// it.
+    /// Runs a store operation that moves `bytes`, and repeats it where that may help, within [`PATIENCE`] and the time
+    /// that the bytes add to it.
     pub(crate) async fn ask<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         operation: &'static str,
@@ -98,12 +98,12 @@ impl Run {
     /// An object's content; `None` when there is none.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
         self.get_large(key, 0).await
     }
 
-    /// [`get`](Self::get) for an object of about so many bytes.
+    /// [`get`](Self::get) for an object of about this many bytes.
     pub(crate) async fn get_large(&self, key: &str, bytes: u64) -> Result<Option<Bytes>, Error> {
         let path = self.path(key);
         let read = async || self.root.store().get(&path).await?.bytes().await;
@@ -114,10 +114,10 @@ impl Run {
         }
     }
 
-    /// Writes an object, over an older one: for pictures and metrics, not for commits.
+    /// Writes an object, replacing an older one: for pictures and metrics, not for commits.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
         let size = bytes.len() as u64;
@@ -126,10 +126,10 @@ impl Run {
     }
 
     /// Writes an object that must not exist. When the store says that it does, or gives no clear answer, the object is
-    /// read back: a retried request can report our own write as a conflict.
+    /// read back: a repeated request can report our own write as a conflict.
     ///
     /// # Errors
-    /// [`Error::AlreadyExists`] when another content is there; otherwise the store's.
+    /// [`Error::AlreadyExists`] when it exists with another content; otherwise the store's error.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
         let put = || self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
@@ -146,10 +146,10 @@ impl Run {
         }
     }
 
-    /// Removes an object; one that is not there is removed already.
+    /// Removes an object; a missing one counts as removed.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub(crate) async fn delete(&self, key: &str) -> Result<(), Error> {
         let path = self.path(key);
         match self.ask("remove", key, 0, || self.root.store().delete(&path)).await {
@@ -161,7 +161,7 @@ impl Run {
     /// Keys and lengths of the objects in a folder, in order.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>, Error> {
         let path = self.path(folder);
         let listing = || self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
@@ -176,7 +176,7 @@ impl Run {
         Ok(keys)
     }
 
-    /// Freezes the run's specification.
+    /// Writes the run's specification, which is fixed from then on.
     ///
     /// # Errors
     /// [`Error::AlreadyExists`] when the run has another one.
@@ -187,7 +187,7 @@ impl Run {
     /// The frozen specification; `None` when there is no such run.
     ///
     /// # Errors
-    /// The store's; [`Error::Damaged`] when it is not text.
+    /// The store's error; [`Error::Damaged`] when it is not UTF-8.
     pub async fn specification(&self) -> Result<Option<String>, Error> {
         let Some(bytes) = self.get(layout::SPECIFICATION).await? else { return Ok(None) };
         let text = String::from_utf8(bytes.into()).map_err(|e| Error::Damaged {

@@ -2,8 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
-/// The name of a run, fit to be part of an object key everywhere: 1 to 64 characters out of a–z, 0–9, `.`, `_` and `-`, the
-/// first a letter or a digit.
+/// The name of a run, valid as a part of an object key in every store: 1 to 64 of the characters a–z, 0–9, `.`, `_` and
+/// `-`, the first a letter or a digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunId(String);
 

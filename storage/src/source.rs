@@ -1,4 +1,4 @@
-//! Objects that are only read: training data, wherever they lie.
+//! Objects that are only read, such as training data, on this machine or in an object store.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::{
     root::{Root, environment},
 };
 
-/// One object, or a folder of them, on a local path or in an object store. Nothing is ever written or created.
+/// One object, or a folder of objects, on a local path or in an object store. It is never written to.
 #[derive(Clone, Debug)]
 pub struct Source {
     store: Arc<dyn ObjectStore>,
@@ -25,7 +25,7 @@ impl Source {
     /// Opens a path, or a URL of `file://`, `s3://`, `gs://` or `az://`, with credentials as for [`Root::open`].
     ///
     /// # Errors
-    /// The location is not one of these, or a local one does not exist.
+    /// The location is not one of these, or a local path does not exist.
     pub fn open(location: &str) -> Result<Self, Error> {
         let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
         let local = match location.strip_prefix("file://") {
@@ -42,28 +42,28 @@ impl Source {
         Ok(Self { store: Arc::new(LocalFileSystem::new()), path, location: location.to_owned() })
     }
 
-    /// As it was given.
+    /// The location, as it was given.
     #[must_use]
     pub fn location(&self) -> &str {
         &self.location
     }
 
-    /// Its last part: a file's or folder's name.
+    /// The last component: the name of the file or folder.
     #[must_use]
     pub fn name(&self) -> &str {
         self.path.filename().unwrap_or_default()
     }
 
-    /// The objects below it, as paths relative to it, sorted; itself, as the empty path, if it is an object.
+    /// The objects below it, as paths relative to it, sorted; if it is an object itself, the empty path.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn list(&self) -> Result<Vec<String>, Error> {
         let failed = |source| self.failed("list", source);
         match self.store.head(&self.path).await {
             Ok(_) => return Ok(vec![String::new()]),
             Err(object_store::Error::NotFound { .. }) => {}
-            // A local folder is not an object; listing it will tell.
+            // A local folder is not an object; the listing finds its files.
             Err(object_store::Error::Generic { .. }) => {}
             Err(source) => return Err(failed(source)),
         }
@@ -78,20 +78,20 @@ impl Source {
         Ok(names)
     }
 
-    /// The bytes of one of the listed objects.
+    /// The content of one of the listed objects.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's error.
     pub async fn read(&self, name: &str) -> Result<Bytes, Error> {
         let path = self.path_of(name);
         let got = self.store.get(&path).await.map_err(|source| self.failed("read", source))?;
         got.bytes().await.map_err(|source| self.failed("read", source))
     }
 
-    /// Copies one of the listed objects to a file here, piece by piece.
+    /// Copies one of the listed objects to a local file, piece by piece.
     ///
     /// # Errors
-    /// The store's; the file cannot be written.
+    /// The store's error; the file cannot be written.
     pub async fn read_to(&self, name: &str, to: &std::path::Path) -> Result<(), Error> {
         let path = self.path_of(name);
         let failed = |source| self.failed("read", source);
@@ -114,10 +114,10 @@ impl Source {
         }
     }
 
-    /// Several objects in the order of `names`, a few at a time.
+    /// The contents of several objects in the order of `names`, a few at a time.
     ///
     /// # Errors
-    /// The store's, on the first object that fails.
+    /// The store's error for the first object that fails.
     pub async fn read_all(&self, names: &[String]) -> Result<Vec<Bytes>, Error> {
         const AT_ONCE: usize = 16;
         futures::stream::iter(names).map(|name| self.read(name)).buffered(AT_ONCE).try_collect().await

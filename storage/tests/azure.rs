@@ -31,16 +31,16 @@ use potstill_tests::lacks;
 
 /// What scripts/tests/run.py installs.
 const VERSION: &str = "3.35.0";
-/// Of the account that every Azurite has, with the key that Microsoft publishes for it.
+/// The account that every Azurite has, with the key that Microsoft publishes for it.
 const ACCOUNT: &str = "devstoreaccount1";
 const KEY: &str = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
-/// Azurite with an empty container, in memory. Ends with this value.
+/// Azurite with an empty container, in memory. It ends when this value is dropped.
 struct Server {
     child: Child,
-    /// Of the account.
+    /// URL of the account.
     url: String,
-    /// Where it writes what it writes in spite of that.
+    /// Folder for the files that it writes even so.
     _folder: tempfile::TempDir,
 }
 
@@ -86,14 +86,14 @@ impl Server {
                 break address.trim().to_owned();
             }
         };
-        // Somebody must read what it goes on to say.
+        // Its further output must be read, or it would block.
         thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
         let server = Self { child, url: format!("{address}/{ACCOUNT}"), _folder: folder };
         server.make_container().await;
         Some(server)
     }
 
-    /// Containers are nothing that `object_store` makes, but it signs the request.
+    /// `object_store` cannot create containers, but it can sign the request.
     async fn make_container(&self) {
         let mut request = HttpRequest::new(HttpRequestBody::empty());
         *request.method_mut() = "PUT".parse().unwrap();
@@ -101,14 +101,14 @@ impl Server {
         request.headers_mut().insert("content-length", "0".parse().unwrap());
         let credential = AzureCredential::AccessKey(AzureAccessKey::try_new(KEY).unwrap());
         AzureAuthorizer::new(&credential, ACCOUNT).try_authorize(&mut request).unwrap();
-        // A root installs it when it is opened; this client is made without one.
+        // Opening a root installs it; this client is made without one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let options = ClientOptions::new().with_allow_http(true);
         let client = ReqwestConnector::default().connect(&options).unwrap();
         assert_eq!(client.execute(request).await.unwrap().status(), 201);
     }
 
-    /// A root in the container, opened as a user opens it.
+    /// A root in the container, opened by its URL as in use.
     fn root(&self) -> Root {
         let variables = [
             ("AZURE_STORAGE_ENDPOINT", self.url.as_str()),
@@ -148,7 +148,7 @@ async fn a_container_passes_the_probe_and_of_many_writers_one_wins() {
         }
         let winner = format!("writer {winner}");
         assert_eq!(run.get(key).await.unwrap().unwrap(), winner);
-        // What is there already is our own, where it is.
+        // Creating the same content again succeeds.
         run.create(key, winner.into()).await.unwrap();
     }
 }
@@ -175,7 +175,7 @@ async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
         return;
     };
     let run = run(&server.root());
-    // The first goes up in parts.
+    // The first is uploaded in parts.
     let large: Bytes = (0..20_u32 << 20).map(|n| (n % 251) as u8).collect();
     for (iteration, bytes) in [(10, large.clone()), (20, "small".into()), (30, "small".into())] {
         let key = layout::shard_key(iteration, "g1", 0, 1);

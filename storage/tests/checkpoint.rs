@@ -1,4 +1,4 @@
-//! Tests checkpoints: shards and manifests come back as written or not at all.
+//! Tests checkpoints: shards and manifests are read back as written or not at all.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -18,7 +18,7 @@ use proptest::prelude::*;
 
 const MIB: usize = 1 << 20;
 
-/// Bytes of which no two parts are alike.
+/// Bytes without repetition.
 fn content(length: usize) -> Bytes {
     let mut state = 1_u64;
     let next = || {
@@ -154,7 +154,7 @@ async fn a_manifest_that_this_code_did_not_write_is_damaged() {
     }
 }
 
-/// A checkpoint of another version is neither damaged, which would let it be replaced, nor misread.
+/// A checkpoint in another format is neither treated as damaged, which would let it be replaced, nor misread.
 #[tokio::test]
 async fn a_checkpoint_of_another_version_is_refused_by_what_wrote_it() {
     let run = run_in_memory();
@@ -171,7 +171,7 @@ async fn a_checkpoint_of_another_version_is_refused_by_what_wrote_it() {
     }
     assert!(matches!(run.survey().await.unwrap_err(), Error::Format { found: 1, .. }));
 
-    // Whatever a newer version writes besides.
+    // A newer version may write other fields besides.
     run.put(&key, of(3).replace('{', r#"{"colour": 1, "#).into()).await.unwrap();
     for error in [
         run.manifest(&key).await.unwrap_err(),
@@ -189,7 +189,7 @@ async fn a_checkpoint_of_another_version_is_refused_by_what_wrote_it() {
 #[tokio::test]
 async fn a_large_shard_goes_up_in_parts() {
     let folder = tempfile::tempdir().unwrap();
-    // More parts than go up at a time; a whole number of parts; the largest that goes up as one.
+    // More parts than are uploaded at a time; a whole number of parts; the largest shard that is written at once.
     for length in [20 * MIB + 1, 8 * MIB + 1, 48 * MIB, 8 * MIB] {
         let bytes = content(length);
         let run = run(&root_at(folder.path()));
@@ -203,7 +203,7 @@ async fn a_large_shard_goes_up_in_parts() {
 
 #[tokio::test(start_paused = true)]
 async fn an_upload_that_fails_leaves_nothing() {
-    // With few parts the failure shows at the end; with many, while parts are still to be sent.
+    // With few parts the failure shows at the end; with many, while parts remain to be sent.
     let cases = [
         (20 * MIB, Fault::PartFails(0)),
         (20 * MIB, Fault::PartFails(2)),
@@ -221,7 +221,7 @@ async fn an_upload_that_fails_leaves_nothing() {
             let error = run.write_shard(&key, 0, content(length)).await.unwrap_err();
             assert!(matches!(&error, Error::Store { operation: "write", .. }), "{fault:?}: {error}");
             assert!(error.to_string().contains(&run.describe(&key)), "{error}");
-            // Once, and once for each time that it was tried again.
+            // Once for the first attempt, and once for each repetition.
             assert_eq!(store.aborted(), 5, "{fault:?}");
             assert_eq!(run_in(inner).get(&key).await.unwrap(), None);
         }

@@ -11,7 +11,7 @@ use common::{Fault, Faulty, root_at, run, run_in, run_in_memory};
 use object_store::memory::InMemory;
 use potstill_storage::{Error, Run};
 
-/// First one content, then the same again, then another.
+/// Writes one content, the same content again, then another one.
 async fn creates_only(run: &Run) {
     run.create("a/b", "first".into()).await.unwrap();
     run.create("a/b", "first".into()).await.unwrap();

@@ -1,4 +1,4 @@
-//! Tests the journal: its records come back in order, nothing in it can be lost unnoticed, and it fences.
+//! Tests the journal: its records are read in order, a missing record is noticed, and it fences coordinators.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -25,7 +25,7 @@ async fn records_come_back_in_order() {
         for record in 0..12 {
             journal.append(format!("{record}").into()).await.unwrap();
         }
-        // Another one goes on where the first one ended.
+        // Another coordinator continues where the first one ended.
         let (mut journal, before) = Journal::open(&run).await.unwrap();
         assert_eq!(before, (0..12).map(|record| record.to_string()).collect::<Vec<_>>());
         journal.append("12".into()).await.unwrap();
@@ -41,7 +41,7 @@ async fn the_second_of_two_coordinators_is_fenced() {
         old.append("old 0".into()).await.unwrap();
         let (mut new, _) = Journal::open(&run).await.unwrap();
         new.append("new 1".into()).await.unwrap();
-        // However often it tries.
+        // However often it tries to write.
         for record in ["old 1", "old 2"] {
             let error = old.append(record.into()).await.unwrap_err();
             let taken = run.describe(&layout::journal_key(1));
@@ -100,7 +100,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn a_missing_record_is_named(count in 2..30_usize, missing: prop::sample::Index) {
-        // The last record cannot be missed: nothing tells that it was there.
+        // A missing last record cannot be noticed: no other record follows it.
         let missing = missing.index(count - 1) as u64;
         tokio::runtime::Runtime::new().unwrap().block_on(async {
             let store = Arc::new(InMemory::new());

@@ -1,5 +1,5 @@
-//! Tests that a sweep removes what nobody needs, in an order that never leaves half a checkpoint, and that damaged
-//! checkpoints are found and copies are true.
+//! Tests that a sweep removes old checkpoints and orphans in an order that never leaves half a checkpoint, that damaged
+//! checkpoints are found, and that copies are exact.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -44,7 +44,7 @@ async fn old_checkpoints_and_orphans_go_and_everything_else_stays() {
         // A generation that died while it saved, before a committed checkpoint and beside one.
         attempt(&run, 15, 1, 0).await;
         let beside = attempt(&run, 40, 1, 1).await;
-        // Those that may be about to be committed: a later one may exist already.
+        // Shards that may be about to be committed: a later checkpoint may exist already.
         let coming = attempt(&run, 60, 2, 0).await;
         commit(&run, 70, 2).await;
 
@@ -57,7 +57,7 @@ async fn old_checkpoints_and_orphans_go_and_everything_else_stays() {
         let (whole, damaged) = run.survey().await.unwrap();
         assert_eq!(whole.iter().map(|m| m.iteration).collect::<Vec<_>>(), [20, 30, 40, 50, 70]);
         assert!(damaged.is_empty());
-        // Nothing is left to do.
+        // A second sweep removes nothing.
         let again = run.sweep(policy, &BTreeSet::from([30]), 50).await.unwrap();
         assert_eq!(again, Swept::default());
         assert_eq!(run.sweep(policy, &BTreeSet::new(), 50).await.unwrap().checkpoints, [30]);
@@ -70,7 +70,7 @@ async fn what_an_interrupted_sweep_left_is_swept_later() {
     for iteration in [10, 20] {
         commit(&run, iteration, 1).await;
     }
-    // It came as far as the manifest.
+    // A sweep was interrupted after it had moved the manifest.
     run.set_aside(10).await.unwrap();
     let swept =
         run.sweep(Policy { keep_last: Some(1), keep_every: None }, &BTreeSet::new(), 50).await.unwrap();

@@ -1,4 +1,4 @@
-//! Tests what a root can be opened at, the probe, and how places are named.
+//! Tests which locations a root accepts, the probe, and how places are named in messages.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -59,7 +59,7 @@ fn what_names_no_store_is_refused_with_what_would() {
         "ftp://host/x",
         "http://host/x",
         "https://host/x",
-        // Its user name is the container, which is not to be taken for a credential and left out.
+        // Its user name is the container, which must not be removed as a credential.
         "abfss://container@account.dfs.core.windows.net/x",
         "memory://host/x",
         "file://host/x",
@@ -89,7 +89,7 @@ async fn an_object_in_a_folder_lies_where_it_is_said_to_lie() {
             assert!(place.starts_with(folder.canonicalize().unwrap().to_str().unwrap()), "{place}");
             assert_eq!(std::fs::read_to_string(&place).unwrap(), "content", "{place}");
         }
-        // Its URL leads to the same place.
+        // Its URL names the same place.
         let again = Root::open(root.url()).unwrap();
         assert_eq!(again.url(), root.url());
         assert_eq!(run(&again).describe("run.toml"), run(&root).describe("run.toml"));
@@ -119,7 +119,7 @@ fn a_url_is_shown_without_credentials() {
         let place = run(&root).describe(layout::SPECIFICATION);
         assert_eq!(place, format!("{scheme}://bucket/a%20b/c/runs/one/run.toml"));
         assert!(!format!("{place}{}", root.url()).contains("s3cret"));
-        // Its URL leads to the same place.
+        // Its URL names the same place.
         let again = Root::open(root.url()).unwrap();
         assert_eq!((again.url(), run(&again).describe("x")), (root.url(), run(&root).describe("x")));
     }

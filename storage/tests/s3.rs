@@ -25,7 +25,7 @@ use potstill_storage::{
 };
 use potstill_tests::lacks;
 
-/// moto's server with an empty bucket. Ends with this value.
+/// moto's server with an empty bucket. It ends when this value is dropped.
 struct Server {
     child: Child,
     address: SocketAddr,
@@ -62,7 +62,7 @@ impl Server {
             line.clear();
             assert!(log.read_line(&mut line).unwrap() > 0, "the server ended");
         }
-        // Somebody must read what it goes on to say.
+        // Its further output must be read, or it would block.
         thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
         let mut stream = TcpStream::connect(address).unwrap();
         let request =
@@ -128,7 +128,7 @@ async fn two_coordinators_cannot_both_write_the_next_record() {
 async fn checkpoints_come_back_whole_and_old_ones_go() {
     let Some(server) = Server::start("checkpoints_come_back_whole_and_old_ones_go") else { return };
     let run = run(&server.root());
-    // The first goes up in parts.
+    // The first is uploaded in parts.
     let large: Bytes = (0..20_u32 << 20).map(|n| (n % 251) as u8).collect();
     for (iteration, bytes) in [(10, large.clone()), (20, "small".into()), (30, "small".into())] {
         let key = layout::shard_key(iteration, "g1", 0, 1);
@@ -147,7 +147,7 @@ async fn checkpoints_come_back_whole_and_old_ones_go() {
     assert_eq!(run.checkpoints().await.unwrap(), [20, 30]);
 }
 
-/// Passes requests on without the condition that makes a write create only, as an old or careless server would see them.
+/// Forwards requests without the condition for a create-only write, as a store that ignores it would see them.
 fn without_condition(server: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = listener.local_addr().unwrap();

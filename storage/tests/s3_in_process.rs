@@ -1,5 +1,5 @@
-//! Tests against S3 over the wire, on a server in this process: unlike moto's (`s3.rs`) it takes its create-only condition
-//! seriously when many write at once, loses answers on demand, and needs nothing installed.
+//! Tests against S3 over the wire, on a server in this process: unlike moto's (`s3.rs`) it honors the create-only
+//! condition under concurrent writes, loses answers on demand, and needs no installation.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -24,7 +24,7 @@ fn run(root: &Root) -> Run {
     root.run(&"one".parse().unwrap())
 }
 
-/// Bytes of which no two parts are alike.
+/// Bytes without repetition.
 fn content(length: usize) -> Bytes {
     (0..length).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
 }
@@ -102,7 +102,7 @@ async fn a_checkpoint_in_parts_comes_back_whole_and_damage_is_named() {
     server.root().probe().await.unwrap();
     assert_eq!(server.keys(), [] as [&str; 0]);
     let run = run(&server.root());
-    // In parts, in whole parts, as one, and nothing.
+    // In parts, in whole parts, at once, and empty.
     let lengths = [20 * MIB + 1, 16 * MIB, 8 * MIB, 0];
     let manifest = commit(&run, 20, &lengths).await;
     assert_eq!(server.open_uploads(), 0);
@@ -160,7 +160,7 @@ async fn a_write_that_landed_is_our_own_though_its_answer_is_lost() {
         assert_eq!(server.answers_lost(), 2 * n + 1, "{how:?}");
         assert_eq!(Journal::open(&run).await.unwrap().1.last().unwrap(), &record);
 
-        // What has its last answer lost is written again, in parts as a whole.
+        // A write whose last answer is lost is repeated, in parts as well as at once.
         server.lose_an_answer(how);
         let key = layout::shard_key(n as u64, "g1", 0, 1);
         let shard = run.write_shard(&key, 0, content(20 * MIB)).await.unwrap();
@@ -168,7 +168,7 @@ async fn a_write_that_landed_is_our_own_though_its_answer_is_lost() {
         assert!(run.read_shard(&shard).await.unwrap() == content(20 * MIB));
         assert_eq!(server.open_uploads(), 0);
     }
-    // And another's write is another's, also then.
+    // Another writer's object stays another's, also then.
     let (mut late, _) = Journal::open(&run).await.unwrap();
     journal.append("first".into()).await.unwrap();
     server.lose_an_answer(Lost::Replaced);

@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    // Exported by torch-sys, which knows all the ways in which libtorch can be found.
+    // Exported by torch-sys, which handles all the ways in which libtorch can be found.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB")?);
     let root = env::var_os("LIBTORCH_INCLUDE")
         .map(PathBuf::from)
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rustc-link-lib=c10");
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
 
-    // Empty where NCCL's headers are missing: the NCCL face then returns an error value.
+    // Empty where NCCL's headers are missing: NCCL's functions then return an error.
     let nccl = out.join("libpotstill_nccl.so");
     match nccl_includes(&lib) {
         Some(includes) => build_nccl(&include, &includes, &lib, &nccl)?,
@@ -78,7 +78,7 @@ fn nccl_includes(lib: &Path) -> Option<Vec<PathBuf>> {
     let toolkit = env::var_os("CUDA_HOME").map_or_else(|| PathBuf::from("/usr/local/cuda"), PathBuf::from);
     folders.push(toolkit.join("include/cccl"));
     folders.push(toolkit.join("include"));
-    // Only what exists: cargo takes a missing path for a changed one, and would build anew each time.
+    // Only existing paths: cargo takes a missing path for a changed one, and would build again each time.
     folders.retain(|folder| folder.is_dir());
     for folder in &folders {
         println!("cargo::rerun-if-changed={}", folder.display());

@@ -1,4 +1,4 @@
-//! Puts libtorch's folder into the rpath, so that what is built here runs in any shell.
+//! Adds libtorch's folder to the rpath, so that the programs built here run in any shell.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

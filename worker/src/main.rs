@@ -1,4 +1,4 @@
-//! `potstill-worker`: the half of Potstill that links libtorch.
+//! The program `potstill-worker`, which links libtorch.
 
 fn main() -> std::process::ExitCode {
     potstill_worker::main()

@@ -1,4 +1,4 @@
-//! Compiles the shim, and tells `potstill-c10d` where its headers lie.
+//! Compiles the shim, and tells `potstill-c10d` where its headers are.
 
 use std::env;
 use std::error::Error;
@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    // Exported by torch-sys, which knows all the ways in which libtorch can be found.
+    // Exported by torch-sys, which handles all the ways in which libtorch can be found.
     let lib = PathBuf::from(env::var("DEP_TCH_LIBTORCH_LIB")?);
     let root = env::var_os("LIBTORCH_INCLUDE")
         .map(PathBuf::from)

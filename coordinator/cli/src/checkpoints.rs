@@ -1,4 +1,4 @@
-//! `potstill checkpoints`: which checkpoints a run has, and whether they are whole.
+//! `potstill checkpoint`: lists, verifies and restores the checkpoints of a run.
 
 use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
@@ -12,15 +12,15 @@ pub struct Entry {
     pub iteration: u64,
     /// The generation that wrote it; none when the manifest cannot be read.
     pub generation: Option<u64>,
-    /// Objects that it consists of.
+    /// The number of its shards.
     pub shards: Option<usize>,
-    /// Their bytes together.
+    /// Bytes of all shards.
     pub bytes: Option<u64>,
     /// Path or URL of its manifest.
     pub manifest: String,
-    /// Whether every shard was read and is what was written; none when nobody looked.
+    /// Whether every shard was read and has the recorded length and checksum; none when the shards were not read.
     pub verified: Option<bool>,
-    /// What is wrong with it.
+    /// The error, if it cannot be read or is damaged.
     pub problem: Option<String>,
 }
 
@@ -66,7 +66,7 @@ pub async fn list(run: &Run, verify: bool) -> anyhow::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// The first shard that is not what was written.
+/// The first shard whose content is not what was written.
 async fn damage(run: &Run, manifest: &Manifest) -> anyhow::Result<Option<String>> {
     for shard in &manifest.shards {
         match run.read_shard(shard).await {
@@ -78,8 +78,8 @@ async fn damage(run: &Run, manifest: &Manifest) -> anyhow::Result<Option<String>
     Ok(None)
 }
 
-/// Makes the run `to`, with the specification of `from` and a copy of its checkpoint of `iteration`, or of the newest that
-/// is whole. Returns the iteration.
+/// Makes the run `to`, with the specification of `from` and a copy of its checkpoint of `iteration`, or of the newest
+/// complete one. Returns the iteration.
 ///
 /// # Errors
 /// There is no such run or checkpoint, it is damaged, or `to` exists.
@@ -93,16 +93,16 @@ pub async fn restore(from: &Run, to: &Run, iteration: Option<u64>) -> anyhow::Re
         Some(iteration) => iteration,
         None => {
             let (whole, _) = from.survey().await?;
-            whole.last().with_context(|| format!("run {} has no whole checkpoint", from.id()))?.iteration
+            whole.last().with_context(|| format!("run {} has no complete checkpoint", from.id()))?.iteration
         }
     };
-    // The specification last: until then there is no such run.
+    // The specification is written last: the run exists from then on.
     from.copy_checkpoint(iteration, to).await?;
     to.freeze(&specification).await?;
     Ok(iteration)
 }
 
-/// For people.
+/// The list as a table, or as JSON.
 #[must_use]
 pub fn table(entries: &[Entry]) -> Table {
     let mut table = Table::new();

@@ -1,4 +1,4 @@
-//! `potstill`: the one command that users type.
+//! The program `potstill`.
 
 mod checkpoints;
 mod commands;

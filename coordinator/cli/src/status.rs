@@ -1,4 +1,4 @@
-//! `potstill status`: what a run is doing, from its coordinator; or what its journal says, where that is gone.
+//! `potstill status`: what a run is doing, from its coordinator, or from its journal where there is no coordinator.
 
 use comfy_table::{Table, presets};
 use potstill_core::{observation::Outcome, record::Record};
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use potstill_server::client::{self, Client};
 
-/// What a run is doing.
+/// The status of a run.
 #[derive(Debug, Serialize)]
 pub struct RunStatus {
     /// The run's name.
@@ -22,17 +22,17 @@ pub struct RunStatus {
     pub state: String,
     /// What it waits for, or why it ended.
     pub reason: String,
-    /// Its newest membership.
+    /// Its newest generation.
     pub generation: u64,
-    /// Iterations finished, as far as is known.
+    /// Finished iterations, as far as known.
     pub iteration: u64,
-    /// Iterations that the run is to reach; unknown without a coordinator.
+    /// The iterations that the run is to reach; none without a coordinator.
     pub iterations: Option<u64>,
     /// Iterations that were computed more than once.
     pub repeated_iterations: u64,
     /// The newest checkpoint.
     pub committed_iteration: Option<u64>,
-    /// Who is attached.
+    /// The attached workers.
     pub members: Vec<MemberStatus>,
 }
 
@@ -41,15 +41,15 @@ pub struct RunStatus {
 pub struct MemberStatus {
     /// Its id.
     pub worker: String,
-    /// Its machine.
+    /// Its host.
     pub host: String,
-    /// Its process there.
+    /// Its process id there.
     pub pid: u32,
     /// Its device.
     pub device: String,
     /// Its rank; none for a standby.
     pub rank: Option<u32>,
-    /// Where its state stands, for people.
+    /// The cursor of its state, as text.
     pub cursor: String,
     /// What it is doing.
     pub activity: String,
@@ -81,7 +81,7 @@ pub async fn of(run: &Run) -> anyhow::Result<RunStatus> {
     Ok(match asked {
         Ok(reply) => reply.into(),
         Err(error) => {
-            let reason = format!("{error:#}; go on with it by --resume");
+            let reason = format!("{error:#}; --resume continues the run");
             from_journal(run, &history, "unreachable", reason)
         }
     })

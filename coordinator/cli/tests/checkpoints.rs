@@ -1,4 +1,4 @@
-//! `potstill checkpoint list` and `verify` on runs with whole, damaged and missing parts.
+//! `potstill checkpoint list` and `verify` on runs with complete, damaged and missing parts.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -71,7 +71,7 @@ fn damage_is_named_and_sets_the_exit_code() {
     assert_eq!(
         checkpoint("list", storage.path(), &[]).status.code(),
         Some(0),
-        "without looking it is not seen"
+        "list does not read the shards"
     );
     let output = checkpoint("verify", storage.path(), &["--json"]);
     assert_eq!(output.status.code(), Some(3));

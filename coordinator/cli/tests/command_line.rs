@@ -1,4 +1,4 @@
-//! The `potstill` command as its users meet it: what it refuses, and what becomes of the agent it starts.
+//! The `potstill` command line: what it rejects, and that no agent outlives it.
 
 #![allow(clippy::unwrap_used)] // A panic here is a failed test.
 
@@ -34,7 +34,7 @@ impl Folder {
     /// `potstill` with a worker that is this shell script.
     fn potstill(&self, worker: &str) -> Command {
         let script = self.path().join("worker.sh");
-        // What is checked before a run is not these tests' subject.
+        // Checks of the worker program are not the subject of these tests.
         let checks = "[ \"$1\" = check ] && exit 0";
         fs::write(&script, format!("#!/bin/sh\n{checks}\n{worker}\n")).unwrap();
         fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
@@ -57,7 +57,7 @@ impl Folder {
         Launched { child, stderr }
     }
 
-    /// Checks that `potstill launch` with these arguments is refused with these words, and that it leaves nothing behind.
+    /// Checks that `potstill launch` with these arguments fails with these words, and that it writes nothing.
     fn refuses(&self, arguments: &[&str], words: &[&str]) {
         let output = self.potstill("exit 0").arg("launch").args(arguments).output().unwrap();
         let stderr = error(&output);
@@ -68,7 +68,7 @@ impl Folder {
     }
 }
 
-/// The complaint of a command that was refused.
+/// The error message of a command that failed.
 fn error(output: &Output) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
@@ -76,14 +76,14 @@ fn error(output: &Output) -> String {
     stderr
 }
 
-/// A launcher that runs. Its agent writes to the same standard error, which ends when both are gone.
+/// A running launcher. Its agent writes to the same standard error, which ends when both have ended.
 struct Launched {
     child: Child,
     stderr: BufReader<ChildStderr>,
 }
 
 impl Launched {
-    /// Reads up to a line with this word.
+    /// Reads until a line contains this text.
     fn wait_for(&mut self, word: &str) {
         let mut line = String::new();
         while !line.contains(word) {
@@ -96,7 +96,7 @@ impl Launched {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
     }
 
-    /// The exit code and the rest of the output, once launcher and agent are gone.
+    /// The exit code and the rest of the output, once launcher and agent have ended.
     fn end(mut self) -> (Option<i32>, String) {
         let mut rest = String::new();
         self.stderr.read_to_string(&mut rest).unwrap();
@@ -209,7 +209,7 @@ fn a_second_interrupt_ends_everything_at_once() {
     let mut launched = folder.launch("echo agent up >&2; exec timeout 60 cat > /dev/null");
     launched.wait_for("agent up");
     launched.send(Signal::SIGINT);
-    launched.wait_for("once more");
+    launched.wait_for("a second signal");
     launched.send(Signal::SIGTERM);
     let (code, rest) = launched.end();
     assert_eq!(code, Some(130), "{rest}");

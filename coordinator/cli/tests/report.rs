@@ -1,4 +1,4 @@
-//! `potstill report` on runs' folders made by hand: the pages, the exit codes, and what a real browser shows.
+//! `potstill report` on hand-made run folders: the reports, the exit codes, and how a real browser shows them.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -21,7 +21,7 @@ const SUMMARY: &str = r#"{"run": "demo", "world_size": 2, "iterations": 20, "ima
 const EVALUATION: &str = r#"{"kind": "evaluation", "subject": "student", "iteration": 20, "images": 2560,
     "scores": {"fid": 0.3, "agreement": 0.98, "precision": 0.93, "recall": 0.85, "diversity": null,
                "evaluations_per_image": 1.0, "images_per_second": 3500.0, "samples": 2000}, "wall_seconds": 194.0}"#;
-/// Of a file's content, to be shown and not to be obeyed.
+/// Text in a file, which must be shown and not executed.
 const HOSTILE: &str = "teacher</code><script>document.title='obeyed'</script>.safetensors";
 
 /// A storage with a run called demo.
@@ -167,7 +167,7 @@ fn a_real_browser_shows_tables_and_pictures_and_obeys_no_file() {
             "--hide-scrollbars",
             "--window-size=1000,3000",
         ])
-        // Whatever the page asked the network for would fail, and show.
+        // A request to the network would fail and be visible.
         .arg("--proxy-server=127.0.0.1:9")
         .arg(format!("--user-data-dir={}", profile.path().display()))
         .arg(format!("--screenshot={}", picture.display()))

@@ -1,4 +1,4 @@
-//! Who gets which place in a generation, and where its state comes from.
+//! Which worker gets which rank in a generation, and where its state comes from.
 
 use std::cmp::Reverse;
 
@@ -15,7 +15,8 @@ use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members};
 pub struct Start {
     /// The state it starts from.
     pub cursor: Cursor,
-    /// False when a peer's state may have moved on since it last spoke: then `cursor` is a lower bound.
+    /// False when the source is a peer, which may be further than its last message said: then `cursor` is a lower
+    /// bound.
     pub exact: bool,
 }
 
@@ -30,9 +31,9 @@ pub struct Plan {
     pub start: Start,
 }
 
-/// Chooses at most `max_workers` of those that can be given a place. Whoever had a rank keeps the order of ranks; then come those that hold
-/// the most, then all others by id. The state is that of the member that is furthest, so that no finished step is lost,
-/// unless the newest checkpoint is beyond it.
+/// Chooses at most `max_workers` of the members that can be given a place. The order of ranks: first the members that
+/// had a rank, by that rank; then those that hold the furthest state; then all others by id. The state is that of the
+/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it.
 #[must_use]
 pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>) -> Plan {
     let mut candidates: Vec<_> = members
@@ -59,7 +60,7 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
 }
 
 impl Plan {
-    /// How many ranks there are.
+    /// The number of ranks.
     #[must_use]
     pub fn world_size(&self) -> u32 {
         u32::try_from(self.ranks.len()).unwrap_or(u32::MAX)

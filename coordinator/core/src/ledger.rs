@@ -1,20 +1,20 @@
 //! Which checkpoints exist: receipts of shards are gathered until every rank's is there, then the manifest is written.
 //!
-//! Only the live generation's receipts count. What is being committed when a generation ends is committed none the less:
+//! Only the live generation's receipts count. A commit that is under way when its generation ends is still completed:
 //! its shards are complete, and equal to what the next generation would compute again.
 
 use std::collections::BTreeMap;
 
 use potstill_proto::{cursor::Generation, wire::ShardReceipt};
 
-/// Everything that a manifest says.
+/// The content of a manifest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    /// Under which generation its shards were written.
+    /// The generation whose ranks wrote its shards.
     pub generation: Generation,
-    /// After so many iterations.
+    /// Completed iterations.
     pub iteration: u64,
-    /// One receipt for each rank, in their order.
+    /// One receipt for each rank, in the order of ranks.
     pub shards: Vec<ShardReceipt>,
 }
 
@@ -26,10 +26,10 @@ impl Checkpoint {
     }
 }
 
-/// A checkpoint that exists.
+/// A checkpoint whose manifest is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommittedCheckpoint {
-    /// After so many iterations.
+    /// Completed iterations.
     pub iteration: u64,
     /// Its manifest's key below the run's folder.
     pub manifest_key: String,
@@ -48,7 +48,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A ledger that starts with what storage holds.
+    /// A ledger of the checkpoints that storage holds, oldest first.
     #[must_use]
     pub fn new(committed: Vec<CommittedCheckpoint>) -> Self {
         Self {
@@ -61,7 +61,7 @@ impl Ledger {
         }
     }
 
-    /// A new generation: what the old one had not completed is void.
+    /// Starts a new generation: incomplete checkpoints of the old one are dropped.
     pub fn open(&mut self, generation: Generation, world_size: u32) {
         self.generation = generation;
         self.world_size = world_size;
@@ -69,10 +69,11 @@ impl Ledger {
         self.failed.clear();
     }
 
-    /// Takes the live generation's receipt. Gives the checkpoint back when that completes it and it must be committed.
+    /// Takes a receipt from `rank` of the live generation. Returns the checkpoint when this receipt completes it and
+    /// its manifest must be written.
     ///
     /// # Errors
-    /// Why the receipt counts for nothing.
+    /// Why the receipt is ignored.
     pub fn receipt(&mut self, rank: u32, receipt: ShardReceipt) -> Result<Option<Checkpoint>, String> {
         let iteration = receipt.iteration;
         if receipt.rank != rank {
@@ -85,7 +86,7 @@ impl Ledger {
         Ok(self.complete(iteration))
     }
 
-    /// The checkpoint of `iteration`, when all its receipts are there and it is not being committed already.
+    /// The checkpoint of `iteration`, when all its receipts are there and its manifest is not being written already.
     fn complete(&mut self, iteration: u64) -> Option<Checkpoint> {
         let complete = self.collecting.get(&iteration)?.len() == self.world_size as usize;
         if !complete || self.committing.contains_key(&iteration) {
@@ -97,7 +98,7 @@ impl Ledger {
         Some(checkpoint)
     }
 
-    /// The manifest of `iteration` was written. Gives back what it holds.
+    /// The manifest of `iteration` was written. Returns its checkpoint.
     pub fn committed(&mut self, iteration: u64, manifest_key: String) -> Option<Checkpoint> {
         let checkpoint = self.committing.remove(&iteration)?;
         if !self.has(iteration) {
@@ -108,8 +109,8 @@ impl Ledger {
         Some(checkpoint)
     }
 
-    /// The manifest of `iteration` could not be written. Gives a checkpoint back when another generation has completed the
-    /// same iteration meanwhile.
+    /// The manifest of `iteration` could not be written. Returns a checkpoint to commit when another generation has
+    /// meanwhile completed the same iteration.
     pub fn commit_failed(&mut self, iteration: u64, reason: String) -> Option<Checkpoint> {
         self.committing.remove(&iteration)?;
         let again = self.complete(iteration);
@@ -119,7 +120,7 @@ impl Ledger {
         again
     }
 
-    /// A rank could not write its share.
+    /// A rank could not write its shard.
     pub fn shard_failed(&mut self, iteration: u64, reason: String) {
         self.failed.insert(iteration, reason);
     }
@@ -130,7 +131,8 @@ impl Ledger {
         self.committed.last()
     }
 
-    /// A checkpoint cannot be read after all: from now on the one before it is the newest. False when there was none.
+    /// Drops a checkpoint that cannot be read: the one before it becomes the newest. False when there is no such
+    /// checkpoint.
     pub fn mark_damaged(&mut self, manifest_key: &str) -> bool {
         let before = self.committed.len();
         self.committed.retain(|checkpoint| checkpoint.manifest_key != manifest_key);
@@ -154,7 +156,7 @@ impl Ledger {
         self.committing.keys().copied()
     }
 
-    /// Why the live generation has no checkpoint of `iteration`, if it tried.
+    /// Why the live generation has no checkpoint of `iteration`, if it tried to make one.
     #[must_use]
     pub fn failure(&self, iteration: u64) -> Option<&str> {
         self.failed.get(&iteration).map(String::as_str)

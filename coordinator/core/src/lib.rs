@@ -1,8 +1,8 @@
 //! The coordinator's state machine.
 //!
-//! [`Core::step`] takes the time and an event and says what to do about it, as data. It reads no clock, draws no random
-//! number and touches no network or storage: a recorded sequence of events gives the same actions again, and a simulated
-//! world can drive thousands of workers through it.
+//! [`Core::step`] takes the time and an event and returns the actions to take, as data. It reads no clock, draws no
+//! random number and touches no network or storage: a recorded sequence of events gives the same actions again, and a
+//! simulated world can drive thousands of workers through it.
 //!
 //! ```
 //! use std::time::Duration;
@@ -72,39 +72,39 @@ impl Tick {
     }
 }
 
-/// One `Attach` stream. A number never repeats within a coordinator's life, so that what a dead stream still says cannot
-/// be taken for the word of its successor.
+/// One `Attach` stream. A number is used once within a coordinator's life, so that late messages of a dead stream
+/// cannot be taken for messages of its successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StreamId(pub u64);
 
-/// A client that waits for an answer. A number never repeats within a coordinator's life.
+/// A client that waits for an answer. A number is used once within a coordinator's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u64);
 
-/// What happens to the coordinator.
+/// An input of the state machine.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// The first event: the journal is open and workers may come.
+    /// The first event: the journal is open and workers may attach.
     Started,
-    /// A worker said hello on a new stream.
+    /// A worker sent its hello on a new stream.
     Attached {
         /// The stream.
         stream: StreamId,
-        /// What it said.
+        /// The hello.
         hello: Hello,
     },
-    /// A worker said something after its hello.
+    /// A worker sent a message after its hello.
     Received {
-        /// On which stream.
+        /// Its stream.
         stream: StreamId,
-        /// What it said.
+        /// The message.
         message: FromWorker,
     },
-    /// A stream is gone.
+    /// A stream has ended.
     Closed {
-        /// Which one.
+        /// The stream.
         stream: StreamId,
-        /// How that was noticed.
+        /// How it was noticed.
         reason: String,
     },
     /// A deadline may have passed.
@@ -116,24 +116,24 @@ pub enum Event {
         /// The manifest's key below the run's folder, or why there is no manifest.
         result: Result<String, String>,
     },
-    /// Somebody asked for a checkpoint; the answer is [`Action::Answer`].
+    /// A client asked for a checkpoint; the answer is [`Action::Answer`].
     CheckpointRequested {
-        /// Who waits for the answer.
+        /// The client that waits for the answer.
         client: ClientId,
     },
-    /// Somebody asked the run to save and stop.
+    /// A client or a signal asked the run to save and stop.
     StopRequested {
-        /// Who, and why.
+        /// Who asked, and why.
         reason: String,
     },
-    /// Whoever keeps the workers alive has given up.
+    /// The process that starts the workers has given up.
     WorkersUnavailable {
         /// Why.
         reason: String,
     },
     /// The journal cannot be continued: another coordinator owns it, or storage is lost.
     JournalLost {
-        /// Which, and why.
+        /// Which of the two, and its cause.
         reason: String,
     },
 }
@@ -150,31 +150,32 @@ pub enum Action {
     },
     /// End a stream after what was sent on it.
     Close {
-        /// Which one.
+        /// The stream.
         stream: StreamId,
     },
     /// Append to the journal. No later action may be executed before the record is durable.
     Persist(Record),
     /// Write a checkpoint's manifest; the answer comes as [`Event::CommitAnswered`].
     Commit(Checkpoint),
-    /// Remove the checkpoints that nobody needs any more, and what belongs to none.
+    /// Remove the checkpoints that retention does not keep, and objects that belong to no checkpoint.
     Retain {
-        /// Iterations of those that are being read or committed.
+        /// Iterations of the checkpoints that are being read or committed.
         in_use: BTreeSet<u64>,
-        /// What belongs to no checkpoint goes up to this iteration: beyond it, it may be about to be committed.
+        /// Objects that belong to no checkpoint are removed up to this iteration; later ones may be about to be
+        /// committed.
         up_to: u64,
     },
     /// Answer a request for a checkpoint: the iteration of one that exists now, or why there is none.
     Answer {
-        /// Who asked.
+        /// The client that asked.
         client: ClientId,
         /// The answer.
         result: Result<u64, String>,
     },
-    /// Tell people.
+    /// Report to the log, the monitor and the metrics.
     Observe(Observation),
-    /// Log a decision that is no transition, such as a message that was ignored, with its reason.
+    /// Log a decision that changes no state, such as a message that was ignored, with its reason.
     Log(String),
-    /// The run is over; nothing follows.
+    /// The run is over; no action follows.
     End(Outcome),
 }

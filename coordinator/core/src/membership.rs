@@ -1,7 +1,8 @@
-//! Who is attached, and how alive.
+//! The attached workers and their liveness.
 //!
-//! Every message renews its sender's lease. A worker that is silent for a third of the failure timeout is *unknown*, which
-//! changes what people see and nothing else; silent for all of it, or with its stream closed, it is dead and removed.
+//! Every message renews its sender's lease. A worker that is silent for a third of the failure timeout is *unknown*,
+//! which changes only what log and status show; silent for all of it, or with its stream closed, it is dead and
+//! removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,19 +13,19 @@ use potstill_proto::{
 
 use crate::{StreamId, Tick, terms::Timeouts};
 
-/// How sure we are that a member lives. The dead are removed.
+/// Whether a member is known to be alive. Dead members are removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Liveness {
-    /// Heard of within the lease's first third.
+    /// Heard of within the first third of its lease.
     Alive,
     /// Silent for longer than that.
     Unknown,
 }
 
-/// A worker that has not been heard of.
+/// How long a worker has been silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Silence {
-    /// For how long.
+    /// Milliseconds since its last message.
     pub millis: u64,
     /// Whether its lease is over; otherwise it is unknown from now on.
     pub dead: bool,
@@ -33,17 +34,17 @@ pub struct Silence {
 /// An attached worker.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// What it said of itself when it attached.
+    /// Its hello.
     pub hello: Hello,
-    /// The furthest state that it is known to hold whole, if it is beyond the start of the run.
+    /// The furthest state that it is known to hold completely, if it is beyond the start of the run.
     pub held: Option<Cursor>,
-    /// Its last word on where it stands, for people.
+    /// The newest cursor that it reported, for display.
     pub cursor: Cursor,
-    /// Grows as it works.
+    /// Its count of completed units of work, from its heartbeats.
     pub progress: u64,
-    /// When that last grew, or its place changed.
+    /// When `progress` last changed, or its place did.
     pub moved: Tick,
-    /// What it does, in its own words.
+    /// What it is doing, as text from its heartbeats.
     pub activity: String,
     /// Whether it waits for its peers in a collective.
     pub waiting: bool,
@@ -51,11 +52,12 @@ pub struct Member {
     pub liveness: Liveness,
     /// Its newest place. Kept when that generation is over, so that ranks stay stable.
     pub place: Option<Place>,
-    /// Whether it is known to have taken the state of its place whole. Until then its heartbeats prove nothing.
+    /// Whether it is known to have taken over the state of its place completely. Until then the cursors of its
+    /// heartbeats do not count.
     pub loaded: bool,
     /// Whether it has loaded what the run reads.
     ready: bool,
-    /// Who wants its machine for something else.
+    /// Why it leaves, once it has announced that.
     leaving: Option<String>,
     heard: Tick,
     deadline: Tick,
@@ -68,14 +70,14 @@ impl Member {
         &self.hello.worker
     }
 
-    /// For people: id, machine, process, device.
+    /// As text: id, host, process, device.
     #[must_use]
     pub fn describe(&self) -> String {
         let Hello { worker, host, pid, device, .. } = &self.hello;
         format!("{worker} ({host}, process {pid}, {device})")
     }
 
-    /// Notes what the worker says it holds; the start of the run is no state worth keeping.
+    /// Notes the state that the worker says it holds; the start of the run does not count as one.
     pub fn hold(&mut self, cursor: Cursor) {
         self.cursor = cursor;
         self.held = Some(cursor).filter(|c| *c > Cursor::default());
@@ -86,7 +88,7 @@ impl Member {
         self.ready && self.leaving.is_none()
     }
 
-    /// Who wants its machine for something else, if somebody does.
+    /// Why it leaves, once it has announced that.
     #[must_use]
     pub fn leaving(&self) -> Option<&str> {
         self.leaving.as_deref()
@@ -99,7 +101,7 @@ impl Member {
     }
 }
 
-/// Everybody attached.
+/// All attached workers.
 #[derive(Debug)]
 pub struct Members {
     timeouts: Timeouts,
@@ -112,7 +114,7 @@ pub struct Members {
 }
 
 impl Members {
-    /// Nobody.
+    /// No workers yet.
     #[must_use]
     pub fn new(timeouts: Timeouts) -> Self {
         Self {
@@ -124,7 +126,7 @@ impl Members {
         }
     }
 
-    /// Takes a worker in.
+    /// Adds a worker.
     pub fn attach(&mut self, now: Tick, stream: StreamId, hello: Hello) -> &Member {
         let deadline = now.after(self.timeouts.unknown_millis);
         self.deadlines.insert((deadline, stream));
@@ -150,7 +152,7 @@ impl Members {
         self.by_stream.entry(stream).or_insert(member)
     }
 
-    /// Renews a lease. `None` when the stream belongs to nobody.
+    /// Renews a lease. `None` when no worker is attached on the stream.
     pub fn heard(&mut self, now: Tick, stream: StreamId) -> Option<&mut Member> {
         let member = self.by_stream.get_mut(&stream)?;
         self.deadlines.remove(&(member.deadline, stream));
@@ -171,7 +173,7 @@ impl Members {
         }
     }
 
-    /// A worker's machine is wanted for something else.
+    /// A worker has announced that it leaves.
     pub fn set_leaving(&mut self, stream: StreamId, reason: String) {
         if let Some(member) = self.by_stream.get_mut(&stream) {
             member.leaving = Some(reason);
@@ -179,7 +181,7 @@ impl Members {
         }
     }
 
-    /// Lets a worker go.
+    /// Removes a worker.
     pub fn remove(&mut self, stream: StreamId) -> Option<Member> {
         let member = self.by_stream.remove(&stream)?;
         self.by_id.remove(member.id());
@@ -188,7 +190,7 @@ impl Members {
         Some(member)
     }
 
-    /// Someone whose liveness has changed for the worse, while there is one. The dead stay until they are removed.
+    /// The next worker whose deadline has passed, if there is one. Dead workers stay until they are removed.
     pub fn expired(&mut self, now: Tick) -> Option<(StreamId, Silence)> {
         let &(deadline, stream) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now)?;
         self.deadlines.remove(&(deadline, stream));
@@ -200,7 +202,7 @@ impl Members {
         Some((stream, Silence { millis: now.0 - member.heard.0, dead: lease <= now }))
     }
 
-    /// When somebody's liveness changes next.
+    /// When the liveness of a worker changes next.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Tick> {
         self.deadlines.first().map(|(deadline, _)| *deadline)
@@ -223,7 +225,7 @@ impl Members {
         self.by_stream.get_mut(&stream)
     }
 
-    /// Everybody, in the order in which they attached.
+    /// All workers, in the order in which they attached.
     pub fn iter(&self) -> impl Iterator<Item = (StreamId, &Member)> {
         self.by_stream.iter().map(|(stream, member)| (*stream, member))
     }

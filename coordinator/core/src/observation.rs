@@ -1,4 +1,4 @@
-//! What the core tells people about: the source of the progress bar, the log, the metrics and the summary.
+//! What the core reports: the source of the progress bar, the log, the metrics and the summary.
 
 use potstill_proto::{cursor::Generation, message::Source, scores::Evaluation, wire};
 use serde::{Deserialize, Serialize};
@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize};
 /// Something that happened, with its reason where there was a choice.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Observation {
-    /// A coordinator took the run in hand.
+    /// A coordinator started to run this run.
     Started {
         /// Iterations that earlier coordinators' generations computed again.
         repeated: u64,
-        /// Where workers and people reach it.
+        /// Address at which workers and clients reach it.
         address: String,
-        /// Whether there was one before it.
+        /// Whether there was a coordinator before it.
         resumed: bool,
     },
     /// The run cannot train now.
@@ -21,22 +21,22 @@ pub enum Observation {
         have: u32,
         /// Workers needed.
         need: u32,
-        /// Why, for people.
+        /// Why, as text.
         reason: String,
     },
     /// A worker attached.
     Attached {
-        /// For people: id, host, process, device.
+        /// As text: id, host, process, device.
         worker: String,
     },
     /// A worker is gone.
     Lost {
-        /// For people: id, host, process, device, rank.
+        /// As text: id, host, process, device, rank.
         worker: String,
-        /// How that was noticed.
+        /// How it was noticed.
         reason: String,
     },
-    /// A new membership was formed.
+    /// A new generation was opened.
     GenerationOpened {
         /// Its number.
         generation: Generation,
@@ -44,33 +44,33 @@ pub enum Observation {
         world_size: u32,
         /// Where its state comes from.
         source: Source,
-        /// Iterations that were, or will be, computed again, over the whole run so far.
+        /// Iterations that were or will be computed again, over the whole run so far.
         repeated: u64,
-        /// Why it was formed.
+        /// Why it was opened.
         reason: String,
     },
-    /// A membership is over before the run is.
+    /// A generation ended before the run did.
     GenerationAbandoned {
         /// Its number.
         generation: Generation,
-        /// Who is lost, or what failed.
+        /// Which worker is lost, or what failed.
         reason: String,
     },
-    /// An iteration is finished: every rank has reported it, or the members that lived on had completed it. An index comes
-    /// again only where a run had to go back to an older checkpoint because nobody held its newest state any more.
+    /// An iteration is finished: every rank has reported it, or a surviving member had completed it. An index comes
+    /// again only where a run had to go back to an older checkpoint because no surviving worker held its newest state.
     Iteration(IterationTotals),
     /// The teacher or the student was scored.
     Evaluated(Evaluation),
     /// A checkpoint exists.
     Committed {
-        /// After so many iterations.
+        /// Completed iterations.
         iteration: u64,
         /// Bytes of its shards.
         bytes: u64,
     },
-    /// A checkpoint could not be made; training goes on.
+    /// A checkpoint could not be made; training continues.
     CheckpointFailed {
-        /// After so many iterations.
+        /// Completed iterations.
         iteration: u64,
         /// Rank, key and cause.
         reason: String,
@@ -79,7 +79,7 @@ pub enum Observation {
     Ended(Outcome),
 }
 
-/// One iteration, added up over the ranks.
+/// One iteration, summed or averaged over the ranks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct IterationTotals {
     /// Index of the iteration, from 0.
@@ -108,7 +108,7 @@ pub struct IterationTotals {
     pub generator_adversarial_loss: Option<f64>,
     /// fp16's loss scales, of fake score and generator; 1 otherwise.
     pub loss_scales: [f64; 2],
-    /// Where the slowest rank's time went.
+    /// The slowest rank's times, in seconds.
     pub seconds: wire::StepSeconds,
 }
 
@@ -121,14 +121,14 @@ pub enum Outcome {
         /// Iterations completed.
         iteration: u64,
     },
-    /// It was asked to stop, and has saved.
+    /// It was asked to stop, and has saved its state.
     Stopped {
         /// Iterations completed.
         iteration: u64,
         /// Who asked.
         reason: String,
     },
-    /// It cannot go on.
+    /// It cannot continue.
     Failed {
         /// Why, and what to do about it.
         reason: String,

@@ -1,4 +1,4 @@
-//! What the journal keeps: everything that a coordinator must know again after a crash, and the run's history for people.
+//! The journal's records: all that a coordinator needs to know after a crash, and the history of the run.
 
 use potstill_proto::{
     cursor::Generation,
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::observation::Outcome;
 
-/// Version of the journal's language.
+/// Version of the journal's format.
 const VERSION: u32 = 1;
 
 /// One entry of the journal.
@@ -22,7 +22,7 @@ pub enum Record {
         coordinator: String,
         /// The run's name.
         run_id: String,
-        /// Where it can be reached.
+        /// Address at which it can be reached.
         #[serde(default)]
         address: String,
     },
@@ -30,15 +30,15 @@ pub enum Record {
     Resumed {
         /// The coordinator that writes it.
         coordinator: String,
-        /// Iterations of the checkpoint it goes on from.
+        /// Iterations of the checkpoint that it continues from.
         iteration: u64,
-        /// Iterations the run is now to reach.
+        /// Iterations that the run is now to reach.
         iterations: u64,
-        /// Where it can be reached.
+        /// Address at which it can be reached.
         #[serde(default)]
         address: String,
     },
-    /// A generation exists; written before any member hears of it.
+    /// A generation exists; written before any member is told of it.
     GenerationOpened {
         /// Its number.
         generation: Generation,
@@ -46,27 +46,27 @@ pub enum Record {
         members: Vec<String>,
         /// Where its state comes from.
         source: Source,
-        /// Iterations behind that state; a peer may have moved on since it last spoke.
+        /// Completed iterations of that state; a peer may be further than its last message said.
         #[serde(default)]
         start: u64,
-        /// Iterations that will be computed again, because nobody holds what they gave any more.
+        /// Iterations that will be computed again, because no surviving worker holds their result.
         #[serde(default)]
         repeats: u64,
-        /// Why it was formed.
+        /// Why it was opened.
         reason: String,
     },
     /// The teacher or the student was scored.
     Evaluated(Evaluation),
     /// A checkpoint exists.
     Committed {
-        /// After so many iterations.
+        /// Completed iterations.
         iteration: u64,
         /// Its manifest's key below the run's folder.
         manifest_key: String,
     },
     /// The run ended; it may be resumed.
     Ended {
-        /// How.
+        /// The outcome.
         outcome: Outcome,
     },
 }
@@ -74,9 +74,9 @@ pub enum Record {
 /// One evaluation, as the journal keeps it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Under which generation.
+    /// The generation that evaluated.
     pub generation: Generation,
-    /// After so many iterations.
+    /// Completed iterations.
     pub iteration: u64,
     /// Whether the teacher was scored rather than the student.
     pub of_teacher: bool,
@@ -86,7 +86,7 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// Grows from one evaluation of a run to the next: a generation scores the teacher before its students.
+    /// A key that grows from one evaluation of a run to the next: a generation scores the teacher before its students.
     #[must_use]
     pub fn order(&self) -> (Generation, u64, bool) {
         (self.generation, self.iteration, !self.of_teacher)
@@ -100,14 +100,14 @@ impl From<scores::Evaluation> for Evaluation {
     }
 }
 
-/// An entry that this version cannot read.
+/// A record that this version cannot read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// Not JSON, or not one of our records.
+    /// Not JSON, or not a record of the journal.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
     /// Written by a newer Potstill.
-    #[error("it is in version {0} of the journal's language; this Potstill reads version {VERSION}")]
+    #[error("it is in version {0} of the journal's format; this Potstill reads version {VERSION}")]
     Version(u32),
 }
 

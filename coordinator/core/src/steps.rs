@@ -1,9 +1,9 @@
-//! Exact accounting: every micro-batch of every finished iteration, exactly once.
+//! Exact accounting: every micro-batch of every finished iteration counts exactly once.
 //!
-//! Ranks report each iteration on their own, in order. An iteration is finished when every rank of its generation has
-//! reported it and their shares cover all micro-batches. When a generation ends, an iteration that some rank had completed
-//! stays finished, even where a dead rank's report was lost: a completed collective proves that every share went in. One
-//! that nobody alive has completed is computed again, whole, by the next generation.
+//! Ranks report each iteration separately, in order. An iteration is finished when every rank of its generation has
+//! reported it and their shares cover all micro-batches. When a generation ends, an iteration that some rank had
+//! completed stays finished, even where a dead rank's report was lost: a completed collective proves that every share
+//! went in. An iteration that no survivor has completed is computed again, as a whole, by the next generation.
 
 use std::collections::BTreeMap;
 
@@ -21,14 +21,14 @@ pub struct Violation {
     problem: String,
 }
 
-/// What a report led to.
+/// The result of a report.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reported {
     /// Other ranks have still to report this iteration.
     Incomplete,
     /// The iteration is finished.
     Finished(IterationTotals),
-    /// This rank had reported it already.
+    /// This rank had reported the iteration already.
     Repeated,
 }
 
@@ -50,7 +50,7 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// The account of a run with so many micro-batches in an iteration, of so many samples each.
+    /// The account of a run with `micro_batches` micro-batches in an iteration, of `micro_batch` samples each.
     #[must_use]
     pub fn new(micro_batches: u32, micro_batch: u32, start: Start) -> Self {
         Self {
@@ -78,8 +78,8 @@ impl Steps {
         self.world_size
     }
 
-    /// A new generation starts. Gives back those iterations that the old one finished without every rank having lived to
-    /// report them; iterations at or beyond `start` will be computed again.
+    /// A new generation starts. Returns the iterations that the old one finished although some ranks died before they
+    /// reported them; iterations at or beyond `start` will be computed again.
     pub fn open(&mut self, world_size: u32, start: Start) -> Vec<IterationTotals> {
         let beyond = self.pending.split_off(&start.cursor.iteration);
         drop(beyond);
@@ -95,8 +95,8 @@ impl Steps {
         closed
     }
 
-    /// A generation that another coordinator opened goes on. Its ranks report again what they had reported there, some from
-    /// further back than others: what lies before `start` is accounted for.
+    /// A generation that another coordinator opened continues. Its ranks send their reports again, some from an earlier
+    /// iteration than others: reports before `start` are counted already.
     pub fn reopen(&mut self, world_size: u32, start: Start) {
         self.open(world_size, start);
         self.reopened = true;
@@ -153,14 +153,14 @@ impl Steps {
         Ok(Reported::Finished(self.totals(iteration, &reports)))
     }
 
-    /// Adds up what was reported. Means are over the samples of the ranks that reported.
+    /// Sums the reports. Means are over the samples of the ranks that reported.
     fn totals(&self, iteration: u64, reports: &BTreeMap<u32, StepReport>) -> IterationTotals {
         let sum = |of: fn(&StepReport) -> f64| reports.values().map(of).sum::<f64>();
         let samples = sum(|r| f64::from(r.samples)).max(1.0);
         let optional = |of: fn(&StepReport) -> Option<f64>| {
             reports.values().map(of).sum::<Option<f64>>().map(|sum| sum / samples)
         };
-        // Reduced gradients are equal on every rank: the lowest one speaks for all.
+        // Reduced gradients are equal on every rank: the lowest rank's values are used.
         let lowest = reports.values().next();
         let slowest = reports
             .values()
@@ -256,7 +256,7 @@ mod tests {
         let mut steps = steps(2);
         steps.report(0, report(0, 0, 2)).unwrap();
         steps.report(0, report(1, 0, 2)).unwrap();
-        // Rank 0 holds the state after both iterations; rank 1's reports died with it.
+        // Rank 0 holds the state after both iterations; rank 1's reports were lost with it.
         let closed = steps.open(1, at(2, false));
         let said: Vec<_> = closed.iter().map(|t| (t.iteration, t.samples, t.fake_score_loss)).collect();
         assert_eq!(said, [(0, 12, 0.25), (1, 12, 0.25)]);
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_alive_completed_is_computed_again() {
+    fn what_no_survivor_completed_is_computed_again() {
         let mut steps = steps(2);
         steps.report(1, report(0, 1, 2)).unwrap();
         assert_eq!(steps.open(1, at(0, true)), []);

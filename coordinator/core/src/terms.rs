@@ -1,4 +1,4 @@
-//! What of a run's specification decides how it is coordinated.
+//! The part of a run's specification that the coordinator needs.
 
 use std::{num::NonZeroU32, time::Duration};
 
@@ -11,41 +11,41 @@ pub struct Terms {
     pub micro_batches: u32,
     /// Samples in a micro-batch.
     pub micro_batch: u32,
-    /// Fewer workers than this and the run waits.
+    /// With fewer workers than this the run waits.
     pub min_workers: u32,
-    /// More workers than this stand by.
+    /// Workers beyond this number are standby.
     pub max_workers: u32,
-    /// How long to wait for what.
+    /// The run's timeouts.
     pub timeouts: Timeouts,
     /// Whether the teacher and the student are scored.
     pub scored: bool,
     /// The run stops when the student's diversity falls below this share of the teacher's.
     pub collapse_share: f64,
-    /// The run ends after so many failed checkpoints in a row; without it, it never does for that.
+    /// The run ends after this number of failed checkpoints in a row; if none, failed checkpoints never end it.
     pub stop_after_failures: Option<NonZeroU32>,
 }
 
 /// Every timeout of a run, derived from `failure_timeout` so that they cannot contradict each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// Between two heartbeats.
+    /// Time between two heartbeats.
     pub heartbeat_millis: u64,
-    /// Silent for so long: unknown.
+    /// A worker that is silent for this long is unknown.
     pub unknown_millis: u64,
-    /// Silent for so long: dead.
+    /// A worker that is silent for this long is dead.
     pub dead_millis: u64,
-    /// Heartbeats without progress for so long: hung. Four times as long as for silence: one unit of work, such as a
-    /// micro-batch, may take a while.
+    /// A worker whose heartbeats show no progress for this long hangs. Four times the timeout for silence: one unit of
+    /// work, such as a micro-batch, may take a while.
     pub hang_millis: u64,
-    /// Bound for one collective: longer than it takes to find the peer that is dead or hung, so that the coordinator speaks
-    /// first.
+    /// Timeout of one collective: longer than it takes to find the peer that is dead or hangs, so that the coordinator
+    /// reports it first.
     pub collective_millis: u64,
     /// How long to wait for workers.
     pub wait_millis: u64,
 }
 
 impl Timeouts {
-    /// Derives them. `failure`: a worker that is silent for so long is dead. `wait`: how long to wait for workers.
+    /// Derives them. `failure`: a worker that is silent for this long is dead. `wait`: how long to wait for workers.
     #[must_use]
     pub fn new(failure: Duration, wait: Duration) -> Self {
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);

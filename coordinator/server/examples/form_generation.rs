@@ -1,4 +1,4 @@
-//! How long a generation takes to form: many workers attach at once over gRPC, and each waits for its place.
+//! Measures how long a generation takes to form: many workers attach at once over gRPC, and each waits for its place.
 //!
 //! `form_generation [WORKERS…]` starts a coordinator in this process and all workers' streams in a child process, a hundred to
 //! a connection, and prints for each number of workers the seconds from the first attach to the last assignment, and the
@@ -94,7 +94,7 @@ fn cpu_seconds() -> f64 {
     (fields[0] + fields[1]) as f64 / 100.0
 }
 
-/// A worker that only takes places.
+/// A worker that only takes its places and computes nothing.
 struct Worker {
     outgoing: mpsc::Sender<wire::WorkerMessage>,
     incoming: Streaming<wire::CoordinatorMessage>,
@@ -120,7 +120,7 @@ impl Worker {
         Self { outgoing, incoming }
     }
 
-    /// Waits for a place, and leaves generations that it is told to leave.
+    /// Waits for a place, and abandons generations that it is told to abandon.
     async fn assigned(&mut self) {
         loop {
             let message = self.incoming.message().await.unwrap().unwrap();
@@ -139,7 +139,7 @@ impl Worker {
         }
     }
 
-    async fn breathe(&self) {
+    async fn send_heartbeats(&self) {
         let heartbeat = FromWorker::Heartbeat {
             generation: Generation(1),
             cursor: Cursor::default(),
@@ -165,7 +165,7 @@ async fn attach_all(address: &str, count: usize) {
         tokio::spawn(async move {
             let mut worker = Worker::attach(client, index).await;
             worker.assigned().await;
-            worker.breathe().await;
+            worker.send_heartbeats().await;
             tell.send(()).unwrap();
             lost.changed().await.unwrap();
             if index % 10 == 9 {
@@ -173,7 +173,7 @@ async fn attach_all(address: &str, count: usize) {
             }
             worker.assigned().await;
             tell.send(()).unwrap();
-            // Stays until the process ends: a stream that ends is a loss.
+            // Runs until the process ends: a stream that ends counts as a lost worker.
             std::future::pending::<()>().await;
         });
     }

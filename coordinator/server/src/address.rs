@@ -1,4 +1,4 @@
-//! Where a coordinator is reached, from this machine and from others.
+//! The addresses of a coordinator, for this machine and for others.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -14,7 +14,7 @@ pub fn local(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// The same for other machines, as far as this one can tell: by its host name.
+/// The address for other machines, as far as this one knows it: with its host name.
 #[must_use]
 pub fn advertised(address: SocketAddr) -> String {
     let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());

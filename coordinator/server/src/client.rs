@@ -1,4 +1,4 @@
-//! Finding a run's coordinator, by the address that it left in the journal, and talking to it.
+//! Finds a run's coordinator, by the address that it wrote into the journal, and sends it requests.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use potstill_proto::{MAX_MESSAGE_BYTES, wire, wire::coordinator_client::Coordina
 use potstill_storage::{Run, journal::Journal};
 use tonic::transport::{Channel, Endpoint};
 
-/// How long a coordinator may take to accept a connection.
+/// Timeout of a connection to a coordinator.
 const CONNECT: Duration = Duration::from_secs(5);
-/// How long it may take to say what it is doing.
+/// Timeout of a request for the status.
 const STATUS: Duration = Duration::from_secs(10);
 
-/// Where the newest coordinator of a run listens, or listened, as `host:port`.
+/// Where the newest coordinator of a run listens or listened, as `host:port`.
 #[must_use]
 pub fn newest_address(history: &[Record]) -> Option<&str> {
     history.iter().rev().find_map(|record| match record {
@@ -36,7 +36,7 @@ pub async fn history(run: &Run) -> anyhow::Result<Vec<Record>> {
     records.iter().enumerate().map(decode).collect()
 }
 
-/// A run's coordinator.
+/// A connection to a run's coordinator.
 pub struct Client {
     coordinator: CoordinatorClient<Channel>,
     address: String,
@@ -46,7 +46,7 @@ impl Client {
     /// Connects to `host:port`.
     ///
     /// # Errors
-    /// Nobody listens there.
+    /// No process listens there.
     pub async fn connect(address: &str, patience: Duration) -> anyhow::Result<Self> {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .with_context(|| format!("{address:?} is not an address; expected host:port"))?
@@ -60,7 +60,7 @@ impl Client {
     /// Connects to the coordinator of a run.
     ///
     /// # Errors
-    /// The run cannot be read, has no coordinator, or that does not answer.
+    /// The run cannot be read or has no coordinator, or its coordinator does not answer.
     pub async fn of(run: &Run) -> anyhow::Result<Self> {
         let history = history(run).await?;
         if let Some(Record::Ended { .. }) = history.last() {
@@ -71,7 +71,7 @@ impl Client {
         Self::connect(address, CONNECT).await
     }
 
-    /// What the run is doing.
+    /// The run's status.
     ///
     /// # Errors
     /// The coordinator does not answer in time.
@@ -81,10 +81,10 @@ impl Client {
         Ok(reply.map_err(|status| self.refused(&status))?.into_inner())
     }
 
-    /// Has a checkpoint saved, and waits until it exists. Returns its iteration.
+    /// Asks for a checkpoint, and waits until it is committed. Returns its iteration.
     ///
     /// # Errors
-    /// Why there is none.
+    /// Why there is no checkpoint.
     pub async fn checkpoint(&mut self) -> anyhow::Result<u64> {
         let reply = self.coordinator.checkpoint(wire::CheckpointRequest {}).await;
         Ok(reply.map_err(|status| self.refused(&status))?.into_inner().iteration)
@@ -93,7 +93,7 @@ impl Client {
     /// Asks the run to save and end.
     ///
     /// # Errors
-    /// The coordinator cannot be asked.
+    /// The coordinator does not accept the request.
     pub async fn cancel(&mut self, reason: String) -> anyhow::Result<()> {
         let reply = self.coordinator.cancel(wire::CancelRequest { reason }).await;
         reply.map(|_| ()).map_err(|status| self.refused(&status))
@@ -104,5 +104,5 @@ impl Client {
     }
 }
 
-/// The status of ten thousand members is longer than any message between coordinator and workers.
+/// The status of ten thousand members is larger than any message between coordinator and workers.
 const MAX_STATUS_BYTES: usize = 64 * MAX_MESSAGE_BYTES;

@@ -1,4 +1,4 @@
-//! Why a coordinator does not start.
+//! Errors that keep a coordinator from starting.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -8,33 +8,33 @@ use potstill_spec::layers::LayerError;
 /// Why a coordinator could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The address is in use, or not this machine's.
+    /// The address is in use, or not of this machine.
     #[error("cannot listen on {address}: {source}")]
     Listen {
-        /// The address asked for.
+        /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The storage cannot be used.
     #[error("storage: {0}")]
     Storage(#[from] potstill_storage::Error),
-    /// The teacher's file is not there or cannot be read.
+    /// The teacher's file is missing or cannot be read.
     #[error("cannot read the teacher's weights {path} (teacher.weights): {source}")]
     Teacher {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The teacher's file is not the one that the specification means.
+    /// The teacher's file is not the one whose SHA-256 the specification states.
     #[error("the teacher's weights {path} have SHA-256 {actual}; teacher.sha256 is {given}")]
     OtherTeacher {
         /// The file.
         path: PathBuf,
-        /// What its bytes give.
+        /// Its SHA-256.
         actual: String,
-        /// What the specification says.
+        /// The specification's `teacher.sha256`.
         given: String,
     },
     /// A run of this name exists.
@@ -43,7 +43,7 @@ pub enum StartError {
         /// Its name.
         run: String,
     },
-    /// `--resume` finds nothing to go on from.
+    /// There is no run or checkpoint for `--resume`.
     #[error("nothing to resume: {problem}")]
     NothingToResume {
         /// What is missing.
@@ -56,10 +56,10 @@ pub enum StartError {
     Served {
         /// Its name.
         run: String,
-        /// Where.
+        /// Its coordinator's address.
         address: String,
     },
-    /// The run was started with other values.
+    /// The run was started with another specification.
     #[error(
         "run {run} was started with another specification, which decides its result:{}",
         differences.iter().map(|d| format!("\n  - {d}")).collect::<String>()
@@ -70,14 +70,14 @@ pub enum StartError {
         /// One line for each field, with both values.
         differences: Vec<String>,
     },
-    /// The run has reached its end.
+    /// The run has completed its iterations.
     #[error(
         "run {run} is already complete ({iteration} iterations); raise distillation.iterations to train on"
     )]
     Complete {
         /// Its name.
         run: String,
-        /// Its iterations.
+        /// Its completed iterations.
         iteration: u64,
     },
     /// A specification cannot be read or written.
@@ -86,9 +86,9 @@ pub enum StartError {
     /// A record of the journal cannot be read.
     #[error("record {index} of the journal cannot be read: {source}")]
     Record {
-        /// Which record, from 0.
+        /// Its index, from 0.
         index: usize,
-        /// Why.
+        /// The cause.
         source: Unreadable,
     },
     /// The journal cannot be continued.
@@ -97,7 +97,7 @@ pub enum StartError {
 }
 
 impl StartError {
-    /// Whether the command line, the run file or the state of the run is at fault, and not the surroundings.
+    /// Whether the command line, the run file or the state of the run is at fault, rather than the network or storage.
     #[must_use]
     pub fn is_of_usage(&self) -> bool {
         match self {

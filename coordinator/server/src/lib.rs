@@ -2,7 +2,7 @@
 //!
 //! - `opening` brings the run's folder, its journal and the state machine together;
 //! - `service` turns streams into events;
-//! - `shell` is the one task that owns the state machine and does what it says.
+//! - `shell` is the one task that owns the state machine and executes its actions.
 
 pub mod address;
 pub mod client;
@@ -35,16 +35,16 @@ use self::{
     shell::Shell,
 };
 
-/// Events that may wait for the shell before the streams they come from are held back.
+/// Events that may wait for the shell; beyond it, streams are read more slowly.
 const INBOX: usize = 4096;
-/// How long workers have to take their last message when a run ends.
+/// How long workers have to receive their last message when a run ends.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// A coordinator at work. Dropping it ends it at once, as a crash would.
+/// A running coordinator. Dropping it ends it at once, as a crash would.
 pub struct Running {
-    /// Where it listens.
+    /// The address on which it listens.
     pub address: SocketAddr,
-    /// What happens, in order; ends with [`Observation::Ended`].
+    /// Its observations, in order; the last is [`Observation::Ended`].
     pub observations: UnboundedReceiver<Observation>,
     control: UnboundedSender<Input>,
     outcome: watch::Receiver<Option<Outcome>>,
@@ -55,9 +55,9 @@ pub struct Running {
 /// Starts serving a run: checks the storage, freezes or compares the specification, opens the journal, listens.
 ///
 /// # Errors
-/// See [`StartError`]. Nothing is left running, and a run that existed is as it was.
+/// See [`StartError`]. No task is left running, and a run that existed is unchanged.
 pub async fn start(options: Options) -> Result<Running, StartError> {
-    // The address first: it is the cheapest thing to be wrong, and a run is not to be created for nothing.
+    // The address first: it fails most cheaply, and no run is created then.
     let address = options.listen;
     let bind = |source| StartError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(bind)?;
@@ -78,7 +78,8 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let service = CoordinatorServer::new(Service::new(clock, inbox_sender))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    // A peer whose machine vanished: after its worker was given up on for its silence, which is the clearer reason.
+    // TCP keepalive ends connections to machines that vanished, but only after the worker's own timeout, whose reason
+    // is clearer.
     let unknown = Duration::from_millis(timeouts.unknown_millis);
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
@@ -114,12 +115,12 @@ impl Running {
         let _ = self.control.send(Input::Stop { reason });
     }
 
-    /// Says that the run cannot go on: its workers cannot be kept alive.
+    /// Ends the run as failed because its workers cannot be started.
     pub fn fail(&self, reason: String) {
         let _ = self.control.send(Input::Fail { reason });
     }
 
-    /// What is lost if everything ends now, for people.
+    /// How far the run is and what is saved, as text.
     pub async fn unfinished(&self) -> String {
         let (reply, answer) = oneshot::channel();
         let _ = self.control.send(Input::Status(reply));
@@ -136,7 +137,7 @@ impl Running {
         }
     }
 
-    /// Waits for the run's end and for its workers to have heard of it.
+    /// Waits for the run's end and until its workers have received their last message.
     pub async fn outcome(&mut self) -> Outcome {
         let decided = self.outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
         decided

@@ -1,4 +1,4 @@
-//! A run's folder, its journal and what they hold, before anything is served.
+//! Opens a run's folder and journal, and reads what they hold, before the coordinator serves.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -22,18 +22,18 @@ use crate::{
     options::{Options, Resume},
 };
 
-/// How long another coordinator of the run may take to show that it lives.
+/// How long another coordinator of the run may take to answer.
 const OTHERS: Duration = Duration::from_secs(2);
 
 /// A run that is ready to be served.
 pub struct Opened {
-    /// What the state machine starts with.
+    /// The initial input of the state machine.
     pub setup: Setup,
-    /// Which checkpoints it keeps.
+    /// Its rule for the checkpoints to keep.
     pub retention: Policy,
     /// The run's folder.
     pub run: Run,
-    /// Its journal, at the end.
+    /// Its journal, positioned after the newest record.
     pub journal: Journal,
 }
 
@@ -68,11 +68,11 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     }
     let (whole, damaged) = run.survey().await?;
     for error in &damaged {
-        tracing::error!(%error, "a damaged checkpoint is passed over for the one before it");
+        tracing::error!(%error, "checkpoint is damaged: the one before it is used");
     }
     if whole.is_empty() && !damaged.is_empty() {
         let problem = format!(
-            "none of run {name}'s {} checkpoints can be read; start anew with another --run-id",
+            "none of run {name}'s {} checkpoints can be read; start a new run with another --run-id",
             damaged.len()
         );
         return Err(StartError::NothingToResume { problem });
@@ -97,7 +97,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
         return Err(StartError::Served { run: name, address: served });
     }
     if resume != Resume::Never && checkpoints.is_empty() {
-        tracing::warn!("no checkpoint yet: unless a worker brings a state, the run begins with the teacher");
+        tracing::warn!("no checkpoint yet: the run starts from the teacher unless a worker brings a state");
     }
     let retention =
         Policy { keep_last: spec.checkpoint.keep_last.bound(), keep_every: spec.checkpoint.keep_every };
@@ -121,7 +121,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     })
 }
 
-/// What of the specification decides how the run is coordinated.
+/// The part of the specification that the coordinator needs.
 pub fn terms(spec: &RunSpec) -> Terms {
     Terms {
         iterations: spec.distillation.iterations,
@@ -136,8 +136,8 @@ pub fn terms(spec: &RunSpec) -> Terms {
     }
 }
 
-/// SHA-256 of the teacher's file or folder, hexadecimal; compared with the specification's, where that has one. A model that is
-/// not on this machine keeps what the specification says of it.
+/// SHA-256 of the teacher's file or folder, hexadecimal; compared with the specification's, where that has one. For a
+/// model that is not on this machine, the specification's value.
 async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
     let path = match &spec.teacher.model {
         None => spec.teacher.weights.clone().unwrap_or_default(),
@@ -156,8 +156,8 @@ async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
     }
 }
 
-/// Where another coordinator serves this run, if one does. Should it live without being found here, the journal still
-/// tells the two apart.
+/// The address of another coordinator that serves this run, if there is one. If one is missed here, the journal still
+/// stops the second of two writers.
 async fn served_at(history: &[Record], run: &str) -> Option<String> {
     let address = client::newest_address(history)?;
     if matches!(history.last(), Some(Record::Ended { .. })) {

@@ -1,33 +1,33 @@
-//! What to serve, and where.
+//! What a coordinator serves and where it listens.
 
 use std::net::SocketAddr;
 
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 
-/// What to serve, and where.
+/// What a coordinator serves and where it listens.
 pub struct Options {
     /// Address to listen on; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// The run, validated, its paths absolute.
+    /// The run's specification, validated, with absolute paths.
     pub spec: RunSpec,
-    /// Its name.
+    /// The run's name.
     pub run_id: RunId,
-    /// Where it is kept.
+    /// The storage that holds it.
     pub storage: Root,
-    /// Whether it exists.
+    /// Whether the run may or must exist.
     pub resume: Resume,
-    /// Whether workers may have outlived an earlier coordinator of this run; not where they live and die with it.
+    /// Whether workers of an earlier coordinator of this run may be alive; false where they end with their coordinator.
     pub ranks_may_live: bool,
 }
 
-/// Whether to go on with a run that exists.
+/// Whether to continue a run that exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resume {
     /// It must not exist.
     Never,
     /// It must exist.
     Always,
-    /// Go on with it if it exists; start it otherwise.
+    /// Continue it if it exists; start it otherwise.
     Auto,
 }

@@ -1,4 +1,4 @@
-//! The gRPC service: streams become events, in the order in which each worker spoke.
+//! The gRPC service: streams become events, in the order in which each worker sent its messages.
 
 use std::{
     pin::Pin,
@@ -19,9 +19,9 @@ use tokio::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
-/// How long a new stream may take to say hello.
+/// How long a new stream may take to send its hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Messages that may wait for a worker that does not read them.
+/// Messages that may be queued for a worker that does not read them.
 const OUTBOX: usize = 256;
 
 /// The coordinator's monotonic clock.
@@ -45,47 +45,47 @@ impl Clock {
     }
 }
 
-/// Where a worker's messages are queued. Dropping it ends the stream after them.
+/// The queue of messages to a worker. When it is dropped the stream ends after the queued messages.
 pub type Outbox = mpsc::Sender<Result<wire::CoordinatorMessage, Status>>;
 
-/// What the service tells the shell, and when it happened: what waits in the queue must not look late.
+/// What the service reports to the shell, and when it happened, so that time spent in the queue does not count.
 pub struct Arrival {
-    /// When.
+    /// When it happened.
     pub at: Tick,
-    /// What.
+    /// What happened.
     pub input: Input,
 }
 
 /// See [`Arrival`].
 pub enum Input {
-    /// A worker said hello.
+    /// A worker sent its hello.
     Attached {
         /// Its stream.
         stream: StreamId,
-        /// What it said.
+        /// The hello.
         hello: Hello,
-        /// How to answer.
+        /// The queue for answers.
         outbox: Outbox,
     },
-    /// A worker said something else.
+    /// A worker sent another message.
     Received {
-        /// On which stream.
+        /// Its stream.
         stream: StreamId,
-        /// What.
+        /// The message.
         message: FromWorker,
     },
-    /// A stream is over.
+    /// A stream has ended.
     Closed {
-        /// Which.
+        /// The stream.
         stream: StreamId,
-        /// For people.
+        /// Why, as text.
         reason: String,
-        /// What its worker is told, if that is at fault.
+        /// The gRPC status that its worker gets, if the worker is at fault.
         status: Option<Status>,
     },
-    /// Somebody asks for the status.
+    /// A client asks for the status.
     Status(oneshot::Sender<wire::StatusReply>),
-    /// Somebody asks for a checkpoint, and wants its iteration, or to hear why there is none.
+    /// A client asks for a checkpoint; the answer is its iteration, or why there is none.
     Checkpoint(oneshot::Sender<Result<u64, String>>),
     /// The run is to save and stop.
     Stop {
@@ -138,8 +138,8 @@ impl Coordinator for Service {
         tokio::spawn(async move {
             let reason = tokio::select! {
                 () = reader.run(outbox, &peer) => None,
-                // The answers have ended, or their reader has gone.
-                _ = over => Some("its connection is gone".to_owned()),
+                // The answers have ended, or the worker's connection has.
+                _ = over => Some("its connection has ended".to_owned()),
             };
             if let Some(reason) = reason {
                 reader.tell(Input::Closed { stream: reader.stream, reason, status: None }).await;
@@ -180,7 +180,8 @@ fn over() -> Status {
     Status::unavailable("the run is over")
 }
 
-/// What a worker is sent. Its end, or its connection's, ends the reader too.
+/// The messages to a worker, as a stream. When it ends, or its connection does, the reader of the worker's messages
+/// ends too.
 pub struct Answers {
     answers: mpsc::Receiver<Result<wire::CoordinatorMessage, Status>>,
     _open: oneshot::Sender<()>,
@@ -222,7 +223,7 @@ impl Reader {
                     Err(error) => break (error.to_string(), Some(malformed(&error))),
                 },
                 Ok(None) => break ("it closed its stream".to_owned(), None),
-                Err(status) => break (format!("its stream broke: {}", status.message()), Some(status)),
+                Err(status) => break (format!("its stream failed: {}", status.message()), Some(status)),
             }
         };
         self.tell(Input::Closed { stream, reason, status }).await;
@@ -236,7 +237,7 @@ impl Reader {
 
     async fn tell(&self, input: Input) {
         let arrival = Arrival { at: self.clock.now(), input };
-        // When the shell is gone the run is over, and the stream is about to be.
+        // When the shell has ended the run is over, and the stream ends soon.
         let _ = self.inbox.send(arrival).await;
     }
 }

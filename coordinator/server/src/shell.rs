@@ -1,4 +1,4 @@
-//! The one task that owns the state machine: it feeds it events and does what it says, in order.
+//! The one task that owns the state machine: it feeds it events and executes its actions, in order.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -33,9 +33,9 @@ use crate::{
     service::{Arrival, Clock, Input, Outbox},
 };
 
-/// How long the last sweep may hold up a run's end.
+/// How long the last sweep may delay the end of a run.
 const LAST_SWEEP: Duration = Duration::from_secs(30);
-/// How often a coordinator looks whether the journal is still its own.
+/// How often a coordinator checks that no other one has written to the journal.
 const WATCH: Duration = Duration::from_secs(10);
 
 /// See the module's documentation.
@@ -46,15 +46,15 @@ pub struct Shell {
     journal: Journal,
     streams: BTreeMap<StreamId, Outbox>,
     commits: JoinSet<(u64, Result<String, String>)>,
-    /// Which checkpoints to keep, and the sweep that goes on.
+    /// The rule for checkpoints to keep, and the sweep under way.
     retention: Policy,
     sweep: JoinSet<()>,
     watch: JoinSet<Option<u64>>,
-    /// Who waits for a checkpoint.
+    /// The clients that wait for a checkpoint.
     clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
     next_client: u64,
     observations: mpsc::UnboundedSender<Observation>,
-    /// Events that acting on an earlier one has led to.
+    /// Events that result from executing an action.
     events: VecDeque<Event>,
     outcome: Option<Outcome>,
 }
@@ -81,7 +81,7 @@ impl Shell {
         }
     }
 
-    /// Writes the journal's first record of this coordinator, which tells whether the run is its own.
+    /// Writes this coordinator's first record into the journal, which shows whether it owns the run.
     pub async fn start(&mut self) -> Result<(), StartError> {
         self.step(self.clock.now(), Event::Started).await;
         match self.outcome.take() {
@@ -100,7 +100,7 @@ impl Shell {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(outcome) = self.outcome.take() {
-                // What a sweep leaves is found by the next one, if there is one.
+                // Objects that this sweep leaves are found by the next one, if there is one.
                 let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
                 return outcome;
             }
@@ -111,7 +111,8 @@ impl Shell {
                     None => std::future::pending().await,
                 }
             };
-            // What has arrived is looked at before the clock: nobody is dead whose word is waiting here.
+            // Messages that have arrived are processed before the clock: a worker is not dead while its message waits
+            // here.
             tokio::select! {
                 biased;
                 Some(input) = controls.recv() => {
@@ -143,13 +144,13 @@ impl Shell {
             Input::Received { stream, message } => self.step(at, Event::Received { stream, message }).await,
             Input::Closed { stream, reason, status } => {
                 if let (Some(outbox), Some(status)) = (self.streams.remove(&stream), status) {
-                    // Where the queue is full nobody reads, so nobody misses the reason.
+                    // Where the queue is full the worker does not read it, so the reason would not be read either.
                     let _ = outbox.try_send(Err(status));
                 }
                 self.step(at, Event::Closed { stream, reason }).await;
             }
             Input::Status(reply) => {
-                // Whoever asked may have gone.
+                // The client may have gone.
                 let _ = reply.send(self.core.status());
             }
             Input::Checkpoint(reply) => {
@@ -163,7 +164,7 @@ impl Shell {
         }
     }
 
-    /// Takes an event, and those that acting on it leads to, through the state machine.
+    /// Feeds an event, and those that result from its actions, to the state machine.
     async fn step(&mut self, at: Tick, event: Event) {
         self.events.push_back(event);
         while let Some(event) = self.events.pop_front() {
@@ -171,7 +172,7 @@ impl Shell {
             self.core.step(at, event, &mut actions);
             for action in actions {
                 if let Err(lost) = self.act(action).await {
-                    // Nothing after a record that is not durable may happen.
+                    // No action after a record may be executed before the record is durable.
                     self.events.clear();
                     self.events.push_back(Event::JournalLost { reason: lost });
                     break;
@@ -180,7 +181,7 @@ impl Shell {
         }
     }
 
-    /// Does what the state machine says.
+    /// Executes an action of the state machine.
     ///
     /// # Errors
     /// The journal cannot be continued.
@@ -191,7 +192,7 @@ impl Shell {
                 tracing::debug!(stream = stream.0, ?message, "send");
                 if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message.into())) {
                     self.streams.remove(&stream);
-                    let reason = "it does not read what it is sent".into();
+                    let reason = "it does not read its messages".into();
                     self.events.push_back(Event::Closed { stream, reason });
                 }
             }
@@ -203,17 +204,17 @@ impl Shell {
             Action::Retain { in_use, up_to } => self.retain(in_use, up_to),
             Action::Answer { client, result } => {
                 if let Some(reply) = self.clients.remove(&client) {
-                    // Whoever asked may have gone.
+                    // The client may have gone.
                     let _ = reply.send(result);
                 }
             }
             Action::Observe(observation) => {
-                // Whoever started the coordinator may not care.
+                // The receiver of observations may have been dropped.
                 let _ = self.observations.send(observation);
             }
             Action::Log(what) => tracing::info!("{what}"),
             Action::End(outcome) => {
-                // Each stream ends after what was queued on it.
+                // Each stream ends after the messages queued on it.
                 self.streams.clear();
                 self.outcome = Some(outcome);
             }
@@ -243,7 +244,7 @@ impl Shell {
         });
     }
 
-    /// Sweeps in the background, unless the last sweep still goes on: the next one finds the same.
+    /// Sweeps in the background, unless the last sweep is still under way: the next one finds the same objects.
     fn retain(&mut self, in_use: BTreeSet<u64>, up_to: u64) {
         while self.sweep.try_join_next().is_some() {}
         if !self.sweep.is_empty() {
@@ -257,19 +258,19 @@ impl Shell {
                     tracing::info!(
                         ?checkpoints,
                         orphans,
-                        "removed checkpoints and objects that nobody needs"
+                        "removed old checkpoints and orphaned objects"
                     );
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot remove old checkpoints; trying again after the next one")
+                    tracing::warn!(%error, "cannot remove old checkpoints; trying again after the next checkpoint")
                 }
             }
         });
     }
 }
 
-/// Writes a manifest. Another checkpoint of this iteration is as good, since the trajectory is one and the same; unless it
-/// is damaged, in which case it makes room.
+/// Writes a manifest. If a checkpoint of this iteration exists it is kept, since every generation computes the same
+/// state; a damaged one is set aside first.
 async fn commit(run: &Run, manifest: &Manifest) -> Result<String, potstill_storage::Error> {
     let refused = match run.commit(manifest).await {
         Err(error @ potstill_storage::Error::AlreadyExists { .. }) => error,
@@ -279,7 +280,7 @@ async fn commit(run: &Run, manifest: &Manifest) -> Result<String, potstill_stora
     if !run.is_damaged(&key).await? {
         return Ok(key);
     }
-    tracing::warn!(reason = %refused, "the one that exists is damaged: it is set aside");
+    tracing::warn!(reason = %refused, "the existing checkpoint is damaged: it is set aside");
     run.set_aside(manifest.iteration).await?;
     run.commit(manifest).await
 }
@@ -291,7 +292,7 @@ fn journal_lost(error: &potstill_storage::Error) -> String {
     }
 }
 
-/// A checkpoint as storage writes it down.
+/// A checkpoint in the form in which storage writes it.
 fn manifest(checkpoint: Checkpoint) -> Manifest {
     let Checkpoint { generation, iteration, shards } = checkpoint;
     let shard = |s: potstill_proto::wire::ShardReceipt| Shard {

@@ -115,7 +115,7 @@ impl Worker {
         CoordinatorClient::connect(format!("http://{address}")).await.unwrap()
     }
 
-    /// Opens a stream and says `first`.
+    /// Opens a stream and sends `first`.
     async fn open(running: &Running, first: wire::WorkerMessage) -> Self {
         let mut client = Self::connect(running.address).await.max_encoding_message_size(usize::MAX);
         let (outgoing, messages) = mpsc::channel(64);
@@ -138,7 +138,7 @@ impl Worker {
         worker
     }
 
-    /// Comes back, after its stream was lost, with the place that it has.
+    /// Attaches again, after its stream was lost, with the place that it has.
     async fn come_back(running: &Running, id: &str, place: &Assignment, iteration: u64) -> Self {
         let mut hello = hello(id);
         hello.held = Some(Cursor::boundary(iteration));
@@ -154,7 +154,7 @@ impl Worker {
         self.incoming.message().await.unwrap().expect("the stream ended").try_into().unwrap()
     }
 
-    /// How the coordinator ends this stream, whatever it says before.
+    /// How the coordinator ends this stream, whatever messages come before.
     async fn ending(&mut self) -> Option<Status> {
         loop {
             match self.incoming.message().await {
@@ -374,7 +374,7 @@ async fn a_silent_worker_is_given_up() {
 // ------------------------------------------------------------------------------------------------ bad streams
 
 #[tokio::test]
-async fn bad_streams_end_with_a_reason_and_harm_nobody() {
+async fn bad_streams_end_with_a_reason_and_disturb_no_member() {
     use wire::worker_message::Kind;
     let lab = Lab::new(1);
     let running = lab.start(Never).await;
@@ -406,10 +406,10 @@ async fn bad_streams_end_with_a_reason_and_harm_nobody() {
 
     let mut garbage = tokio::net::TcpStream::connect(running.address).await.unwrap();
     garbage.write_all(&[0xff; 4096]).await.unwrap();
-    // The coordinator hangs up; a reset is as good as an end.
+    // The coordinator ends the stream; a reset counts as an end too.
     let _ = garbage.read_to_end(&mut Vec::new()).await;
 
-    // Nobody who had a place was disturbed.
+    // No member was disturbed.
     good.reports(&assignment, 0).await;
     let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
     assert_eq!(status.into_inner().generation, assignment.generation.0);
@@ -518,10 +518,10 @@ async fn a_coordinator_whose_run_was_taken_over_stops_without_touching_it() {
     let run = lab.storage.run(&run_id());
     let (mut journal, _) = Journal::open(&run).await.unwrap();
     journal.append("another".into()).await.unwrap();
-    // A look at the journal, or the next thing that it has to write down, shows the old one that it is not alone.
+    // Its next record, or its next look at the journal, shows the old coordinator that another one owns the run.
     let Outcome::Failed { reason } = old.outcome().await else { panic!() };
     assert!(reason.contains("another coordinator has taken over"), "{reason}");
-    // Its worker is told nothing that it should act on.
+    // Its worker is sent no message that it would act on.
     assert!(worker.ending().await.is_none());
 }
 
@@ -549,7 +549,7 @@ async fn workers_come_back_to_a_successor_and_nothing_changes() {
     }
 
     let mut running = lab.start(Always).await;
-    // They say again what the old one may not have heard.
+    // They send again what the old coordinator may not have received.
     let a = Worker::come_back(&running, "a", &first, 1).await;
     let mut b = Worker::come_back(&running, "b", &second, 2).await;
     for iteration in 0..ITERATIONS {
@@ -558,7 +558,7 @@ async fn workers_come_back_to_a_successor_and_nothing_changes() {
     }
     a.saves_and_finishes(&lab, &first, ITERATIONS).await;
     b.saves_and_finishes(&lab, &second, ITERATIONS).await;
-    // Not an assignment: the generation lives on.
+    // Not an assignment: the generation continues.
     assert!(matches!(b.next().await, ToWorker::Committed { iteration: ITERATIONS }));
     assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
 }

@@ -1,5 +1,5 @@
-//! What ten thousand workers cost the state machine alone: CPU seconds until the first generation, for the next one after a
-//! tenth of them is lost, and the share of a core that heartbeats at 1 Hz take.
+//! Measures what ten thousand workers cost the state machine alone: CPU seconds until the first generation, for the
+//! next one after a tenth of them is lost, and the share of a core that heartbeats at 1 Hz take.
 
 #![allow(clippy::unwrap_used, reason = "a measurement may panic")]
 
@@ -37,7 +37,8 @@ fn hello(number: u64) -> Hello {
     }
 }
 
-/// Takes one event through the core, which also does what time calls for, and counts the assignments that come out.
+/// Feeds one event to the core, which also makes the decisions that are due, and counts the assignments among its
+/// actions.
 fn step(core: &mut Core, at: u64, event: Event) -> usize {
     let mut actions = Vec::new();
     core.step(Tick(at), event, &mut actions);

@@ -1,4 +1,4 @@
-//! What the ranks of a generation share through their collectives.
+//! The state that the ranks of a generation share through their collectives.
 
 use std::collections::BTreeSet;
 
@@ -6,14 +6,14 @@ use potstill_proto::{cursor::Cursor, message::Request};
 
 use crate::state::State;
 
-/// What is asked of all ranks, as the control lane carries it.
+/// Requests to all ranks, as the control lane carries them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
     /// Save at the next boundary.
     pub save: bool,
-    /// Finish there.
+    /// Finish at the next boundary.
     pub stop: bool,
-    /// Part there.
+    /// Yield at the next boundary.
     pub yields: bool,
 }
 
@@ -28,7 +28,7 @@ impl Flags {
         }
     }
 
-    /// What is left when `done` is done.
+    /// The flags that are not in `done`.
     #[must_use]
     pub fn less(self, done: Self) -> Self {
         Self {
@@ -38,7 +38,7 @@ impl Flags {
         }
     }
 
-    /// What either carries.
+    /// The flags that either of the two has.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self {
@@ -55,20 +55,20 @@ impl Flags {
 pub struct Group {
     /// Processes by rank.
     pub members: Vec<usize>,
-    /// Micro-batches that were assigned so far, from the first one on.
+    /// Micro-batches that were assigned so far, counted from the first.
     pub assigned: u32,
-    /// What the source broadcasts, once it does.
+    /// The state that the source broadcasts, once it has started to.
     pub source: Option<State>,
-    /// Ranks that have put their share into the operation at hand.
+    /// Ranks that have contributed to the current operation.
     pub arrived: BTreeSet<u32>,
-    /// What the operation at hand starts from; `None` while the ranks meet.
+    /// The cursor from which the current operation starts; `None` while the ranks meet.
     pub from: Option<State>,
     /// Ranks that left or died.
     pub gone: BTreeSet<u32>,
-    /// Flags raised in the iteration at hand.
+    /// Flags raised in the current iteration.
     pub raised: Flags,
     /// Flags of the iteration that was completed last.
     pub agreed: Flags,
-    /// The furthest state that it gave.
+    /// The furthest state that it has reached.
     pub reached: Option<Cursor>,
 }

@@ -1,12 +1,12 @@
-//! A simulated world over the coordinator's state machine.
+//! A simulated world around the coordinator's state machine.
 //!
-//! Workers with their collectives, links, storage with its journal, and coordinators live in virtual time. One number, the
-//! [`Seed`], decides everything: the shape of the world, every duration and every fault. The coordinators are real
-//! ([`potstill_core::Core`]); everything around them is a model of how workers, networks and object storage behave. After
-//! every step the world is compared with what must always be true; see [`Violation`].
+//! Workers with their collectives, links, storage with its journal, and coordinators live in virtual time. One number,
+//! the [`Seed`], decides everything: the shape of the world, every duration and every fault. The coordinators are real
+//! ([`potstill_core::Core`]); everything around them is a model of how workers, networks and object storage behave.
+//! After every step the invariants are checked; see [`Violation`].
 //!
-//! One job for each module: what a world is made of ([`scenario`]); the order of what happens ([`queue`]); what a worker
-//! holds ([`state`]); what the ranks of a generation do together ([`group`]); one worker ([`process`]); object storage
+//! One job for each module: the shape of a world ([`scenario`]); the order of its events ([`queue`]); the state of a
+//! worker ([`state`]); the collectives of a generation ([`group`]); one worker ([`process`]); object storage
 //! ([`storage`]); and the world that ties them together ([`world`]).
 
 pub mod group;
@@ -40,7 +40,7 @@ pub fn run_in(scenario: &Scenario, seed: Seed) -> Result<Report, Violation> {
     World::new(scenario.clone(), seed, 0).run()
 }
 
-/// The same, and keeps the last so many actions for the [`Violation`].
+/// Runs a world of this shape, and keeps its last `record` actions for the [`Violation`].
 ///
 /// # Errors
 /// [`Violation`].

@@ -10,19 +10,19 @@ use crate::{group::Flags, state::State, world::happening::Happening};
 /// What a process is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// It starts and loads what the run reads.
+    /// It starts and loads the files that the run reads.
     Booting,
     /// It waits for a place.
     Idle,
     /// It waits for the other ranks of its generation.
     Meeting,
-    /// It takes the state of its place, over its own.
+    /// It takes the state of its place, which overwrites its own.
     Loading,
     /// It computes its share of a phase.
     Computing,
-    /// Its share is in the reduction.
+    /// It waits for the reduction to which it has contributed its share.
     Reducing,
-    /// It saves before it parts or finishes.
+    /// It saves before it yields or finishes.
     Saving,
     /// It has nothing left to compute.
     Finished,
@@ -33,35 +33,35 @@ pub enum Stage {
 pub struct Process {
     /// Its machine.
     pub slot: usize,
-    /// Whether it lives.
+    /// Whether it is alive.
     pub alive: bool,
-    /// It is stopped; what happens to it waits here.
+    /// It is paused; events for it are deferred.
     pub paused: bool,
-    /// Its main thread stands still while its session goes on.
+    /// Its main thread makes no progress while its session sends heartbeats.
     pub hung: bool,
-    /// On which side of a partition it is; 0: the coordinators'.
+    /// Its side of a partition; 0 is the coordinators' side.
     pub side: u64,
-    /// What it does.
+    /// Its current stage.
     pub stage: Stage,
-    /// Grows with the stage: what was planned for an earlier one does not happen.
+    /// Grows with every change of stage: events that were planned for an earlier stage are dropped.
     pub turn: u64,
-    /// Whether the operation at hand is about to fail for it.
+    /// Whether the current operation is about to fail for it.
     pub failing: bool,
-    /// What it holds; `None` when that is torn, or nothing.
+    /// Its state; `None` when it is torn or was never loaded.
     pub state: Option<State>,
     /// Its newest place.
     pub place: Option<Assignment>,
-    /// What it was asked for.
+    /// The requests that it has received.
     pub flags: Flags,
-    /// Why it would like to leave.
+    /// Why it leaves, once it does.
     pub leaving: Option<String>,
     /// Its stream, by number.
     pub link: Option<usize>,
-    /// What it said in its newest generation and no checkpoint covers.
+    /// Its messages of its newest generation that no checkpoint covers.
     pub retained: Vec<FromWorker>,
-    /// Units of work.
+    /// Its count of completed units of work.
     pub progress: u64,
-    /// What waits for it to go on.
+    /// Events that are deferred while it is paused.
     pub deferred: Vec<Happening>,
 }
 
@@ -95,7 +95,7 @@ impl Process {
         WorkerId(format!("w{number}"))
     }
 
-    /// Does something else from now on.
+    /// Enters another stage.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.turn += 1;
@@ -103,7 +103,7 @@ impl Process {
         self.progress += 1;
     }
 
-    /// Whether it takes part in its generation's group.
+    /// Whether it is in its generation's group.
     #[must_use]
     pub fn in_group(&self) -> bool {
         self.place.is_some() && !matches!(self.stage, Stage::Booting | Stage::Idle)
@@ -121,7 +121,7 @@ impl Process {
         self.place.as_ref().map(|place| Place { generation: place.generation, rank: place.rank })
     }
 
-    /// The state that its hello names: none where it may be overwritten before anybody hears of it.
+    /// The state that its hello names: none where it may be overwritten before a coordinator receives the hello.
     #[must_use]
     pub fn counted_on(&self) -> Option<Cursor> {
         let is_source = |place: &Assignment| place.source == Source::Peer { rank: place.rank };
@@ -130,14 +130,14 @@ impl Process {
         self.held().filter(|_| !about_to_be_overwritten)
     }
 
-    /// How far its state is: none while that is being overwritten.
+    /// The cursor of its state: none while that is being overwritten.
     #[must_use]
     pub fn held(&self) -> Option<Cursor> {
         let state = self.state.filter(|_| self.stage != Stage::Loading)?;
         Some(state.cursor)
     }
 
-    /// A checkpoint of `iteration` exists: forgets what that covers.
+    /// A checkpoint of `iteration` exists: drops the messages that it covers.
     pub fn covered(&mut self, iteration: u64) {
         self.retained.retain(|message| match message {
             FromWorker::StepReport(report) => report.iteration >= iteration,

@@ -1,11 +1,11 @@
-//! What is to happen, in order.
+//! The planned events, in order.
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BinaryHeap},
 };
 
-/// Happenings by time; those of one moment in the order in which they were planned.
+/// Events by time; those of one moment in the order in which they were planned.
 #[derive(Debug)]
 pub struct Queue<T> {
     order: BinaryHeap<Reverse<(u64, u64)>>,
@@ -20,14 +20,14 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Plans something for a moment.
+    /// Plans an event for a moment.
     pub fn push(&mut self, at: u64, what: T) {
         self.order.push(Reverse((at, self.sequence)));
         self.planned.insert(self.sequence, what);
         self.sequence += 1;
     }
 
-    /// What happens next, and when.
+    /// The next event and its time.
     pub fn pop(&mut self) -> Option<(u64, T)> {
         let Reverse((at, sequence)) = self.order.pop()?;
         Some((at, self.planned.remove(&sequence)?))

@@ -1,4 +1,4 @@
-//! What decides a world, and what became of it.
+//! The input and the result of a world.
 
 use potstill_core::observation::Outcome;
 
@@ -6,7 +6,7 @@ use potstill_core::observation::Outcome;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seed(pub u64);
 
-/// What became of a world in which nothing broke.
+/// The result of a world without a violation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     /// How the run ended.
@@ -15,7 +15,7 @@ pub struct Report {
     pub trace: u64,
     /// Virtual milliseconds until the end.
     pub millis: u64,
-    /// Things that happened.
+    /// Events.
     pub happenings: u64,
     /// Actions that coordinators took.
     pub actions: u64,
@@ -23,20 +23,20 @@ pub struct Report {
     pub generations: u64,
     /// Coordinators that the run had.
     pub coordinators: usize,
-    /// Faults that struck.
+    /// Faults that were injected.
     pub faults: u64,
 }
 
-/// Something that must always be true is not.
+/// An invariant does not hold.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("run(Seed({seed})) at {millis} ms: {what}\nlast actions:\n{}", actions.join("\n"))]
 pub struct Violation {
-    /// Gives the same again.
+    /// The seed of the world; it gives the same violation again.
     pub seed: u64,
     /// When, in virtual milliseconds.
     pub millis: u64,
-    /// What broke.
+    /// The invariant that does not hold.
     pub what: String,
-    /// What coordinators did before, where that was recorded; see [`replay`](crate::replay).
+    /// The actions of coordinators before it, where they were recorded; see [`replay`](crate::replay).
     pub actions: Vec<String>,
 }

@@ -1,4 +1,4 @@
-//! What a world is made of.
+//! The shape of a world.
 
 use std::time::Duration;
 
@@ -8,88 +8,89 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::report::Seed;
 
-/// What can go wrong, and how often.
+/// Faults and how often they are injected.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Faults {
-    /// Mean milliseconds between two faults; 0: none ever strikes.
+    /// Mean milliseconds between two faults; 0: there are none.
     pub every_millis: u64,
     /// Weight of a crash of some workers.
     pub crash: u32,
-    /// The share of all machines that one crash in five strikes at most; the others strike one.
+    /// The largest share of all machines that one crash in five affects; the others affect one machine.
     pub crash_share: f64,
     /// Weight of a pause of a worker.
     pub pause: u32,
-    /// Weight of a worker that breathes but moves no more.
+    /// Weight of a worker that hangs: it sends heartbeats and makes no progress.
     pub hang: u32,
     /// Weight of a partition between some workers and all others.
     pub partition: u32,
-    /// Weight of the coordinator's death; a successor comes later.
+    /// Weight of the coordinator's death; a successor starts later.
     pub coordinator: u32,
-    /// Weight of a second coordinator while the first one lives.
+    /// Weight of a second coordinator while the first one is alive.
     pub second: u32,
-    /// Weight of a worker that would like to leave.
+    /// Weight of a worker that leaves.
     pub leave: u32,
     /// Weight of a request for a checkpoint.
     pub request: u32,
     /// Weight of a request to stop.
     pub stop: u32,
-    /// Weight of a checkpoint that rots.
+    /// Weight of damage to a checkpoint.
     pub damage: u32,
     /// Share of messages that arrive twice.
     pub twice: f64,
     /// Share of messages that take up to half the failure timeout.
     pub late: f64,
-    /// Share of journal records whose answer is an error. Half of them are written all the same. Either ends the coordinator.
+    /// Share of journal records whose answer is an error. Half of them are written all the same. Either case ends the
+    /// coordinator.
     pub journal: f64,
     /// Share of shards that cannot be written.
     pub shard: f64,
     /// Share of manifests that cannot be written.
     pub commit: f64,
-    /// Share of manifests that are written although storage answers an error.
+    /// Share of manifests that are written although storage answers with an error.
     pub lie: f64,
-    /// Share of manifests whose answer takes several failure timeouts.
+    /// Share of manifests whose answer takes up to five failure timeouts.
     pub slow: f64,
 }
 
 /// A world's shape. Times are in milliseconds; a pair is a range, both ends included.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scenario {
-    /// Machines, each of which keeps one worker alive.
+    /// Machines, each of which restarts its one worker when that dies.
     pub slots: usize,
-    /// Fewer workers than this and the run waits.
+    /// With fewer workers than this the run waits.
     pub min_workers: u32,
-    /// More than this stand by.
+    /// Workers beyond this number are standby.
     pub max_workers: u32,
     /// Iterations of the run.
     pub iterations: u64,
-    /// Saves after so many iterations.
+    /// Iterations between two checkpoints.
     pub checkpoint_every: u64,
     /// Checkpoints that storage keeps.
     pub keep: usize,
-    /// The one patience setting.
+    /// The failure timeout.
     pub failure_millis: u64,
-    /// How often a coordinator looks whether the journal is still its own.
+    /// How often a coordinator checks that no other one has written to the journal.
     pub watch_millis: u64,
-    /// How long a run waits for workers, and for shards when its ranks have parted.
+    /// How long a run waits for workers, and for shards when its ranks have yielded.
     pub wait_millis: u64,
-    /// One phase's computation.
+    /// Computation of one phase.
     pub phase: (u64, u64),
     /// Start of a process until it is ready.
     pub boot: (u64, u64),
-    /// Taking a state over.
+    /// Taking over a state.
     pub load: (u64, u64),
     /// Writing a shard or a manifest.
     pub write: (u64, u64),
-    /// One message.
+    /// Delivery of one message.
     pub link: (u64, u64),
-    /// What goes wrong.
+    /// The faults.
     pub faults: Faults,
-    /// For how long.
+    /// How long faults are injected.
     pub faulty_millis: u64,
 }
 
 impl Scenario {
-    /// A world of this size in which nothing goes wrong.
+    /// A world of this size without faults.
     #[must_use]
     pub fn calm(min_workers: u32, max_workers: u32, spares: usize) -> Self {
         Self {
@@ -112,7 +113,7 @@ impl Scenario {
         }
     }
 
-    /// The mid-sized world of a seed: some kinds of fault strike often, some not at all.
+    /// The mid-sized world of a seed: some kinds of fault are frequent, some are absent.
     #[must_use]
     pub fn mixed(seed: Seed) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed.0 ^ 0x5eed);
@@ -165,7 +166,7 @@ impl Scenario {
         }
     }
 
-    /// The terms that coordinators keep to.
+    /// The terms of its coordinators.
     #[must_use]
     pub fn terms(&self) -> Terms {
         Terms {
@@ -184,13 +185,13 @@ impl Scenario {
         }
     }
 
-    /// Micro-batches of one iteration: more than ranks, and not a multiple.
+    /// Micro-batches of one iteration: more than there are ranks, and not a multiple of them.
     #[must_use]
     pub fn micro_batches(&self) -> u32 {
         self.max_workers + 3
     }
 
-    /// When a run must be over, whatever happened before faults stopped.
+    /// When a run must be over, after faults have stopped.
     #[must_use]
     pub fn deadline_millis(&self) -> u64 {
         let iteration = 2 * (self.phase.1 + 10 * self.link.1) + self.write.1;

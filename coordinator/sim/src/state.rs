@@ -1,22 +1,22 @@
-//! What a worker holds, as its history.
+//! The state of a worker, as its history.
 
 use potstill_proto::cursor::{Cursor, Phase};
 
-/// A state that is whole: how far it is, and a hash over every step that it has been through, in order.
+/// A complete state: its cursor, and a hash over every step that led to it, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State {
-    /// What it is about to compute.
+    /// What it computes next.
     pub cursor: Cursor,
     /// Hash of its history.
     pub lineage: u64,
 }
 
 impl State {
-    /// The teacher's weights: nothing was computed yet.
+    /// The teacher's weights, before the first step.
     pub const FRESH: Self =
         Self { cursor: Cursor { iteration: 0, phase: Phase::FakeScore }, lineage: 0x9e37_79b9_7f4a_7c15 };
 
-    /// After its next optimizer step.
+    /// The state after its next optimizer step.
     #[must_use]
     pub fn step(self) -> Self {
         let Cursor { iteration, phase } = self.cursor;
@@ -24,14 +24,14 @@ impl State {
             Phase::FakeScore => (Cursor { iteration, phase: Phase::Generator }, 2 * iteration),
             Phase::Generator => (Cursor::boundary(iteration + 1), 2 * iteration + 1),
         };
-        // SplitMix64's finaliser: the order of steps matters.
+        // SplitMix64's finalizer: the order of steps matters.
         let mut z = (self.lineage ^ salt).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         Self { cursor, lineage: z ^ (z >> 31) }
     }
 
-    /// What an undisturbed run holds after so many iterations.
+    /// The state of an undisturbed run after `iterations` iterations.
     #[must_use]
     pub fn undisturbed(iterations: u64) -> Self {
         (0..2 * iterations).fold(Self::FRESH, |state, _| state.step())

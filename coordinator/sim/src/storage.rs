@@ -10,17 +10,17 @@ use potstill_proto::cursor::Cursor;
 
 use crate::state::State;
 
-/// A manifest, and what it promises.
+/// A manifest and whether its shards are readable.
 #[derive(Clone, Debug)]
 pub struct Manifest {
-    /// What it says.
+    /// Its content.
     pub checkpoint: Checkpoint,
     /// Whether its shards can still be read.
     pub whole: bool,
 }
 
 impl Manifest {
-    /// What whoever reads it holds: each shard says of what state it is a part.
+    /// The state in its shards.
     #[must_use]
     pub fn state(&self) -> State {
         let Checkpoint { iteration, shards, .. } = &self.checkpoint;
@@ -52,7 +52,7 @@ impl Storage {
         self.journal.len()
     }
 
-    /// Creates the record with this number. False when there is one already: somebody else has written it.
+    /// Creates the record with this number. False when it exists already: another coordinator has written it.
     ///
     /// # Errors
     /// The record has no encoding.
@@ -72,12 +72,12 @@ impl Storage {
         self.journal.iter().map(|bytes| Record::decode(bytes)).collect()
     }
 
-    /// Writes a rank's share of a checkpoint.
+    /// Writes a rank's shard of a checkpoint.
     pub fn write_shard(&mut self, iteration: u64, generation: u64, rank: u32) {
         self.shards.insert((iteration, generation, rank));
     }
 
-    /// Writes a manifest, create-only. Where another one is that can be read, that one counts: both hold the same state.
+    /// Writes a manifest, create-only. A readable one that exists already counts as written: both hold the same state.
     ///
     /// # Errors
     /// There is another one, which cannot be read.
@@ -94,13 +94,13 @@ impl Storage {
         Ok(key)
     }
 
-    /// The checkpoints that are whole as far as a listing shows, oldest first.
+    /// The checkpoints that are complete as far as a listing shows, oldest first.
     #[must_use]
     pub fn survey(&self) -> Vec<CommittedCheckpoint> {
         self.committed().into_iter().filter(|checkpoint| !self.is_torn(checkpoint.iteration)).collect()
     }
 
-    /// The manifests there are, oldest first.
+    /// All manifests, oldest first.
     #[must_use]
     pub fn committed(&self) -> Vec<CommittedCheckpoint> {
         let committed = |iteration: &u64| CommittedCheckpoint {
@@ -122,14 +122,14 @@ impl Storage {
         self.manifests.iter().find(|(iteration, _)| manifest_key(**iteration) == key).map(|(_, m)| m)
     }
 
-    /// A shard rots.
+    /// Damages a shard.
     pub fn damage(&mut self, iteration: u64) {
         if let Some(manifest) = self.manifests.get_mut(&iteration) {
             manifest.whole = false;
         }
     }
 
-    /// Whether a manifest's shards are not all there.
+    /// Whether a shard of a manifest is missing.
     #[must_use]
     pub fn is_torn(&self, iteration: u64) -> bool {
         self.manifests.get(&iteration).is_some_and(|manifest| {

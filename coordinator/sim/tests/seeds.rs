@@ -1,7 +1,7 @@
 //! Worlds full of faults, one for each seed.
 //!
-//! `POTSTILL_SIM_SEED=17` runs that one alone and shows what its coordinators did; `POTSTILL_SIM_SEEDS=5000..9000` runs
-//! others than the usual ones.
+//! `POTSTILL_SIM_SEED=17` runs that one alone and prints the actions of its coordinators;
+//! `POTSTILL_SIM_SEEDS=5000..9000` runs other seeds than the usual ones.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic")]
 
@@ -10,7 +10,7 @@ use std::{env, ops::Range};
 use potstill_core::observation::Outcome;
 use potstill_sim::{Scenario, Seed, replay, run, run_in};
 
-/// Actions that are shown of a world that broke.
+/// Actions that are printed of a world with a violation.
 const SHOWN: usize = 400;
 
 fn seeds() -> Range<u64> {
@@ -47,10 +47,11 @@ fn whatever_goes_wrong_the_invariants_hold_and_the_run_succeeds_once_faults_stop
         let violation = replay(&scenario, *seed, SHOWN).unwrap_err();
         panic!("{} of {worlds} worlds broke; the first: {scenario:?}\n{violation}", broken.len());
     }
-    assert!(worlds < 1000 || faults > 5 * worlds, "hardly anything went wrong");
+    assert!(worlds < 1000 || faults > 5 * worlds, "too few faults were injected");
 }
 
-/// A coordinator whose record was answered with an error leaves, and does not know whether its successor will read it.
+/// A coordinator whose record was answered with an error ends, and does not know whether its successor will read the
+/// record.
 #[test]
 fn a_journal_that_answers_with_errors_costs_coordinators_and_not_the_run() {
     let (worlds, mut coordinators) = (1000, 0);
@@ -63,7 +64,7 @@ fn a_journal_that_answers_with_errors_costs_coordinators_and_not_the_run() {
         }
     }
     println!("{worlds} worlds, {coordinators} coordinators");
-    assert!(coordinators > 2 * worlds, "hardly anything went wrong");
+    assert!(coordinators > 2 * worlds, "too few coordinators were replaced");
 }
 
 #[test]
@@ -75,21 +76,21 @@ fn the_same_seed_gives_the_same_trace_and_another_one_another() {
     }
 }
 
-/// Seeds whose worlds have broken something once.
+/// Seeds whose worlds once had a violation.
 #[test]
 fn worlds_that_broke_something_once() {
     for (seed, what) in [
         (157, "a checkpoint was reported after a newer one had replaced it"),
         (
             2277,
-            "the newest checkpoint that was known was removed, because storage held a newer one and had denied it",
+            "the newest checkpoint that was known was removed, because storage held a newer one whose write it had reported as failed",
         ),
-        (3537, "a rank came back, and its state was overwritten without a word while it was counted on"),
-        (3902, "a worker that was taken for lost told of its state, and was not listened to"),
+        (3537, "a rank came back, and its state was overwritten although it was taken for the newest"),
+        (3902, "a worker that was taken for lost reported its state, and the report was ignored"),
         (6245, "a dead coordinator's manifest landed after a sweep had removed its shards"),
-        (7825, "a coordinator that wrote nothing never learnt that another one had taken over"),
+        (7825, "a coordinator that wrote nothing never learned that another one had taken over"),
         (7894, "a rank hung while it saved its share before it left"),
-        (33604, "a worker hung, and was asked to leave for ever"),
+        (33604, "a worker hung, and was asked to yield without end"),
     ] {
         if let Err(violation) = run(Seed(seed)) {
             panic!("{what}: {violation}");

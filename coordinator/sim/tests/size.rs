@@ -1,4 +1,4 @@
-//! Ten thousand workers.
+//! The cost of ten thousand workers.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

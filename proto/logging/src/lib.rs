@@ -1,4 +1,4 @@
-//! How both programs speak: log lines on standard error, and errors with their causes on one line.
+//! Log lines on standard error, and errors with their causes on one line, for both programs.
 //!
 //! ```
 //! let error = anyhow::anyhow!("not found").context("cannot read x: not found").context("loading");
@@ -13,7 +13,7 @@ use tracing_subscriber::{
     fmt::{MakeWriter, time::ChronoUtc},
 };
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// Text; with a progress bar on a terminal.
@@ -24,7 +24,7 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// Its name on the command line, for handing on to a child.
+    /// Its name on the command line, for a child process.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -38,8 +38,8 @@ impl LogFormat {
         self.start_with(std::io::stderr);
     }
 
-    /// Starts logging to a writer that stands for standard error. `RUST_LOG` chooses what; the default is `info`. A log that is set up
-    /// already stays, as in tests.
+    /// Starts logging to a writer that stands for standard error. `RUST_LOG` sets the log level; the default is `info`.
+    /// A logger that is set up already stays, as in tests.
     pub fn start_with(self, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) {
         let colours =
             std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
@@ -61,7 +61,7 @@ impl LogFormat {
     }
 }
 
-/// The error and its causes, each once: many errors repeat their cause in their own text.
+/// The error and its causes on one line, each once: many errors repeat their cause in their own text.
 #[must_use]
 pub fn chain(error: &anyhow::Error) -> String {
     let mut line = String::new();

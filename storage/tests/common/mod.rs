@@ -1,4 +1,4 @@
-//! A store that misbehaves on demand, and short cuts of the storage tests.
+//! A store that injects faults on demand, and helpers of the storage tests.
 
 #![allow(dead_code, reason = "each test file uses some of it")]
 
@@ -19,22 +19,22 @@ use object_store::{
 };
 use potstill_storage::{Root, Run, RunId};
 
-/// What a [`Faulty`] store does wrong.
+/// The fault of a [`Faulty`] store.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
-    /// A write lands, and its answer is an error.
+    /// A write takes effect, and its answer is an error.
     AnswerLost,
-    /// A write lands, the store's client repeats it, and reports the first attempt as a conflict.
+    /// A write takes effect, the store's client repeats it, and reports the first attempt as a conflict.
     WriteRepeated,
-    /// A write does not land, and its answer is an error.
+    /// A write has no effect, and its answer is an error.
     WriteFails,
-    /// The bucket is gone: nothing is found, not even a place to write to.
+    /// The bucket does not exist.
     BucketGone,
     /// "Create if absent" overwrites.
     Unconditional,
     /// This part of a multipart upload fails, counted from 0.
     PartFails(usize),
-    /// All parts of a multipart upload land, but they cannot be made one object.
+    /// All parts of a multipart upload are stored, but they cannot be joined to one object.
     CompleteFails,
 }
 
@@ -51,7 +51,7 @@ impl Faulty {
         Arc::new(Self { inner, fault, aborted: Arc::default() })
     }
 
-    /// How many multipart uploads were given up.
+    /// Number of multipart uploads that were aborted.
     pub fn aborted(&self) -> usize {
         self.aborted.load(Ordering::SeqCst)
     }
@@ -143,7 +143,7 @@ impl MultipartUpload for Upload {
     async fn complete(&mut self) -> Result<PutResult> {
         match self.fault {
             Fault::CompleteFails => Err(failure()),
-            // What S3 answers where a lifecycle rule has removed the upload: NoSuchUpload.
+            // S3's answer where a lifecycle rule has removed the upload: NoSuchUpload.
             Fault::BucketGone => {
                 Err(StoreError::NotFound { path: String::new(), source: "NoSuchUpload".into() })
             }
@@ -167,7 +167,7 @@ pub fn run(root: &Root) -> Run {
     root.run(&id())
 }
 
-/// A run of its own in memory.
+/// A new run in memory.
 pub fn run_in_memory() -> Run {
     run_in(Arc::new(InMemory::new()))
 }

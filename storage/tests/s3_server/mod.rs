@@ -1,5 +1,5 @@
-//! A server that speaks S3, in this process: `s3s` does the protocol and checks the signatures, a map is the bucket. Unlike
-//! the real one it can be told to misbehave, and to let writers meet.
+//! An S3 server in this process: `s3s` implements the protocol and checks the signatures, a map is the bucket. Unlike
+//! the real one it can inject faults, and can make writes take effect at the same moment.
 
 use std::{
     collections::BTreeMap,
@@ -36,21 +36,21 @@ use tokio::{
 };
 
 const BUCKET: &str = "bucket";
-/// Keys in one answer to a listing: few, so that listings go over several.
+/// Keys in one answer to a listing: few, so that listings take several answers.
 const PAGE: usize = 3;
-/// The least size of a part that is not the last, as S3 has it.
+/// The least size in bytes of a part that is not the last, as in S3.
 const LEAST_PART: usize = 5 << 20;
 
-/// How the answer to a write that has landed is lost.
+/// How the answer to a write that took effect is lost.
 #[derive(Clone, Copy, Debug)]
 pub enum Lost {
-    /// 500 Internal Server Error takes its place.
+    /// It is replaced by 500 Internal Server Error.
     Replaced,
     /// The connection ends before it.
     CutOff,
 }
 
-/// The server with its bucket. Ends with this value.
+/// The server with its bucket. It ends when this value is dropped.
 pub struct Server {
     address: SocketAddr,
     bucket: Bucket,
@@ -75,7 +75,7 @@ impl Server {
         Self { address, bucket, accepting }
     }
 
-    /// A root in the bucket, opened as a user opens it.
+    /// A root in the bucket, opened by its URL as in use.
     pub fn root(&self) -> Root {
         let endpoint = format!("http://{}", self.address);
         let variables = [
@@ -89,12 +89,13 @@ impl Server {
         Root::open_with(&format!("s3://{BUCKET}/some/where"), variables).unwrap()
     }
 
-    /// Overwrites where it should create only, from now on.
+    /// From now on overwrites where it should create only.
     pub fn ignore_conditions(&self) {
         self.bucket.0.ignores_conditions.store(true, Ordering::SeqCst);
     }
 
-    /// From now on a create-only write has its effect when so many of them have arrived in full: at the same moment.
+    /// From now on create-only writes take effect only when this many of them have arrived completely: at the same
+    /// moment.
     pub fn let_meet(&self, writers: usize) {
         *lock(&self.bucket.0.meeting) = Some(Arc::new(Barrier::new(writers)));
     }
@@ -104,7 +105,7 @@ impl Server {
         *lock(&self.bucket.0.losing) = Some(how);
     }
 
-    /// How many answers were lost.
+    /// Number of answers that were lost.
     pub fn answers_lost(&self) -> usize {
         self.bucket.0.lost.load(Ordering::SeqCst)
     }
@@ -114,12 +115,12 @@ impl Server {
         lock(&self.bucket.0.objects).keys().cloned().collect()
     }
 
-    /// How many multipart uploads were neither completed nor given up.
+    /// Number of multipart uploads that were neither completed nor aborted.
     pub fn open_uploads(&self) -> usize {
         lock(&self.bucket.0.uploads).len()
     }
 
-    /// Replaces the bytes of the one object whose key ends so.
+    /// Replaces the content of the one object whose key ends with this.
     pub fn alter(&self, end_of_key: &str, change: impl FnOnce(&mut Vec<u8>)) {
         let mut objects = lock(&self.bucket.0.objects);
         let mut found = objects.iter_mut().filter(|(key, _)| key.ends_with(end_of_key));
@@ -150,7 +151,7 @@ async fn answer(
     let confirms = completes || request.headers().contains_key(header::IF_NONE_MATCH);
     let mut response = service.call(request.map(Body::from)).await?;
     if completes {
-        // s3s begins to answer before it knows; S3 looks first whether there is such an upload.
+        // s3s starts its answer too early; S3 first checks that there is such an upload.
         let body = response.body_mut().store_all_unlimited().await?;
         if String::from_utf8_lossy(&body).contains("NoSuchUpload") {
             *response.status_mut() = StatusCode::NOT_FOUND;
@@ -175,17 +176,17 @@ fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
     what.lock().unwrap()
 }
 
-/// The one bucket that there is. Clones see the same.
+/// The one bucket. Clones share it.
 #[derive(Clone, Default)]
 struct Bucket(Arc<State>);
 
 #[derive(Default)]
 struct State {
-    /// The condition and the write it is for are one step under this lock.
+    /// Under this lock a write and its condition are one step.
     objects: Mutex<BTreeMap<String, Object>>,
     /// Parts by number, of each upload by its id.
     uploads: Mutex<BTreeMap<String, BTreeMap<i32, Object>>>,
-    /// Names uploads.
+    /// The number of uploads so far, which names the next one.
     count: AtomicUsize,
     ignores_conditions: AtomicBool,
     meeting: Mutex<Option<Arc<Barrier>>>,
@@ -203,7 +204,7 @@ struct Object {
 impl Object {
     #[expect(clippy::disallowed_methods, reason = "S3 answers with the time of an object")]
     fn new(bytes: Bytes) -> Self {
-        // S3 promises of it only that another content has another one.
+        // S3 guarantees only that different contents have different tags.
         let tag = format!("\"{:016x}-{}\"", hash(&bytes), bytes.len());
         Self { bytes, tag, modified: SystemTime::now() }
     }
@@ -302,7 +303,7 @@ impl S3 for Bucket {
             return Err(s3_error!(NotImplemented));
         }
         let prefix = prefix.unwrap_or_default();
-        // The last key of the page before.
+        // The last key of the previous answer.
         let after = continuation_token.or(start_after).map_or(Bound::Unbounded, Bound::Excluded);
         let objects = lock(&self.0.objects);
         let mut found = objects.range((after, Bound::Unbounded)).filter(|(key, _)| key.starts_with(&prefix));
@@ -407,7 +408,7 @@ impl S3 for Bucket {
         &self,
         request: S3Request<AbortMultipartUploadInput>,
     ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
-        // One that is not there is given up already, as S3's directory buckets have it.
+        // A missing upload counts as aborted, as in S3's directory buckets.
         lock(&self.0.uploads).remove(&request.input.upload_id);
         Ok(S3Response::new(AbortMultipartUploadOutput::default()))
     }

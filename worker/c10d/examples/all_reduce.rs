@@ -1,4 +1,4 @@
-//! How fast Gloo adds up tensors of two processes of this machine, over loopback.
+//! Measures how fast Gloo sums tensors of two processes of this machine, over loopback.
 //!
 //! `cargo run -q -p potstill-c10d --example all_reduce` prints one line for each size. A rate is the bytes of one
 //! rank's tensor, which are the bytes that come out reduced, divided by the median time from issuing the
@@ -17,16 +17,16 @@ use tch::{Device, Kind, Tensor};
 
 /// Bytes of a tensor, and how many operations are timed.
 const PLAN: [(i64, usize); 3] = [(4 << 10, 4000), (4 << 20, 200), (64 << 20, 24)];
-/// Bound for each operation.
+/// Timeout of each operation.
 const PATIENCE: Duration = Duration::from_secs(60);
 const HOST: &str = "127.0.0.1";
 /// In the second process's environment: the port of the first one's store.
 const PORT: &str = "POTSTILL_EXAMPLE_PORT";
 
-/// The second process; it dies with this value.
+/// The second process; it is killed when this value is dropped.
 struct Second {
     child: Child,
-    /// Held, never written to: the process ends when this closes, which waiting for the child would do.
+    /// Held, never written to: the process ends when this closes. Waiting for the child would close it.
     _lifeline: Option<ChildStdin>,
 }
 
@@ -69,7 +69,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Ends this process when the one that holds the other end of its standard input is gone.
+/// Ends this process when the one that holds the other end of its standard input has ended.
 fn end_with_parent() {
     thread::spawn(|| {
         let _ = io::stdin().read(&mut [0]);
@@ -91,7 +91,7 @@ fn median(group: &ProcessGroup, bytes: i64, operations: usize) -> Result<Duratio
     if (least, most) != (2.0, 2.0) {
         return Err(format!("1 + 1 came out between {least} and {most}").into());
     }
-    // Zeros stay zeros, however often they are added up.
+    // Zeros stay zeros, however often they are summed.
     let _ = tensor.zero_();
     for _ in 0..operations / 10 {
         group.all_reduce(&tensor, ReduceOp::Sum)?.wait(None)?;

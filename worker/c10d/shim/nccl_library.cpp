@@ -8,9 +8,8 @@ extern "C" __attribute__((visibility("default"))) bool potstill_nccl_backend(
     const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, int64_t timeout_ms, int device,
     c10::intrusive_ptr<c10d::Backend>* out, potstill_error* error) {
   return potstill::failed(error, [&] {
-    // By default the watchdog takes the whole process down when a peer is lost. A worker must outlive its
-    // peers, so the watchdog is told to abort the communicators only, and the failure comes back from the
-    // collective.
+    // By default the watchdog ends the whole process when a peer is lost. A worker must outlive its peers, so the
+    // watchdog is set to abort the communicators only, and the collective returns the failure.
     setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", std::to_string(c10d::CleanUpOnly).c_str(), /*overwrite=*/0);
     auto options = c10d::ProcessGroupNCCL::Options::create();
     options->timeout = std::chrono::milliseconds(timeout_ms);

@@ -1,4 +1,4 @@
-// The door to the NCCL library, which is compiled apart and opened on demand: linking libtorch_cuda.so into
+// The interface to the NCCL library, which is compiled separately and opened on demand: linking libtorch_cuda.so into
 // every process would cost each start 0.13 s and 235 MB.
 #pragma once
 

@@ -1,6 +1,5 @@
-// A C face over the part of c10d that Potstill uses. Every function that can fail returns true when it did,
-// with the reason in `error`. Objects travel as owning pointers; tensors as the `at::Tensor*` that tch also
-// uses.
+// A C interface to the part of c10d that Potstill uses. Every function that can fail returns true when it did, with the
+// reason in `error`. Objects are passed as owning pointers; tensors as the `at::Tensor*` that tch also uses.
 #include "guard.h"
 #include "libtorch.h"
 #include "nccl_library.h"
@@ -46,7 +45,7 @@ class AbortableGloo final : public c10d::ProcessGroupGloo {
     return ProcessGroupGloo::allreduce(tensors, options);
   }
 
-  // When the newest all-reduce was issued: in a backward, when the last gradient was there.
+  // When the newest all-reduce was issued: in a backward, when the last gradient was computed.
   Clock::time_point last_all_reduce() const { return last_all_reduce_; }
 
   void abort() override {
@@ -72,8 +71,8 @@ struct File {
 potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
   TORCH_CHECK(length > 0, "unavailable: this program was built without NCCL");
   load_cuda();
-  // The library travels inside the executable, so that there is no second file to install. An anonymous file
-  // gives the loader the path that it wants.
+  // The library is embedded in the executable, so that there is no second file to install. An anonymous file gives the
+  // loader the path that it needs.
   File file{memfd_create("potstill-nccl", MFD_CLOEXEC)};
   for (size_t written = 0; written < length;) {
     ssize_t n = write(file.descriptor, image + written, length - written);
@@ -116,7 +115,7 @@ struct potstill_reducer {
 bool potstill_store_open(const char* host, uint16_t port, bool serve, int64_t timeout_ms, potstill_store** out,
                          uint16_t* bound_port, potstill_error* error) {
   return failed(error, [&] {
-    // Everything begins with a store. Without this, libtorch would not heed TORCH_CPP_LOG_LEVEL.
+    // Every use starts with a store. Without this, libtorch would ignore TORCH_CPP_LOG_LEVEL.
     c10::initLogging();
     c10d::TCPStoreOptions options;
     options.port = port;
@@ -131,8 +130,8 @@ bool potstill_store_open(const char* host, uint16_t port, bool serve, int64_t ti
 
 bool potstill_store_prefix(const potstill_store* store, const char* prefix, potstill_store** out, potstill_error* error) {
   return failed(error, [&] {
-    // A connection of its own: a group that still waits for its peers holds its connection's lock, and must
-    // not hold up the next generation.
+    // A connection of its own: a group that still waits for its peers holds its connection's lock, and must not block
+    // the next generation.
     auto connection = store->store->clone();
     connection->setTimeout(store->store->getTimeout());
     *out = new potstill_store{c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(connection))};
@@ -181,7 +180,7 @@ bool potstill_group_abort(const potstill_group* group, potstill_error* error) {
   return failed(error, [&] { group->backend->abort(); });
 }
 
-// An orderly end waits for what is in flight.
+// Without a failure it waits for operations in flight.
 void potstill_group_free(potstill_group* group, bool orderly) {
   potstill_error ignored;
   failed(&ignored, [&] { orderly ? group->backend->shutdown() : group->backend->abort(); });
@@ -264,7 +263,7 @@ bool potstill_work_wait(const potstill_work* work, int64_t timeout_ms, bool* com
       try {
         work->work->wait(milliseconds(timeout_ms));
       } catch (...) {
-        // Either the time is up or the operation failed; a completed one says by itself which.
+        // Either the timeout is over or the operation failed; the operation itself tells which.
         *completed = work->work->isCompleted();
         if (*completed) {
           work->work->wait();
@@ -295,9 +294,9 @@ bool potstill_reducer_new(const potstill_group* group, at::Tensor* const* params
                       /*find_unused_parameters=*/false, gradient_as_bucket_view, /*param_names=*/{}, first_bucket_bytes,
                       /*skip_all_reduce_unused_params=*/false, /*use_python_reducer=*/false,
                       /*bucket_bytes_cap_list=*/{})});
-    // After its first iteration c10d would lay out the buckets anew, in the order in which gradients arrived.
-    // The layout decides the order of the sums, so a run resumed from a checkpoint would differ in the last
-    // bits. Settling the layout now, once, keeps every iteration alike.
+    // After its first iteration c10d would lay out the buckets again, in the order in which gradients arrived. The
+    // layout decides the order of the sums, so a run resumed from a checkpoint would differ in the last bits. Fixing
+    // the layout now gives the same order in every iteration.
     made->reducer.push_rebuilt_params_for_all_indices();
     made->reducer.rebuild_buckets();
     *out = made.release();
@@ -314,8 +313,7 @@ bool potstill_reducer_backward(potstill_reducer* reducer, const at::Tensor* loss
       auto waited = AbortableGloo::Clock::now() - gloo->last_all_reduce();
       *exposed_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count();
     }
-    // A parameter without a gradient leaves its bucket waiting. Better to say so now than in the next
-    // iteration.
+    // A parameter without a gradient leaves its bucket waiting. It is reported now rather than in the next iteration.
     if (potstill_error ignored; failed(&ignored, [&] { reducer->reducer.check_finalized(); })) {
       std::string missing;
       for (size_t i = 0; i < reducer->params.size(); ++i) {

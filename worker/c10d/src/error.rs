@@ -1,27 +1,27 @@
-//! One error type, which says what was done, by whom, and what kind of failure it was.
+//! The error type: which operation failed, on which rank, and the kind of failure.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What kind of failure it was, so that a caller can decide what to do next.
+/// The kind of failure, by which a caller decides what to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The time was up: a peer is slow, stopped, unreachable, or never came.
+    /// The timeout is over: a peer is slow, stopped, unreachable, or did not join.
     Timeout,
-    /// A connection was refused, reset or closed: a peer, or a store's server, is gone.
+    /// A connection was refused, reset or closed: a peer, or a store's server, has ended.
     PeerLost,
     /// This process aborted the group.
     Aborted,
-    /// The backend or its device is not there: no CUDA, no NCCL, no GPU.
+    /// The backend or its device is not available: no CUDA, no NCCL, no GPU.
     Unavailable,
-    /// The arguments cannot work; nothing was sent.
+    /// The arguments are invalid; nothing was sent.
     InvalidInput,
-    /// Anything else; the text says what.
+    /// Any other failure; see the cause.
     Other,
 }
 
-/// The place of a process in its group.
+/// A process's rank in its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Member {
     /// From 0 to `world` − 1.
@@ -38,13 +38,13 @@ pub struct Member {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{operation}{}: {kind}: {cause}", member.map(|m| format!(" on {m}")).unwrap_or_default())]
 pub struct Error {
-    /// What kind of failure it was.
+    /// The kind of failure.
     pub kind: ErrorKind,
-    /// What was being done.
+    /// The operation.
     pub operation: String,
-    /// Who did it; `None` outside a group.
+    /// The rank on which it failed; `None` outside a group.
     pub member: Option<Member>,
-    /// The cause, mostly in libtorch's words.
+    /// The cause, mostly libtorch's text.
     pub cause: String,
 }
 
@@ -74,8 +74,8 @@ impl From<potstill_torch_ext::Error> for Error {
 }
 
 impl Error {
-    /// From libtorch's text. c10d throws a plain `std::exception` for most of what goes wrong in Gloo, so its
-    /// text is the only thing that tells a timeout from a lost peer.
+    /// Parses libtorch's text. c10d throws a plain `std::exception` for most failures in Gloo, so only the text tells a
+    /// timeout from a lost peer.
     pub(crate) fn from_text(operation: impl Into<String>, member: Option<Member>, cause: String) -> Error {
         Error { kind: classify(&cause), operation: operation.into(), member, cause }
     }
@@ -112,7 +112,8 @@ fn classify(cause: &str) -> ErrorKind {
     found.map_or(ErrorKind::Other, |(kind, _)| *kind)
 }
 
-/// For the shim, where 0 means "no limit" and a larger number than this would overflow the clock's.
+/// A timeout in milliseconds for the shim, where 0 means "no limit" and a larger number than this would overflow the
+/// clock's.
 pub(crate) fn milliseconds(timeout: Duration) -> i64 {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
     timeout.clamp(Duration::from_millis(1), YEAR).as_millis() as i64

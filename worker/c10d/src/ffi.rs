@@ -1,6 +1,6 @@
-//! The C face of `shim/shim.cpp`, one declaration for each function there. Functions that return `bool`
-//! return true when they failed and then left the reason in `error`; only otherwise were the out-parameters
-//! written.
+//! The C interface of `shim/shim.cpp`, one declaration for each function there. Functions that return `bool` return
+//! true when they failed and then have written the reason to `error`; only otherwise have they written the
+//! out-parameters.
 
 use std::ffi::{c_char, c_int};
 use std::marker::{PhantomData, PhantomPinned};
@@ -8,7 +8,7 @@ use std::marker::{PhantomData, PhantomPinned};
 pub use potstill_torch_ext::shim::ErrorText;
 use torch_sys::C_tensor;
 
-/// An object that only C++ looks into. Neither `Send` nor `Sync`; the safe owners say what they are, and why.
+/// An opaque C++ object. Neither `Send` nor `Sync`; the safe owners declare what they are, and why.
 #[repr(C)]
 pub struct Opaque<Tag> {
     bytes: [u8; 0],

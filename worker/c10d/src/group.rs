@@ -16,7 +16,7 @@ use crate::store::Store;
 /// The NCCL part of the shim, a shared library; empty where it was built without NCCL.
 static NCCL_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpotstill_nccl.so"));
 
-/// What carries the data.
+/// The backend, which transfers the data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// Gloo, for tensors in main memory.
@@ -36,7 +36,7 @@ pub enum Backend {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ReduceOp {
-    /// The sum. Its bits are the same on all ranks, and in each run of the same world size.
+    /// The sum. Its bits are the same on all ranks, and in each execution with the same world size.
     Sum = 0,
     /// The smallest.
     Min = 3,
@@ -51,11 +51,11 @@ pub enum ReduceOp {
 /// in the background. Clones are handles to the same group. Any thread may use any of them; operations are
 /// issued one at a time.
 ///
-/// **After a failure** the group is of no further use: drop it, and join the next generation with a new one.
+/// **After a failure** the group cannot be used any more: drop it, and join the next generation with a new one.
 ///
-/// **Dropping** the last handle (works and reducers are handles too) of a sound group waits for what is in
-/// flight, as long as the group's timeout. After a failure or [`abort`](ProcessGroup::abort) it waits for
-/// nothing; so call `abort` first to drop a group whose peers may be stuck.
+/// **Dropping** the last handle (works and reducers are handles too) of a group without failures waits for operations
+/// in flight, at most for the group's timeout. After a failure or [`abort`](ProcessGroup::abort) it does not wait; so
+/// call `abort` first to drop a group whose peers may be stuck.
 #[derive(Debug, Clone)]
 pub struct ProcessGroup {
     inner: Arc<Inner>,
@@ -66,14 +66,14 @@ struct Inner {
     raw: NonNull<ffi::Group>,
     member: Member,
     device: Device,
-    /// The number of operations issued. Held while one is being issued, because c10d numbers them without a
-    /// lock of its own.
+    /// The number of operations issued. Locked while one is being issued, because c10d numbers them without a lock of
+    /// its own.
     issued: Mutex<u64>,
     aborted: AtomicBool,
     failed: AtomicBool,
 }
 
-// SAFETY: c10d's groups are bound to no thread. Issuing is serialised by `issued`; `abort` may run beside it,
+// SAFETY: c10d's groups are bound to no thread. Issuing is serialized by `issued`; `abort` may run beside it,
 // since it only closes connections (Gloo) or communicators (NCCL), each under the backend's own locks; the
 // rest is atomic or immutable.
 unsafe impl Send for Inner {}
@@ -91,14 +91,13 @@ impl Drop for Inner {
 impl ProcessGroup {
     /// Joins the group of `world` processes that meet in `store`, as `rank`.
     ///
-    /// With Gloo it waits until all are there and connected, at most `timeout`; it cannot be aborted
-    /// meanwhile, so run it where waiting does no harm. With NCCL the first operation connects. `timeout`
-    /// also bounds every operation of the group.
+    /// With Gloo it waits until all have joined and connected, at most `timeout`; it cannot be aborted meanwhile, so
+    /// run it on a thread that may block. With NCCL the first operation connects. `timeout` also bounds every operation
+    /// of the group.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when a peer did not come, [`ErrorKind::PeerLost`] when one, or the store, went
-    /// away, [`ErrorKind::Unavailable`] for NCCL without CUDA, without a GPU, or in a program built without
-    /// it.
+    /// [`ErrorKind::Timeout`] when a peer did not join, [`ErrorKind::PeerLost`] when one, or the store, has ended,
+    /// [`ErrorKind::Unavailable`] for NCCL without CUDA, without a GPU, or in a program built without it.
     pub fn new(
         backend: &Backend,
         store: &Store,
@@ -163,7 +162,7 @@ impl ProcessGroup {
         Ok(ProcessGroup { inner: Arc::new(inner) })
     }
 
-    /// This process's place in the group.
+    /// This process's rank in the group.
     pub fn member(&self) -> Member {
         self.inner.member
     }
@@ -200,9 +199,9 @@ impl ProcessGroup {
 
     /// Collects all ranks' tensors, of the same shape and kind, in the order of ranks.
     ///
-    /// The collected tensors hold no sense before the work is done; until then leave `tensor` as it is.
+    /// The collected tensors are undefined until the work is done; until then do not change `tensor`.
     pub fn all_gather(&self, tensor: &Tensor) -> Result<(Work, Vec<Tensor>), Error> {
-        // Before anything is made in its likeness.
+        // Checked before other tensors are made like it.
         self.check("all_gather", tensor)?;
         let outputs = (0..self.inner.member.world)
             .map(|_| tensor.f_empty_like())
@@ -249,7 +248,7 @@ impl ProcessGroup {
         })
     }
 
-    /// Is done when all ranks have come to it.
+    /// Completes when all ranks have called it.
     pub fn barrier(&self) -> Result<Work, Error> {
         self.issue("barrier", &[], |group, out, error| {
             // SAFETY: the group is alive during the call.
@@ -258,8 +257,8 @@ impl ProcessGroup {
     }
 
     /// Ends every operation in flight, here at once and on the peers as soon as they notice: each fails with
-    /// [`ErrorKind::Aborted`] here. Waits for nobody. Any thread may call it, also while another waits for a
-    /// work or is in [`Reducer::backward`](crate::Reducer::backward).
+    /// [`ErrorKind::Aborted`] here. Does not wait. Any thread may call it, also while another waits for a work or is in
+    /// [`Reducer::backward`](crate::Reducer::backward).
     pub fn abort(&self) -> Result<(), Error> {
         self.inner.aborted.store(true, Ordering::Release);
         self.inner.failed.store(true, Ordering::Release);
@@ -280,7 +279,7 @@ impl ProcessGroup {
         name: &str,
         operation: impl FnOnce(&str) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        // A panic in between leaves a plain number behind, which is as good as any.
+        // A panic while it is locked leaves a valid number.
         let mut issued = self.inner.issued.lock().unwrap_or_else(PoisonError::into_inner);
         *issued += 1;
         let numbered = format!("{name} #{issued}");
@@ -290,7 +289,7 @@ impl ProcessGroup {
         operation(&numbered)
     }
 
-    /// The error for an operation that failed on this group, which from now on counts as broken.
+    /// The error of an operation that failed on this group, which from now on counts as failed.
     pub(crate) fn failure(&self, operation: &str, cause: String) -> Error {
         self.inner.failed.store(true, Ordering::Release);
         let mut error = Error::from_text(operation, Some(self.inner.member), cause);
@@ -367,7 +366,7 @@ impl Work {
         &self.operation
     }
 
-    /// Whether the operation is over, well or badly. Does not block.
+    /// Whether the operation is over, successfully or not. Does not block.
     pub fn is_completed(&self) -> Result<bool, Error> {
         let mut completed = false;
         call(|error| {
@@ -380,10 +379,9 @@ impl Work {
 
     /// Waits until the operation is over.
     ///
-    /// With a `timeout` (at least a millisecond), at most that long; then it fails with
-    /// [`ErrorKind::Timeout`], the operation goes on and can be waited for again. Without one, Gloo blocks
-    /// until the operation is over or the group's own timeout ends it; NCCL only makes the current CUDA
-    /// stream wait, and does not block.
+    /// With a `timeout` (at least a millisecond), at most that long; then it fails with [`ErrorKind::Timeout`], and the
+    /// operation continues and can be waited for again. Without one, Gloo blocks until the operation is over or the
+    /// group's own timeout ends it; NCCL only makes the current CUDA stream wait, and does not block.
     ///
     /// # Errors
     /// The operation's own failure, or [`ErrorKind::Timeout`].
@@ -400,8 +398,8 @@ impl Work {
         }
     }
 
-    /// Waits at most `timeout` (at least a millisecond), and says whether the operation is over. For waiting
-    /// in slices while watching something else.
+    /// Waits at most `timeout` (at least a millisecond), and returns whether the operation is over. For waiting in
+    /// intervals while checking another condition.
     ///
     /// # Errors
     /// The operation's own failure.

@@ -1,7 +1,7 @@
 //! Potstill's data plane: libtorch's c10d, the engine that PyTorch's `DistributedDataParallel` runs on, with
 //! Gloo for CPUs and NCCL for GPUs.
 //!
-//! Three layers: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
+//! Three layers: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and the safe types of
 //! this page. Unsafe code is in this crate and in `potstill-torch-ext` alone.
 //!
 //! A failure comes back as an [`Error`]. c10d also writes warnings with long stack traces to stderr;

@@ -1,4 +1,4 @@
-//! Averages gradients over ranks, while backward still runs.
+//! Averages gradients over ranks during the backward pass.
 
 use std::ptr::{self, NonNull};
 use std::time::Duration;
@@ -10,15 +10,15 @@ use crate::error::Error;
 use crate::ffi;
 use crate::group::ProcessGroup;
 
-/// How gradients are put together into buckets, each of which is one all-reduce. The defaults are those of
-/// PyTorch's `DistributedDataParallel`.
+/// How gradients are grouped into buckets, each of which is one all-reduce. The defaults are those of PyTorch's
+/// `DistributedDataParallel`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReducerOptions {
-    /// The size of the first bucket, small so that communication begins early.
+    /// The size of the first bucket in bytes, small so that communication starts early.
     pub first_bucket_bytes: usize,
-    /// The size of the others. A single larger gradient gets a bucket of its own.
+    /// The size of the others in bytes. A single larger gradient gets a bucket of its own.
     pub bucket_bytes: usize,
-    /// Whether gradients live inside the buckets. That saves their memory and one copy.
+    /// Whether gradients are views of the buckets. That saves their memory and one copy.
     pub gradient_as_bucket_view: bool,
 }
 
@@ -33,17 +33,16 @@ impl Default for ReducerOptions {
 /// One optimizer step goes like this, on every rank alike:
 /// 1. [`zero_grad`](Reducer::zero_grad).
 /// 2. For every micro-batch but the last, plain `backward` of tch: gradients add up locally.
-/// 3. For the last one, [`Reducer::backward`]: gradients go on to add up, and each bucket is all-reduced as
+/// 3. For the last one, [`Reducer::backward`]: gradients are added too, and each bucket is all-reduced as
 ///    soon as it is full. Afterwards each parameter's gradient is the **mean over ranks of the sum over
 ///    micro-batches**.
 /// 4. The optimizer's step.
 ///
-/// **Every parameter must get a gradient in the last micro-batch's backward.** One that does not fails that
-/// call; leave it out of `params`, or let it take part (add it to the loss times 0).
+/// **Every parameter must get a gradient in the last micro-batch's backward.** One without fails that call; remove it
+/// from `params`, or make the loss depend on it (add it to the loss times 0).
 ///
-/// The layout of buckets is settled at construction, by the order of `params` and the sizes alone. The bits
-/// of the result therefore depend on ranks' gradients, world size and options only, from the first iteration
-/// on.
+/// The layout of buckets is fixed at construction, by the order of `params` and the sizes alone. The bits of the result
+/// therefore depend on ranks' gradients, world size and options only, from the first iteration on.
 ///
 /// **After an error** the gradients are a mixture: drop the reducer, call [`potstill_torch_ext::clear_gradients`], and compute
 /// the phase again with a new one. Dropping a reducer does not block while its group has another handle.
@@ -60,16 +59,15 @@ unsafe impl Send for Reducer {}
 
 impl Drop for Reducer {
     fn drop(&mut self) {
-        // Here and not on some other thread: this takes the hooks out of the parameters, which others go on
-        // to use.
+        // Here and not on another thread: this removes the hooks from the parameters, which others continue to use.
         // SAFETY: the pointer came from the shim, is owned here, and is used no more.
         unsafe { ffi::potstill_reducer_free(self.raw.as_ptr()) }
     }
 }
 
 impl Reducer {
-    /// Prepares the gradients of `params` for being averaged over `group`. A collective: all ranks call it,
-    /// with parameters of the same shapes and kinds in the same order, best that of the forward pass.
+    /// Prepares the gradients of `params` for averaging over `group`. A collective: all ranks call it, with parameters
+    /// of the same shapes and kinds in the same order, preferably that of the forward pass.
     ///
     /// Blocks until the ranks have compared the shapes and agreed on the buckets.
     ///
@@ -126,8 +124,8 @@ impl Reducer {
     /// sums over all ranks. A collective. Blocks until backward is over and the averages are in place (with
     /// NCCL: ordered into the current CUDA stream).
     ///
-    /// Returns how long it still waited for communication after the last gradient was there, which is the
-    /// part that did not overlap with computing; with NCCL, where nothing waits on the host, zero.
+    /// Returns how long it waited for communication after the last gradient was computed: the part that did not overlap
+    /// with the computation. With NCCL, where the host does not wait, zero.
     ///
     /// # Errors
     /// As for any collective, when a peer is lost, stuck, or this process aborts the group; also when the

@@ -1,4 +1,4 @@
-//! Where the processes of a group find each other.
+//! The store through which the processes of a group find each other.
 
 use std::ffi::CString;
 use std::ptr::{self, NonNull};
@@ -9,7 +9,7 @@ use potstill_torch_ext::shim::call;
 use crate::error::{Error, milliseconds};
 use crate::ffi;
 
-/// An owned `c10d::Store`, of whatever kind.
+/// An owned `c10d::Store` of any kind.
 #[derive(Debug)]
 struct Handle(NonNull<ffi::Store>);
 
@@ -37,21 +37,20 @@ pub struct TcpStore {
     port: u16,
 }
 
-/// A [`TcpStore`] seen through a prefix, over a connection of its own. Each generation of a group takes a new
-/// prefix, so that it never meets the keys of an older one.
+/// A part of a [`TcpStore`] below a prefix, with a connection of its own. Each generation of a group uses a new prefix,
+/// so that it does not see the keys of an older one.
 #[derive(Debug)]
 pub struct Store(Handle);
 
 impl TcpStore {
-    /// Starts a server in this process, and connects to it. The server lives as long as this value.
-    ///
-    /// `host` is the name or address under which this very machine reaches itself (the one that peers are
-    /// told); `port` 0 lets the system choose. `timeout` bounds this call and each operation on the store.
+    /// Starts a server in this process, and connects to it. The server runs until this value is dropped.
+    /// `host` is a name or address of this machine (the one that peers are given); `port` 0 lets the system choose.
+    /// `timeout` bounds this call and each operation on the store.
     pub fn serve(host: &str, port: u16, timeout: Duration) -> Result<TcpStore, Error> {
         TcpStore::open("serve a store", host, port, true, timeout)
     }
 
-    /// Connects to the server at `host` and `port`, and tries again until it is there or the timeout is over.
+    /// Connects to the server at `host` and `port`, with repeated attempts until it answers or the timeout is over.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<TcpStore, Error> {
         TcpStore::open("connect to a store", host, port, false, timeout)
     }
@@ -81,8 +80,8 @@ impl TcpStore {
         self.port
     }
 
-    /// The part of the store under `prefix`, for example `g7` for generation 7. Opens one more connection, so
-    /// that a group which still waits for its peers does not hold up the next one.
+    /// The part of the store under `prefix`, for example `g7` for generation 7. Opens one more connection, so that a
+    /// group that still waits for its peers does not block the next one.
     pub fn prefix(&self, prefix: &str) -> Result<Store, Error> {
         let operation = || format!("open {prefix} in the store at {}:{}", self.host, self.port);
         let name = CString::new(prefix).map_err(|e| Error::invalid(operation(), None, e.to_string()))?;

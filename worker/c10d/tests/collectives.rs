@@ -1,4 +1,4 @@
-//! What the collectives compute.
+//! Tests the results of collectives.
 
 mod common;
 
@@ -8,7 +8,7 @@ use common::{LONG, Seat, run, seat};
 use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, TcpStore};
 use tch::{Device, Kind, Tensor};
 
-/// Not a test by itself: what a child process runs.
+/// Not a test by itself: the scenarios of child processes.
 #[test]
 fn rank() {
     match seat() {
@@ -97,7 +97,7 @@ fn nccl_without_a_gpu_is_an_error_value() {
 }
 
 fn nccl(seat: &Seat) {
-    // Errors where libtorch has no CUDA, and then so does the group below.
+    // Fails where libtorch has no CUDA, and then the group below fails too.
     let _ = potstill_torch_ext::load_cuda();
     if tch::Cuda::is_available() {
         return;
@@ -109,7 +109,7 @@ fn nccl(seat: &Seat) {
 
 #[test]
 fn a_store_that_is_not_there_is_an_error_value() {
-    // Of a server that is gone again.
+    // Of a server that has ended.
     let port = TcpStore::serve("127.0.0.1", 0, LONG).expect("a store").port();
     let error = TcpStore::connect("127.0.0.1", port, Duration::from_millis(300)).expect_err("refused");
     assert!(matches!(error.kind, ErrorKind::Timeout | ErrorKind::PeerLost), "{error}");

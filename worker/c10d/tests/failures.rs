@@ -1,4 +1,4 @@
-//! What the survivors see when a peer dies, stops, or does not come.
+//! Tests what the survivors see when a peer dies, stops, or does not join.
 
 mod common;
 
@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, Reducer, ReducerOptions, Work};
 use tch::{Device, Kind, Tensor};
 
-/// Not a test by itself: what a child process runs.
+/// Not a test by itself: the scenarios of child processes.
 #[test]
 fn rank() {
     match seat() {
@@ -22,7 +22,7 @@ fn rank() {
             "stopped" => stopped(&seat),
             "stopped_in_backward" => stopped_in_backward(&seat),
             "timeout" => timeout(&seat),
-            "nobody_comes" => nobody_comes(&seat),
+            "no_peer_joins" => no_peer_joins(&seat),
             "waiting_beside" => waiting_beside(&seat),
             other => panic!("no scenario {other}"),
         },
@@ -33,14 +33,13 @@ fn all_reduce(group: &ProcessGroup) -> Result<Work, Error> {
     group.all_reduce(&Tensor::ones([1 << 16], (Kind::Float, Device::Cpu)), ReduceOp::Sum)
 }
 
-/// What the last rank does in most scenarios: it comes to the group, and then to nothing more.
+/// The last rank in most scenarios: it joins the group, and issues no operation after that.
 fn be_absent() {
     say("absent");
     wait_for_test();
 }
 
-/// Kills the last rank once all are where they should be, and expects each survivor to report a lost peer in
-/// less than a second.
+/// Kills the last rank once all ranks are ready, and expects each survivor to report a lost peer in less than a second.
 fn kill_last(scenario: &str, world: usize) {
     let mut cluster = launch(scenario, world);
     for rank in &mut cluster.ranks {
@@ -75,7 +74,7 @@ fn killed(seat: &Seat) {
     let work = all_reduce(&group).expect("issued");
     say("waiting");
     let error = work.wait(None).expect_err("a lost peer");
-    // Before `say`, so that the next rank fails as soon as this one.
+    // Before the message, so that the next rank fails at the same time as this one.
     drop((work, group));
     say(&format!("{:?}", error.kind));
     let expected = format!("all_reduce #2 on rank {} of {}: peer lost: ", seat.rank, seat.world);
@@ -132,7 +131,7 @@ fn regroup(seat: &Seat) {
     assert_eq!(param.grad(), param.full_like(0.5));
 }
 
-/// Stops the last rank with SIGSTOP, and expects rank 0 to get away by itself.
+/// Stops the last rank with SIGSTOP, and expects rank 0 to leave by itself.
 fn stop_last(scenario: &str) {
     let mut cluster = launch(scenario, 2);
     for rank in &mut cluster.ranks {
@@ -149,7 +148,7 @@ fn assert_aborted(error: &Error) {
 }
 
 #[test]
-fn a_stopped_peer_holds_nobody_who_aborts() {
+fn a_stopped_peer_does_not_hold_a_rank_that_aborts() {
     stop_last("stopped");
 }
 
@@ -188,7 +187,7 @@ fn stopped_in_backward(seat: &Seat) {
     let (issued, is_issued) = std::sync::mpsc::channel();
     let aborter = thread::spawn(move || {
         is_issued.recv().expect("a signal");
-        // Most likely in the middle of backward; sound in any case.
+        // Most likely in the middle of backward; correct in any case.
         thread::sleep(Duration::from_millis(50));
         handle.abort()
     });
@@ -223,10 +222,10 @@ fn timeout(seat: &Seat) {
 
 #[test]
 fn a_group_whose_members_do_not_come_times_out() {
-    run("nobody_comes", 1);
+    run("no_peer_joins", 1);
 }
 
-fn nobody_comes(seat: &Seat) {
+fn no_peer_joins(seat: &Seat) {
     let error = seat.try_join("g1", 0, 2, Duration::from_millis(500)).expect_err("too late");
     assert_eq!(error.kind, ErrorKind::Timeout, "{error}");
     assert!(error.to_string().starts_with("join the group on rank 0 of 2: timeout: "), "{error}");
@@ -243,7 +242,7 @@ fn waiting_beside(seat: &Seat) {
         let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
         thread::spawn(move || ProcessGroup::new(&backend, &store, 0, 3, LONG));
     }
-    // Several, so that by the last of them the one above surely waits.
+    // Several joins, so that by the last of them the one above is certainly waiting.
     for generation in 2..6 {
         let group = seat.join(&format!("g{generation}"), LONG);
         group.barrier().expect("issued").wait(None).expect("barrier");

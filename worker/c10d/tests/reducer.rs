@@ -1,4 +1,4 @@
-//! The reducer's averages.
+//! Tests the reducer's averages.
 
 mod common;
 
@@ -12,7 +12,7 @@ const SMALL: ReducerOptions =
 const MICRO_BATCHES: usize = 3;
 const STEPS: usize = 3;
 
-/// Not a test by itself: what a child process runs.
+/// Not a test by itself: the scenarios of child processes.
 #[test]
 fn rank() {
     match seat() {
@@ -41,7 +41,7 @@ fn parameters() -> Vec<Tensor> {
         .collect()
 }
 
-/// A loss with another gradient for each rank, step and micro-batch.
+/// A loss that differs by rank, step and micro-batch.
 fn loss(params: &[Tensor], rank: usize, step: usize, micro_batch: usize) -> Tensor {
     let input = Tensor::arange(20, (Kind::Float, Device::Cpu)).reshape([5, 4]);
     let input = (input * (0.1 + rank as f64) + (step * MICRO_BATCHES + micro_batch) as f64).cos();
@@ -54,7 +54,7 @@ fn gradients(params: &[Tensor]) -> Vec<Tensor> {
     params.iter().map(|param| param.grad().detach().copy()).collect()
 }
 
-/// One step as a caller does it.
+/// One step, as in training.
 fn step(reducer: &Reducer, params: &[Tensor], rank: usize, step: usize) {
     reducer.zero_grad().expect("cleared");
     for micro_batch in 0..MICRO_BATCHES - 1 {
@@ -99,7 +99,7 @@ fn a_new_reducer_gives_the_bits_of_a_used_one() {
 fn same_bits(seat: &Seat) {
     let group = seat.join("g1", LONG);
     let params = parameters();
-    // The order in which gradients do not come: c10d by itself would change its buckets after the first step.
+    // Another order than that of the gradients: c10d by itself would change its buckets after the first step.
     let unlike: Vec<_> = params.iter().rev().map(Tensor::shallow_clone).collect();
     let used = Reducer::new(&unlike, &group, SMALL).expect("a reducer");
     for number in 0..STEPS {
@@ -109,7 +109,7 @@ fn same_bits(seat: &Seat) {
     assert_same_on_all_ranks(&group, &expected);
     drop(used);
 
-    // As after a resume: the last step again, with a reducer that never saw another one.
+    // As after a resume: the last step again, with a new reducer.
     let fresh = Reducer::new(&unlike, &group, SMALL).expect("a reducer");
     step(&fresh, &params, seat.rank, STEPS - 1);
     assert_eq!(gradients(&params), expected);
@@ -146,7 +146,7 @@ fn mismatch(seat: &Seat) {
     let group = seat.join("g1", LONG);
     let params = [Tensor::zeros([2 + seat.rank as i64], (Kind::Float, Device::Cpu)).set_requires_grad(true)];
     let error = Reducer::new(&params, &group, SMALL).expect_err("refused");
-    // Rank 0 only learns that the others left.
+    // Rank 0 only gets the error that the others left.
     assert!(seat.rank == 0 || error.cause.contains("appears not to match sizes"), "{error}");
 }
 

@@ -1,9 +1,9 @@
 //! Time and memory of full SiD iterations of a text-to-image network with random weights, on one device and without a cluster:
 //! what `scripts/bench/gpu_check.py` puts beside the same iteration in eager PyTorch.
 //!
-//! `iteration UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda` prints a JSON object: seconds of each part, median over all
-//! iterations but the first, and the peak of allocated bytes. Weights are bf16 on a GPU with fp32 masters, activations are
-//! computed again, guidance is LSG 1.5, the generator takes its one step.
+//! `iteration UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda` prints a JSON object: seconds of each part,
+//! median over all iterations but the first, and the peak of allocated bytes. Weights are bf16 on a GPU with fp32
+//! master weights, activations are recomputed, guidance is LSG 1.5, the generator has one step.
 
 use std::{error::Error, rc::Rc, time::Instant};
 
@@ -30,7 +30,7 @@ use potstill_models::{
 use potstill_torch_ext::MemoryMeter;
 use tch::{Cuda, Device, Kind, Tensor, no_grad};
 
-/// Texts that are nothing but noise, of the widths that a network wants.
+/// Text embeddings of noise, with the widths of the network.
 struct Noise {
     tokens: i64,
     width: i64,
@@ -53,7 +53,7 @@ impl Conditions for Noise {
     }
 }
 
-/// Seconds since `started`, once the device is done.
+/// Seconds since `started`, after the device has finished.
 fn since(started: Instant, device: Device) -> f64 {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
@@ -92,7 +92,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
     let meter = MemoryMeter::start(device)?;
     let teacher = {
-        // Equal numbers everywhere would do for time and memory, but not for finite gradients.
+        // Constant weights would do for time and memory, but not for finite gradients.
         let drawn = LatentDenoiser::initialise(config, schedule, 0, Device::Cpu)?;
         let drawn = drawn.with_sides([side, side]).with_recomputation(true);
         drawn.over(drawn.parameters().flat().to_kind(kind).to_device(device), false)

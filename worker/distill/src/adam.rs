@@ -1,5 +1,5 @@
-//! Adam (1412.6980) over a network's flat parameter vector, a long stretch at a time: a handful of tensor operations for each,
-//! whatever the number of layers.
+//! Adam (1412.6980) over a network's flat parameter vector, in long ranges: a few tensor operations for each, whatever
+//! the number of layers.
 
 use tch::{Tensor, no_grad};
 
@@ -10,7 +10,7 @@ pub struct AdamSettings {
     pub learning_rate: f64,
     /// Decay of the first and second moment. SiD: 0 and 0.999.
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub epsilon: f64,
 }
 
@@ -22,7 +22,7 @@ pub struct Adam {
     pub exp_avg_sq: Tensor,
 }
 
-/// Elements that are stepped at a time, so that what a step needs beside the moments does not grow with the network.
+/// Elements that are stepped at a time, so that the temporaries of a step do not grow with the network.
 pub const STRETCH: i64 = 1 << 26;
 
 impl Adam {
@@ -59,7 +59,7 @@ impl Adam {
 mod tests {
     use super::*;
 
-    /// The algorithm as printed (1412.6980, algorithm 1), one number at a time.
+    /// The algorithm as published (1412.6980, algorithm 1), for one number.
     fn by_the_book(gradients: &[[f64; 2]], settings: &AdamSettings) -> Vec<f64> {
         let [beta1, beta2] = settings.betas;
         let (mut x, mut m, mut v) = (vec![1.0, -2.0], [0.0; 2], [0.0; 2]);

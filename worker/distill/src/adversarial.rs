@@ -1,9 +1,10 @@
 //! The adversarial loss with a few real samples (SiDA, 2410.14919; docs/algorithm.md §5): a Diffusion GAN (2206.02262) whose
 //! discriminator is the fake score's own encoder, so that no network is added.
 //!
-//! Logits are the encoder's bottleneck, averaged over channels: a map of them per sample. Real and generated samples are
-//! diffused to the same times with the same noise, and each keeps its own condition. Whatever the discriminator is told besides
-//! the sample (class, text, SDXL's size and crop) must have one distribution for both, or it tells them apart by that.
+//! Logits are the encoder's bottleneck, averaged over channels: a map of them per sample. Real and generated samples
+//! are diffused to the same times with the same noise, and each keeps its own condition. All inputs of the
+//! discriminator besides the sample (class, text, SDXL's size and crop) must have the same distribution for both, or it
+//! tells them apart by these.
 
 use potstill_models::Condition;
 use tch::{Device, Kind, Tensor};
@@ -37,7 +38,7 @@ pub enum Scaling {
     SidDit,
 }
 
-/// Where logits are clamped, they stay within ± this.
+/// The bound of clamped logits: they are kept within ± this.
 const LARGEST_LOGIT: f64 = 10.0;
 
 /// One number per sample: the mean over its map.
@@ -58,11 +59,12 @@ fn clamped(logits: &Tensor) -> Tensor {
 pub struct Terms {
     /// ½·(BCE(real, 1) + BCE(fake, 0)) or BCE(fake, 1), mean over each sample's map, unweighted, `[N]`.
     pub bce: Tensor,
-    /// What each sample adds to the summed loss, `[N]`; λ is not in it.
+    /// Each sample's contribution to the summed loss, `[N]`, without λ.
     pub losses: Tensor,
 }
 
-/// The mean over the samples that count, for each sample: what SiDA weights. `finite`, bool `[N]`, says which count.
+/// The mean over the samples that count, repeated for each sample: SiDA weights this mean. `finite`, bool `[N]`:
+/// samples that count.
 fn mean_of_batch(bce: &Tensor, finite: &Tensor) -> Tensor {
     let count = finite.sum(Kind::Float).clamp_min(1.0);
     (bce.where_scalarother(finite, 0.0).sum(Kind::Float) / count).expand_as(bce)
@@ -95,8 +97,8 @@ impl Scaling {
         }
     }
 
-    /// The generator's loss BCE(fake, 1) of logits [N, height, width]; `weight` `[N]` is ω, `elements` C·H·W, `finite` bool `[N]`:
-    /// samples that count.
+    /// The generator's loss BCE(fake, 1) of logits [N, height, width]; `weight` `[N]` is ω, `elements` C·H·W, `finite`
+    /// bool `[N]`: samples that count.
     pub fn generator(self, fake: &Tensor, weight: &Tensor, elements: f64, finite: &Tensor) -> Terms {
         let bce = mean_map(&(-clamped(fake)).softplus());
         let each = match self {
@@ -108,13 +110,13 @@ impl Scaling {
     }
 }
 
-/// Approximate R1 (2501.08316): |D(x) − D(x + s·n)|², per sample, mean over the map. It stands in for the gradient penalty
-/// without a second derivative.
+/// Approximate R1 (2501.08316): |D(x) − D(x + s·n)|², per sample, mean over the map. It replaces the gradient penalty
+/// and needs no second derivative.
 pub fn approximate_r1(real: &Tensor, perturbed: &Tensor) -> Tensor {
     mean_map(&(real - perturbed).square())
 }
 
-/// Where real samples come from.
+/// A source of real samples.
 pub trait RealData {
     /// `count` samples drawn with replacement, fp32 [count, C, H, W] as the networks see them, with their own conditions.
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition);
@@ -125,7 +127,7 @@ pub trait RealData {
 
 /// Real images in memory.
 pub struct RealSamples {
-    /// u8 [M, C, H, W]; a value v stands for 2·v/white − 1.
+    /// u8 [M, C, H, W]; a value v means 2·v/white − 1.
     pixels: Tensor,
     white: f64,
     /// int64 `[M]`.
@@ -134,8 +136,8 @@ pub struct RealSamples {
 }
 
 impl RealSamples {
-    /// `pixels` u8 [M, C, H, W], `white` the value that stands for 1, `labels` int64 `[M]`; all on the host. The network knows
-    /// so many `classes`; with 0 labels are not looked at.
+    /// `pixels` u8 [M, C, H, W], `white` the value of 1, `labels` int64 `[M]`; all on the host. The network has
+    /// `classes` classes; with 0 labels are ignored.
     #[must_use]
     pub fn new(pixels: Tensor, white: f64, labels: Tensor, classes: i64) -> Self {
         Self { pixels, white, labels, classes }
@@ -154,7 +156,7 @@ impl RealSamples {
         self.pixels.size()[0]
     }
 
-    /// Whether there is none.
+    /// Whether there are no samples.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -188,7 +190,7 @@ mod tests {
     use super::*;
     use crate::random::Purpose;
 
-    /// Two samples of maps of two positions, and what both scalings make of them, by the formulas.
+    /// Two samples of maps of two positions, and their losses in both scalings, by the formulas.
     #[test]
     fn losses_are_binary_cross_entropies_scaled_as_published() {
         let sigmoid = |l: f64| (1.0 + (-l).exp()).recip();

@@ -1,8 +1,8 @@
-//! EDM's data augmentation (2206.00364, appendix F.2): flips, scalings, rotations, stretches and shifts. The network is
-//! told which ones an image went through, so that it learns from augmented images and makes none.
+//! EDM's data augmentation (2206.00364, appendix F.2): flips, scalings, rotations, stretches and shifts. The network
+//! gets the transforms of an image as labels, so that it learns from augmented images and generates none.
 //!
-//! SiD and SiDA (2404.04057, 2410.14919) augment what the fake score learns from, generated and real samples each with
-//! draws of their own; the generator phase augments nothing.
+//! SiD and SiDA (2404.04057, 2410.14919) augment the samples from which the fake score learns, generated and real
+//! samples each with draws of their own; the generator phase augments nothing.
 //!
 //! Flips move whole pixels. All the rest is one affine map per image, and one resampling at twice the resolution: the
 //! image continues by reflection, a wavelet's low-pass filter doubles the resolution, the map is sampled bilinearly,
@@ -18,17 +18,17 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::random::Stream;
 
-/// Numbers that tell a network what an image went through.
+/// Numbers that describe an image's transforms to a network.
 pub const LABELS: i64 = 9;
 
-/// A scaling and a stretch are by 2 to the power of this times a normal number.
+/// The factor of a scaling or a stretch is 2 to the power of this times a normal number.
 const LOG2_SCALE: f64 = 0.2;
 
-/// A shift is by this share of width or height times a normal number.
+/// A shift is this share of width or height times a normal number.
 const SHIFT: f64 = 0.125;
 
 /// The low-pass filter: Daubechies' least asymmetric one with 6 vanishing moments (sym6), computed by spectral
-/// factorisation. Its sum is √2, and it is orthogonal to itself shifted by any even number, so that doubling and
+/// factorization. Its sum is √2, and it is orthogonal to itself shifted by any even number, so that doubling and
 /// halving the resolution changes nothing.
 const FILTER: [f64; 12] = [
     0.015404109327044824,
@@ -53,17 +53,17 @@ const PEAK: i64 = 5;
 /// Pixels that a filter reaches to each side.
 const REACH: i64 = TAPS / 4;
 
-/// The law of the transforms.
+/// The distribution of the transforms.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Augmentation {
     /// Probability of each kind of transform by itself, within [0, 1]: 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQ
-    /// (2206.00364, appendix F). A flip comes up in half of these cases. Flips left to right are not subject to it:
-    /// half of all images have one.
+    /// (2206.00364, appendix F). A flip occurs in half of these cases. Flips left to right do not depend on it: half of
+    /// all images have one.
     pub probability: f64,
 }
 
 impl Augmentation {
-    /// The transforms of `count` images, out of the stream and nothing else. How many numbers are drawn depends on
+    /// The transforms of `count` images, which depend on the stream alone. How many numbers are drawn depends on
     /// `count` alone; their order is part of the trajectory and never changes.
     pub fn draw(&self, stream: &mut Stream, count: i64) -> Transforms {
         let flip_x = stream.uniform(count);
@@ -94,16 +94,16 @@ impl Augmentation {
     }
 }
 
-/// What one image goes through, in this order. The default is nothing.
+/// The transforms of one image, in the order of the fields. The default changes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Transform {
     /// A flip left to right.
     pub flip_x: bool,
     /// A flip top to bottom.
     pub flip_y: bool,
-    /// An enlargement by 2^(0.2·`scale`) about the centre.
+    /// An enlargement by 2^(0.2·`scale`) about the center.
     pub scale: f64,
-    /// A counter-clockwise rotation about the centre, in radians.
+    /// A counter-clockwise rotation about the center, in radians.
     pub rotation: f64,
     /// A stretch by 2^(0.2·`stretch`) along an axis, and by its inverse across it.
     pub stretch: f64,
@@ -114,7 +114,7 @@ pub struct Transform {
 }
 
 impl Transform {
-    /// What a network is told of it. All numbers are 0 exactly when nothing is done.
+    /// The labels for a network. All are 0 exactly when the image is unchanged.
     #[must_use]
     pub fn labels(&self) -> [f64; LABELS as usize] {
         let Self { scale, rotation, stretch, stretch_axis, shift, .. } = *self;
@@ -131,13 +131,13 @@ impl Transform {
         ]
     }
 
-    /// Whether anything is done besides flips.
+    /// Whether there is another transform than flips.
     fn resamples(&self) -> bool {
         self.scale != 0.0 || self.rotation != 0.0 || self.stretch != 0.0 || self.shift != [0.0, 0.0]
     }
 
-    /// Where a pixel of the result comes from, without the flips. Both positions are in pixels, right and down from the
-    /// centre of an image of these sides.
+    /// The origin in the image of a pixel of the result, without the flips. Both positions are in pixels, right and
+    /// down from the center of an image of these sides.
     fn origin(&self, width: i64, height: i64) -> Affine {
         if !self.resamples() {
             return Affine::IDENTITY;
@@ -155,16 +155,17 @@ impl Transform {
     }
 }
 
-/// What the images of a batch go through, one [`Transform`] each.
+/// The transforms of the images of a batch, one [`Transform`] each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Transforms(pub Vec<Transform>);
 
 impl Transforms {
-    /// Augments images [N, C, H, W] of any floating kind. Returns them in their kind, and the labels, fp32
-    /// [N, [`LABELS`]], for [`Condition::augmented`](potstill_models::Condition::augmented). Nothing takes a gradient.
+    /// Augments images [N, C, H, W] of any floating kind. Returns them in their kind, and the labels, fp32 [N,
+    /// [`LABELS`]], for [`Condition::augmented`](potstill_models::Condition::augmented). No gradients flow through it.
     ///
-    /// Images that only flip, or not even that, keep their exact values. How far the images are continued by reflection
-    /// depends on the whole batch, as in the public code; beyond it they are 0, which reaches little of an image.
+    /// Images that are only flipped, or unchanged, keep their exact values. How far the images are continued by
+    /// reflection depends on the whole batch, as in the public code; beyond it they are 0, which affects little of an
+    /// image.
     ///
     /// # Panics
     /// When `images` has another number of dimensions or of images.
@@ -264,8 +265,8 @@ struct Axis {
 }
 
 impl Axis {
-    /// Columns and rows that hold the origins of all pixels of all images, and what the filters reach beyond, as far as
-    /// one reflection goes.
+    /// Columns and rows that hold the origins of all pixels of all images, and the additional reach of the filters, as
+    /// far as one reflection allows.
     fn around(sides: [i64; 2], origins: &[Affine]) -> [Self; 2] {
         let centre = sides.map(|side| (side - 1) as f64 / 2.0);
         let corners = [[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]];
@@ -287,7 +288,7 @@ impl Axis {
         self.before + self.side + self.after
     }
 
-    /// Samples of the result at twice the resolution: what the filter needs for each pixel.
+    /// Samples of the result at twice the resolution that the filter needs for its pixels.
     fn lattice(&self) -> i64 {
         2 * self.side + TAPS - 2
     }
@@ -320,14 +321,14 @@ impl Axis {
     }
 
     /// From libtorch's coordinate of a sample of the result, which is −1 and 1 at the lattice's edges, half a sample
-    /// beyond its first and last one, to its position in pixels from the centre: factor and offset.
+    /// beyond its first and last one, to its position in pixels from the center: factor and offset.
     fn to_position(&self) -> (f64, f64) {
         // Sample k is at pixel (k − PEAK)/2, and its coordinate is (2k + 1)/lattice − 1.
         let lattice = self.lattice() as f64;
         (lattice / 4.0, (lattice - 1.0) / 4.0 - PEAK as f64 / 2.0 - (self.side - 1) as f64 / 2.0)
     }
 
-    /// From a position in pixels from the centre to libtorch's coordinate in the continued image at twice the
+    /// From a position in pixels from the center to libtorch's coordinate in the continued image at twice the
     /// resolution: factor and offset.
     fn to_coordinate(&self) -> (f64, f64) {
         // Pixel i is at sample 2(i + before), and the coordinate of sample k is (2k + 1)/samples − 1.
@@ -337,13 +338,13 @@ impl Axis {
     }
 }
 
-/// The pixel of 0 .. `side` that a reflection about the centres of the outermost pixels shows at `index`.
+/// The pixel of 0 .. `side` that a reflection about the centers of the outermost pixels has at `index`.
 fn reflected(index: i64, side: i64) -> i64 {
     let last = side - 1;
     last - (last - index.abs()).abs()
 }
 
-/// An origin as the first two rows of a matrix between libtorch's normalised coordinates.
+/// An origin as the first two rows of a matrix between libtorch's normalized coordinates.
 fn normalised(origin: &Affine, columns: &Axis, rows: &Axis) -> [f64; 6] {
     let [from, to] = [Axis::to_position, Axis::to_coordinate].map(|map| {
         let ((x, offset_x), (y, offset_y)) = (map(columns), map(rows));
@@ -357,8 +358,8 @@ fn normalised(origin: &Affine, columns: &Axis, rows: &Axis) -> [f64; 6] {
 mod tests {
     use super::*;
 
-    /// What makes it this filter, whoever computed the numbers (Daubechies, Ten Lectures on Wavelets, chapters 6 and
-    /// 8).
+    /// The properties that define this filter, independent of how its numbers were computed (Daubechies, Ten Lectures
+    /// on Wavelets, chapters 6 and 8).
     #[test]
     fn the_filter_is_orthonormal_and_has_six_vanishing_moments() {
         for shift in 0..6 {

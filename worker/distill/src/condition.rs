@@ -5,16 +5,16 @@ use tch::{Device, Kind, Tensor};
 
 use crate::random::Stream;
 
-/// Where they come from.
+/// A source of conditions.
 pub trait Conditions {
-    /// The conditions of `n` samples, out of the stream and nothing else.
+    /// The conditions of `n` samples, which depend on the stream alone.
     fn draw(&self, stream: &mut Stream, n: i64, device: Device) -> Condition;
 }
 
 /// Uniform classes.
 #[derive(Clone, Copy, Debug)]
 pub struct Classes(
-    /// How many; 0 for an unconditional network.
+    /// The number of classes; 0 for an unconditional network.
     pub i64,
 );
 

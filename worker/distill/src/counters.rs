@@ -1,12 +1,12 @@
-//! What the two networks' optimizers count: their own steps, and fp16's loss scale.
+//! Counters of the two networks' optimizers: their own steps, and fp16's loss scale.
 //!
-//! Adam's bias correction (1412.6980, algorithm 1) is about the steps that **this** network has made: iterations in which it was
-//! frozen, or in which its step was left out, do not count. Dynamic loss scaling (1710.03740, section 3.2) keeps fp16's small
-//! gradients above 0 by a factor that grows while all goes well and shrinks when something overflows.
+//! Adam's bias correction (1412.6980, algorithm 1) counts the steps that **this** network has made, without iterations
+//! in which it was frozen or its step was skipped. Dynamic loss scaling (1710.03740, section 3.2) keeps fp16's small
+//! gradients above 0 by a factor that grows over steps without overflow and shrinks at an overflow.
 
 use tch::{Tensor, no_grad};
 
-/// The loss scale to begin with.
+/// The initial loss scale.
 const INITIAL: f64 = 65536.0;
 /// Steps without overflow after which it doubles.
 const GROWTH_INTERVAL: f64 = 2000.0;
@@ -14,15 +14,15 @@ const GROWTH_INTERVAL: f64 = 2000.0;
 /// Numbers of each network: [loss scale, steps since it last changed, optimizer steps made].
 const NUMBERS: i64 = 3;
 
-/// The counters as they lie in a run's state: fp32 `[2, 3]` on the host, generator first.
+/// The counters in a run's state: fp32 `[2, 3]` on the host, generator first.
 ///
-/// Powers of two and counts below 2²⁴ are exact in fp32. A count stays at 2²⁴; Adam's bias correction is 1 long before.
+/// Powers of two and counts below 2²⁴ are exact in fp32. A count stops at 2²⁴; Adam's bias correction is 1 long before.
 pub struct Counters {
     values: Tensor,
     dynamic: bool,
 }
 
-/// Whose counters.
+/// The network whose counters are meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
     /// G_θ.
@@ -35,7 +35,7 @@ impl Counters {
     /// Shape of the values.
     pub const SHAPE: [i64; 2] = [2, NUMBERS];
 
-    /// No step made; loss scales that follow overflows, or that stay 1.
+    /// No steps; `dynamic`: loss scales that follow overflows, else they stay 1.
     #[must_use]
     pub fn new(dynamic: bool) -> Self {
         let scale = if dynamic { INITIAL } else { 1.0 };
@@ -43,13 +43,13 @@ impl Counters {
         Self { values: Tensor::from_slice(&[network, network].concat()), dynamic }
     }
 
-    /// The same, apart.
+    /// A copy in memory of its own.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self { values: self.values.copy(), dynamic: self.dynamic }
     }
 
-    /// The values, flat, to be saved and sent; changed in place when they are taken from elsewhere.
+    /// The values, flat, to be saved and sent; changed in place when they come from a checkpoint or a peer.
     pub fn values(&self) -> &Tensor {
         &self.values
     }
@@ -64,13 +64,14 @@ impl Counters {
         });
     }
 
-    /// What a loss is multiplied with, and its gradient divided by.
+    /// The factor of a loss, by which its gradient is divided.
     #[must_use]
     pub fn scale(&self, network: Network) -> f64 {
         self.get(network, 0)
     }
 
-    /// Takes note of a gradient. True: it is to be used; false: it overflowed, and the step is left out.
+    /// Updates the loss scale after a gradient. True: the gradient is to be used; false: it overflowed, and the step is
+    /// skipped.
     #[must_use]
     pub fn accept(&mut self, network: Network, finite: bool) -> bool {
         if !self.dynamic {
@@ -87,13 +88,13 @@ impl Counters {
         finite
     }
 
-    /// Whether an overflow can still be answered by a smaller scale.
+    /// Whether a smaller scale could still avoid an overflow.
     #[must_use]
     pub fn can_shrink(&self, network: Network) -> bool {
         self.dynamic && self.scale(network) > 1.0
     }
 
-    /// How many steps the network's optimizer has made.
+    /// The number of steps of the network's optimizer.
     #[must_use]
     pub fn steps(&self, network: Network) -> u64 {
         self.get(network, 2) as u64

@@ -1,5 +1,5 @@
-//! The random numbers and the data of a micro-batch, as data: a run draws them from its named streams, a replay of a recorded
-//! loop brings them along. The [phases](crate::phase) see nothing else that is random.
+//! The random numbers and the data of a micro-batch, as values: a run draws them from its named streams, a replay of a
+//! recorded loop supplies them. The [phases](crate::phase) have no other randomness.
 
 use potstill_models::{Condition, Denoiser};
 use tch::Tensor;
@@ -24,29 +24,29 @@ pub struct Draw {
     pub latents: Vec<Tensor>,
     /// Diffusion times, `[N]`.
     pub time: Tensor,
-    /// N(0, 1), [N, C, H, W]: what diffuses generated samples, and real ones beside them.
+    /// N(0, 1), [N, C, H, W]: the noise that diffuses generated samples, and real ones beside them.
     pub noise: Tensor,
-    /// How the generated samples are augmented before the fake score sees them.
+    /// The augmentation of the generated samples before the fake score gets them.
     pub augmentation: Option<Transforms>,
     /// Real samples for the discriminator: in the fake-score phase of an adversarial run.
     pub real: Option<RealDraw>,
-    /// Seed of libtorch's own generator, which dropout draws from.
+    /// Seed of libtorch's own generator, from which dropout draws.
     pub dropout_seed: i64,
 }
 
 /// Real samples of a micro-batch.
 pub struct RealDraw {
-    /// fp32 [N, C, H, W], as the networks see them.
+    /// fp32 [N, C, H, W], in the networks' space.
     pub samples: Tensor,
     /// Their own conditions.
     pub condition: Condition,
-    /// How they are augmented.
+    /// Their augmentation.
     pub augmentation: Option<Transforms>,
     /// N(0, 1), [N, C, H, W]: the perturbation of the approximate R1 penalty.
     pub perturbation: Option<Tensor>,
 }
 
-/// Where micro-batches come from.
+/// A source of micro-batches.
 pub trait Draws {
     /// A micro-batch of the fake-score phase of an iteration.
     fn fake_score(&self, iteration: u64, micro_batch: u32) -> Draw;
@@ -57,21 +57,21 @@ pub trait Draws {
 
 /// Draws from the [streams](Stream) that iteration, phase and micro-batch name.
 pub struct NamedStreams<'a> {
-    /// What decides the draws.
+    /// Everything that decides a micro-batch besides the networks.
     pub settings: &'a Settings,
     /// Conditions of generated samples.
     pub conditions: &'a dyn Conditions,
     /// Real samples, in an adversarial run.
     pub real: Option<&'a dyn RealData>,
-    /// Whether generated samples take the conditions of real ones, as in SiDA: those of the very samples beside them in the
-    /// fake-score phase, those of others in the generator phase. Else `conditions` says.
+    /// Whether generated samples have the conditions of real ones, as in SiDA: of the same real samples in the
+    /// fake-score phase, of others in the generator phase. Otherwise they have `conditions`.
     pub conditions_of_real: bool,
     /// Channels, height, width of a sample.
     pub sample_shape: [i64; 3],
 }
 
 impl<'a> NamedStreams<'a> {
-    /// Without real samples.
+    /// A source without real samples.
     #[must_use]
     pub fn data_free(settings: &'a Settings, conditions: &'a dyn Conditions, network: &dyn Denoiser) -> Self {
         let sample_shape = network.sample_shape();
@@ -110,7 +110,7 @@ impl<'a> NamedStreams<'a> {
         RealDraw { samples, condition, augmentation: None, perturbation: None }
     }
 
-    /// Which samples keep their condition, fp32 [N, 1] of 0 and 1, where guidance asks to drop some.
+    /// The samples that keep their condition, fp32 [N, 1] of 0 and 1, where guidance drops some.
     fn kept_conditions(&self, stream: &mut Stream) -> Option<Tensor> {
         let share = self.settings.guidance.dropped_share();
         (share > 0.0).then(|| {
@@ -136,8 +136,9 @@ impl Draws for NamedStreams<'_> {
             }
             None => (self.conditions.draw(stream, n, device), None),
         };
-        // Dropped before anything is generated, so that what is learnt without a condition is what was made without one
-        // (SiD-LSG, 2406.01561). The real samples beside them lose theirs with them: logits are told nothing apart.
+        // Conditions are dropped before samples are generated, so that the fake score learns without a condition from
+        // samples that were generated without one (SiD-LSG, 2406.01561). The real samples beside them lose theirs too:
+        // otherwise the discriminator could tell them apart by it.
         let kept = self.kept_conditions(stream);
         let keep = |condition: &Condition| match &kept {
             Some(kept) => condition.kept(kept),

@@ -1,4 +1,4 @@
-//! G_ema, the exponential moving average of the generator: what gets shipped.
+//! G_ema, the exponential moving average of the generator: the network that is exported.
 
 use tch::{Tensor, no_grad};
 
@@ -28,7 +28,7 @@ mod tests {
         let (batch, half_life) = (10.0, 1000.0);
         let kept: f64 = (0..100).map(|_| beta(half_life, 1e9, batch)).product();
         assert!((kept - 0.5).abs() < 1e-9);
-        assert_eq!(beta(half_life, 0.0, batch), 0.0, "the first update takes the parameters as they are");
+        assert_eq!(beta(half_life, 0.0, batch), 0.0, "the first update copies the parameters");
         assert!(beta(half_life, 2000.0, batch) < beta(half_life, 1e9, batch));
     }
 }

@@ -6,26 +6,26 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::random::{Purpose, Stream};
 
-/// Which outputs are trained to match the data.
+/// The outputs that are trained to match the data.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Matching {
     /// One step in each iteration, chosen with these weights; gradients flow through that step alone. The matched
-    /// distribution is then the mixture of all steps' outputs with the same weights: equal ones are the published
+    /// distribution is then the mixture of all steps' outputs with the same weights: equal weights are the published
     /// uniform-step matching.
     OneStep {
-        /// One for each step.
+        /// One weight for each step.
         weights: Vec<f64>,
     },
-    /// The last step; gradients flow through all (2406.01561).
+    /// The last step; gradients flow through all steps (2406.01561).
     FinalStep,
 }
 
-/// How far an iteration runs the generator. The same for all ranks and for both phases.
+/// The generator's steps in one iteration, the same for all ranks and for both phases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unroll {
     /// Steps to run: 1 to K.
     pub steps: usize,
-    /// The first step that gradients flow through, from 0.
+    /// The first step through which gradients flow, from 0.
     pub trained_from: usize,
 }
 
@@ -38,7 +38,8 @@ impl Unroll {
             Matching::OneStep { weights } => {
                 let mut stream = Stream::new(seed, iteration, Purpose::Iteration, 0, Device::Cpu);
                 let mut left = stream.uniform(1)[0] * weights.iter().sum::<f64>();
-                // The first step whose share of the whole reaches the drawn place. Rounding can leave the last a crumb.
+                // The first step whose cumulative weight exceeds the drawn number. Rounding can leave a small rest to
+                // the last.
                 let last = weights.iter().position(|weight| {
                     left -= weight;
                     left < 0.0
@@ -53,7 +54,7 @@ impl Unroll {
 /// t_i = ⌊t_init·(1 − i/K)⌋: the timesteps of a K-step generator on a DDPM process (2406.01561: t_init = 625).
 #[must_use]
 pub fn ddpm_times(initial: u32, steps: u32) -> Vec<f64> {
-    // In whole numbers, which round nothing before the floor.
+    // In integers, so that nothing is rounded before the floor.
     let (initial, steps) = (u64::from(initial), u64::from(steps));
     (0..steps).map(|i| (initial * (steps - i) / steps) as f64).collect()
 }

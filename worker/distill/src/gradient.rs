@@ -1,5 +1,5 @@
-//! What happens to a reduced gradient before the optimizer sees it. Where each rank has a slice of it, what is asked of the
-//! whole is summed over the slices: `sum` says how.
+//! Repair and clipping of a reduced gradient before the optimizer's step. Where each rank has a slice of it, values of
+//! the whole are summed over the slices by `sum`.
 
 use std::convert::Infallible;
 
@@ -8,9 +8,9 @@ use tch::{Kind, Tensor};
 /// Optional bounds of a gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Clip {
-    /// Elements are kept within ± this.
+    /// Elements are limited to ± this.
     pub value: Option<f64>,
-    /// A longer gradient is scaled down to this L2 norm.
+    /// A gradient with a larger L2 norm is scaled down to this one.
     pub norm: Option<f64>,
 }
 
@@ -41,12 +41,12 @@ pub struct Gradient {
 }
 
 impl Gradient {
-    /// Takes a flat gradient, replaces what is not finite by 0, and counts it.
+    /// Takes a flat gradient, replaces non-finite elements by 0, and counts them.
     ///
-    /// The official SiD code replaces NaN by 0 and ±∞ by ±1e5 (`nan_to_num`), counts nothing, and lets Adam step as if
-    /// the gradient were good. An infinite element has no size worth keeping: here it contributes nothing.
+    /// The official SiD code replaces NaN by 0 and ±∞ by ±1e5 (`nan_to_num`), counts nothing, and lets Adam step with
+    /// the result. Here an infinite element, whose size is unknown, contributes nothing.
     ///
-    /// Every rank holds the same reduced gradient, or comes to the same sums, so every rank comes to the same numbers.
+    /// Every rank has the same reduced gradient, or the same sums, so the numbers are the same on every rank.
     #[must_use]
     pub fn repaired(flat: Tensor) -> Self {
         let Ok(gradient) = Self::repaired_slice(flat, own);
@@ -56,7 +56,7 @@ impl Gradient {
     /// [`repaired`](Self::repaired) of a slice.
     ///
     /// # Errors
-    /// Those of `sum`.
+    /// The error of `sum`.
     pub fn repaired_slice<E>(mut flat: Tensor, mut sum: impl Sum<E>) -> Result<Self, E> {
         let mut norm = norm_of(&flat);
         let mut non_finite = 0;
@@ -70,7 +70,7 @@ impl Gradient {
         Ok(Self { flat, norm: squares.sqrt(), non_finite: non_finite as u64 })
     }
 
-    /// Bounds it: by value first, then by norm.
+    /// Clips it: by value first, then by norm.
     #[must_use]
     pub fn clipped(self, clip: Clip) -> Self {
         let Ok(gradient) = self.clipped_slice(clip, own);
@@ -80,7 +80,7 @@ impl Gradient {
     /// [`clipped`](Self::clipped) of a slice.
     ///
     /// # Errors
-    /// Those of `sum`.
+    /// The error of `sum`.
     pub fn clipped_slice<E>(mut self, clip: Clip, mut sum: impl Sum<E>) -> Result<Self, E> {
         let mut norm = self.norm;
         if let Some(value) = clip.value {

@@ -3,17 +3,18 @@
 use potstill_models::{Condition, Denoiser, Mode};
 use tch::Tensor;
 
-/// The three numbers that decide the trade-off between alignment and diversity.
+/// The three guidance scales, which trade alignment against diversity.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Guidance {
-    /// κ₁: the fake score while it trains. The guided prediction is regressed, gradients flow through both halves.
+    /// κ₁: the fake score while it trains. The loss is that of the guided prediction; gradients flow through both
+    /// halves.
     pub fake_score_training: f64,
-    /// κ₂ = κ₃: the fake score inside the generator loss.
+    /// κ₂ = κ₃: the fake score in the generator's loss.
     pub fake_score: f64,
     /// κ₄: the teacher.
     pub teacher: f64,
-    /// Share of the fake score's samples that are made and learnt without their condition where the fake score is guided, so
-    /// that it knows the unconditional score. SiD-LSG: 0.1; SiD-DiT: 0.
+    /// Share of the fake score's samples that are generated and learned without their condition where the fake score is
+    /// guided, so that it learns the unconditional score. SiD-LSG: 0.1; SiD-DiT: 0.
     pub condition_dropout: f64,
 }
 
@@ -39,8 +40,8 @@ impl Guidance {
     }
 }
 
-/// The prediction at scale κ. At κ = 1 and κ = 0 only the half that counts is computed; otherwise both run as one batch of
-/// twice the size.
+/// The prediction at scale κ. At κ = 1 and κ = 0 only the half that is needed is computed; otherwise both run as one
+/// batch of twice the size.
 pub fn denoise(
     network: &dyn Denoiser,
     x_t: &Tensor,

@@ -1,21 +1,21 @@
-//! Score identity Distillation itself: what is computed in an iteration, and how good its result is.
+//! Score identity Distillation: the computations of an iteration, and the metrics of its result.
 //!
-//! This crate sees networks only as [`Denoiser`](potstill_models::Denoiser)s and knows nothing of a cluster: a caller
-//! asks for the loss of one micro-batch, back-propagates and reduces as it likes, and hands the gradient to [`adam`].
+//! This crate uses networks only as [`Denoiser`](potstill_models::Denoiser)s and does not depend on a cluster: a caller
+//! asks for the loss of one micro-batch, back-propagates, reduces, and passes the gradient to [`adam`].
 //!
 //! - [`random`]: every random number from (seed, iteration, phase, micro-batch), never from the rank.
-//! - [`noise_distribution`]: how diffusion times are drawn.
+//! - [`noise_distribution`]: the distributions of diffusion times.
 //! - [`condition`]: classes or texts of generated samples.
 //! - [`generator`]: the K-step generator, and which of its steps an iteration trains.
-//! - [`guidance`]: predictions between and beyond conditional and unconditional.
+//! - [`guidance`]: predictions from a conditional and an unconditional one.
 //! - [`loss`]: the two losses, as plain functions of tensors.
-//! - [`adversarial`]: the third one, with real samples.
-//! - [`augmentation`]: EDM's, of what the fake score sees.
+//! - [`adversarial`]: the adversarial loss, with real samples.
+//! - [`augmentation`]: EDM's, for the fake score's samples.
 //! - [`schedule`]: when the generator and its adversarial term start.
-//! - [`settings`]: what decides a micro-batch besides the networks.
-//! - [`draws`]: the random numbers of a micro-batch, as data.
-//! - [`phase`]: one micro-batch of either phase, networks and losses put together.
-//! - [`state`]: what a checkpoint holds: generator, its average, fake score, their Adam moments, and [`counters`].
+//! - [`settings`]: everything that decides a micro-batch besides the networks.
+//! - [`draws`]: the random numbers of a micro-batch, as values.
+//! - [`phase`]: one micro-batch of either phase: networks and losses together.
+//! - [`state`]: the content of a checkpoint: generator, its average, fake score, their Adam moments, and [`counters`].
 //! - [`adam`], [`ema`], [`gradient`]: the optimizer step.
 //! - [`metrics`]: FID, precision, recall, agreement, CLIP score.
 

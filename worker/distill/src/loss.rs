@@ -1,5 +1,5 @@
-//! The losses, as plain functions of tensors. Each returns one number per sample; dividing by the batch is the caller's, since
-//! only it knows the global batch.
+//! The losses, as plain functions of tensors. Each returns one number per sample; the caller divides by the global
+//! batch, which only it knows.
 
 use potstill_models::ForwardProcess;
 use tch::{Kind, Tensor};
@@ -18,7 +18,7 @@ pub fn denoising(denoised: &Tensor, clean: &Tensor, weight: &Tensor) -> Tensor {
     sum_elements(&(denoised - clean).square()) * weight
 }
 
-/// ω: how much a sample counts in the generator's loss, given its time.
+/// ω: the weight of a sample in the generator's loss, given its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weighting {
     /// 1 / max(mean|x_g − f_φ|, 1e-5) (2404.04057).
@@ -33,12 +33,12 @@ pub enum Weighting {
     InverseTSquared,
     /// The process's signal-to-noise ratio.
     Snr,
-    /// Its root.
+    /// The square root of the process's signal-to-noise ratio.
     SqrtSnr,
 }
 
 impl Weighting {
-    /// Whether it makes sense on a process: some take the time for a flow's, which lies in [0, 1].
+    /// Whether it is defined on a process: some weightings need a flow's time, which is in [0, 1].
     #[must_use]
     pub fn fits(self, process: &ForwardProcess) -> bool {
         match self {
@@ -49,7 +49,7 @@ impl Weighting {
         }
     }
 
-    /// ω, `[N]`; takes no gradient.
+    /// ω, `[N]`; without gradient.
     pub fn weight(
         self,
         process: &ForwardProcess,

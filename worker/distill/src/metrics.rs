@@ -1,4 +1,5 @@
-//! How good samples are: FID, precision and recall on features, agreement on logits, CLIP score on embeddings (docs/algorithm.md §8).
+//! Metrics of samples: FID, precision and recall on features, agreement on logits, CLIP score on embeddings
+//! (docs/algorithm.md §8).
 
 use tch::{Kind, Tensor};
 
@@ -19,7 +20,7 @@ impl Moments {
         Self { mean, covariance }
     }
 
-    /// Given ones, fp64: `mean` `[D]`, `covariance` [D, D], symmetric.
+    /// Given moments, fp64: `mean` `[D]`, `covariance` [D, D], symmetric.
     #[must_use]
     pub fn given(mean: Tensor, covariance: Tensor) -> Self {
         Self { mean, covariance }
@@ -27,8 +28,8 @@ impl Moments {
 
     /// Fréchet distance to `other` (1706.08500, eq. 6): |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½).
     ///
-    /// The trace of the root is taken from the symmetric product Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues as Σ₁Σ₂
-    /// and, unlike it, real non-negative ones up to rounding.
+    /// The trace of the square root is computed from the symmetric product Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues
+    /// as Σ₁Σ₂ and, unlike it, real non-negative ones up to rounding.
     #[must_use]
     pub fn frechet_distance(&self, other: &Self) -> f64 {
         let (values, vectors) = self.covariance.linalg_eigh("L");
@@ -41,18 +42,19 @@ impl Moments {
     }
 }
 
-/// Improved precision and recall (1904.06991): the share of generated samples inside the k-nearest-neighbour manifold of
-/// the real ones, and the other way round. Features are [N, D] and [M, D]; both N and M exceed `k`.
+/// Improved precision and recall (1904.06991): the share of generated samples inside the k-nearest-neighbor manifold of
+/// the real ones, and the reverse. Features are [N, D] and [M, D]; both N and M exceed `k`.
 #[must_use]
 pub fn precision_recall(real: &Tensor, generated: &Tensor, k: i64) -> (f64, f64) {
     let (real, generated) = (real.to_kind(Kind::Double), generated.to_kind(Kind::Double));
     (covered(&generated, &real, k), covered(&real, &generated, k))
 }
 
-/// Rows at a time: bounds the distance matrix to a slice of it.
+/// Rows at a time, which bounds the memory of the distance matrix.
 const ROWS: i64 = 1024;
 
-/// Share of `points` that lie in at least one of the balls around `centres`, whose radii reach their k-th neighbour.
+/// Share of `points` that lie in at least one of the balls around `centres`, whose radii reach their k-th nearest
+/// neighbor.
 fn covered(points: &Tensor, centres: &Tensor, k: i64) -> f64 {
     let radii: Vec<Tensor> = centres
         .split(ROWS, 0)
@@ -74,7 +76,7 @@ fn covered(points: &Tensor, centres: &Tensor, k: i64) -> f64 {
 
 /// Euclidean distances between all rows of two matrices.
 fn distances(a: &Tensor, b: &Tensor) -> Tensor {
-    // The mode that subtracts: the faster one by matrix product loses the small distances that decide here.
+    // Without matrix multiplication, which is faster but loses the precision of small distances, which decide here.
     const EXACT: i64 = 2;
     Tensor::cdist(a, b, 2.0, EXACT)
 }
@@ -85,8 +87,8 @@ pub fn agreement(logits: &Tensor, labels: &Tensor) -> f64 {
     logits.argmax(1, false).eq_tensor(labels).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
 }
 
-/// CLIPScore (2104.08718, section 3) of each sample, 100·max(cos(image, text), 0), fp64 `[N]`: with the customary factor 100
-/// instead of the paper's 2.5. Embeddings of images and of the texts they were made for are [N, D].
+/// CLIPScore (2104.08718, section 3) of each sample, 100·max(cos(image, text), 0), fp64 `[N]`: with the usual factor
+/// 100 instead of the paper's 2.5. Embeddings of images and of their prompts are [N, D].
 pub fn clip(images: &Tensor, texts: &Tensor) -> Tensor {
     let (images, texts) = (images.to_kind(Kind::Double), texts.to_kind(Kind::Double));
     Tensor::cosine_similarity(&images, &texts, 1, 1e-12).clamp_min(0.0) * 100.0
@@ -104,7 +106,7 @@ pub fn diversity(features: &Tensor, classes: i64) -> f64 {
         .filter_map(|class| {
             let members = x.slice(0, class, None, classes);
             let n = members.size()[0];
-            // The diagonal adds nothing to the sum and is not a pair.
+            // The diagonal is zero in the sum and does not count as a pair.
             (n > 1).then(|| {
                 distances(&members, &members).sum(Kind::Double).double_value(&[]) / (n * (n - 1)) as f64
             })

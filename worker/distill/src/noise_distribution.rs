@@ -1,21 +1,22 @@
-//! The laws of the diffusion time at which scores are learned and compared (docs/algorithm.md §3).
+//! The noise distributions: the distributions of the diffusion time at which scores are learned and compared
+//! (docs/algorithm.md §3).
 
 use tch::{Device, Kind, Tensor};
 
 use crate::random::Stream;
 
-/// A law of times of one family of forward processes.
+/// A distribution of times of one family of forward processes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum NoiseDistribution {
-    /// EDM: ln σ ~ N(mean, std²), its training law (2206.00364, table 1).
+    /// EDM: ln σ ~ N(mean, std²), its training distribution (2206.00364, table 1).
     LogNormal {
         /// Mean of ln σ.
         mean: f64,
         /// Standard deviation of ln σ.
         std: f64,
     },
-    /// EDM: Karras spacing (2206.00364, eq. 5) at a random place, σ = (σ_max^{1/ρ} + (1−u)(σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ with
-    /// u ~ U[0, u_max) (2404.04057).
+    /// EDM: Karras spacing (2206.00364, eq. 5) at a random position, σ = (σ_max^{1/ρ} + (1−u)(σ_min^{1/ρ} −
+    /// σ_max^{1/ρ}))^ρ with u ~ U[0, u_max) (2404.04057).
     Karras {
         /// σ at u = 0.
         sigma_min: f64,
@@ -43,7 +44,7 @@ pub enum NoiseDistribution {
 }
 
 impl NoiseDistribution {
-    /// The law of both phases on a flow: t = sigmoid(N(ln 2, 1.6²)) (2509.25127).
+    /// The distribution in both phases on a flow: t = sigmoid(N(ln 2, 1.6²)) (2509.25127).
     pub const SID_DIT: Self = Self::LogitNormal { mean: std::f64::consts::LN_2, std: 1.6 };
 
     /// `count` times, fp32 `[count]`.
@@ -58,8 +59,8 @@ impl NoiseDistribution {
         self.times(&numbers).to_device(device)
     }
 
-    /// The times that random numbers stand for, fp32 on the host: numbers from N(0, 1) for the normal laws, from U[0, 1) for Karras
-    /// spacing, from U{0, …, last − first} for the uniform one.
+    /// The times for given random numbers, fp32 on the host: numbers from N(0, 1) for the normal distributions, from
+    /// U[0, 1) for Karras spacing, from U{0, …, last − first} for the uniform one.
     pub fn times(&self, numbers: &[f64]) -> Tensor {
         let times: Vec<f64> = match *self {
             Self::LogNormal { mean, std } => numbers.iter().map(|z| (mean + std * z).exp()).collect(),

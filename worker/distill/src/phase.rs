@@ -1,7 +1,7 @@
 //! One micro-batch of either phase of a SiD iteration (2404.04057, algorithm 1; docs/algorithm.md §3).
 //!
-//! Both return the loss **summed** over the micro-batch: what to divide by is known to the caller, who knows the global
-//! batch. A sample in which something is not finite contributes 0 and is counted.
+//! Both return the loss **summed** over the micro-batch: the caller knows the global batch, by which it is divided. A
+//! sample with a value that is not finite contributes 0 and is counted.
 
 use potstill_models::{Condition, Denoiser, Mode};
 use tch::{Kind, Tensor, no_grad};
@@ -16,10 +16,10 @@ use crate::{
     settings::Settings,
 };
 
-/// One micro-batch's loss with its graph, and what is to be reported of it. All are scalars on the device, so that
-/// nothing waits for the device before the backward pass is queued.
+/// One micro-batch's loss with its graph, and the values to be reported. All are scalars on the device, so that the
+/// host does not wait for the device before the backward pass is queued.
 pub struct MicroBatchLoss {
-    /// Sum over samples of the whole loss; back-propagate this, scaled.
+    /// Sum over samples of the complete loss; back-propagate this, scaled.
     pub loss: Tensor,
     /// Sum over samples of the denoising loss (fake-score phase) or the score identity loss (generator phase), unweighted;
     /// no graph.
@@ -28,16 +28,16 @@ pub struct MicroBatchLoss {
     pub adversarial_loss: Option<Tensor>,
     /// Sum over samples of |f_φ − f_ψ|²; only in the generator phase.
     pub score_difference: Option<Tensor>,
-    /// How many samples were left out because something in them was not finite; int64.
+    /// Number of samples that were left out because a value of theirs was not finite; int64.
     pub dropped: Tensor,
 }
 
-/// Elements of a sample: what makes a mean over a map a sum over elements.
+/// Elements of a sample: the factor that makes a mean over a map a sum over elements.
 fn elements(x: &Tensor) -> f64 {
     x.size()[1..].iter().product::<i64>() as f64
 }
 
-/// Samples as the fake score learns them, and their condition with it.
+/// Samples as the fake score learns them, with their condition.
 fn augmented(samples: Tensor, condition: &Condition, transforms: Option<&Transforms>) -> (Tensor, Condition) {
     match transforms {
         None => (samples, condition.shallow_clone()),
@@ -48,8 +48,8 @@ fn augmented(samples: Tensor, condition: &Condition, transforms: Option<&Transfo
     }
 }
 
-/// The fake-score phase: f_ψ learns to denoise what G makes, and, in an adversarial run, to tell it from real samples.
-/// `generator` takes no gradient.
+/// The fake-score phase: f_ψ learns to denoise the samples of G, and, in an adversarial run, to tell them from real
+/// samples. `generator` gets no gradient.
 pub fn fake_score(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
@@ -113,9 +113,9 @@ pub fn fake_score(
     }
 }
 
-/// The generator phase: G steps along the difference of the scores, and towards what the discriminator takes for real once
-/// the adversarial term has joined. `teacher` and `fake_score` must be frozen: their weights take no gradient, but
-/// gradients flow through their inputs into G.
+/// The generator phase: G steps along the difference of the scores, and towards samples that the discriminator takes
+/// for real once the adversarial term has joined. `teacher` and `fake_score` must be frozen: their weights get no
+/// gradient, but gradients flow through their inputs into G.
 pub fn generator(
     generator: &dyn Denoiser,
     fake_score: &dyn Denoiser,
@@ -171,14 +171,14 @@ pub fn generator(
     }
 }
 
-/// The samples with those that are not finite replaced by 0, and which ones are finite, `[N]` bool. The shape stays, so
-/// that every rank runs the same graph whatever it drops.
+/// The samples with non-finite ones replaced by 0, and which ones are finite, `[N]` bool. The shape is kept, so that
+/// every rank runs the same graph.
 fn finite_samples(x: &Tensor) -> (Tensor, Tensor) {
     let finite = x.isfinite().flatten(1, -1).all_dim(1, false);
     (x.where_scalarother(&finite.view([-1, 1, 1, 1]), 0.0), finite)
 }
 
-/// Sum of the finite losses of the finite samples, and how many samples that leaves out.
+/// Sum of the finite losses of the finite samples, and the number of samples left out.
 fn sum_finite(losses: &Tensor, finite: &Tensor) -> (Tensor, Tensor) {
     let finite = losses.isfinite().logical_and(finite);
     let loss = losses.where_scalarother(&finite, 0.0).sum(Kind::Float);

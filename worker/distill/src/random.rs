@@ -1,4 +1,4 @@
-//! Randomness without state: a stream of numbers is named by what it is for, and drawn from nothing else.
+//! Random numbers without state: a stream of numbers is named by its use, and depends on nothing else.
 //!
 //! A micro-batch's noise, noise levels, labels and dropout depend only on (seed, iteration, phase, micro-batch index),
 //! so a run follows the same trajectory at any world size, and there is no generator state to save. The numbers are drawn
@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use tch::{Device, Tensor};
 
-/// What a stream is drawn for. The discriminants are part of the trajectory: they never change.
+/// The use of a stream. The discriminants are part of the trajectory: they never change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
@@ -19,11 +19,11 @@ pub enum Purpose {
     GeneratorPhase = 1,
     /// Training a teacher on real data.
     TeacherTraining = 2,
-    /// Samples that are scored; iteration counts the generator's steps, index chunks of samples.
+    /// Samples of evaluations; iteration counts the generator's steps, index chunks of samples.
     Evaluation = 3,
-    /// What all micro-batches of an iteration share; index 0.
+    /// Numbers that all micro-batches of an iteration share; index 0.
     Iteration = 4,
-    /// Samples that somebody asked for; iteration counts the generator's steps, index images.
+    /// Samples of `potstill sample`; iteration counts the generator's steps, index images.
     Sampling = 5,
 }
 
@@ -34,8 +34,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The stream of (seed, iteration, purpose, index); `index` is the micro-batch's. The four fill ChaCha's 256-bit key
-    /// side by side, so different names cannot share a stream.
+    /// The stream of (seed, iteration, purpose, index); `index` is the micro-batch's. The four are concatenated to
+    /// ChaCha's 256-bit key, so that different names cannot share a stream.
     #[must_use]
     pub fn new(seed: u64, iteration: u64, purpose: Purpose, index: u32, device: Device) -> Self {
         let mut key = [0u8; 32];
@@ -70,8 +70,8 @@ impl Stream {
         (0..count).map(|_| self.rng.random_range(0..below)).collect()
     }
 
-    /// A seed for libtorch's own generator, which dropout draws from. libtorch's CPU generator keeps only 32 bits of a seed;
-    /// that is enough for masks, and everything else here does without it.
+    /// A seed for libtorch's own generator, from which dropout draws. libtorch's CPU generator keeps only 32 bits of a
+    /// seed; that is enough for masks, and all other numbers do not use it.
     pub fn dropout_seed(&mut self) -> i64 {
         (self.rng.next_u64() >> 1) as i64
     }
@@ -100,7 +100,7 @@ mod tests {
         }
     }
 
-    /// Checkpoints outlive builds: a library update that changed the numbers would break resumed runs in silence.
+    /// Checkpoints outlive builds: a library update that changed the numbers would silently change resumed runs.
     #[test]
     fn the_numbers_never_change() {
         let mut stream = Stream::new(7, 11, Purpose::GeneratorPhase, 5, Device::Cpu);

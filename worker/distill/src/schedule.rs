@@ -1,19 +1,21 @@
-//! When what begins: thresholds in images, so that a trajectory does not depend on how images are cut into iterations.
+//! When the generator and its adversarial term start: thresholds in images, so that a trajectory does not depend on the
+//! number of images in an iteration.
 //!
 //! Images are counted **before** an iteration (iteration·batch), and a threshold is passed when **more** images than it have
 //! been seen, as in the official loops of SiDA (2410.14919) and SiD-DiT (2509.25127).
 
-/// The course of a run.
+/// The schedule of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     /// Samples of one iteration, over all ranks.
     pub global_batch: u64,
     /// The generator is frozen until more images than this have been seen; without it the generator is never frozen.
     pub generator_start_images: Option<u64>,
-    /// The generator's adversarial term joins when more images than this have been seen; without it, it is there from the first
-    /// image. The discriminator learns from the first image in either case.
+    /// The generator's adversarial term joins when more images than this have been seen; without it, it is present from
+    /// the first image. The discriminator learns from the first image in either case.
     pub join_images: Option<u64>,
-    /// Iterations, each with one update of the fake score, to one update of the generator: 1 in SiD, 5 in DMD2 (2405.14867).
+    /// Iterations, each with one update of the fake score, for each update of the generator: 1 in SiD, 5 in DMD2
+    /// (2405.14867).
     pub fake_score_updates: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The state of a run: everything that an iteration changes, and all that a checkpoint holds.
+//! The state of a run: everything that an iteration changes, which is the content of a checkpoint.
 
 use std::ops::Range;
 
@@ -12,31 +12,31 @@ use crate::{
     gradient::Gradient,
 };
 
-/// The part of a flat vector that one rank's optimizer looks after: one of `world` runs of equal length (ZeRO stage 1,
-/// 1910.02054). The last ones are shorter where the length does not divide.
+/// The part of a flat vector that one rank's optimizer steps: one of `world` ranges of equal length (ZeRO stage 1,
+/// 1910.02054). The last ones are shorter where the length is not a multiple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// Which run, from 0.
+    /// Index of the range, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// Number of ranges.
     pub world: usize,
 }
 
-/// More ranks than this cannot share an optimizer.
+/// The largest number of ranks that can share an optimizer.
 pub const MOST_SLICES: usize = 4096;
 
 impl Slice {
-    /// All of it.
+    /// The slice that is the whole vector.
     pub const WHOLE: Self = Self { rank: 0, world: 1 };
 
-    /// Elements of a run of a vector of `numel`, before the last ones are cut short.
+    /// Elements in a range of a vector of `numel`, before the last ones are cut short.
     #[must_use]
     pub fn width(self, numel: i64) -> i64 {
         let world = self.world as i64;
         (numel + world - 1) / world
     }
 
-    /// The elements of a vector of `numel`.
+    /// The slice's elements in a vector of `numel`.
     #[must_use]
     pub fn range(self, numel: i64) -> Range<i64> {
         let first = (self.rank as i64 * self.width(numel)).min(numel);
@@ -44,26 +44,26 @@ impl Slice {
     }
 }
 
-/// How a state lies in memory. It decides nothing of what is computed but the weights' precision.
+/// The layout of a state in memory. It affects no result but through the weights' precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Which part of master weights, moments and average is held.
+    /// The slice of master weights, moments and average that is held.
     pub slice: Slice,
-    /// Kind of the networks' weights. Where it is not fp32, fp32 master copies are held beside them.
+    /// Data type of the networks' weights. Where it is not fp32, fp32 master weights are held as well.
     pub weights: Kind,
-    /// Whether G_ema lies in the host's memory.
+    /// Whether G_ema is in the host's memory.
     pub average_on_host: bool,
 }
 
 impl Layout {
-    /// Everything in fp32, with the networks.
+    /// Everything in fp32, on the networks' device.
     pub const PLAIN: Self = Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false };
 }
 
 /// A network that trains, and its optimizer.
 pub struct Trained {
     network: Box<dyn Denoiser>,
-    /// The weights' memory, with room behind them for the longest row of equal slices.
+    /// The weights' memory, followed by room for the slices of all ranks, which have equal lengths.
     memory: Tensor,
     /// fp32 values of the slice: views of the weights where these are fp32.
     master: Tensor,
@@ -85,7 +85,7 @@ impl Trained {
         let numel = weights.numel() as i64;
         let range = layout.slice.range(numel);
         let held = weights.narrow(0, range.start, range.end - range.start);
-        // A copy only where the kinds differ.
+        // A copy only where the data types differ.
         let master = held.to_kind(Kind::Float);
         Self {
             adam: Adam::new(&master),
@@ -102,7 +102,7 @@ impl Trained {
         self.network.as_ref()
     }
 
-    /// Moves the slice. The weights follow where the slice is everything; else when all slices have been
+    /// Steps the slice. The weights follow if the slice is the whole; otherwise when all slices have been
     /// [gathered](Self::gathered).
     fn step(&mut self, gradient: &Gradient, step: u64, settings: &AdamSettings) {
         self.adam.step(&self.master, &gradient.flat, step, settings);
@@ -116,7 +116,7 @@ impl Trained {
         }
     }
 
-    /// This rank's slice of the weights, and the place of all slices, one after the other, each as long as this one.
+    /// This rank's slice of the weights, and the memory of all slices, one after the other, each as long as this one.
     pub fn gathered(&self) -> (Tensor, Tensor) {
         let width = self.slice.width(self.network.parameters().flat().numel() as i64);
         let own = self.memory.narrow(0, self.slice.rank as i64 * width, width);
@@ -124,8 +124,8 @@ impl Trained {
     }
 }
 
-/// Generator, its average, fake score, both Adam moments, counters. Flat vectors; nothing else has to be saved or
-/// sent, since all randomness is named by the iteration.
+/// Generator, its average, fake score, both networks' Adam moments, counters. Only these flat vectors are saved or
+/// sent, since all random numbers are named by the iteration.
 pub struct State {
     /// G_θ.
     pub generator: Trained,
@@ -137,8 +137,8 @@ pub struct State {
     pub counters: Counters,
     counters_layout: [Entry; 1],
     layout: Layout,
-    /// Whether what is held does not belong together: a slice has moved and the weights have not followed, or half of it has
-    /// been overwritten.
+    /// Whether the parts do not belong together: a slice has been stepped and the weights have not followed, or a part
+    /// of the state has been overwritten.
     pub torn: bool,
 }
 
@@ -148,7 +148,7 @@ pub const GENERATOR_EMA: &str = "generator_ema";
 /// Name of the [`Counters`] among the [parts](State::parts): the one part that is never sliced.
 pub const COUNTERS: &str = "counters";
 
-/// One of the state's vectors, or what this rank holds of it.
+/// One of the state's vectors, or the slice that this rank holds of it.
 pub struct Part<'a> {
     /// Stable name: part of the checkpoint format.
     pub name: &'static str,
@@ -156,14 +156,14 @@ pub struct Part<'a> {
     pub entries: &'a [Entry],
     /// The elements that are held, fp32, flat.
     pub values: &'a Tensor,
-    /// Place of the first of them in the whole vector.
+    /// Index of the first of them in the whole vector.
     pub first: i64,
-    /// Whether every rank holds all of it.
+    /// Whether every rank holds the whole vector.
     pub replicated: bool,
 }
 
 impl Part<'_> {
-    /// Which elements of the whole vector are held.
+    /// The range of the whole vector that is held.
     #[must_use]
     pub fn held(&self) -> Range<i64> {
         self.first..self.first + self.values.numel() as i64
@@ -203,7 +203,7 @@ impl State {
         }
     }
 
-    /// A state of the same networks, in the same memory, for another slice, whose values are yet to come.
+    /// A state of the same networks, in the same memory, for another slice, whose values are to be filled in.
     #[must_use]
     pub fn relaid(&self, slice: Slice) -> Self {
         let layout = Layout { slice, ..self.layout };
@@ -222,7 +222,7 @@ impl State {
         }
     }
 
-    /// How it lies in memory.
+    /// Its layout in memory.
     #[must_use]
     pub fn layout(&self) -> Layout {
         self.layout
@@ -257,8 +257,8 @@ impl State {
         Part { name, entries: parameters.entries(), values, first, replicated }
     }
 
-    /// What follows from new values of the [parts](State::parts): this rank's slices of the weights. With more than one slice
-    /// the weights must be [gathered](Trained::gathered) then.
+    /// Updates this rank's slices of the weights from new values of the [parts](State::parts). With more than one slice
+    /// the weights must then be [gathered](Trained::gathered).
     pub fn settle(&mut self) {
         self.generator.write_slice();
         self.fake_score.write_slice();
@@ -270,13 +270,13 @@ impl State {
         self.average.to_device(self.generator.memory.device())
     }
 
-    /// G_ema, from all its elements, fp32; takes no gradient.
+    /// G_ema, from all its elements, fp32; without gradient.
     #[must_use]
     pub fn generator_ema(&self, average: Tensor) -> Box<dyn Denoiser> {
         self.generator.network.over(average, false)
     }
 
-    /// One step of a network, and of its counter. `gradient` is the slice's.
+    /// One step of a network, and of its counter. `gradient` is that of the slice.
     pub fn step(&mut self, network: Network, gradient: &Gradient, settings: &AdamSettings) {
         self.torn = self.layout.slice.world > 1;
         let step = self.counters.count_step(network);
@@ -287,9 +287,8 @@ impl State {
         trained.step(gradient, step, settings);
     }
 
-    /// G_ema's update at the end of an iteration before which `images_seen` images were counted. It takes place in every
-    /// iteration, whether or not the generator has moved
-    /// (EDM's training loop, which SiD keeps).
+    /// G_ema's update at the end of an iteration before which `images_seen` images were counted. It is made in every
+    /// iteration, even if the generator was not stepped (EDM's training loop, which SiD keeps).
     pub fn update_average(&mut self, half_life_images: f64, images_seen: f64, batch: f64) {
         let beta = ema::beta(half_life_images, images_seen, batch);
         ema::update(&self.average, &self.generator.master.to_device(self.average.device()), beta);

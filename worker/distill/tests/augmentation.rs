@@ -1,4 +1,4 @@
-//! EDM's augmentation: beside the public code's results, and what it promises by itself.
+//! Tests EDM's augmentation: against results of the public code, and its invariants.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -87,7 +87,7 @@ fn equals_the_public_code() {
     }
 }
 
-/// What a draw means is part of the trajectory, as the numbers of a stream are.
+/// The meaning of a draw is part of the trajectory, as the numbers of a stream are.
 #[test]
 fn the_draws_never_change() {
     let mut stream = Stream::new(7, 11, Purpose::FakeScorePhase, 5, Device::Cpu);
@@ -116,7 +116,7 @@ fn the_draws_never_change() {
         },
     ];
     assert_eq!(drawn.0, expected);
-    // And a draw takes as many numbers as ever.
+    // A draw takes a fixed count of numbers.
     assert_eq!(stream.uniform(1), [0.922049014443041]);
 }
 
@@ -129,7 +129,7 @@ fn a_stream_decides_the_draws_whatever_the_device_and_the_order_of_calls() {
     let other = augmentation.draw(&mut stream(1), 5);
     assert_ne!(first, other);
     let _ = other.apply(&images);
-    // The device of a stream is where its tensors go; there need not be one.
+    // The device of a stream is that of its tensors, which need not exist here.
     let mut elsewhere = Stream::new(3, 1, Purpose::FakeScorePhase, 0, Device::Cuda(0));
     assert_eq!(augmentation.draw(&mut elsewhere, 5), first);
     let (again, labels_again) = first.apply(&images);
@@ -188,7 +188,7 @@ fn with_probability_0_images_only_flip_left_to_right() {
     assert!(labels.narrow(1, 1, LABELS - 1).equal(&Tensor::zeros([32, LABELS - 1], CPU)));
 }
 
-/// The lattice has a sample at each pixel's centre, so whole pixels move without loss.
+/// The lattice has a sample at each pixel's center, so shifts by whole pixels are exact.
 #[test]
 fn a_shift_by_whole_pixels_moves_right_and_down_and_reflects_at_the_edge() {
     let images = Tensor::randn([1, 2, 24, 16], CPU);
@@ -220,7 +220,7 @@ fn angles_are_counter_clockwise_and_scales_enlarge() {
     let rotated = one(Transform { rotation: PI / 2.0, ..nothing });
     near(&middle(&rotated), &middle(&images.rot90(1, [2, 3])));
 
-    // Twice as large: pixel x of the result shows x/2 from the centre.
+    // Twice as large: pixel x of the result shows x/2 from the center.
     let enlarged = one(Transform { scale: 5.0, ..nothing });
     let grid = |x: f64, y: f64| {
         let theta = Tensor::from_slice(&[x as f32, 0.0, 0.0, 0.0, y as f32, 0.0]).view([1, 2, 3]);
@@ -233,7 +233,8 @@ fn angles_are_counter_clockwise_and_scales_enlarge() {
     let tall = one(Transform { stretch: 5.0, stretch_axis: PI / 2.0, ..nothing });
     near(&tall.narrow(3, 10, 12).narrow(2, 4, 24), &resized(2.0, 0.5).narrow(3, 10, 12).narrow(2, 4, 24));
 
-    // An axis is turned as an image is: stretching along it is turning it back, stretching, and turning it again.
+    // An axis is rotated as an image is: stretching along it is the same as rotating back, stretching, and rotating
+    // again.
     let oblique = one(Transform { stretch: 1.0, stretch_axis: 0.6, ..nothing });
     let turn = |x: &Tensor, rotation| Transforms(vec![Transform { rotation, ..nothing }]).apply(x).0;
     let back = Transforms(vec![Transform { rotation: -0.6, stretch: 1.0, ..nothing }]).apply(&images).0;
@@ -270,7 +271,7 @@ fn a_wrong_number_of_images_is_an_error() {
     let _ = Transforms(vec![Transform::default(); 3]).apply(&Tensor::zeros([2, 1, 8, 8], CPU));
 }
 
-/// Whatever the scale, each half of a guided prediction is told the same augmentation.
+/// At every scale, both halves of a guided prediction get the same augmentation labels.
 #[test]
 fn guided_predictions_and_logits_are_told_the_augmentation() {
     let config = EdmConfig {
@@ -307,14 +308,14 @@ fn guided_predictions_and_logits_are_told_the_augmentation() {
             guidance::denoise_and_encode(&network, &x, &time, &condition, scale, Mode::Eval);
         assert!(largest(&(guided - &expected)) < 1e-5, "κ = {scale}");
         assert!(largest(&(bottleneck - &logits)) < 1e-5, "κ = {scale}");
-        // Without a class to guide by, the augmentation is still told.
+        // An unconditional network gets the augmentation labels too.
         let condition = told(Condition::None);
         let plain = guidance::denoise(&network, &x, &time, &condition, scale, Mode::Eval);
         assert!(largest(&(plain - &u)) < 1e-5, "κ = {scale}");
     }
 }
 
-/// Any transform, with each of its parts at nothing half of the time.
+/// Any transform, in which each part is absent half of the time.
 fn transform() -> impl Strategy<Value = Transform> {
     let some = |range| prop_oneof![Just(0.0), range];
     (

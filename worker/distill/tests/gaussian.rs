@@ -24,7 +24,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 const D: i64 = 2;
 
-/// Which denoiser the two parameters, a vector and a matrix, stand for.
+/// The denoiser that the two parameters, a vector and a matrix, represent.
 #[derive(Clone, Copy)]
 enum Role {
     /// E[x | x_t] of N(m, A·Aᵀ).
@@ -94,7 +94,7 @@ impl Denoiser for Toy {
     }
 }
 
-/// Mean and covariance of what the affine generator makes of N(0, 1) at `time`.
+/// Mean and covariance of the affine generator's samples at `time`.
 fn moments(generator: &dyn Denoiser, time: f64) -> (Tensor, Tensor) {
     let (mean, matrix) = (&generator.parameters().leaves()[0], &generator.parameters().leaves()[1]);
     let time = Tensor::from_slice(&[time as f32]);
@@ -102,7 +102,7 @@ fn moments(generator: &dyn Denoiser, time: f64) -> (Tensor, Tensor) {
     (mean.detach(), matrix.matmul(&matrix.transpose(0, 1)))
 }
 
-/// Distils the Gaussian N(m, A·Aᵀ); returns the relative errors of mean and covariance.
+/// Distills the Gaussian N(m, A·Aᵀ); returns the relative errors of mean and covariance.
 fn distil(
     process: ForwardProcess,
     time: f64,
@@ -113,7 +113,7 @@ fn distil(
     let (mean, matrix) = ([0.4, -0.2], [0.5, 0.0, 0.2, 0.3]);
     let teacher = Toy::new(Role::Score, process.clone(), mean, matrix).frozen();
     let fake = Toy::new(Role::Score, process.clone(), mean, matrix).duplicate();
-    // Far from the teacher: elsewhere, smaller, turned.
+    // Far from the teacher: shifted, smaller, rotated.
     let generator = Toy::new(Role::Affine, process, [-0.3, 0.5], [0.1, 0.05, -0.05, 0.15]).duplicate();
     let settings = Settings {
         seed: 4,

@@ -1,4 +1,4 @@
-//! Parity of both losses with the official SiD code: losses, and gradients with respect to what each phase trains.
+//! Parity of both losses with the official SiD code: losses, and the gradients of the network that each phase trains.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

@@ -1,4 +1,5 @@
-//! Both phases on a small network: what they depend on, what they leave alone, what they do with broken samples.
+//! Tests both phases on a small network: what they depend on, which networks they change, and how they treat broken
+//! samples.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -22,7 +23,7 @@ use potstill_distill::{
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, ForwardProcess, Mode};
 use tch::{Device, Kind, Tensor, no_grad};
 
-/// Dropout draws from libtorch's one generator: these tests take turns.
+/// Dropout draws from libtorch's one generator, so these tests do not run at the same time.
 static GENERATOR: Mutex<()> = Mutex::new(());
 
 fn turn() -> MutexGuard<'static, ()> {
@@ -36,7 +37,7 @@ fn teacher() -> EdmNetwork {
     teacher_with(0)
 }
 
-/// One that takes so many augmentation labels.
+/// A network with this many augmentation labels.
 fn teacher_with(augment_dim: i64) -> EdmNetwork {
     let config = EdmConfig {
         img_resolution: 4,
@@ -132,9 +133,9 @@ fn a_micro_batch_is_named_by_iteration_phase_and_index() {
             value(&fake_phase(networks, None, &settings, iteration, index).loss)
         };
         let first = fake(3, 1);
-        // libtorch's own generator is somewhere else by now.
+        // libtorch's own generator has another state by now.
         let _ = Tensor::rand([7], (Kind::Float, Device::Cpu));
-        assert_eq!(first, fake(3, 1), "dropout too comes from the name alone");
+        assert_eq!(first, fake(3, 1), "dropout too depends on the name alone");
         assert_ne!(first, fake(4, 1));
         assert_ne!(first, fake(3, 2));
     }
@@ -145,7 +146,7 @@ fn each_phase_trains_its_own_network_only() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
-    // Apart from its teacher, so that the scores differ.
+    // Different from its teacher, so that the scores differ.
     let _ = no_grad(|| state.fake_score.network().parameters().flat().shallow_clone().g_mul_scalar_(1.5));
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let settings = settings(Mode::Eval);
@@ -185,7 +186,7 @@ fn samples_that_are_not_finite_are_left_out_and_counted() {
     let _turn = turn();
     let teacher = teacher();
     let state = State::from_teacher(&teacher);
-    // A generator that has diverged makes NaN of everything.
+    // All samples of a diverged generator are NaN.
     let _ = no_grad(|| state.generator.network().parameters().flat().shallow_clone().fill_(f64::NAN));
     let (frozen_teacher, frozen_fake) = (teacher.frozen(), state.fake_score.network().frozen());
     let settings = settings(Mode::Eval);
@@ -228,7 +229,7 @@ fn only_the_chosen_step_is_trained_through() {
     assert!(noises[0].grad().defined(), "final-step matching trains through all");
 }
 
-/// Counts the rows that a network is asked for.
+/// Counts the rows of a network's inputs.
 struct Counting {
     network: Box<dyn Denoiser>,
     rows: std::cell::RefCell<Vec<i64>>,
@@ -327,7 +328,7 @@ fn guided_phases_differ_and_train_the_unconditional_score_too() {
         let found = losses(guided);
         assert!(found.0 != none.0 && found.1 != none.1, "κ = {kappa}: {found:?} and {none:?}");
     }
-    // Where nothing is guided, no condition is dropped.
+    // Without guidance no condition is dropped.
     assert_eq!(losses(Guidance { condition_dropout: 0.9, ..Guidance::NONE }), none);
 }
 
@@ -377,7 +378,7 @@ fn the_adversarial_term_waits_and_the_discriminator_does_not() {
                 let without = fake_phase((generator, fake), Some(&real), &plain, iteration, 0);
                 let relative = value(&first.score_loss) / value(&without.loss) - 1.0;
                 assert!(relative.abs() < 1e-5, "the score's part stays what it is: {relative}");
-                // Logits near 0 know nothing: six samples of about ln 2.
+                // Logits near 0 do not discriminate: six samples of about ln 2.
                 let d = value(&first.adversarial_loss.unwrap());
                 assert!(d > 0.5 && d < 60.0, "{d}");
                 assert!(value(&first.loss) > value(&first.score_loss) + 1.0, "scale {scale}");

@@ -7,7 +7,7 @@
 use potstill_models::{Condition, Denoiser, EdmConfig, EdmNetwork, Mode};
 use tch::{Device, Kind, Tensor};
 
-/// CPU time of this thread, which other processes disturb less than they do the clock's. Linux only.
+/// CPU time of this thread, which other processes affect less than wall time. Linux only.
 fn cpu_ms() -> f64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     text.split_whitespace().next().unwrap().parse::<f64>().unwrap() / 1e6

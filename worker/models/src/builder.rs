@@ -1,8 +1,8 @@
-//! Two passes over one description of a network.
+//! Declares and builds a network in two passes over one description.
 //!
-//! A network's constructor asks a [`Scope`] for each of its tensors. In the first pass a [`Declaration`] notes names, shapes
-//! and initial laws, and hands out placeholders; in the second a [`Binding`] hands out the network's real tensors. So the
-//! layout of the flat vector and the network that uses it cannot drift apart.
+//! A network's constructor asks a [`Scope`] for each of its tensors. In the first pass a [`Declaration`] records names,
+//! shapes and distributions of initial values, and returns placeholders; in the second a [`Binding`] returns the
+//! network's real tensors. So the layout of the flat vector always fits the network that uses it.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -13,10 +13,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::parameters::{Entry, Parameters};
 
-/// The law of a tensor's initial elements.
+/// The distribution of a tensor's initial elements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Init {
-    /// All equal.
+    /// A constant.
     Constant(f32),
     /// U[−bound, bound).
     Uniform { bound: f64 },
@@ -38,10 +38,10 @@ impl Init {
     }
 }
 
-/// Where a buffer's values come from.
+/// The origin of a buffer's values.
 #[derive(Clone, Debug)]
 pub(crate) enum BufferSource {
-    /// The configuration fixes them; a file that says otherwise contradicts itself.
+    /// Fixed by the configuration; a file with other values is rejected.
     Fixed(Vec<f32>),
     /// Drawn once, then saved and loaded with the weights.
     Drawn(Init),
@@ -55,7 +55,7 @@ pub(crate) struct BufferDeclaration {
     pub source: BufferSource,
 }
 
-/// Hands a network its tensors.
+/// Gives a network its tensors.
 pub(crate) trait Registry {
     fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor;
     fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor;
@@ -63,7 +63,7 @@ pub(crate) trait Registry {
     fn device(&self) -> Device;
 }
 
-/// A place in the tree of modules.
+/// A node in the tree of modules.
 pub(crate) struct Scope<'a> {
     registry: &'a mut dyn Registry,
     path: String,
@@ -74,12 +74,12 @@ impl<'a> Scope<'a> {
         Self { registry, path: String::new() }
     }
 
-    /// A place that is known by its path.
+    /// A node with its path.
     pub fn at(registry: &'a mut dyn Registry, path: String) -> Self {
         Self { registry, path }
     }
 
-    /// What a place consists of.
+    /// The parts of a node.
     pub fn parts(&mut self) -> (&mut dyn Registry, String) {
         (self.registry, self.path.clone())
     }
@@ -102,7 +102,7 @@ impl<'a> Scope<'a> {
         self.registry.buffer(declaration)
     }
 
-    /// Notes that the configuration asks for a module that cannot be.
+    /// Records that the configuration asks for an impossible module.
     pub fn problem(&mut self, problem: impl AsRef<str>) {
         self.registry.problem(format!("{}: {}", self.path, problem.as_ref()));
     }
@@ -131,7 +131,7 @@ impl Declaration {
         &self.entries
     }
 
-    /// Elements of all parameters.
+    /// The number of elements of all parameters.
     pub fn numel(&self) -> i64 {
         self.numel
     }
@@ -140,12 +140,12 @@ impl Declaration {
         &self.buffers
     }
 
-    /// Parameters around given values. `flat` must have as many elements as were declared.
+    /// Parameters with given values. `flat` must have as many elements as were declared.
     pub fn parameters(self, flat: Tensor, buffers: BTreeMap<String, Tensor>) -> Parameters {
         Parameters::new(Arc::from(self.entries), flat, buffers, true)
     }
 
-    /// Parameters drawn on the host from ChaCha8, so that a seed means the same on every platform.
+    /// Parameters drawn on the host from ChaCha8, so that a seed gives the same values on every platform.
     pub fn draw(self, seed: u64, device: Device) -> Parameters {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut values = Vec::with_capacity(self.numel as usize);
@@ -191,7 +191,7 @@ impl Registry for Declaration {
     }
 }
 
-/// Has the shape but no memory of that size.
+/// A tensor of this shape without memory for its elements.
 fn placeholder(shape: &[i64]) -> Tensor {
     Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
 }

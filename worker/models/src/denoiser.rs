@@ -1,4 +1,4 @@
-//! The contract between networks and everything that uses them.
+//! The interface between networks and the code that uses them.
 
 use std::{collections::BTreeMap, rc::Rc};
 
@@ -10,24 +10,24 @@ use crate::{
     weights::{self, SaveError},
 };
 
-/// What a sample is conditioned on.
+/// The condition of a sample.
 pub enum Condition {
-    /// Nothing: the unconditional prediction, also of a network that knows classes.
+    /// No condition: the unconditional prediction, also of a class-conditional network.
     None,
     /// One-hot class labels, fp32, [N, classes]. An all-zero row is unconditional.
     Class(Tensor),
-    /// Texts.
+    /// Text embeddings.
     Text(TextCondition),
     /// Augmented samples (2206.00364, appendix F.2); [`augmented`](Self::augmented) makes it.
     Augmented {
-        /// What was done to each sample, fp32 [N, `augment_dim`]. An all-zero row says nothing was, as no labels do.
+        /// The transforms of each sample, fp32 [N, `augment_dim`]. An all-zero row means none, like absent labels.
         labels: Tensor,
-        /// What the samples are conditioned on besides.
+        /// The condition of the samples besides.
         of: Box<Condition>,
     },
 }
 
-/// Texts as a network sees them.
+/// Text embeddings in the form that a network takes.
 #[derive(Debug)]
 pub struct Embedded {
     /// [N, tokens, width].
@@ -37,26 +37,26 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// The same tensors.
+    /// Another handle to the same tensors.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
         self.map(Tensor::shallow_clone)
     }
 
-    /// A function of each tensor.
+    /// Applies a function to each tensor.
     #[must_use]
     pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
         Self { states: f(&self.states), pooled: self.pooled.as_ref().map(f) }
     }
 
-    /// A function of each tensor and its counterpart.
+    /// Applies a function to each tensor and its counterpart.
     fn zip(&self, other: &Self, f: impl Fn(&Tensor, &Tensor) -> Tensor) -> Self {
         let pooled = self.pooled.as_ref().zip(other.pooled.as_ref()).map(|(a, b)| f(a, b));
         Self { states: f(&self.states, &other.states), pooled }
     }
 }
 
-/// Texts, what stands for no text, and SDXL's micro-conditioning.
+/// Text embeddings, those of the empty text, and SDXL's micro-conditioning.
 pub struct TextCondition {
     texts: Embedded,
     null: Rc<Embedded>,
@@ -64,9 +64,9 @@ pub struct TextCondition {
 }
 
 impl TextCondition {
-    /// `texts` of N samples; `null` stands for one that is dropped and has one row; `sizes`, [N, 6], are SDXL's
-    /// micro-conditioning (2307.01952, section 2.2): original height and width, top and left of the crop, target height and
-    /// width.
+    /// `texts` of N samples; `null` replaces the text of a sample whose condition is dropped and has one row; `sizes`,
+    /// [N, 6], are SDXL's micro-conditioning (2307.01952, section 2.2): original height and width, top and left of the
+    /// crop, target height and width.
     #[must_use]
     pub fn new(texts: Embedded, null: Rc<Embedded>, sizes: Option<Tensor>) -> Self {
         Self { texts, null, sizes }
@@ -91,8 +91,8 @@ impl TextCondition {
 }
 
 impl Condition {
-    /// The same condition of samples that were augmented as `labels`, fp32 [N, `augment_dim`], say. They replace labels
-    /// that it already has.
+    /// The same condition for samples with the augmentation labels `labels`, fp32 [N, `augment_dim`]. They replace
+    /// labels that it already has.
     #[must_use]
     pub fn augmented(self, labels: Tensor) -> Self {
         match self {
@@ -110,7 +110,7 @@ impl Condition {
         }
     }
 
-    /// The same.
+    /// Another handle to the same condition.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
         match self {
@@ -121,8 +121,8 @@ impl Condition {
         }
     }
 
-    /// Every sample unconditional. SDXL's micro-conditioning and augmentation labels stay: they say how the sample is
-    /// shown, not of what.
+    /// All samples without condition. SDXL's micro-conditioning and augmentation labels are kept: they describe the
+    /// format of the sample, not its content.
     #[must_use]
     pub fn dropped(&self) -> Self {
         match self {
@@ -175,7 +175,7 @@ impl Condition {
     }
 }
 
-/// Whether dropout is on.
+/// Whether dropout is active.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Dropout draws from libtorch's global generator.
@@ -184,13 +184,13 @@ pub enum Mode {
     Eval,
 }
 
-/// A network that predicts the clean sample from a noisy one, whatever it natively predicts.
+/// A network that predicts the clean sample from a noisy one; its native prediction may be another.
 pub trait Denoiser: Send {
     /// Predicts x0, fp32 [N, C, H, W].
     ///
     /// `x_t` [N, C, H, W] is the noisy sample, `time` `[N]` or `[1]` the time of the network's [process](Self::process)
-    /// (σ for EDM); both may be of any floating kind. Gradients flow to `x_t`, and to the parameters unless the network is [frozen](Self::frozen).
-    /// Every parameter takes part in every call, so that none is ever left without a gradient.
+    /// (σ for EDM); both may be of any floating kind. Gradients flow to `x_t`, and to the parameters unless the network
+    /// is [frozen](Self::frozen). Every call uses every parameter, so that each one gets a gradient.
     ///
     /// # Panics
     /// When shapes or devices do not fit, or when a network without classes or augmentation labels gets some.
@@ -211,7 +211,7 @@ pub trait Denoiser: Send {
         mode: Mode,
     ) -> (Tensor, Tensor);
 
-    /// The bottleneck alone: what [`denoise_and_encode`](Self::denoise_and_encode) gives beside x0, without the decoder.
+    /// The bottleneck alone: the same as from [`denoise_and_encode`](Self::denoise_and_encode), without the decoder.
     ///
     /// # Panics
     /// As `denoise`.
@@ -229,18 +229,18 @@ pub trait Denoiser: Send {
     /// Number of classes; 0 for an unconditional network.
     fn classes(&self) -> i64;
 
-    /// How many augmentation labels a sample has; 0 for a network that takes none.
+    /// The number of augmentation labels of a sample; 0 for a network that takes none.
     fn augment_dim(&self) -> i64 {
         0
     }
 
-    /// The least and the greatest time that the network supports. A sampler stays within.
+    /// The least and the greatest time that the network supports, to which a sampler must keep.
     fn time_range(&self) -> [f64; 2] {
         [0.0, f64::INFINITY]
     }
 
-    /// The same network with other weights: views into `flat`, laid out like [`Parameters::flat`], which take gradients or not. A
-    /// [`LatentDenoiser`](crate::diffusers::LatentDenoiser) computes in the kind of its weights.
+    /// The same network with other weights: views into `flat`, laid out like [`Parameters::flat`], which take gradients
+    /// or not. A [`LatentDenoiser`](crate::diffusers::LatentDenoiser) computes in the data type of its weights.
     fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser>;
 
     /// A trainable deep copy: equal values in its own storage.
@@ -250,7 +250,7 @@ pub trait Denoiser: Send {
 
     /// The same network with weights that take no gradient; gradients still flow through its inputs.
     ///
-    /// It **shares the storage**: in-place updates of [`Parameters::flat`] on either side are seen by both.
+    /// It **shares the storage**: both see in-place updates of [`Parameters::flat`] on either side.
     fn frozen(&self) -> Box<dyn Denoiser> {
         self.over(self.parameters().flat().shallow_clone(), false)
     }

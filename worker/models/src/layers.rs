@@ -1,10 +1,10 @@
-//! Layers that every family of networks has.
+//! Layers of all families of networks.
 
 use tch::{Kind, Tensor};
 
 use crate::builder::{Init, Scope};
 
-/// Law of a layer's initial weights and biases. Bounds scale with the layer's fans.
+/// Distribution of a layer's initial weights and biases. Bounds scale with the layer's fans.
 #[derive(Clone, Copy)]
 pub(crate) struct InitLaw {
     variance: Variance,
@@ -61,7 +61,7 @@ impl Linear {
         Self { weight, bias }
     }
 
-    /// Kind of its weights.
+    /// Data type of its weights.
     pub fn kind(&self) -> Kind {
         self.weight.kind()
     }
@@ -70,7 +70,7 @@ impl Linear {
         x.linear(&self.weight, self.bias.as_ref())
     }
 
-    /// With one more bias.
+    /// The output with one more bias.
     pub fn forward_plus(&self, x: &Tensor, more: &Tensor) -> Tensor {
         match &self.bias {
             Some(bias) => x.linear(&self.weight, Some(bias + more)),

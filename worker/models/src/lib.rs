@@ -1,15 +1,16 @@
-//! Denoisers: one contract for every network, the networks of EDM and of Stable Diffusion, samplers, and weights in safetensors.
+//! Denoisers: one interface for all networks, the networks of EDM and of Stable Diffusion, samplers, and weights in
+//! safetensors.
 //!
-//! - [`Denoiser`]: what distillation, sampling and evaluation see of a network.
+//! - [`Denoiser`]: the interface of a network for distillation, sampling and evaluation.
 //! - [`Parameters`]: a network's weights, views into one flat fp32 vector.
 //! - [`EdmNetwork`]: EDM preconditioning around a DDPM++, NCSN++ or ADM U-Net, compatible with the public checkpoints.
 //! - [`diffusers`]: text-to-image models: U-Net, autoencoder, text encoders, and the folders that they come in.
 //! - [`ForwardProcess`]: how data become noise, one interface over EDM, DDPM and flow matching.
-//! - [`sampler`]: EDM's deterministic Heun sampler.
+//! - [`sampler`]: EDM's deterministic Heun sampler, and DDIM.
 //! - [`weights`]: reading and writing safetensors.
 //!
 //! Like tch itself, functions of tensors panic on mismatched shapes or devices: those are errors in a program, not in
-//! its input. What comes from outside (configurations, files) is checked and gives errors as values.
+//! its input. Input from outside (configurations, files) is checked and gives errors as values.
 
 mod builder;
 mod denoiser;

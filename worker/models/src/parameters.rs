@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use tch::{Kind, Tensor, no_grad};
 
-/// Where a parameter lies in the flat vector.
+/// The place of a parameter in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Name, as in the public checkpoints of the architecture.
@@ -25,7 +25,7 @@ impl Entry {
 
 /// The parameters of one network, all of them views into one flat fp32 vector, without gaps.
 ///
-/// So the optimizer, the moving average and a state transfer are a few operations on one tensor, and a checkpoint is
+/// So the optimizer, the average and a state transfer are a few operations on one tensor, and a checkpoint consists of
 /// slices of it.
 pub struct Parameters {
     entries: Arc<[Entry]>,
@@ -35,7 +35,7 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The parameters of a network that is not one of this crate's: named fp32 tensors of one device, which are copied.
+    /// The parameters of a network from outside this crate: named fp32 tensors of one device, which are copied.
     #[must_use]
     pub fn from_named(tensors: &[(&str, Tensor)], trainable: bool) -> Self {
         let mut offset = 0;
@@ -76,7 +76,7 @@ impl Parameters {
         Self { entries, flat, leaves, buffers }
     }
 
-    /// Names, shapes and places, in the order in which the architecture registers its parameters.
+    /// Names, shapes and offsets, in the order in which the architecture registers its parameters.
     #[must_use]
     pub fn entries(&self) -> &[Entry] {
         &self.entries
@@ -86,14 +86,14 @@ impl Parameters {
         Arc::clone(&self.entries)
     }
 
-    /// The vector itself: 1-D, takes no gradient; fp32, unless the network was put [over](crate::Denoiser::over) another. To
-    /// change the weights, change it in place.
+    /// The vector itself: 1-D, takes no gradient; fp32, unless the network was put [over](crate::Denoiser::over)
+    /// another. Weights are changed by changing it in place.
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
 
-    /// The views that the network computes with, in the order of [`entries`](Self::entries): autograd leaves, which
-    /// take gradients unless the network is frozen. These are what a gradient reducer wants.
+    /// The views with which the network computes, in the order of [`entries`](Self::entries): autograd leaves, which
+    /// take gradients unless the network is frozen. A gradient reducer takes these.
     pub fn leaves(&self) -> &[Tensor] {
         &self.leaves
     }
@@ -121,7 +121,7 @@ impl Parameters {
         Tensor::cat(&gradients, 0)
     }
 
-    /// Adds the gradients to a vector laid out like [`flat`](Self::flat), of any kind.
+    /// Adds the gradients to a vector laid out like [`flat`](Self::flat), of any data type.
     pub fn add_gradients_to(&self, sum: &Tensor) {
         for (entry, leaf) in self.entries.iter().zip(&self.leaves) {
             let gradient = leaf.grad();
@@ -132,7 +132,7 @@ impl Parameters {
         }
     }
 
-    /// Sets the gradients to 0 in place, so that a reducer's buckets, of which they may be views, stay what they are.
+    /// Sets the gradients to 0 in place, so that they remain views of a reducer's buckets.
     pub fn zero_grad(&self) {
         for leaf in &self.leaves {
             let gradient = leaf.grad();

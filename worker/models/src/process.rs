@@ -1,7 +1,7 @@
-//! Forward processes: how data become noise, and what a network natively predicts of them.
+//! Forward processes: how data become noise, and the native predictions of networks.
 //!
-//! All of them have the form `x_t = a(t)·x + b(t)·n` with n ~ N(0, 1) (docs/algorithm.md §1). What distillation and sampling do is
-//! written once, in terms of a and b; a network's native prediction is turned into x0 at its border.
+//! All of them have the form `x_t = a(t)·x + b(t)·n` with n ~ N(0, 1) (docs/algorithm.md §1). Distillation and sampling
+//! are written once, in terms of a and b; a network's native prediction is converted to x0 at its interface.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ pub enum ForwardProcess {
     Ddpm {
         /// ᾱ of each timestep, falling, within (0, 1].
         alphas_cumprod: Arc<[f64]>,
-        /// What the network predicts.
+        /// The native prediction of the network.
         prediction: DdpmPrediction,
     },
     /// x_t = (1−t)·x + t·n, time in [0, 1]; networks predict the velocity v = n − x (2209.03003).
@@ -112,7 +112,7 @@ impl ForwardProcess {
         }
     }
 
-    /// The native prediction that says `x0` at (x_t, time): the inverse of [`to_x0`](Self::to_x0).
+    /// The native prediction for `x0` at (x_t, time): the inverse of [`to_x0`](Self::to_x0).
     pub fn to_native(&self, x0: &Tensor, x_t: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
@@ -123,7 +123,7 @@ impl ForwardProcess {
         }
     }
 
-    /// What a perfect network would natively predict for `x` diffused with `noise`.
+    /// The native prediction of a perfect network for `x` diffused with `noise`.
     pub fn target(&self, x: &Tensor, noise: &Tensor, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
         match self {
@@ -193,9 +193,9 @@ mod tests {
         for (process, time) in processes() {
             let x_t = process.add_noise(&x, &noise, &time);
             let target = process.target(&x, &noise, &time);
-            // Where almost nothing of x is left (large DDPM times), x0 is a small difference of large numbers.
+            // Where almost no signal is left (large DDPM times), x0 is a small difference of large numbers.
             assert!(apart(&process.to_x0(&target, &x_t, &time), &x) < 2e-5, "{process:?}");
-            // At flow's t = 1, EDM's least σ and DDPM's first step, the way back is as good as its inputs.
+            // At flow's t = 1, EDM's least σ and DDPM's first step, the inverse is as accurate as its inputs.
             let native = process.to_native(&x, &x_t, &time);
             assert!(apart(&native, &target) < 2e-4, "{process:?}");
             let there = process.to_native(&process.to_x0(&noise, &x_t, &time), &x_t, &time);
@@ -220,7 +220,7 @@ mod tests {
     #[test]
     fn the_scaled_linear_schedule_is_stable_diffusions() {
         let alphas = ForwardProcess::scaled_linear(0.00085, 0.012, 1000);
-        // Facts of the public scheduler's table.
+        // Values of the public scheduler's table.
         assert!((alphas[0] - 0.99915).abs() < 1e-9);
         assert!((alphas[999] - 0.004_660_1).abs() < 1e-6, "{}", alphas[999]);
         assert!(alphas.is_sorted_by(|a, b| a > b));

@@ -1,4 +1,4 @@
-//! Blocks whose activations need not be kept: in the backward pass they are computed again (1604.06174).
+//! Blocks whose activations are computed again in the backward pass instead of being kept (1604.06174).
 
 use potstill_torch_ext::{Block, SharedBlock};
 use tch::{Device, Tensor};
@@ -12,7 +12,7 @@ pub(crate) struct Recomputed<B> {
 }
 
 impl<B: Block> Recomputed<B> {
-    /// Builds a block in a place of the tree and remembers what it asked for.
+    /// Builds a block in a node of the tree and records its parameters.
     pub fn new(mut scope: Scope, build: impl FnOnce(&mut Scope) -> B) -> Self {
         let (registry, path) = scope.parts();
         let mut collector = Collector { registry, parameters: Vec::new() };
@@ -30,7 +30,7 @@ impl<B: Block> Recomputed<B> {
     }
 }
 
-/// Passes on what a block asks for, and notes its parameters.
+/// Forwards a block's requests for tensors, and records its parameters.
 struct Collector<'a> {
     registry: &'a mut dyn Registry,
     parameters: Vec<Tensor>,

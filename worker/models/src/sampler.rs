@@ -10,11 +10,11 @@ use crate::{
 /// Settings of [`heun`]; the defaults are those of 2206.00364, table 1, with the 18 steps used for CIFAR-10.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heun {
-    /// Number of noise levels before 0; at least 2.
+    /// Number of noise levels above 0; at least 2.
     pub steps: u64,
-    /// Least noise level before 0.
+    /// Least noise level above 0.
     pub sigma_min: f64,
-    /// Noise level of the start.
+    /// Initial noise level.
     pub sigma_max: f64,
     /// Exponent of the noise levels' spacing (2206.00364, eq. 5): the greater, the denser near σ_min.
     pub rho: f64,
@@ -71,9 +71,9 @@ pub fn heun(network: &dyn Denoiser, z: &Tensor, condition: &Condition, settings:
     })
 }
 
-/// DDIM (2010.02502, eq. 12 with η = 0) over falling `times` of a process: x0 and the noise that it leaves are predicted at
-/// each time and put together again at the next; after the last time, x0 is the result. `predict` gives x0 for a noisy sample
-/// and a time `[1]`, guided or not.
+/// DDIM (2010.02502, eq. 12 with η = 0) over falling `times` of a process: x0 and the noise are predicted at each time
+/// and combined at the next; after the last time, x0 is the result. `predict` gives x0 for a noisy sample and a time
+/// `[1]`, guided or not.
 ///
 /// `z` [N, C, H, W] is N(0, 1); the result is fp32 of that shape. No gradients are recorded.
 ///
@@ -89,7 +89,7 @@ pub fn ddim(
     let at = |time: f64| Tensor::full([1], time, (Kind::Float, z.device()));
     no_grad(|| {
         let mut x = match process {
-            // It keeps the variance, so its noisiest samples are taken for N(0, 1).
+            // The process preserves variance, so its noisiest samples are approximated by N(0, 1).
             ForwardProcess::Ddpm { .. } => z.shallow_clone(),
             _ => process.coefficients(&at(times[0])).1 * z,
         };

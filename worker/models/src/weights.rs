@@ -28,23 +28,23 @@ pub const CONFIG_KEY: &str = "config";
 /// Why weights could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The file is not there or cannot be read.
+    /// The file is missing or cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Unreadable {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Any of the others, and in which file.
+    /// One of the other errors, with its file.
     #[error("{}: {source}", path.display())]
     InFile {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error.
         source: Box<LoadError>,
     },
-    /// Not safetensors, cut off, or damaged.
+    /// Not safetensors, truncated, or damaged.
     #[error("not a safetensors file, or truncated or damaged: {0}")]
     Malformed(#[from] SafeTensorError),
     /// The metadata has no configuration.
@@ -53,13 +53,13 @@ pub enum LoadError {
     /// The configuration is not JSON of the expected form.
     #[error("the `{CONFIG_KEY}` in the metadata: {0}")]
     ConfigSyntax(#[source] serde_json::Error),
-    /// The configuration is well-formed but describes no network.
+    /// The configuration has the right form but is not that of a valid network.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A part of a model folder says something that is not supported.
+    /// A part of a model folder has a configuration that is not supported.
     #[error(transparent)]
     Diffusers(#[from] diffusers::ConfigError),
-    /// A model folder lacks something, or holds it in another form.
+    /// A model folder lacks a file, or has one in another format.
     #[error("{0}")]
     Folder(String),
     /// The tensors are not those of the configured network.
@@ -71,7 +71,7 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    /// With the file in which it happened.
+    /// The same error, with its file.
     #[must_use]
     pub fn in_file(self, path: &Path) -> Self {
         Self::InFile { path: path.to_owned(), source: Box::new(self) }
@@ -81,19 +81,19 @@ impl LoadError {
 /// Why a network could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
-    /// The caller's metadata would hide the configuration.
+    /// The caller's metadata has the key of the configuration.
     #[error("the metadata key `{CONFIG_KEY}` is taken by the architecture")]
     ReservedKey,
-    /// The format cannot hold it.
+    /// The format does not support the network's tensors or metadata.
     #[error("cannot write safetensors: {0}")]
     Format(#[from] SafeTensorError),
 }
 
-/// What a safetensors file holds.
+/// The content of a safetensors file.
 pub struct Archive {
     /// Free-form metadata.
     pub metadata: BTreeMap<String, String>,
-    /// Tensors by name, of the kinds they were stored in, on the host.
+    /// Tensors by name, in their stored data types, on the host.
     pub tensors: BTreeMap<String, Tensor>,
 }
 
@@ -101,7 +101,7 @@ impl Archive {
     /// Parses a file's bytes.
     ///
     /// # Errors
-    /// [`LoadError::Malformed`]; [`LoadError::Tensors`] naming tensors of kinds that libtorch does not have.
+    /// [`LoadError::Malformed`]; [`LoadError::Tensors`] with tensors of data types that libtorch does not have.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, LoadError> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
@@ -163,7 +163,7 @@ fn kind(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// A tensor that lies in memory, or in a mapped file until somebody asks for it.
+/// A tensor in memory, or in a mapped file until it is needed.
 #[derive(Debug)]
 pub enum Stored {
     /// In memory.
@@ -172,9 +172,9 @@ pub enum Stored {
     Mapped {
         /// The file.
         file: Arc<MappedFile>,
-        /// Its bytes there.
+        /// Its range of bytes there.
         bytes: Range<usize>,
-        /// Kind of its elements.
+        /// Data type of its elements.
         kind: Kind,
         /// Shape.
         shape: Vec<i64>,
@@ -194,7 +194,7 @@ impl Stored {
         }
     }
 
-    /// Kind of its elements.
+    /// Data type of its elements.
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
@@ -203,7 +203,7 @@ impl Stored {
         }
     }
 
-    /// One element along the first dimension, copied to the host.
+    /// One row along the first dimension, copied to the host.
     ///
     /// # Panics
     /// When there is no such row.
@@ -219,7 +219,7 @@ impl Stored {
         }
     }
 
-    /// The tensor; a copy, on the host, if it lies in a file.
+    /// The tensor; if it is in a file, a copy on the host.
     pub fn tensor(&self) -> Tensor {
         match self {
             Self::Memory(tensor) => tensor.shallow_clone(),
@@ -261,7 +261,7 @@ fn unknown_kind(name: &str, dtype: Dtype) -> String {
     format!("{name} is of kind {dtype:?}, which libtorch does not have")
 }
 
-/// Checks `tensors` against a declared network, all of them, and makes its parameters.
+/// Checks all `tensors` against a declared network, and makes its parameters.
 pub(crate) fn assemble(
     declaration: Declaration,
     tensors: &Named,
@@ -277,7 +277,7 @@ pub(crate) fn assemble(
             Some(tensor) if tensor.shape() != *shape => {
                 problems.push(format!("{name} has shape {:?}, expected {shape:?}", tensor.shape()));
             }
-            // Kinds that fp32 holds exactly.
+            // Data types that fp32 can represent exactly.
             Some(tensor) if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) => {
                 problems
                     .push(format!("{name} is of kind {:?}, expected Float, Half or BFloat16", tensor.kind()));
@@ -295,7 +295,7 @@ pub(crate) fn assemble(
             let stored = tensors[&buffer.name].tensor();
             let wanted = Tensor::from_slice(values).view(buffer.shape.as_slice()).to_device(stored.device());
             if !stored.to_kind(Kind::Float).allclose(&wanted, 1e-5, 1e-6, false) {
-                problems.push(format!("{} differs from what the configuration says", buffer.name));
+                problems.push(format!("{} differs from its value by the configuration", buffer.name));
             }
         }
     }
@@ -303,12 +303,12 @@ pub(crate) fn assemble(
         return Err(LoadError::Tensors { problems });
     }
     let fp32 = |name: &str| tensors[name].tensor().detach().to_device(device).to_kind(Kind::Float);
-    // One tensor after the other, so that no second copy of the whole is ever there.
+    // One tensor after the other, so that there is never a second copy of all.
     let flat = Tensor::empty([declaration.numel()], (Kind::Float, device));
     for entry in declaration.entries() {
         flat.narrow(0, entry.offset, entry.numel()).copy_(&fp32(&entry.name).reshape([-1]));
     }
-    // Buffers are copied, so that the network never shares memory with the map.
+    // Buffers are copied, so that the network does not share memory with the mapped file.
     let buffers = declaration.buffers().iter().map(|b| (b.name.clone(), fp32(&b.name).copy())).collect();
     Ok(declaration.parameters(flat, buffers))
 }
@@ -333,7 +333,7 @@ pub(crate) fn to_safetensors(
 /// Named fp32 tensors and metadata as one safetensors file. Equal input gives equal bytes.
 ///
 /// # Errors
-/// [`SaveError::Format`] when the format cannot hold them.
+/// [`SaveError::Format`] when the format does not support them.
 pub fn archive(
     tensors: &[(&str, &Tensor)],
     metadata: &BTreeMap<String, String>,
@@ -353,8 +353,8 @@ pub fn archive(
         .map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, SafeTensorError>>()?;
     let unordered: HashMap<String, String> = metadata.clone().into_iter().collect();
-    // The writer takes metadata in a hash map and writes it in the map's order, which changes from run to run. Its length
-    // does not, so the same in sorted order fits in its place.
+    // The writer takes metadata in a hash map and writes it in the map's order, which varies. The length does not, so
+    // the sorted metadata fits in its place.
     let found = serde_json::to_string(&unordered).map_err(SafeTensorError::from)?;
     let sorted = serde_json::to_string(metadata).map_err(SafeTensorError::from)?;
     let mut bytes = safetensors::serialize(views, Some(unordered))?;

@@ -1,4 +1,4 @@
-//! What [`Denoiser`] promises, on an [`EdmNetwork`].
+//! Tests the guarantees of [`Denoiser`], on an [`EdmNetwork`].
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -26,7 +26,7 @@ fn batch(n: i64, config: &EdmConfig) -> Batch {
     }
 }
 
-/// Initial weights are nearly 0 in the last layers; these are not.
+/// A network whose last layers are not near 0, as initial weights are.
 fn lively(config: EdmConfig) -> EdmNetwork {
     let network = EdmNetwork::initialise(config, 1, Device::Cpu).unwrap();
     let mut flat = network.parameters().flat().shallow_clone();
@@ -147,7 +147,7 @@ fn dropout_is_for_training() {
     let without = lively(EdmConfig { dropout: 0.0, ..small() });
     assert!(equal(&run(&without, &b, Mode::Train), &run(&without, &b, Mode::Eval)));
 
-    // With labels dropped almost surely, the condition does not matter.
+    // With labels dropped almost always, the condition has no effect.
     let labels = lively(EdmConfig { dropout: 0.0, label_dropout: 1.0 - 1e-9, ..small() });
     let unconditional = labels.denoise(&b.x, &b.sigma, &Condition::None, Mode::Eval);
     assert!(run(&labels, &b, Mode::Train).allclose(&unconditional, 1e-5, 1e-6, false));
@@ -182,7 +182,7 @@ fn augmentation_labels_reach_every_output_of_their_own_sample() {
             assert!(at(&mixed).allclose(&at(expected), 1e-5, 1e-6, false), "sample {sample}");
         }
 
-        // All zeros say what no labels say.
+        // All-zero labels are the same as no labels.
         let zeros = b.condition.shallow_clone().augmented(labels.zeros_like());
         assert!(network.denoise(&b.x, &b.sigma, &zeros, Mode::Eval).allclose(&silent, 0.0, 1e-6, false));
     }
@@ -196,7 +196,7 @@ fn a_condition_keeps_its_augmentation_labels() {
     let condition = class.augmented(Tensor::zeros([2, 9], CPU)).augmented(labels.shallow_clone());
     let parts = |condition: &Condition| match condition.split_augmentation() {
         (Condition::Class(class), Some(labels)) => (class.shallow_clone(), labels.shallow_clone()),
-        _ => panic!("a class and augmentation labels"),
+        _ => panic!("expected a class and augmentation labels"),
     };
     let rows = |rows: [[f32; 3]; 2]| Tensor::from_slice2(&rows);
     let (all, first) = (rows([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), rows([[1.0, 0.0, 0.0], [0.0; 3]]));
@@ -216,7 +216,9 @@ fn a_condition_keeps_its_augmentation_labels() {
     let unconditional = Condition::None.augmented(labels.shallow_clone());
     assert!(unconditional.doubled().is_none());
     for same in [unconditional.shallow_clone(), unconditional.dropped(), unconditional.kept(&kept)] {
-        let (Condition::None, Some(own)) = same.split_augmentation() else { panic!("labels and no class") };
+        let (Condition::None, Some(own)) = same.split_augmentation() else {
+            panic!("expected labels and no class")
+        };
         assert!(equal(own, &labels));
     }
     assert!(Condition::None.split_augmentation().1.is_none());
@@ -287,7 +289,7 @@ fn invalid_configurations_say_why() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever the numbers, a configuration is refused or works; it never panics. What works survives JSON.
+    /// Every configuration is either rejected or valid; none panics. A valid one is unchanged by JSON.
     #[test]
     fn a_configuration_is_refused_or_works(
         song in any::<bool>(),

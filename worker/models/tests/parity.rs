@@ -1,4 +1,5 @@
-//! Outputs, bottlenecks and gradients beside those of the official code, stored in `tests/fixtures/edm_*.safetensors`.
+//! Compares outputs, bottlenecks and gradients with those of the official code, stored in
+//! `tests/fixtures/edm_*.safetensors`.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -63,7 +64,7 @@ fn equals_the_official_networks() {
             assert!(error <= tolerance, "{name}: {what} is off by {error:.2e}");
             assert!(worst <= tolerance, "{name}: {what} is off by {worst:.2e} in an element");
         }
-        // Each norm by itself, unless it is rounding noise: the gradient of a bias in front of a normalisation is 0.
+        // Each norm by itself, unless it is rounding noise: the gradient of a bias before a normalization is 0.
         let expected = &archive.tensors["output.param_grad_norms"];
         let floor = expected.max().double_value(&[]) * 1e-5;
         for (index, (got, parameter)) in norms.iter().zip(&order).enumerate() {
@@ -80,7 +81,7 @@ fn equals_the_official_networks() {
 /// The discriminator's logits are the bottleneck's mean over channels (2410.14919), recorded from SiDA's networks.
 #[test]
 fn equals_the_official_bottleneck() {
-    // Recorded from these very files, so no others will do.
+    // Recorded from exactly these files.
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
     let recorded = Archive::read(&folder.join(BOTTLENECKS)).unwrap();
     for name in ["edm_adm", "edm_ddpmpp", "edm_ncsnpp"] {

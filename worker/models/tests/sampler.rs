@@ -1,4 +1,4 @@
-//! Heun's method on a distribution whose ODE has a known solution.
+//! Tests Heun's method on a distribution whose ODE has a known solution.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -14,7 +14,7 @@ use potstill_models::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// The ideal denoiser of N(0, std²), and how often it was asked.
+/// The ideal denoiser of N(0, std²), and how often it was called.
 struct Gaussian {
     std: f64,
     process: ForwardProcess,
@@ -69,7 +69,7 @@ impl Denoiser for Gaussian {
 }
 
 fn unimplemented(what: &str) -> ! {
-    panic!("the sampler has no business with {what}")
+    panic!("the sampler must not call {what}")
 }
 
 /// Largest relative error of samples of N(0, 0.5²) against the ODE's solution.

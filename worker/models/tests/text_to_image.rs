@@ -46,7 +46,7 @@ fn assert_close(place: &str, what: &str, found: &Tensor, expected: &Tensor) {
     );
 }
 
-/// Writes the model of a reference file as a hub would send it.
+/// Writes the model of a reference file as a folder of a hub.
 fn folder(archive: &Archive) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, content: &str| {
@@ -78,7 +78,7 @@ fn folder(archive: &Archive) -> tempfile::TempDir {
     folder
 }
 
-/// Output, bottleneck and gradients of a U-Net beside the stored ones, with and without recomputing activations.
+/// Compares output, bottleneck and gradients of a U-Net with the stored ones, with and without recomputing activations.
 fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive) {
     for recompute in [false, true] {
         let network = load();
@@ -113,7 +113,7 @@ fn compare_unet(name: &str, load: impl Fn() -> LatentDenoiser, archive: &Archive
         let largest = norms.values().fold(0.0f64, |a, b| a.max(*b));
         for (parameter, expected) in &expected {
             let (found, expected) = (norms[parameter.as_str()], expected.double_value(&[]));
-            // The gradient of a bias in front of a normalisation is 0 but for rounding.
+            // The gradient of a bias before a normalization is 0 but for rounding.
             let allowed = TOLERANCE * expected + 1e-7 * largest;
             assert!(
                 (found - expected).abs() <= allowed,
@@ -254,7 +254,7 @@ fn tokens_equal_transformers() {
     }
 }
 
-/// A folder from the SD 1.5 reference, changed by `change`; what loading all of it says.
+/// A folder from the SD 1.5 reference, changed by `change`; returns the error of loading it.
 fn said_of(change: impl FnOnce(&Path)) -> String {
     let (_, archive) = files("sd_model_sd15").swap_remove(0);
     let path = folder(&archive);

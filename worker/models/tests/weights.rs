@@ -1,4 +1,4 @@
-//! Writing and reading networks.
+//! Tests writing and reading networks.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -36,7 +36,7 @@ fn what_was_saved_is_loaded_bit_for_bit() {
     assert!(!b.is_empty() && a.keys().eq(b.keys()) && a.values().zip(b.values()).all(|(a, b)| equal(a, b)));
     let archive = Archive::from_bytes(&bytes).unwrap();
     assert_eq!(archive.metadata["note"], "n");
-    // Written again, it is the same file.
+    // Written again, it gives the same bytes.
     let metadata: BTreeMap<_, _> = archive.metadata.into_iter().filter(|(key, _)| key != "config").collect();
     assert_eq!(loaded.to_safetensors(&metadata).unwrap(), bytes);
 }

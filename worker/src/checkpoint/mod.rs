@@ -1,8 +1,8 @@
-//! Checkpoints, the rank's side: its share of the replicated state as safetensors, and a whole state back from all shares.
+//! Checkpoints on a rank: writes its share of the state as safetensors, and restores a complete state from all shards.
 //!
 //! The state's vectors are cut at parameter boundaries into named tensors, `<part>/<parameter>`; each tensor is written
-//! by exactly one rank, and any number of ranks can read them back. Where each rank holds a slice of the vectors, a slice may end
-//! inside a tensor: its pieces are `<part>/<parameter>@<first element>`. No collective takes part.
+//! by exactly one rank, and any number of ranks can read them. Where each rank holds a slice of the vectors, a slice
+//! may end inside a tensor: its pieces are `<part>/<parameter>@<first element>`. No collective is needed.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -35,7 +35,7 @@ use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 use crate::{process::faults, session::Outbox};
 use potstill_logging::chain;
 
-/// A tensor of the state, in the memory that training works in.
+/// A tensor of the state, in the memory that training uses.
 struct Piece {
     name: String,
     shape: Vec<usize>,
@@ -48,12 +48,12 @@ impl Piece {
     }
 }
 
-/// Memory that shares are copied into before they are written. It is kept from one save to the next: touching so much new
-/// memory each time would take longer than the copy.
+/// Memory into which shares are copied before they are written. It is kept from one save to the next: to touch so much
+/// new memory each time would take longer than the copy.
 #[derive(Clone, Default)]
 pub struct Staging(Arc<Mutex<Vec<u8>>>);
 
-/// The staging memory while somebody reads it; given back at the end.
+/// The staging memory while a reader uses it; returned at the end.
 struct Staged {
     bytes: Vec<u8>,
     home: Staging,
@@ -84,14 +84,14 @@ pub struct Share {
     staging: Staging,
 }
 
-/// A save under way, in the background.
+/// A save that runs in the background.
 pub struct Save {
     copied: Option<oneshot::Receiver<()>>,
     task: JoinHandle<()>,
 }
 
 impl Save {
-    /// Whether the share is durable, or was given up.
+    /// Whether the share is durable, or has failed.
     pub fn is_over(&self) -> bool {
         self.task.is_finished()
     }
@@ -100,16 +100,16 @@ impl Save {
     pub fn wait_for_copy(&mut self) {
         if let Some(copied) = self.copied.take() {
             let waiting = Instant::now();
-            // An error means that the copying ended otherwise: the state is not looked at any more.
+            // An error means that the copying ended in another way: the state is no longer read.
             let _ = copied.blocking_recv();
             tracing::debug!(
                 seconds = waiting.elapsed().as_secs_f64(),
-                "training waited for the checkpoint's copy"
+                "training waited until the state was copied for the checkpoint"
             );
         }
     }
 
-    /// Waits for the end.
+    /// Waits until the save has ended.
     ///
     /// # Errors
     /// The task panicked.
@@ -119,8 +119,8 @@ impl Save {
 }
 
 impl Share {
-    /// The share of `rank`: what only it holds; of what every rank holds, a contiguous run of tensors, so that all shares have as
-    /// equal numbers of bytes as tensor boundaries allow.
+    /// The share of `rank`: the tensors that only it holds, and of those that every rank holds a contiguous run, so
+    /// that the shares are as equal in bytes as tensor boundaries allow.
     pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32, staging: Staging) -> Self {
         let parts = state.parts();
         let replicated = || parts.iter().filter(|part| part.replicated);
@@ -131,7 +131,7 @@ impl Share {
                 let whole = entry.offset..entry.offset + entry.numel();
                 let held = overlap(&whole, &part.held());
                 let mine = if part.replicated {
-                    // The rank in whose stretch of the whole this tensor begins.
+                    // The rank in whose range of the bytes this tensor begins.
                     let owner = before * i64::from(world_size) / total;
                     before += entry.numel();
                     owner == i64::from(rank)
@@ -155,8 +155,8 @@ impl Share {
         Self { iteration, pieces, staging }
     }
 
-    /// Copies the share, writes the copy, and reports the receipt or the failure to the coordinator, all in the background:
-    /// training may go on, but must not change the state before [`Save::wait_for_copy`] returns.
+    /// Copies the share, writes the copy, and reports the receipt or the failure to the coordinator, all in the
+    /// background: training may continue, but must not change the state before [`Save::wait_for_copy`] returns.
     pub fn save(
         self,
         runtime: &Handle,
@@ -203,7 +203,7 @@ impl Share {
         let iteration = self.iteration;
         let bytes = tokio::task::spawn_blocking(move || {
             let bytes = self.serialise();
-            // Nobody waits where the rank is on its way out.
+            // When the rank is ending, no thread waits for this.
             let _ = copied.send(());
             faults::point("copied", iteration, rank);
             bytes
@@ -212,7 +212,7 @@ impl Share {
         Ok(run.write_shard(key, rank, bytes).await?)
     }
 
-    /// The share as a safetensors file: a header, and the one copy of the state's values.
+    /// The share as a safetensors file: a header, and a copy of the state's values.
     fn serialise(self) -> anyhow::Result<Bytes> {
         let metadata = HashMap::from([("iteration".to_owned(), self.iteration.to_string())]);
         let mut end = 0;
@@ -242,12 +242,12 @@ impl Share {
     }
 }
 
-/// Where a rank's share lies below the run's folder.
+/// The key of a rank's shard below the run's folder.
 pub fn shard_key(iteration: u64, generation: Generation, rank: u32, world_size: u32) -> String {
     layout::shard_key(iteration, &generation.store_prefix(), rank, world_size)
 }
 
-/// Stands between a tensor's name and the place of a piece of it.
+/// Separates a tensor's name from the first element of a piece of it.
 const PIECE: char = '@';
 
 fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
@@ -255,7 +255,7 @@ fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
     start..a.end.min(b.end).max(start)
 }
 
-/// Fills `state`, or the slices that it holds, from the checkpoint whose manifest lies under `manifest_key`; returns its iteration.
+/// Fills `state`, or the slices that it holds, from the checkpoint with this manifest; returns its iteration.
 ///
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
@@ -264,8 +264,8 @@ pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow
     fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await
 }
 
-/// Fills `network` with the averaged generator of the checkpoint whose manifest lies under `manifest_key`; returns the
-/// checkpoint's iteration.
+/// Fills `network` with the averaged generator of the checkpoint with this manifest; returns the checkpoint's
+/// iteration.
 ///
 /// # Errors
 /// As [`restore`].
@@ -282,7 +282,7 @@ pub async fn restore_generator(run: &Run, manifest_key: &str, network: &dyn Deno
     fill(run, manifest_key, &manifest, &[part], Others::PassedOver).await
 }
 
-/// Tensors of a checkpoint that nobody asked for.
+/// Collects the tensors of a checkpoint that were not asked for.
 #[derive(PartialEq)]
 enum Others {
     Refused,
@@ -296,7 +296,7 @@ async fn fill(
     parts: &[Part<'_>],
     others: Others,
 ) -> anyhow::Result<u64> {
-    /// A tensor of which elements are still to come.
+    /// A tensor of which elements are still missing.
     struct Missing<'a> {
         part: &'a Part<'a>,
         entry: &'a Entry,
@@ -372,7 +372,7 @@ mod tests {
         };
         let first = file(1.0);
         let place = first.as_ptr();
-        // Given back when the last reader is done with it.
+        // Returned when the last reader has dropped it.
         drop((first.clone(), first));
         let second = file(2.0);
         assert_eq!(second.as_ptr(), place);

@@ -1,5 +1,5 @@
-//! One per node: keeps the ranks of a machine alive. A rank that dies is started again at once; it then takes the state
-//! from its peers, so a crash costs no completed step.
+//! `agent`: starts the ranks of one machine, and restarts those that die. A restarted rank takes the state from its
+//! peers, so a crash costs no completed step.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -25,18 +25,19 @@ use crate::{
 };
 use potstill_logging::chain;
 
-/// A rank that dies more often than this within [`WINDOW`] is not started again: the cause is not a passing one.
+/// A rank that dies more often than this within [`WINDOW`] is not restarted: its failure is permanent.
 const RESTARTS: usize = 20;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// Exit code of an agent whose ranks have left as it was asked to: saved, and to be started again. EX_TEMPFAIL of
-/// sysexits.h, as `potstill launch` ends when it has saved.
+/// Exit code of an agent whose ranks have saved and ended because it was asked to stop; they can be started again.
+/// EX_TEMPFAIL of sysexits.h, like the exit code of `potstill launch` after a save.
 const LEFT_ON_REQUEST: u8 = 75;
 
-/// What ranks are told through their environment, unless somebody has said otherwise there.
+/// Variables of the ranks' environment, unless they are set already.
 ///
-/// The first two keep glibc from giving memory back between two passes over the network, only to fault it in again: an eighth of
-/// a small network's time. The third keeps c10d's warnings, with their stacks, out of the log, whose lines are the rank's own.
+/// The first two keep glibc from returning memory to the system between two passes over the network, which costs page
+/// faults: an eighth of a small network's time. The third keeps c10d's warnings, with their stacks, out of the log,
+/// which holds the rank's own lines.
 const ENVIRONMENT: [(&str, &str); 3] = [
     ("MALLOC_TRIM_THRESHOLD_", "1073741824"),
     ("MALLOC_MMAP_THRESHOLD_", "33554432"),
@@ -47,38 +48,38 @@ const ENVIRONMENT: [(&str, &str); 3] = [
 pub struct Arguments {
     #[command(flatten)]
     service: Service,
-    /// Ranks on this node.
+    /// Ranks on this machine.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     ranks: u32,
-    /// Processes beyond these that stand by with everything loaded, to take the place of one that dies.
+    /// Spare processes beyond these, with everything loaded, each of which takes the place of a rank that dies.
     #[arg(long, default_value_t = 0)]
     spares: u32,
     /// Threads per rank; by default the machine's cores divided by the ranks.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// Where they compute.
+    /// Device of the ranks.
     #[arg(long, value_enum, default_value_t)]
     device: Choice,
-    /// Seconds that the ranks have to save and leave after SIGTERM or SIGUSR1.
+    /// Seconds in which the ranks must save and end after SIGTERM or SIGUSR1.
     #[arg(long, default_value_t = 30)]
     grace: u64,
 }
 
-/// The ranks of this node.
+/// The ranks of this machine.
 #[derive(Default)]
 struct Ranks {
-    /// Those that live, by slot.
+    /// Running processes, by slot.
     living: BTreeMap<u32, Pid>,
-    /// Whether they were asked to leave: none is started any more.
+    /// Whether they were asked to end: none is started any more.
     leaving: bool,
 }
 
 type Shared = Arc<Mutex<Ranks>>;
 
 enum News {
-    /// A slot is empty for good.
+    /// A slot's process has ended and is not restarted.
     Ended { slot: u32, result: anyhow::Result<bool> },
-    /// The agent was asked to leave.
+    /// The agent was asked to stop.
     Signal(&'static str),
 }
 
@@ -109,7 +110,7 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             .args(["--threads", &threads.to_string(), "--lifeline"])
             .args(["--device", arguments.device.as_argument(), "--slot", &slot.to_string()])
             .args(["--log-format", service.log_format.name()])
-            // libtorch's OpenMP pool would otherwise be sized before the rank can say how many threads it wants.
+            // Otherwise libtorch's OpenMP pool would be sized before the rank sets its number of threads.
             .env("OMP_NUM_THREADS", threads.to_string())
             .envs(ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied())
             .stdin(Stdio::piped());
@@ -122,7 +123,7 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
 
     let (mut ended, mut failed) = (0, false);
-    // Until when the ranks have to leave, once they were asked to.
+    // The time by which the ranks must have ended, once they were asked to.
     let mut deadline: Option<Instant> = None;
     while ended < slots {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -132,25 +133,25 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         };
         match next {
             Ok(News::Ended { result: Ok(true), .. }) => ended += 1,
-            // It has told the coordinator itself; the others will be told to leave.
+            // It has told the coordinator itself, which will stop the others.
             Ok(News::Ended { result: Ok(false), .. }) => (ended, failed) = (ended + 1, true),
-            // Leaving closes the other ranks' lifelines.
+            // Returning closes the other ranks' lifelines.
             Ok(News::Ended { slot, result: Err(error) }) => bail!("rank process {slot}: {}", chain(&error)),
             Ok(News::Signal(name)) => {
-                tracing::info!("{name}: the ranks save and leave; they have {} s", arguments.grace);
+                tracing::info!("{name}: the ranks save and end within {} s", arguments.grace);
                 deadline.get_or_insert_with(|| Instant::now() + Duration::from_secs(arguments.grace));
                 let mut ranks = lock(&ranks);
                 ranks.leaving = true;
                 for pid in ranks.living.values() {
-                    // The only error is that it has just gone.
+                    // The only possible error is that it has just ended.
                     let _ = kill(*pid, Signal::SIGTERM);
                 }
             }
             Err(RecvTimeoutError::Timeout) => {
                 let late = &lock(&ranks).living;
                 bail!(
-                    "{} rank processes ({}) had not saved and left {} s after they were asked to: ending them. What they \
-                     completed since the newest checkpoint lives on only in other workers; see potstill status",
+                    "{} rank processes ({}) had not saved and ended {} s after they were asked to: killing them. What they \
+                     completed since the newest checkpoint is kept only by other workers; see potstill status",
                     late.len(),
                     late.iter()
                         .map(|(slot, pid)| format!("slot {slot}, process {pid}"))
@@ -169,7 +170,7 @@ fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// SIGTERM and SIGUSR1 become news.
+/// Forwards SIGTERM and SIGUSR1.
 fn listen_for_signals(tell: mpsc::Sender<News>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let entered = runtime.enter();
@@ -193,12 +194,12 @@ fn listen_for_signals(tell: mpsc::Sender<News>) -> anyhow::Result<()> {
 }
 
 fn lock(ranks: &Shared) -> std::sync::MutexGuard<'_, Ranks> {
-    // Each change is a single one, so a thread that panicked has left it whole.
+    // Each change is a single operation, so a thread that panicked has left consistent data.
     ranks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs one rank until it leaves of its own accord. True: told to leave. False: it reported a failure that no restart
-/// would mend.
+/// Runs one rank until it ends by itself. True: it was told to stop. False: it reported a failure that no restart would
+/// repair.
 fn supervise(slot: u32, mut command: Command, ranks: &Shared) -> anyhow::Result<bool> {
     let mut deaths = VecDeque::new();
     loop {
@@ -225,12 +226,12 @@ fn supervise(slot: u32, mut command: Command, ranks: &Shared) -> anyhow::Result<
         }
         if deaths.len() > RESTARTS {
             bail!(
-                "died {} times within {} s, last with {status}; not starting it again",
+                "died {} times within {} s, last with {status}; it is not restarted",
                 deaths.len(),
                 WINDOW.as_secs()
             );
         }
-        tracing::warn!(slot, %status, deaths = deaths.len(), "rank process died; starting it again");
+        tracing::warn!(slot, %status, deaths = deaths.len(), "rank process died; restarting it");
     }
 }
 

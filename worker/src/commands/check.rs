@@ -1,4 +1,5 @@
-//! `check`: finds out before a run is started whether its files fit, so that bad input leaves nothing behind.
+//! `check`: loads the files of a run before the run is started, so that invalid ones are found before anything is
+//! written.
 
 use std::process::ExitCode;
 
@@ -7,11 +8,11 @@ use tch::Device;
 
 use crate::training::Inputs;
 
-/// Loads what the specification on standard input names.
+/// Loads the files that the specification on standard input names.
 pub fn main() -> anyhow::Result<ExitCode> {
     let specification = std::io::read_to_string(std::io::stdin())?;
     let mut spec = RunSpec::from_toml(&specification)?;
-    // What is kept from run to run is computed by the workers, on their devices.
+    // Caches are filled by the workers, on their devices.
     if let Some(prompts) = &mut spec.prompts {
         prompts.cache = None;
     }

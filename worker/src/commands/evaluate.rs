@@ -1,7 +1,8 @@
-//! `evaluate`: scores a finished student, or a teacher, beside real images, with as many processes as wanted.
+//! `evaluate`: computes the metrics of a finished student, or a teacher, against real images, with any number of
+//! processes.
 //!
-//! The scores are those of a run's own evaluations: the same samples, the same code, spread over the processes in the same
-//! way. The first process is rank 0; it starts the others and prints.
+//! The metrics are those of a run's own evaluations: the same samples and the same code, spread over the processes in
+//! the same way. The first process is rank 0; it starts the others and prints.
 
 use std::{
     collections::BTreeMap,
@@ -34,16 +35,17 @@ use crate::{
     process::lifeline,
 };
 
-/// Everything happens on this machine.
+/// All processes are on this machine.
 const HOST: &str = "127.0.0.1";
-/// For one collective: the slowest process may still be sampling.
+/// Timeout of one collective: the slowest process may still be sampling.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 #[derive(Args)]
 pub struct Arguments {
     #[command(flatten)]
     student: Option<Source>,
-    /// Score this network (a .safetensors file, or a folder in the layout of diffusers) with its own sampler instead of a student
+    /// Evaluate this network (a .safetensors file, or a folder in the layout of diffusers) with its own sampler instead
+    /// of a student
     #[arg(long, value_name = "PATH", conflicts_with = "Source")]
     teacher: Option<PathBuf>,
     /// TorchScript extractor: images in [−1, 1] → features [N, D], or (features, logits [N, classes])
@@ -53,31 +55,31 @@ pub struct Arguments {
     /// wrote, or an .npz file with their moments `mu` and `sigma`, which give FID but neither precision nor recall
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
-    /// TorchScript CLIP, for text-to-image models: images in [−1, 1], tokens int64 [N, tokens] → (image embeddings, text embeddings)
+    /// TorchScript CLIP, for text-to-image models: images in [−1, 1], tokens int64 [N, tokens] → (image embeddings,
+    /// text embeddings)
     #[arg(long, value_name = "FILE")]
     clip: Option<PathBuf>,
-    /// Images to score
+    /// Number of samples
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(2..))]
     samples: u32,
-    /// Decides the noise: a run scores with 1000000007
+    /// Seed of the noise: a run's own evaluations use 1000000007
     #[arg(long, value_name = "N", default_value_t = EvaluationSpec::default().seed)]
     seed: u64,
-    /// k of the k-nearest-neighbour manifolds behind precision and recall
+    /// k of the k-nearest-neighbor manifolds of precision and recall
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     neighbours: u32,
-    /// What a text-to-image model is asked for: .txt with a prompt a line, .jsonl or .parquet with a column of
-    /// prompts, and with "label" for class agreement
+    /// Prompts for a text-to-image model: .txt with a prompt a line, .jsonl or .parquet with a column of prompts, and
+    /// with "label" for class agreement
     #[arg(long, value_name = "FILE")]
     prompts: Option<String>,
     /// Column of the prompts in JSONL and Parquet
     #[arg(long, value_name = "NAME", default_value_t = PromptsSpec::default().column)]
     prompts_column: String,
-    /// How many samples each prompt gets at least, where there are enough prompts: COCO's protocol has 1. Diversity
-    /// needs 2
+    /// Least number of samples of each prompt, where there are enough prompts: COCO's protocol has 1. Diversity needs 2
     #[arg(long, value_name = "N", default_value_t = EvaluationSpec::default().samples_per_prompt,
           value_parser = clap::value_parser!(u32).range(1..))]
     samples_per_prompt: u32,
-    /// What happens to samples and real images before they are compared
+    /// Treatment of samples and real images before they are compared
     #[arg(long, value_enum, default_value_t)]
     images: Treatment,
     /// Height and width for --images, in pixels: 256 for FID on COCO; a patch has 299 by default
@@ -89,22 +91,22 @@ pub struct Arguments {
     /// Steps of the teacher's sampler
     #[arg(long, value_name = "N", default_value_t = 18, value_parser = clap::value_parser!(u32).range(2..))]
     teacher_steps: u32,
-    /// Where to compute
+    /// Device of the processes
     #[arg(long, value_enum, default_value_t)]
     device: Choice,
-    /// Processes to spread the sampling over
+    /// Number of processes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     workers: u32,
     /// Threads of each process [default: the machine's cores divided by the processes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// Keep what finished chunks of 100 samples came to below this folder. The same command, killed and started
-    /// again, goes on where it was, with any number of --workers. Each evaluation has a sub-folder of its own, named
-    /// by a digest of model, extractors, prompts, seed, samplers, size and device; another one cannot take its chunks
-    /// for its own. Delete it when the scores are there
+    /// Folder in which finished chunks of 100 samples are kept. The same command, killed and started again, continues
+    /// where it was, with any number of --workers. Each evaluation has a sub-folder of its own, named by a digest of
+    /// model, extractors, prompts, seed, samplers, size and device, so that another evaluation cannot use its chunks.
+    /// Delete the folder when the evaluation is complete
     #[arg(long, value_name = "FOLDER")]
     resume_dir: Option<PathBuf>,
-    /// Write the reference's features to this file, which can be given as --reference from then on
+    /// Write the reference's features to this file, for later use as --reference
     #[arg(long, value_name = "FILE")]
     save_statistics: Option<PathBuf>,
     /// Print JSON instead of a table
@@ -121,12 +123,12 @@ pub struct Arguments {
 /// [`ImageTreatment`] on a command line.
 #[derive(Clone, Copy, Default, ValueEnum)]
 enum Treatment {
-    /// Nothing: the extractor sees them as they are
+    /// None: the extractor gets the images unchanged
     #[default]
     AsMade,
-    /// The largest square in their middle, resized to --image-size with Pillow's Lanczos filter
+    /// The largest centered square, resized to --image-size with Pillow's Lanczos filter
     Resized,
-    /// A square of --image-size from their middle, at full resolution: patch FID
+    /// A centered square of --image-size, at full resolution: patch FID
     Patch,
 }
 
@@ -140,11 +142,11 @@ impl From<Treatment> for ImageTreatment {
     }
 }
 
-/// Everything that decides samples and their features: what --resume-dir keeps belongs to one of these.
+/// Everything that decides samples and their features: chunks in --resume-dir are of one such identity.
 #[derive(Serialize)]
 struct Identity<'a> {
     potstill: &'static str,
-    /// SHA-256 of weights, configuration, and what surrounds the network.
+    /// SHA-256 of weights, configuration, text encoders and autoencoder.
     network: String,
     student_times: &'a Option<Vec<f64>>,
     /// Steps and guidance of a teacher's sampler.
@@ -156,12 +158,12 @@ struct Identity<'a> {
     samples_per_prompt: u32,
     seed: u64,
     images: String,
-    /// A GPU's bits are not a CPU's.
+    /// The kind of device: results of a GPU and of a CPU differ in their last bits.
     device: &'static str,
 }
 
-/// The scores as JSON, and what they were measured with. `images_per_second` is that of the samples which this process and those
-/// beside it made; null when all were kept from before.
+/// The metrics as JSON, and what they were measured with. `images_per_second` is the rate at which all processes
+/// together made the samples of this run of the command; null when all samples were kept from an earlier one.
 #[derive(Serialize)]
 struct Record {
     subject: String,
@@ -195,14 +197,14 @@ impl Record {
     }
 }
 
-/// What is scored, loaded.
+/// The model to evaluate, loaded.
 struct Subject {
     network: Box<dyn Denoiser>,
     space: Space,
     /// Times of a student's steps; a teacher has none.
     times: Option<Vec<f64>>,
     name: String,
-    /// What names it in a folder of kept chunks; only where somebody needs it.
+    /// SHA-256 that names it in --resume-dir; only where that is given.
     digest: Option<String>,
 }
 
@@ -230,8 +232,8 @@ impl Subject {
         });
         ensure!(
             model.latent.is_some() == prompts.is_some(),
-            "--prompts and text-to-image models go together: {name} {}",
-            if prompts.is_some() { "knows no texts" } else { "needs some" }
+            "--prompts are for text-to-image models: {name} {}",
+            if prompts.is_some() { "takes no prompts" } else { "needs prompts" }
         );
         let digest = match arguments.resume_dir.is_some() && arguments.join.is_none() {
             true => Some(digest(&model)?),
@@ -262,7 +264,7 @@ fn digest(model: &Model) -> anyhow::Result<String> {
             let digest = sha256_of(folder).with_context(|| format!("cannot read {}", folder.display()))?;
             hasher.update(digest);
             hasher.update(model.network.config_json());
-            // Those of a checkpoint are not the folder's.
+            // The folder's weights are not those of the checkpoint.
             for piece in model.parameters().flat().split(PIECE, 0) {
                 let piece: Tensor = piece.to_device(Device::Cpu).contiguous();
                 let mut bytes = vec![0; piece.numel() * piece.kind().elt_size_in_bytes()];
@@ -342,13 +344,13 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         evaluator.keep(opened);
         let there = evaluator.kept_samples();
         if there > 0 {
-            eprintln!("going on: {there} of {} images are scored already", spec.samples);
+            eprintln!("resuming: {there} of {} images are evaluated already", spec.samples);
         }
     } else if let Some(folder) = &kept {
         evaluator.keep(Kept::join(folder.clone()));
     }
 
-    // Only now, when everything has been found good: the others load the same.
+    // Only now, when all arguments have been checked: the other processes load the same files.
     let store = match port {
         Some(port) => TcpStore::connect(HOST, port, PATIENCE)?,
         None => TcpStore::serve(HOST, 0, PATIENCE)?,
@@ -371,7 +373,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Scoring::Compare => bar.set_message("comparing"),
     };
     let gathered = evaluator.gather(subject.sampler(), &group, tell)??;
-    // One process compares: for many samples that takes a while on all cores.
+    // One process computes the metrics: for many samples that takes a while on all cores.
     if rank != 0 {
         return Ok(ExitCode::SUCCESS);
     }
@@ -387,7 +389,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A bar over samples, on the screen of the first process, with the time that is left for those that are not there yet.
+/// A progress bar over samples, on the first process's terminal, with the time for those that are still to be made.
 fn progress(spec: &EvaluationSpec, there: u64, rank: u16) -> anyhow::Result<ProgressBar> {
     if rank != 0 {
         return Ok(ProgressBar::hidden());
@@ -400,7 +402,7 @@ fn progress(spec: &EvaluationSpec, there: u64, rank: u16) -> anyhow::Result<Prog
     Ok(bar)
 }
 
-/// Starts another process like this one; it ends when this one does.
+/// Starts another process with the same arguments; it ends when this one does.
 fn start(rank: u32, port: u16, threads: u32, kept: Option<&Path>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program")?;
     Command::new(program)
@@ -414,9 +416,9 @@ fn start(rank: u32, port: u16, threads: u32, kept: Option<&Path>) -> anyhow::Res
         .context("cannot start a process")
 }
 
-/// Ends this process when another one fails: a collective would wait for it for long.
+/// Ends this process when another one fails: otherwise a collective would wait for its timeout.
 fn supervise(mut child: Child) {
-    // Waiting closes the child's stdin, its lifeline, unless somebody else holds it.
+    // Waiting for the child closes its stdin, which is its lifeline, unless that is held elsewhere.
     let held = child.stdin.take();
     std::thread::spawn(move || {
         let how = match child.wait() {

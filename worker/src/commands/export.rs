@@ -1,5 +1,5 @@
-//! `export`: the averaged generator of a checkpoint, in the form that others load: one file for an EDM network, a folder in the
-//! layout of diffusers for a text-to-image model.
+//! `export`: writes the averaged generator of a checkpoint in a form that other programs load: one file for an EDM
+//! network, a folder in the layout of diffusers for a text-to-image model.
 
 use std::{
     collections::BTreeMap,
@@ -51,7 +51,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A complete folder: the generator as U-Net, a scheduler that takes its steps, and the rest of the teacher.
+/// A complete folder: the generator as U-Net, a scheduler that makes its steps, and the other parts of the teacher.
 fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> anyhow::Result<()> {
     ensure!(!out.exists(), "{} exists already: name a folder that does not", out.display());
     let source = latent.folder.path();
@@ -62,7 +62,7 @@ fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> a
         if file.starts_with("unet") || file == Path::new(SCHEDULER) || file == Path::new("model_index.json") {
             continue;
         }
-        // What a link of a hub's cache leads to, not the link.
+        // Copies the target of a link in a hub's cache, not the link.
         let from = source.join(&file).canonicalize().with_context(|| format!("{}", file.display()))?;
         let done = match link {
             true => std::os::unix::fs::symlink(&from, &to),
@@ -77,7 +77,7 @@ fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> a
     write(&format!("unet/{WEIGHTS}"), &unet(student.model.network.as_ref())?)?;
     let config = std::fs::read_to_string(source.join("unet/config.json"))?;
     let mut config: Value = serde_json::from_str(&config)?;
-    // The run may have been for other sides than the teacher's.
+    // The run's images may have another size than the teacher's.
     let [_, height, width] = student.model.network.sample_shape();
     config["sample_size"] = if height == width { json!(height) } else { json!([height, width]) };
     write("unet/config.json", &serde_json::to_vec_pretty(&config)?)?;
@@ -86,7 +86,7 @@ fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> a
     write(SCHEDULER, &serde_json::to_vec_pretty(&scheduler)?)?;
     let mut index = latent.folder.index().clone();
     index["scheduler"] = json!(["diffusers", "LCMScheduler"]);
-    // Parts that are left behind: the safety checker and its like.
+    // Parts that are not exported: the safety checker and its like.
     if let Some(parts) = index.as_object_mut() {
         let kept: Vec<&str> = latent.folder.parts().collect();
         for (name, part) in parts.iter_mut().filter(|(_, part)| part.is_array()) {
@@ -110,9 +110,10 @@ fn unet(network: &dyn Denoiser) -> anyhow::Result<Vec<u8>> {
     Ok(weights::archive(&tensors, &metadata)?)
 }
 
-/// diffusers' LCM scheduler does what the generator does: predict x0, noise it anew for the next of the given timesteps. Its
-/// boundary condition (2310.04378, section 4.1) is the identity at these times to within 1e-6. Only where it begins differs: a
-/// pipeline's own noise has level 1, the generator's first input √(1−ᾱ), so callers give the latents.
+/// diffusers' LCM scheduler makes the same steps as the generator: it predicts x0 and adds new noise for the next of
+/// the given timesteps. Its boundary condition (2310.04378, section 4.1) is the identity at these times to within 1e-6.
+/// Only the start differs: a pipeline's own noise has level 1, the generator's first input √(1−ᾱ), so callers give the
+/// latents.
 fn few_step_scheduler(teachers: Value, times: &[f64]) -> Value {
     let kept = |key: &str, default: Value| teachers.get(key).cloned().unwrap_or(default);
     let times: Vec<i64> = times.iter().map(|time| *time as i64).collect();

@@ -1,4 +1,4 @@
-//! The commands of `potstill-worker`, a file for each.
+//! The commands of `potstill-worker`, one file for each.
 
 mod agent;
 mod check;
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Potstill's worker: trains, scores and saves on behalf of a coordinator.
+/// Potstill's worker: trains, evaluates and saves as the coordinator assigns.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -25,19 +25,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// One per node: keeps the ranks of this machine alive until the run is over.
+    /// Starts the ranks of this machine, and restarts those that die, until the run is over.
     Agent(agent::Arguments),
-    /// One per device: attaches to the coordinator and trains.
+    /// Runs one rank on one device: attaches to the coordinator and trains.
     Rank(rank::Arguments),
-    /// Scores a student, or a teacher, beside real images.
+    /// Computes the metrics of a student or a teacher against real images.
     Evaluate(evaluate::Arguments),
-    /// Says whether a text-to-image run fits its devices, before anything is loaded.
+    /// Checks whether a text-to-image run fits its devices, before anything is loaded.
     Plan(plan::Arguments),
     /// Writes the averaged generator of a checkpoint: a file, or a folder in diffusers' layout.
     Export(export::Arguments),
-    /// Makes images with a student.
+    /// Makes samples with a student.
     Sample(sample::Arguments),
-    /// Reads a run specification from standard input and tries to load everything it names.
+    /// Reads a run specification from standard input and loads all files that it names.
     Check,
     /// Trains a small EDM teacher on an image file.
     TrainTeacher(train_teacher::Arguments),

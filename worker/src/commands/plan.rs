@@ -1,4 +1,4 @@
-//! `plan`: whether a run fits its devices, before anything is loaded.
+//! `plan`: checks whether a run fits its devices, before anything is loaded.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -18,47 +18,48 @@ pub struct Arguments {
     /// Memory of one device, as in 80GiB
     #[arg(long, value_name = "SIZE", value_parser = potstill_spec::units::bytes)]
     device_memory: u64,
-    /// Ranks that share the work
+    /// Number of ranks
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     workers: u32,
     /// Change one key, as in memory.shard_optimizer=true
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
-    /// JSON instead of a table
+    /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
 }
 
-/// Beyond what tensors take: CUDA's context, libraries, NCCL's buffers, and what the allocator cannot use. Ours.
+/// Memory beyond the tensors: CUDA's context, libraries, NCCL's buffers, and what the allocator cannot use. An estimate
+/// of Potstill's.
 const OVERHEAD: f64 = 0.08;
 
-/// Memory of one rank by what it is for, in bytes.
+/// Memory of one rank by purpose, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// Weights of teacher, generator and fake score.
     pub weights: u64,
-    /// fp32 copies of weights that are of lower precision.
+    /// fp32 copies of weights of lower precision.
     pub master_weights: u64,
     /// Adam's moments.
     pub moments: u64,
-    /// G_ema, unless it lies in the host's memory.
+    /// G_ema, unless it is kept in the host's memory.
     pub average: u64,
     /// Text encoders and autoencoder.
     pub surroundings: u64,
     /// The buffers in which gradients are summed and reduced.
     pub gradients: u64,
-    /// What the phase that needs most keeps for its backward pass, or the gradients that are there at its end.
+    /// The most that one phase keeps for its backward pass, or the gradients at its end.
     pub activations: u64,
-    /// What an optimizer step needs beside these, while there are no activations.
+    /// Temporaries of an optimizer step, which come when there are no activations.
     pub step: u64,
 }
 
-/// What a model is, without its weights.
+/// The configurations and sizes of a model, without its weights.
 struct Sizes {
     unet: UNetConfig,
     /// Height and width of the latents.
     sides: [i64; 2],
-    /// Tokens of a text.
+    /// Tokens of a prompt.
     tokens: i64,
     /// Parameters of the text encoders.
     text: i64,
@@ -67,13 +68,13 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Of the run's model.
+    /// The dimensions of the run's model.
     ///
     /// # Errors
-    /// It cannot be found, or is not supported.
+    /// The model cannot be found, or is not supported.
     fn of(spec: &RunSpec) -> anyhow::Result<Self> {
         let Some(location) = &spec.teacher.model else {
-            bail!("a plan is for text-to-image models: {} is none", spec.teacher);
+            bail!("a plan is for text-to-image models, and {} is not one", spec.teacher);
         };
         let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
         let folder = ModelFolder::open(&path)?;
@@ -89,10 +90,10 @@ impl Sizes {
 }
 
 impl Plan {
-    /// Of one of `workers` ranks.
+    /// The memory of one of `workers` ranks.
     ///
     /// # Errors
-    /// The model's configuration describes no network.
+    /// The model's configuration is not that of a valid network.
     fn new(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Self> {
         let size = model.unet.size()?;
         let memory = &spec.memory;
@@ -117,18 +118,20 @@ impl Plan {
             average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match buffered {
-                // The sum of all micro-batches; one network's own come as the activations go.
+                // The sum over micro-batches; the gradients of one micro-batch appear while its activations are
+                // released.
                 true => 4 * size,
                 // c10d's buckets of both networks.
                 false => 2 * 4 * size,
             }),
             activations: bytes_of(activations(spec, model)?.max(kind * size)),
-            // The reduced gradient, where it is not the buffer itself; the root of the second moment and the update.
+            // The reduced gradient, where it is not in the buffer itself; the square root of the second moment and the
+            // update.
             step: bytes_of(4 * reduced + 2 * 4 * slice.min(STRETCH)),
         })
     }
 
-    /// The most at a time: activations and an optimizer step are never there together.
+    /// The most at a time: activations and temporaries of an optimizer step do not exist at once.
     pub fn peak(&self) -> u64 {
         self.resident() + self.activations.max(self.step)
     }
@@ -137,7 +140,7 @@ impl Plan {
         self.weights + self.master_weights + self.moments + self.average + self.surroundings + self.gradients
     }
 
-    /// What a device needs to hold it.
+    /// The memory that a device needs.
     pub fn needed(&self) -> u64 {
         (self.peak() as f64 * (1.0 + OVERHEAD)) as u64
     }
@@ -160,7 +163,7 @@ fn bytes_of(elements: i64) -> u64 {
     u64::try_from(elements).unwrap_or(0)
 }
 
-/// Bytes of the phase that keeps most.
+/// Activations in bytes of the phase that keeps the most.
 fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
     let Sizes { unet, sides, tokens, .. } = model;
     let [training, fake, teacher] = spec.guidance.scales();
@@ -193,7 +196,7 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
     let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + most(&[&trained_fake]);
     let kind = match (spec.memory.bf16_weights, spec.distillation.precision) {
         (true, _) => 2,
-        // Mixed precision: normalisations stay fp32 on a GPU.
+        // Mixed precision: normalizations stay fp32 on a GPU.
         (false, _) => 4,
     };
     // Each product's copy of its weights in lower precision is kept for the backward pass.
@@ -222,12 +225,12 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         for (what, size) in plan.rows() {
             println!("{what:<46} {:>10.2} GiB", gib(size));
         }
-        println!("{:<46} {:>10.2} GiB", "at most at a time", gib(plan.peak()));
-        println!("{:<46} {:>10.2} GiB", "with a device's own needs", gib(plan.needed()));
+        println!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak()));
+        println!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed()));
         match fits {
             true => println!("yes: it fits {:.1} GiB", gib(arguments.device_memory)),
             false => println!(
-                "no: {:.1} GiB are {:.1} GiB too few{}",
+                "no: {:.1} GiB are {:.1} GiB too little{}",
                 gib(arguments.device_memory),
                 gib(plan.needed() - arguments.device_memory),
                 advice(&spec, arguments.workers)
@@ -237,7 +240,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What else could be tried.
+/// Advice: what could be changed so that it fits.
 fn advice(spec: &RunSpec, workers: u32) -> String {
     let memory = &spec.memory;
     let untried: Vec<&str> = [
@@ -288,7 +291,7 @@ mod tests {
     const TOKENS: i64 = 16;
     const WIDTH: i64 = 32;
 
-    /// Texts that are nothing but noise.
+    /// Prompts whose embeddings are noise.
     struct Noise;
 
     impl Conditions for Noise {
@@ -309,8 +312,8 @@ mod tests {
         .unwrap()
     }
 
-    /// The most that one of `world` ranks holds in two iterations, which the training step itself computes, but for the exchange
-    /// with the other ranks: their collectives' threads free what they needed at a time of their own.
+    /// The peak memory of one of `world` ranks in two iterations of the training step, without the exchange with other
+    /// ranks: the threads of collectives free their memory at a time of their own.
     fn measured(spec: &RunSpec, world: usize) -> u64 {
         let timeout = Duration::from_secs(60);
         let store = TcpStore::serve("127.0.0.1", 0, timeout).unwrap();

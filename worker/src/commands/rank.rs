@@ -1,4 +1,4 @@
-//! One rank: a process with one device.
+//! `rank`: one worker process with one device.
 
 use std::{
     net::{ToSocketAddrs, UdpSocket},
@@ -26,29 +26,29 @@ use crate::{
 };
 use potstill_logging::{LogFormat, chain};
 
-/// Exit code of a rank that leaves because the run has failed, or because it cannot take part in it: starting it again
-/// would not help.
+/// Exit code of a rank that ends because the run has failed, or because it cannot take part in it: a restart would not
+/// help.
 pub const LEFT_IN_FAILURE: u8 = 70;
 
-/// Whom a rank works for, and how it reports: the same for the agent that starts it.
+/// Arguments about the run and the log: the same for an agent.
 #[derive(Args)]
 pub struct Service {
-    /// Where the coordinator listens, as in http://10.0.0.1:7070.
+    /// Address of the coordinator, as in http://10.0.0.1:7070.
     #[arg(long)]
     pub coordinator: String,
-    /// The run to work for.
+    /// Name of the run.
     #[arg(long)]
     pub run_id: String,
-    /// End when standard input is closed: set by whoever starts this process and holds the other end.
+    /// End when standard input is closed: set by the process that starts this one and holds the other end of the pipe.
     #[arg(long)]
     pub lifeline: bool,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,
 }
 
 impl Service {
-    /// Starts logging, and holds on to the parent.
+    /// Starts logging, and watches the lifeline.
     pub fn enter(&self) {
         self.log_format.start();
         if self.lifeline {
@@ -64,10 +64,10 @@ pub struct Arguments {
     /// Threads for libtorch.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     threads: u32,
-    /// Where to compute.
+    /// Device of the rank.
     #[arg(long, value_enum, default_value_t)]
     device: Choice,
-    /// Which of the ranks of this machine it is, from 0.
+    /// Index among the ranks of this machine, from 0.
     #[arg(long, default_value_t = 0)]
     slot: usize,
 }
@@ -82,10 +82,10 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
     };
     tch::set_num_threads(arguments.threads as i32);
-    // One worker thread: heartbeats and uploads, beside the training thread.
+    // One worker thread for heartbeats and uploads, beside the training thread.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
 
-    // Ended by us, not by a crash: the agent must not start another one.
+    // The coordinator ended it, not a crash: the agent must not restart it.
     match serve(&arguments.service, &runtime, device) {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
@@ -96,7 +96,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Attaches and works until told to leave. True: the run succeeded, or saved when it was asked to stop.
+/// Attaches and works until told to stop. True: the run succeeded, or saved when it was asked to stop.
 fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<bool> {
     // Entered, so that the session can start its tasks.
     let _entered = runtime.enter();
@@ -129,7 +129,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
             tracing::info!(success, reason, "leaving");
             return Ok(success);
         }
-        // An interrupted generation may have been followed by several messages; only the newest assignment counts.
+        // Several messages may have followed an interrupted generation; only the newest assignment counts.
         while let Some(assignment) = session.orders()?.assignment.take() {
             let ending = run_generation(
                 &job,
@@ -144,7 +144,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
             match ending {
                 Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),
                 Ok(Ending::Yielded) => {
-                    tracing::info!(%generation, %cursor, "parted at a boundary; waiting for a place");
+                    tracing::info!(%generation, %cursor, "yielded at a boundary; waiting for an assignment");
                     session.progress.set_activity("waiting for an assignment");
                     session.send(FromWorker::Yielded { generation, cursor });
                 }
@@ -154,7 +154,7 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
                     session.send(FromWorker::CheckpointDamaged { generation, manifest_key, error });
                 }
                 Ok(Ending::Left(error)) => {
-                    tracing::warn!(%generation, %cursor, error, "left the group; keeping the state, waiting for a place");
+                    tracing::warn!(%generation, %cursor, error, "left the group; keeping the state, waiting for an assignment");
                     session.progress.set_activity("waiting for an assignment");
                     session.send(FromWorker::CollectiveFailed { generation, cursor, error });
                 }
@@ -182,7 +182,7 @@ fn prepare(
     Job::load(spec, run, runtime.handle().clone(), device)
 }
 
-/// Reports an error that no other worker could mend, and waits for the coordinator to end the run.
+/// Reports an error that no other worker could avoid, and waits for the coordinator to end the run.
 fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) -> anyhow::Result<bool> {
     tracing::error!("{}", chain(&error));
     session.send(FromWorker::Failed { generation, error: chain(&error) });
@@ -190,7 +190,7 @@ fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) 
     Ok(false)
 }
 
-/// This machine's address on the network that leads to the coordinator: where peers can reach it too.
+/// This machine's address in the network of the coordinator, where peers can reach it too.
 fn address_towards(coordinator: &str) -> anyhow::Result<String> {
     let authority = coordinator.split("://").last().unwrap_or(coordinator).trim_end_matches('/');
     let target = authority

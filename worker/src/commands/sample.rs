@@ -1,4 +1,4 @@
-//! `sample`: images from a student, as a grid and one by one.
+//! `sample`: makes images with a student, as a grid and one by one.
 
 use std::{
     collections::BTreeMap,
@@ -28,25 +28,25 @@ use crate::{
 pub struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// How many images
+    /// Number of images
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     count: u32,
-    /// Classes to go round, as in 0,1,2; by default all
+    /// Classes, used in turn, as in 0,1,2; by default all
     #[arg(long, value_name = "CLASSES", value_delimiter = ',')]
     labels: Vec<i64>,
-    /// A prompt for a text-to-image model; can be given several times, to go round
+    /// A prompt for a text-to-image model; several are used in turn
     #[arg(long = "prompt", value_name = "TEXT", conflicts_with_all = ["labels", "prompts"])]
     prompt: Vec<String>,
     /// A file of prompts: .txt with one a line, .jsonl or .parquet with a column "prompt"
     #[arg(long, value_name = "FILE", conflicts_with = "labels")]
     prompts: Option<String>,
-    /// Write the noise of every step to this file too, [images, steps, C, H, W] in safetensors
+    /// Also write the noise of every step to this file, [images, steps, C, H, W] in safetensors
     #[arg(long, value_name = "FILE")]
     save_noise: Option<PathBuf>,
-    /// Where to compute
+    /// Device
     #[arg(long, value_enum, default_value_t)]
     device: Choice,
-    /// Decides the noise: image i of a seed is always the same
+    /// Seed of the noise: image i of a seed is always the same
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Images in a row of the grid
@@ -62,12 +62,12 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let Student { model, times, origin } = arguments.source.load(device)?;
     let classes = model.network.classes();
     if let Some(label) = arguments.labels.iter().find(|label| !(0..classes).contains(*label)) {
-        bail!("class {label} is out of range: {origin} knows {classes} classes, from 0");
+        bail!("class {label} is out of range: {origin} has {classes} classes, from 0");
     }
     let reads = model.latent.is_some();
     let asked = !arguments.prompt.is_empty() || arguments.prompts.is_some();
-    ensure!(reads || !asked, "{origin} knows no texts: name classes with --labels");
-    ensure!(asked || !reads, "{origin} makes images of texts: give it some with --prompt or --prompts");
+    ensure!(reads || !asked, "{origin} takes no prompts: name classes with --labels");
+    ensure!(asked || !reads, "{origin} needs prompts: give them with --prompt or --prompts");
     let prompts = match &arguments.prompts {
         Some(file) => PromptsSpec { data: Some(file.clone()), ..PromptsSpec::default() },
         None => PromptsSpec::default(),
@@ -81,7 +81,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let channels = space.image_shape()[0];
     ensure!(
         channels == 1 || channels == 3,
-        "{origin} makes images of {channels} channels, which is no picture"
+        "{origin} makes images of {channels} channels, which cannot be written as pictures"
     );
     let labels = match arguments.labels.is_empty() {
         true => (0..classes).collect(),
@@ -116,8 +116,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The noise of each step of image `index` of a seed, [1, C, H, W]: its own, so that it does not depend on how many images are
-/// made.
+/// The noise of each step of image `index` of a seed, [1, C, H, W]; it does not depend on the number of images.
 fn noises(
     [channels, height, width]: [i64; 3],
     steps: usize,

@@ -1,4 +1,4 @@
-//! The student that a command is about, as its arguments name it.
+//! The arguments that name the student of a command.
 
 use anyhow::ensure;
 use clap::Args;
@@ -6,20 +6,20 @@ use tch::Device;
 
 use crate::model::student::Student;
 
-/// Where the student comes from.
+/// The arguments that name a student.
 #[derive(Args)]
 pub struct Source {
-    /// An exported generator (a .safetensors file, or a folder in the layout of diffusers), or a run (STORAGE/runs/RUN, whose newest checkpoint it takes), or one
-    /// checkpoint of it (STORAGE/runs/RUN/checkpoints/ITERATION)
+    /// An exported generator (a .safetensors file, or a folder in the layout of diffusers), or a run (STORAGE/runs/RUN,
+    /// whose newest checkpoint is used), or one checkpoint of it (STORAGE/runs/RUN/checkpoints/ITERATION)
     #[arg(long, value_name = "URL")]
     checkpoint: String,
-    /// Run only the first so many steps of the generator; by default all
+    /// Run only this many steps of the generator, from the first; by default all
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     steps: Option<u32>,
 }
 
 impl Source {
-    /// Loads it.
+    /// Loads the student.
     ///
     /// # Errors
     /// There is no such file or checkpoint, it is damaged, or it has fewer steps than asked for.

@@ -1,7 +1,6 @@
 //! `train-teacher`: trains a small EDM teacher on an image file (2206.00364, "Training").
 //!
-//! Potstill distills teachers that others have trained; this command exists so that the example's teacher is a real one
-//! that anybody can make again.
+//! Potstill distills teachers that others have trained; with this command the example's teacher can be trained again.
 
 use std::{
     collections::BTreeMap,
@@ -50,40 +49,40 @@ pub struct Arguments {
     /// Threads for libtorch; by default all cores.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// How log lines look.
+    /// Format of log lines.
     #[arg(long, value_enum, default_value_t)]
     log_format: LogFormat,
 }
 
-/// A teacher's training file. Paths are relative to it.
+/// A teacher's training file. Its paths are relative to it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherTraining {
-    /// Architecture, with the names of EDM's checkpoints.
+    /// Architecture, with the keys of EDM's checkpoints.
     pub network: EdmConfig,
     /// Data, length, optimizer.
     pub training: Training,
-    /// How the result is scored.
+    /// How the result is evaluated.
     pub evaluation: EvaluationSpec,
-    /// Where weights go; scores and a picture go beside them, with other endings.
+    /// File for the weights; metrics and a picture are written beside it, with other extensions.
     pub output: PathBuf,
 }
 
-/// How a teacher is trained.
+/// The training of a teacher.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Training {
     /// Image file; see [`Dataset`].
     pub images: PathBuf,
-    /// Decides initial weights and every random number.
+    /// Seed of the initial weights and of all random numbers.
     pub seed: u64,
     /// Optimizer steps.
     pub iterations: u64,
     /// Images per step.
     pub batch: u32,
-    /// Adam's step size, reached after `warmup_iterations` and then lowered to 0 along a cosine.
+    /// Adam's learning rate, reached after `warmup_iterations` and then lowered to 0 along a cosine.
     pub learning_rate: f64,
-    /// Linear warm-up.
+    /// Iterations of linear warm-up.
     pub warmup_iterations: u64,
     /// β₁, β₂.
     pub betas: [f64; 2],
@@ -91,9 +90,9 @@ pub struct Training {
     pub epsilon: f64,
     /// Half-life of the average that is saved, in images.
     pub ema_half_life_images: f64,
-    /// Share of images trained without their label, so that the teacher can be guided.
+    /// Share of images that are trained without their label, so that the teacher can be guided.
     pub label_dropout: f64,
-    /// Noise law: ln σ ~ N(mean, std²).
+    /// Noise distribution: ln σ ~ N(mean, std²).
     pub noise: LogNormalSpec,
 }
 
@@ -301,7 +300,7 @@ fn score(evaluator: &Evaluator, teacher: &dyn Denoiser) -> anyhow::Result<Scores
     Ok(evaluator.score(Sampler::Teacher(teacher), &group, |_| {})??)
 }
 
-/// Writes the weights and, beside them, the scores.
+/// Writes the weights and, beside them, the metrics.
 fn save(
     config: &TeacherTraining,
     average: &dyn Denoiser,

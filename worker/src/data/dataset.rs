@@ -1,5 +1,5 @@
-//! Real images with their classes, in memory: what a teacher learns from, what scores compare with, and what the adversarial
-//! loss shows its discriminator.
+//! Real images with their classes, in memory: the training data of a teacher, the reference of metrics, and the real
+//! samples of the adversarial loss.
 
 use anyhow::ensure;
 use potstill_distill::adversarial::RealSamples;
@@ -17,20 +17,20 @@ pub struct Dataset {
     pub labels: Tensor,
 }
 
-/// Images that are brought to another size at a time.
+/// Images that are treated at a time.
 const BATCH: i64 = 100;
 
-/// Of what a network needs.
+/// The images that a network needs.
 #[derive(Clone, Copy)]
 pub struct Shape {
     /// Channels, height, width.
     pub sample: [i64; 3],
-    /// Labels must lie below this; 0: they are not looked at.
+    /// Number of classes, above all labels; 0: labels are ignored.
     pub classes: i64,
 }
 
 impl Dataset {
-    /// The images as a protocol wants them.
+    /// The treatment of the images.
     pub(super) fn after(self, protocol: Protocol) -> anyhow::Result<Self> {
         if protocol == Protocol::AsMade {
             return Ok(self);
@@ -56,7 +56,7 @@ impl Dataset {
             let outside = self.labels.lt(0).logical_or(&self.labels.ge(shape.classes));
             if let Some(index) = Vec::<i64>::try_from(outside.nonzero().reshape([-1]))?.first() {
                 anyhow::bail!(
-                    "label {} of image {index} is out of range: the network knows classes 0 to {}",
+                    "label {} of image {index} is out of range: the network has classes 0 to {}",
                     self.labels.int64_value(&[*index]),
                     shape.classes - 1
                 );
@@ -65,7 +65,7 @@ impl Dataset {
         Ok(())
     }
 
-    /// Keeps `count` images, spread evenly over the whole, if there are more.
+    /// Keeps `count` images, spread evenly over all, if there are more.
     pub fn limit(self, count: u64) -> Self {
         let n = self.len();
         let count = i64::try_from(count).unwrap_or(n).min(n);
@@ -78,7 +78,7 @@ impl Dataset {
         }
     }
 
-    /// How many images there are.
+    /// The number of images.
     pub fn len(&self) -> i64 {
         self.pixels.size()[0]
     }
@@ -88,15 +88,15 @@ impl Dataset {
         self.pixels.to_kind(Kind::Float) * (2.0 / self.white) - 1.0
     }
 
-    /// All images, so many at a time, each batch as [`images`](Self::images): many large ones do not fit in memory as
-    /// fp32.
+    /// All images, in batches of the given size, each as [`images`](Self::images): many large ones do not fit in memory
+    /// as fp32.
     pub fn batches(&self, size: i64) -> impl Iterator<Item = Tensor> {
         let pixels = self.pixels.split(size, 0);
         let scale = 2.0 / self.white;
         pixels.into_iter().map(move |batch| batch.to_kind(Kind::Float) * scale - 1.0)
     }
 
-    /// For the adversarial loss.
+    /// A micro-batch of real samples for the adversarial loss.
     pub fn into_real_samples(self, classes: i64) -> RealSamples {
         RealSamples::new(self.pixels, self.white, self.labels, classes)
     }

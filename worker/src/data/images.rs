@@ -1,4 +1,4 @@
-//! Images from files of common formats, in folders and in tars.
+//! Reads images of common formats from folders and from tars.
 
 use anyhow::{Context, bail, ensure};
 use potstill_spec::Protocol;
@@ -13,15 +13,15 @@ use super::{
 };
 use crate::data::protocol::Picture;
 
-/// What images have to become.
+/// The requirements on images.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
-    /// Channels, height, width, after the protocol.
+    /// Channels, height and width after the treatment.
     pub shape: [i64; 3],
     pub protocol: Protocol,
 }
 
-/// One sub-folder per class.
+/// Reads a folder with one sub-folder per class.
 pub(super) async fn from_folder(
     source: &Source,
     names: &[String],
@@ -40,7 +40,7 @@ pub(super) async fn from_folder(
     known.dedup();
     let numbered = known.iter().all(|name| name.parse::<u32>().is_ok());
     let mut collected = Collected::new(wanted);
-    // In slices, so that the files' bytes are not all in memory beside their pixels.
+    // In batches, so that the files' bytes are not all in memory beside their pixels.
     for (names, classes) in names.chunks(256).zip(classes.chunks(256)) {
         for ((name, class), bytes) in names.iter().zip(classes).zip(source.read_all(names).await?) {
             let label = match class {
@@ -54,8 +54,8 @@ pub(super) async fn from_folder(
     collected.finish()
 }
 
-/// Images with `.cls` or `.json` beside them under the same key. A sample without either is of class 0, which a network
-/// without classes does not look at.
+/// Reads images with a `.cls` or `.json` file under the same key. A sample without either has class 0, which a network
+/// without classes ignores.
 pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) -> anyhow::Result<Dataset> {
     let mut collected = Collected::new(wanted);
     for tar in tars {
@@ -69,7 +69,7 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
     collected.finish()
 }
 
-/// Decoded images so far.
+/// Images decoded so far.
 struct Collected {
     wanted: Wanted,
     pixels: Vec<u8>,
@@ -92,7 +92,7 @@ impl Collected {
         }
     }
 
-    /// Channel by channel, as tensors have it.
+    /// Reorders the bytes from pixels to channels, as tensors have them.
     fn decode(&self, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
         let [channels, height, width] = self.wanted.shape;
         let image = image::load_from_memory(bytes)?;
@@ -188,7 +188,7 @@ mod tests {
             &[
                 ("train/0001.cls", b"3\n"),
                 ("train/0001.png", &png(0)),
-                ("train/0002.seg.txt", b"what is not known is passed over"),
+                ("train/0002.seg.txt", b"unknown files are ignored"),
                 ("train/0002.png", &png(255)),
                 ("train/0002.json", br#"{"label": 7, "caption": "seven"}"#),
             ],

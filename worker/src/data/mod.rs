@@ -1,5 +1,5 @@
-//! Data as it comes: images with classes ([`Dataset`]), images with captions ([`pairs`]), prompts ([`prompt_file`]), and what happens
-//! to images before they are compared ([`protocol`]).
+//! Training and evaluation data: images with classes ([`Dataset`]), images with captions ([`pairs`]), prompts
+//! ([`prompt_file`]), and the treatment of images before they are compared ([`protocol`]).
 
 mod dataset;
 mod formats;

@@ -1,5 +1,5 @@
-//! Images with captions, from tars in the WebDataset layout: what the adversarial loss shows the discriminator of a
-//! text-to-image model. Each image is scaled until it covers the model's size, and its middle is cut out.
+//! Images with captions, from tars in the WebDataset layout: the real samples for the discriminator of a text-to-image
+//! model. Each image is scaled until it covers the model's size, and the center is cut out.
 
 use anyhow::{Context, ensure};
 use image::{DynamicImage, imageops::FilterType};
@@ -10,16 +10,16 @@ use super::{tally::Tally, tars};
 
 /// One image of the model's size with its caption.
 pub struct Pair {
-    /// As it lies in the file: decoded again when it is wanted, since many decoded images would not fit in memory.
+    /// The image file's content: it is decoded again at each use, since many decoded images would not fit in memory.
     encoded: Vec<u8>,
-    /// What it shows.
+    /// The caption.
     pub caption: String,
 }
 
-/// Reads the pairs at `location`, a tar or a folder of tars. With `limit` only so many, spread evenly over the whole.
+/// Reads the pairs at `location`, a tar or a folder of tars. With `limit` only this many, spread evenly over all.
 ///
 /// # Errors
-/// There are none, or one in a hundred or more is broken; with the first of them.
+/// There are none, or more than one in a hundred is broken; with the first of these.
 pub fn load(location: &str, limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(read(location, limit)).with_context(|| format!("image-text pairs at {location}"))
@@ -63,13 +63,13 @@ async fn read(location: &str, limit: Option<u64>) -> anyhow::Result<Vec<Pair>> {
 
 fn pair(encoded: Vec<u8>, caption: Option<String>) -> anyhow::Result<Pair> {
     let caption = caption.filter(|text| !text.is_empty()).context("has no caption that can be read")?;
-    // Decoded once now, so that what is broken is found before training.
+    // Decoded once now, so that broken images are found before training.
     let image = image::load_from_memory(&encoded)?;
     ensure!(image.height() > 0 && image.width() > 0, "is empty");
     Ok(Pair { encoded, caption })
 }
 
-/// Top and left of the middle of an image that was scaled to cover `sides`, and its scaled height and width.
+/// Top and left of the center of an image that was scaled to cover `sides`, and its scaled height and width.
 fn cover(original: [i64; 2], sides: [i64; 2]) -> ([i64; 2], [i64; 2]) {
     let scale = (0..2).map(|axis| sides[axis] as f64 / original[axis] as f64).fold(0.0, f64::max);
     let scaled = [0, 1].map(|axis| ((original[axis] as f64 * scale).round() as i64).max(sides[axis]));
@@ -85,7 +85,7 @@ impl Pair {
     /// The image, fp32 [3, height, width] in [−1, 1].
     ///
     /// # Errors
-    /// It cannot be decoded, which it could when it was loaded.
+    /// It cannot be decoded, although it could when it was loaded.
     pub fn image(&self, sides: [i64; 2]) -> anyhow::Result<Tensor> {
         let image = image::load_from_memory(&self.encoded)?.into_rgb8();
         let [height, width] = [i64::from(image.height()), i64::from(image.width())];

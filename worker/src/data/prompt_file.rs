@@ -9,19 +9,19 @@ use parquet::{
 use potstill_storage::Source;
 use serde_json::Value;
 
-/// What a file of prompts holds.
+/// The content of a file of prompts.
 #[derive(Debug, Default)]
 pub struct Read {
     pub texts: Vec<String>,
-    /// From a column `label` of whole numbers beside the prompts, where every row has one.
+    /// From a column `label` of integers beside the prompts, where every row has one.
     pub labels: Option<Vec<i64>>,
 }
 
 const LABEL: &str = "label";
-/// Where the column of the prompts is said.
+/// Names the keys that set the prompts' column.
 const COLUMN: &str = "the prompts' column (prompts.column, evaluation.prompts_column or --prompts-column)";
 
-/// Reads a file: `.txt` with one prompt a line, `.jsonl` with an object a line, `.parquet`. Empty lines are passed over.
+/// Reads a file: `.txt` with one prompt a line, `.jsonl` with an object a line, `.parquet`. Empty lines are skipped.
 ///
 /// # Errors
 /// It is missing, empty, not UTF-8, or lacks the column; with the line or row.
@@ -35,13 +35,13 @@ pub fn read_prompts(location: &str, column: &str) -> anyhow::Result<Read> {
         Some("txt") => from_lines(&bytes)?,
         Some("jsonl") => from_json(&bytes, column)?,
         Some("parquet") => from_parquet(bytes, column)?,
-        _ => bail!("prompts come as .txt (one a line), .jsonl or .parquet"),
+        _ => bail!("expected a file of prompts: .txt (one a line), .jsonl or .parquet"),
     };
     ensure!(!read.texts.is_empty(), "holds no prompts");
     Ok(read)
 }
 
-/// Lines with their numbers from 1, without those that are empty.
+/// Lines with their numbers from 1, without empty ones.
 fn lines(bytes: &[u8]) -> impl Iterator<Item = anyhow::Result<(usize, &str)>> {
     bytes.split(|byte| *byte == b'\n').enumerate().filter_map(|(index, line)| {
         let line = match std::str::from_utf8(line) {

@@ -1,4 +1,4 @@
-//! What happens to images before they are scored: see [`Protocol`].
+//! The treatment of images before they are compared: see [`Protocol`].
 
 use anyhow::{Context, bail, ensure};
 use fast_image_resize::{
@@ -17,7 +17,7 @@ pub struct Picture {
     pub width: usize,
 }
 
-/// Channels, height and width of images of `shape` after `protocol`.
+/// Channels, height and width of images of `shape` after the treatment.
 ///
 /// # Errors
 /// They are smaller than the patch, or have no pixels.
@@ -30,15 +30,15 @@ pub fn shape_after(protocol: Protocol, shape: [i64; 3]) -> anyhow::Result<[i64; 
             ensure!(
                 height.min(width) >= size.into(),
                 "evaluation.images = \"patch\" cuts {size}×{size} out of each image, but images here are {height}×{width} \
-                 (height × width): set a smaller evaluation.image_size, or score them \"resized\""
+                 (height × width): set a smaller evaluation.image_size, or evaluation.images = \"resized\""
             );
             Ok([channels, size.into(), size.into()])
         }
     }
 }
 
-/// Images [N, C, H, W] in [−1, 1] as `protocol` wants them, fp32 in [−1, 1]. To be resized they are first rounded to
-/// 8 bits, as in the files that other evaluations read.
+/// Applies a treatment to images [N, C, H, W] in [−1, 1]; the result is fp32 in [−1, 1]. Before images are resized they
+/// are rounded to 8 bits, as in the files that other evaluations read.
 ///
 /// # Errors
 /// As [`shape_after`]; images of other than 1 or 3 channels cannot be resized.
@@ -74,7 +74,7 @@ pub fn apply(protocol: Protocol, images: &Tensor) -> anyhow::Result<Tensor> {
 }
 
 impl Picture {
-    /// As `protocol` wants it.
+    /// The image after the treatment.
     ///
     /// # Errors
     /// As [`apply`].
@@ -91,7 +91,7 @@ impl Picture {
         }
     }
 
-    /// The square of `side` pixels in the middle.
+    /// The centered square with sides of `side` pixels.
     fn centre(self, side: usize) -> Self {
         if self.height == side && self.width == side {
             return self;
@@ -117,7 +117,7 @@ impl Picture {
         let kind = match self.channels {
             1 => PixelType::U8,
             3 => PixelType::U8x3,
-            other => bail!("images of {other} channels cannot be resized; only grey and RGB ones can"),
+            other => bail!("images of {other} channels cannot be resized; only gray and RGB ones can"),
         };
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Lanczos3));
         let scaled = |bytes: &[u8], from: [u32; 2], to: [u32; 2]| -> anyhow::Result<Vec<u8>> {
@@ -127,16 +127,15 @@ impl Picture {
             Ok(target.into_vec())
         };
         let [width, height] = [self.width as u32, self.height as u32];
-        // Along the rows first, as Pillow: between the passes values are cut to 8 bits, so that their order can be
-        // seen.
+        // Rows first, as Pillow: between the passes values are rounded to 8 bits, so the order changes the result.
         let narrow = scaled(&self.bytes, [width, height], [size, height]).context("cannot be resized")?;
         let bytes = scaled(&narrow, [size, height], [size, size]).context("cannot be resized")?;
         Ok(Self { bytes, channels: self.channels, height: side, width: side })
     }
 }
 
-/// Pixels left out before the middle `size` of `length`; half of an odd remainder is rounded to even, as torchvision's
-/// `center_crop` does.
+/// Pixels before the central `size` of `length`; half of an odd remainder is rounded to even, as in torchvision's
+/// `center_crop`.
 fn margin(length: i64, size: i64) -> i64 {
     ((length - size) as f64 / 2.0).round_ties_even() as i64
 }

@@ -1,9 +1,10 @@
-//! Reading images with their classes. They come from one of:
-//! - a safetensors file: `images` u8 [N, C, H, W], `labels` u8 `[N]`, and in the metadata `pixel_max`, the value that stands
-//!   for white;
-//! - a folder with one sub-folder of images (PNG, JPEG, WebP) per class: the sub-folder's name if all of them are numbers,
-//!   else its place in the sorted order;
-//! - a tar in the WebDataset layout, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`) under one key.
+//! Reads images with their classes, from one of:
+//! - a safetensors file: `images` u8 [N, C, H, W], `labels` u8 `[N]`, and in the metadata `pixel_max`, the value of
+//!   white;
+//! - a folder with one sub-folder of images (PNG, JPEG, WebP) per class: the class is the sub-folder's name if all names
+//!   are numbers, else its index in the sorted order;
+//! - a tar in the WebDataset layout, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`) under one
+//!   key.
 //!
 //! Pixels become x = 2·v/white − 1, in [−1, 1].
 
@@ -17,19 +18,19 @@ use super::{
 };
 
 impl Dataset {
-    /// Reads everything at `location`, a path or a URL, and checks that it fits.
+    /// Reads all images at `location`, a path or a URL, and checks that they fit the model.
     ///
     /// # Errors
-    /// What does not fit, with the place.
+    /// An image or a label does not fit, with its place.
     pub fn load(location: &str, shape: Shape) -> anyhow::Result<Self> {
         Self::load_as(location, shape, Protocol::AsMade)
     }
 
-    /// [`load`](Self::load) of images that a protocol brings to the size of `shape`; before it they may be of any
-    /// size that it takes.
+    /// [`load`](Self::load) with a treatment that brings images to the size of `shape`; before it they may have any
+    /// size that the treatment accepts.
     ///
     /// # Errors
-    /// As `load`; images that are too small for the protocol.
+    /// As `load`; images that are too small for the treatment.
     pub fn load_as(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let read = runtime.block_on(Self::read(location, shape, protocol));

@@ -1,22 +1,22 @@
-//! What is broken among many files.
+//! Counts broken images among many files.
 
 use anyhow::ensure;
 
-/// Counts what is broken among many files: it is left out, until there is too much of it.
+/// Counts broken images among many files: they are left out, unless there are too many.
 #[derive(Default)]
 pub(super) struct Tally {
     broken: usize,
-    /// The first few, for the message.
+    /// The first few errors, for the message.
     shown: Vec<String>,
 }
 
-/// One in so many may be broken.
+/// The run fails when more than one image in this many is broken.
 const ONE_BROKEN_IN: usize = 100;
-/// So many of them are shown.
+/// Number of errors in the message.
 const SHOWN: usize = 3;
 
 impl Tally {
-    /// One more, and what is wrong with it.
+    /// Counts one broken image with its error.
     pub(super) fn broken(&mut self, what: String) {
         self.broken += 1;
         if self.shown.len() < SHOWN {
@@ -24,10 +24,10 @@ impl Tally {
         }
     }
 
-    /// Reports what is broken beside so many `good` ones.
+    /// Reports the broken images beside `good` good ones.
     ///
     /// # Errors
-    /// It is too much.
+    /// Too many are broken.
     pub(super) fn judge(&self, good: usize) -> anyhow::Result<()> {
         let (broken, shown) = (self.broken, self.shown.join("; "));
         ensure!(
@@ -36,7 +36,7 @@ impl Tally {
             good + broken
         );
         if broken > 0 {
-            tracing::warn!(broken, good, "images that cannot be used are left out: {shown}");
+            tracing::warn!(broken, good, "broken images are left out: {shown}");
         }
         Ok(())
     }

@@ -1,10 +1,10 @@
-//! Tars in the WebDataset layout: files of one sample lie side by side under one key, the name up to its first dot.
+//! Tars in the WebDataset layout: files of one sample are adjacent and share a key, the name up to its first dot.
 
 use std::{collections::BTreeMap, io::Read};
 
 use anyhow::Context;
 
-/// What a tar holds under one key.
+/// The files of one key.
 #[derive(Default)]
 pub struct Sample {
     /// Name and content of an image.
@@ -15,10 +15,10 @@ pub struct Sample {
     pub caption: Option<String>,
 }
 
-/// The samples of a tar in the order of their keys. Files of other kinds are passed over.
+/// The samples of a tar in the order of their keys. Files of other kinds are ignored.
 ///
 /// # Errors
-/// It is no tar or cut off; a class or a description that cannot be read, by name.
+/// It is not a tar or is cut off; a class or a description that cannot be read, by name.
 pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<Sample>> {
     let mut samples: BTreeMap<String, Sample> = BTreeMap::new();
     let mut archive = tar::Archive::new(bytes);
@@ -40,7 +40,7 @@ pub fn read(bytes: &[u8]) -> anyhow::Result<Vec<Sample>> {
                 let text = String::from_utf8_lossy(&content);
                 let label = text.trim().parse();
                 sample.label =
-                    Some(label.with_context(|| format!("{name} holds {text:?}, which is no class"))?);
+                    Some(label.with_context(|| format!("{name} holds {text:?}, which is not a class"))?);
             }
             // A caption that cannot be read is a broken sample, as an image is.
             "txt" => sample.caption = String::from_utf8(content).ok().map(|text| text.trim().to_owned()),

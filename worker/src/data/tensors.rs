@@ -1,4 +1,4 @@
-//! Images from one safetensors file.
+//! Reads images from one safetensors file.
 
 use anyhow::{Context, bail, ensure};
 use safetensors::{Dtype, SafeTensors, tensor::Metadata};

@@ -1,4 +1,4 @@
-//! How well images match their prompts, as a CLIP (2103.00020) sees it.
+//! The CLIP score: how well images match their prompts, by a CLIP model (2103.00020).
 
 use std::path::Path;
 
@@ -10,8 +10,9 @@ use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 use super::torch_script::{digest_of, first_line, torch_script};
 use crate::{data::protocol, model::Space};
 
-/// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D], text embeddings
-/// [N, D]). The tokens are those of the model's first tokenizer: for SD 1.x, 2.x and SDXL OpenAI's vocabulary, padded behind the mark of the end.
+/// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D],
+/// text embeddings [N, D]). The tokens are those of the model's first tokenizer: for SD 1.x, 2.x and SDXL OpenAI's
+/// vocabulary, padded after the end token.
 pub struct Clip {
     module: CModule,
     device: Device,
@@ -22,11 +23,11 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// Loads it, and tries it on images and prompts of `space`; `protocol` is what happens to images before it sees
+    /// Loads it, and tries it on images and prompts of `space`; `protocol` is the treatment of images before it gets
     /// them.
     ///
     /// # Errors
-    /// Not TorchScript; another signature; a model that knows no texts.
+    /// Not TorchScript; another signature; the evaluated model takes no prompts.
     pub fn load(path: &Path, space: &Space, protocol: Protocol, device: Device) -> anyhow::Result<Self> {
         let context = || format!("CLIP {}", path.display());
         ensure!(space.prompts().is_some(), "{}: a CLIP score is for text-to-image models", context());
@@ -45,11 +46,11 @@ impl Clip {
         &self.digest
     }
 
-    /// The score of each image, as made, with the prompt of its number, fp64 `[N]`; numbers are int64 `[N]` on the
+    /// The CLIP score of each image, as made, with the prompt of its number, fp64 `[N]`; numbers are int64 `[N]` on the
     /// host.
     ///
     /// # Errors
-    /// The module fails, or returns something else than two embeddings of each.
+    /// The module fails, or does not return two embeddings for each pair.
     pub fn scores(&self, images: &Tensor, prompts: &Tensor) -> anyhow::Result<Tensor> {
         let known = self.space.evaluation_prompts().context("there are no prompts")?;
         let tokens = known.tokens(&Vec::try_from(prompts)?)?;

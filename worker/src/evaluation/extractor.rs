@@ -1,4 +1,4 @@
-//! The feature extractor behind FID, precision, recall and agreement.
+//! The feature extractor for FID, precision, recall and agreement.
 
 use std::path::Path;
 
@@ -12,13 +12,13 @@ use crate::data::Shape;
 pub struct Extractor {
     module: CModule,
     pub device: Device,
-    /// SHA-256 of its file: what statistics were computed with.
+    /// SHA-256 of its file, by which statistics name the extractor that made them.
     digest: String,
-    /// D.
+    /// D, the number of features.
     width: i64,
 }
 
-/// What an extractor makes of images.
+/// The output of an extractor.
 pub struct Extracted {
     /// [N, D].
     pub features: Tensor,
@@ -72,7 +72,7 @@ impl Extractor {
     /// Features of images [N, C, H, W] in [−1, 1], on its device.
     ///
     /// # Errors
-    /// The module fails, or returns something else.
+    /// The module fails, or returns another kind of value.
     pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let input = IValue::Tensor(images.to_device(self.device));
         let output = no_grad(|| self.module.forward_is(&[input]))

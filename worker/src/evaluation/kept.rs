@@ -1,8 +1,7 @@
-//! What finished chunks of an evaluation came to, kept in a folder so that an evaluation that was killed goes on
-//! where it was.
+//! Features of finished chunks of an evaluation, kept in a folder so that an evaluation that was killed can continue.
 //!
 //! Each evaluation has a sub-folder of its own, named by a digest of everything that decides its samples and their
-//! features: another evaluation cannot take them for its own. There lie `evaluation.json`, which says what that is,
+//! features, so that another evaluation cannot use them. It holds `evaluation.json`, which describes the evaluation,
 //! and one file for each chunk.
 
 use std::{
@@ -20,7 +19,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-/// What one chunk of N samples came to, on any device when it is written, on the host when it is read.
+/// The features of one chunk of N samples, on any device when it is written, on the host when it is read.
 pub struct Finished {
     /// [N, D].
     pub features: Tensor,
@@ -50,13 +49,13 @@ impl Finished {
 /// See the module's documentation.
 pub struct Kept {
     folder: PathBuf,
-    /// Held by the process that opened it.
+    /// Locked by the process that opened it.
     _lock: Option<Flock<File>>,
 }
 
 impl Kept {
-    /// The sub-folder of `folder` for the evaluation that `identity` describes; it is created where there is none.
-    /// While this value lives no other process can open it.
+    /// Opens the sub-folder of `folder` for the evaluation that `identity` describes; it is created if it does not
+    /// exist. While this value exists no other process can open it.
     ///
     /// # Errors
     /// Another process has it open; the folder cannot be written.
@@ -69,7 +68,7 @@ impl Kept {
             .with_context(|| format!("cannot write into {}", folder.display()))?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
             anyhow::anyhow!(
-                "another process goes on with the evaluation in {}: wait for it ({error})",
+                "another process runs the evaluation in {}: wait for it ({error})",
                 folder.display()
             )
         })?;
@@ -94,18 +93,19 @@ impl Kept {
         &self.folder
     }
 
-    /// Whether a chunk is there.
+    /// Whether a chunk is kept.
     pub fn has(&self, index: i64) -> bool {
         self.folder.join(name(index)).is_file()
     }
 
-    /// A chunk of `count` samples.
+    /// Reads a chunk of `count` samples.
     ///
     /// # Errors
     /// Its file cannot be read, or is damaged.
     pub fn read(&self, index: i64, count: i64) -> anyhow::Result<Finished> {
         let path = self.folder.join(name(index));
-        let advice = || format!("{} is damaged: delete it, and its samples are made again", path.display());
+        let advice =
+            || format!("{} is damaged: delete it, so that its samples are made again", path.display());
         let mut tensors = Archive::read(&path).with_context(advice)?.tensors;
         let features = tensors.remove("features").with_context(advice)?;
         let finished = Finished {
@@ -120,7 +120,7 @@ impl Kept {
         Ok(finished)
     }
 
-    /// Keeps a chunk; a file that exists is whole.
+    /// Writes a chunk; a file that exists is complete.
     ///
     /// # Errors
     /// The folder cannot be written.
@@ -135,7 +135,7 @@ impl Kept {
         self.put(&name(index), &weights::archive(&named, &BTreeMap::new())?)
     }
 
-    /// Writes under another name first, which is this process's own, and waits for the disk.
+    /// Writes under another name first, which no other process uses, and syncs to disk.
     fn put(&self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
         let path = self.folder.join(name);
         let partial = self.folder.join(format!("{name}.{}.partial", std::process::id()));
@@ -175,7 +175,7 @@ mod tests {
         let kept = Kept::open(folder.path(), &"one").unwrap();
         assert_eq!(kept.folder(), place);
         assert!(kept.has(7) && !kept.has(8));
-        assert!(!place.join("000008.safetensors.1.partial").exists(), "what was not finished is gone");
+        assert!(!place.join("000008.safetensors.1.partial").exists(), "unfinished files are removed");
         let read = kept.read(7, 3).unwrap();
         assert!(read.features == finished(0.1).features && read.logits.is_none());
         assert_eq!(read.clip_scores.unwrap().size(), [3]);

@@ -1,8 +1,8 @@
-//! Scoring teacher and student, spread over the ranks.
+//! Evaluation of teacher and student, spread over the ranks.
 //!
-//! Each rank makes every world-th chunk of the samples and puts features, logits and CLIP scores into its rows of
-//! zero matrices; a sum over ranks puts them together, and every rank can compute the same scores. Chunks that are
-//! [kept](Kept) from an earlier process are read instead.
+//! Each rank makes every world-th chunk of the samples and writes features, logits and CLIP scores into its rows of
+//! zero matrices; a sum over ranks completes them, and every rank can compute the same metrics. Chunks that an earlier
+//! process has [kept](Kept) are read instead.
 
 mod clip;
 mod extractor;
@@ -33,7 +33,7 @@ use crate::{
     model::Space,
 };
 
-/// What scores samples.
+/// Evaluates samples.
 pub struct Evaluator {
     spec: EvaluationSpec,
     protocol: Protocol,
@@ -44,18 +44,18 @@ pub struct Evaluator {
     kept: Option<Kept>,
 }
 
-/// What a scoring has just done, or is about to do.
+/// Progress of an evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scoring {
-    /// This rank, and by and large the others, have made so many samples together.
+    /// This many samples are made by all ranks together, assuming that the others are as fast as this one.
     Sampled(u64),
-    /// It will wait for the other ranks' features.
+    /// It is about to wait for the other ranks' features.
     Gather,
-    /// It will compare with the reference.
+    /// It is about to compare them with the reference.
     Compare,
 }
 
-/// Features of all samples, and what else was measured on them.
+/// Features of all samples, and other measurements of them.
 pub struct Gathered {
     /// [N, D] on the host.
     features: Tensor,
@@ -64,7 +64,7 @@ pub struct Gathered {
     /// `[N]`.
     clip_scores: Option<Tensor>,
     evaluations_per_image: f64,
-    /// NaN where no sample was made.
+    /// Images per second; NaN where no sample was made.
     images_per_second: f64,
 }
 
@@ -78,7 +78,7 @@ impl Evaluator {
         let protocol = spec.protocol().map_err(anyhow::Error::msg)?;
         ensure!(
             spec.prompts.is_none() || space.prompts().is_some(),
-            "evaluation.prompts is for text-to-image models, and this one knows no texts"
+            "evaluation.prompts is for text-to-image models, and this model takes no prompts"
         );
         let shape = protocol::shape_after(protocol, space.image_shape())?;
         let shape = Shape { sample: shape, classes: space.classes };
@@ -101,7 +101,7 @@ impl Evaluator {
         Ok(Some(Self { spec, protocol, extractor, clip, reference, samples, kept: None }))
     }
 
-    /// What it compares with.
+    /// The reference.
     pub fn reference(&self) -> &Reference {
         &self.reference
     }
@@ -111,13 +111,14 @@ impl Evaluator {
         (self.extractor.digest(), self.clip.as_ref().map(Clip::digest))
     }
 
-    /// Keeps finished chunks there, and takes from there those that an earlier process has finished. They must be
-    /// those of the sampler that is scored.
+    /// Keeps finished chunks there, and reads those that an earlier process has finished. They must be those of the
+    /// sampler that is evaluated.
     pub fn keep(&mut self, kept: Kept) {
         self.kept = Some(kept);
     }
 
-    /// Scores a sampler; every rank of the group takes part and gets the same scores. `tell` hears how it goes on.
+    /// Evaluates a sampler; every rank of the group must call it and gets the same metrics. `tell` receives its
+    /// progress.
     ///
     /// # Errors
     /// A collective failed, or the extractor did.
@@ -158,7 +159,7 @@ impl Evaluator {
         let mut rows = Rows::new(samples);
 
         for index in share(&ready) {
-            let kept = self.kept.as_ref().context("a chunk is kept, but nowhere")?;
+            let kept = self.kept.as_ref().context("there is no folder for kept chunks")?;
             rows.put(index, &kept.read(index, count(index))?.on(self.extractor.device))?;
         }
         let mut sampling = 0.0;
@@ -178,12 +179,12 @@ impl Evaluator {
                 kept.write(index, &finished)?;
             }
             rows.put(index, &finished)?;
-            // The other ranks do as many at the same time.
+            // The other ranks make the same number at the same time.
             let done = missing.iter().skip(round * world).take(world).map(|index| count(*index)).sum::<i64>();
             tell(Scoring::Sampled(done as u64));
         }
         if rows.is_empty() {
-            // More ranks than chunks: this one has none, but takes part in the sums.
+            // More ranks than chunks: this rank has none, but takes part in the sums.
             let shape =
                 [&[1][..], &protocol::shape_after(self.protocol, self.samples.image_shape())?].concat();
             let trial = Tensor::zeros(shape, (Kind::Float, self.extractor.device));
@@ -192,7 +193,7 @@ impl Evaluator {
                 self.clip.as_ref().map(|_| Tensor::zeros([1], (Kind::Float, features.device())));
             rows.shape(&Finished { features, logits, clip_scores });
         }
-        // All ranks sample side by side; the slowest one's time is the sampling's.
+        // All ranks sample at the same time; the slowest one's time counts.
         let seconds = Tensor::from_slice(&[sampling]).to_kind(Kind::Float).to_device(group.device());
         tell(Scoring::Gather);
         let sums = rows.parts.iter().flatten().map(|tensor| (tensor, ReduceOp::Sum));
@@ -215,7 +216,7 @@ impl Evaluator {
         }))
     }
 
-    /// The second half of [`score`](Self::score), for which no other rank is needed. What cannot be measured is NaN.
+    /// The second half of [`score`](Self::score), which needs no other rank. A metric that cannot be measured is NaN.
     ///
     /// # Errors
     /// The features are not finite.
@@ -233,7 +234,7 @@ impl Evaluator {
         );
         let manifolds = match &self.reference.features {
             Some(real) => {
-                // All distances between tens of thousands of rows: a GPU's work where there is one.
+                // The distances between tens of thousands of rows are computed on a GPU if there is one.
                 let [real, features] = [real, features].map(|x| x.to_device(self.extractor.device));
                 Some(metrics::precision_recall(&real, &features, self.spec.neighbours.into()))
             }
@@ -258,7 +259,7 @@ impl Evaluator {
         })
     }
 
-    /// Which chunks need not be made. All ranks agree on that before any of them makes one.
+    /// The chunks that need not be made. All ranks agree on them before any of them makes one.
     fn kept(&self, group: &ProcessGroup) -> anyhow::Result<Result<Vec<bool>, Error>> {
         let chunks = chunks(self.spec.samples.into());
         let Some(kept) = &self.kept else { return Ok(Ok(vec![false; chunks as usize])) };
@@ -279,7 +280,7 @@ impl Evaluator {
     }
 }
 
-/// CLIP sees whole images: of a patch one cannot say whether it shows what the prompt asks for.
+/// CLIP gets whole images: from a patch it cannot be seen whether the image matches its prompt.
 fn seen_by_clip(protocol: Protocol) -> Protocol {
     match protocol {
         Protocol::Patch(_) => Protocol::AsMade,
@@ -287,12 +288,12 @@ fn seen_by_clip(protocol: Protocol) -> Protocol {
     }
 }
 
-/// Number of chunks of so many samples.
+/// The number of chunks for this many samples.
 fn chunks(samples: i64) -> i64 {
     (samples + CHUNK - 1) / CHUNK
 }
 
-/// Features, logits and CLIP scores of all samples, of which this rank fills its own rows; the others are 0.
+/// Features, logits and CLIP scores of all samples; this rank fills its own rows, the others are 0.
 struct Rows {
     samples: i64,
     parts: [Option<Tensor>; 3],
@@ -307,7 +308,7 @@ impl Rows {
         self.parts[0].is_none()
     }
 
-    /// Takes the widths from what one chunk has.
+    /// Takes the widths from the first chunk.
     fn shape(&mut self, like: &Finished) {
         self.parts = like.parts().map(|part| {
             part.map(|x| {
@@ -317,10 +318,10 @@ impl Rows {
         });
     }
 
-    /// One chunk's rows.
+    /// Writes the rows of one chunk.
     ///
     /// # Errors
-    /// It has other parts, or of other widths, than the chunks before it.
+    /// It has other parts, or parts of other widths, than the chunks before it.
     fn put(&mut self, index: i64, finished: &Finished) -> anyhow::Result<()> {
         if self.is_empty() {
             self.shape(finished);

@@ -10,12 +10,12 @@ use tch::{Kind, Tensor};
 const GAP: u32 = 4;
 /// Pixels between blocks of rows: teacher above, student below.
 const BLOCK_GAP: u32 = 24;
-/// Small images are enlarged by a whole factor until a tile is at least so wide.
+/// Small images are enlarged by an integer factor until a tile has at least this width in pixels.
 const TILE: u32 = 56;
 const BACKGROUND: u8 = 255;
 
-/// Blocks of images, one below the other, each [N, C, H, W] in [−1, 1] with C = 1 or 3, `columns` in a row. Returns PNG
-/// bytes.
+/// A picture of blocks of images, one below the other, each [N, C, H, W] in [−1, 1] with C = 1 or 3, `columns` in a
+/// row. Returns PNG bytes.
 ///
 /// # Errors
 /// Images of another number of channels; the encoder's.
@@ -65,7 +65,7 @@ fn bytes(images: &Tensor) -> anyhow::Result<Vec<u8>> {
     Ok(Vec::try_from(values.reshape([-1]))?)
 }
 
-/// One image, enlarged by a whole factor.
+/// One image, enlarged by an integer factor.
 fn tile(values: &[u8], channels: i64, height: u32, width: u32, factor: u32) -> anyhow::Result<RgbImage> {
     anyhow::ensure!(channels == 1 || channels == 3, "cannot draw images of {channels} channels");
     let plane = (height * width) as usize;

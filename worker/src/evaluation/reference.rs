@@ -1,4 +1,4 @@
-//! What samples are compared with: features of real images with their moments, or moments alone.
+//! The reference of metrics: features of real images with their moments, or moments alone.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -14,21 +14,22 @@ use crate::data::{Dataset, Shape};
 
 /// See the module's documentation.
 pub struct Reference {
-    /// Of each real image, [N, D] on the host; `None` where only the moments are known.
+    /// Features of each real image, [N, D] on the host; `None` where only the moments are known.
     pub features: Option<Tensor>,
     /// Their mean and covariance.
     pub moments: Moments,
     /// SHA-256 of the extractor that made the features.
     extractor: String,
-    /// What happened to the images before.
+    /// The treatment of the images before.
     protocol: Protocol,
 }
 
 /// Header key of a file of features: SHA-256 of the extractor that made them.
 const EXTRACTOR_KEY: &str = "extractor_sha256";
-/// Header key of a file of features: what happened to the images before; files without it hold those of images as made.
+/// Header key of a file of features: the treatment of the images before; files without it hold features of images as
+/// made.
 const PROTOCOL_KEY: &str = "images";
-/// Elements of a covariance and of its transpose may differ by so much of its largest element: they are summed in
+/// Elements of a covariance and of its transpose may differ by this fraction of its largest element: they are summed in
 /// different orders.
 const ASYMMETRY: f64 = 1e-5;
 
@@ -37,8 +38,8 @@ impl Reference {
     /// [`to_safetensors`](Self::to_safetensors) wrote, or an `.npz` file of moments.
     ///
     /// # Errors
-    /// There are no images or they do not fit the model; the features are another extractor's or another protocol's;
-    /// the moments are none.
+    /// There are no images or they do not fit the model; the features are of another extractor or another treatment;
+    /// the moments are invalid.
     pub fn load(
         path: &Path,
         extractor: &Extractor,
@@ -89,10 +90,10 @@ impl Reference {
         Self { moments: Moments::of(&features), features: Some(features), extractor, protocol }
     }
 
-    /// The features as a file that takes the images' place next time.
+    /// The features as a file that can be loaded instead of the images.
     ///
     /// # Errors
-    /// There are moments only; the serialiser's.
+    /// There are only moments; the serializer's error.
     pub fn to_safetensors(&self) -> anyhow::Result<Vec<u8>> {
         let features =
             self.features.as_ref().context("the reference holds moments only, no features to save")?;
@@ -104,11 +105,11 @@ impl Reference {
     }
 }
 
-/// Mean and covariance from an `.npz` file with `mu` `[D]` and `sigma` [D, D], fp32 or fp64: what EDM
-/// (`fid-refs/*.npz`), pytorch-fid (`--save-stats`) and clean-fid keep.
+/// Mean and covariance from an `.npz` file with `mu` `[D]` and `sigma` [D, D], fp32 or fp64, the format of EDM
+/// (`fid-refs/*.npz`), pytorch-fid (`--save-stats`) and clean-fid.
 ///
 /// # Errors
-/// The file is damaged or lacks an array; another shape than `width` gives; not finite; no covariance.
+/// The file is damaged or lacks an array; a shape does not match `width`; values are not finite or not a covariance.
 fn moments(path: &Path, width: i64) -> anyhow::Result<Moments> {
     let mut archive = NpzArchive::open(path).context("is not an .npz file, or it is damaged")?;
     let mean = array(&mut archive, "mu", &[width])?;
@@ -121,7 +122,7 @@ fn moments(path: &Path, width: i64) -> anyhow::Result<Moments> {
     );
     ensure!(
         covariance.diag(0).min().double_value(&[]) >= 0.0,
-        "`sigma` has negative variances on its diagonal: it is no covariance"
+        "`sigma` has negative variances on its diagonal: it is not a covariance"
     );
     let symmetric = (&covariance + covariance.transpose(0, 1)) / 2.0;
     Ok(Moments::given(mean, symmetric))
@@ -146,7 +147,7 @@ fn array<R: std::io::Read + std::io::Seek>(
         "`{name}` has shape {found:?}, but the extractor's {} features need {shape:?}",
         shape[0]
     );
-    // A symmetric matrix is the same in either order; what is not symmetric is refused.
+    // A symmetric matrix is the same in either memory order; an asymmetric one is rejected.
     let numbers: Vec<f64> = match file.try_data::<f64>() {
         Ok(numbers) => numbers.collect::<Result<_, _>>().with_context(damaged)?,
         Err(file) => {

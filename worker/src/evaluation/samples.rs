@@ -1,8 +1,8 @@
-//! The samples that are scored and looked at: the same whoever makes them.
+//! The samples of evaluations and pictures, the same for every process that makes them.
 //!
-//! They come in chunks, each with its own stream of noise, and classes or prompts go round, so that teacher and
-//! student, today's run and tomorrow's, are compared on the same noise and the same classes, each of them as often as
-//! the others or once more.
+//! They come in chunks, each with its own stream of noise, and classes or prompts are used in turn, so that teacher and
+//! student, and different runs, are compared on the same noise and the same classes, all of them equally often to
+//! within one sample.
 
 use std::collections::HashMap;
 
@@ -18,11 +18,11 @@ use crate::model::Space;
 
 /// Samples in a chunk.
 pub const CHUNK: i64 = 100;
-/// Positions of samples that go through a network at a time, so that memory does not grow with their size: 16 latents of SD's
-/// 64×64, 4 of SDXL's 128×128.
+/// Positions of the samples that go through a network at a time, so that memory does not grow with their size: 16
+/// latents of SD's 64×64, 4 of SDXL's 128×128.
 const POSITIONS: i64 = 16 * 64 * 64;
 
-/// Who makes the samples.
+/// The network that makes the samples.
 #[derive(Clone, Copy)]
 pub enum Sampler<'a> {
     /// The sampler of the teacher's family over many noise levels: EDM's Heun sampler, or guided DDIM.
@@ -36,28 +36,28 @@ pub enum Sampler<'a> {
     },
 }
 
-/// What decides a run's samples.
+/// Everything that decides the samples.
 pub struct SampleSet {
     seed: u64,
     teacher_steps: u32,
     teacher_guidance: f64,
     samples: i64,
-    /// Numbers of the prompts that are used, in the order in which they go round; none of a model without texts.
+    /// Numbers of the prompts that are used, in the order of their use; empty for a model without prompts.
     prompts: Vec<i64>,
     space: Space,
     device: Device,
 }
 
-/// One chunk: its noise, and what it is made for.
+/// One chunk: its noise, and its conditions.
 pub struct Chunk {
     index: i64,
     noise: Tensor,
-    /// What each sample is made for, int64 `[N]` on the host: its class, or the number of its prompt.
+    /// The condition of each sample, int64 `[N]` on the host: its class, or the number of its prompt.
     pub numbers: Tensor,
 }
 
-/// Numbers of `count` prompts, or of all where there are fewer, in the order in which they are used: as they come
-/// where they have no labels; else so that labels go round, each label's prompts as they come.
+/// Numbers of `count` prompts, or of all if there are fewer, in the order of their use: in the order of the file if
+/// they have no labels; else so that labels are used in turn, each label's prompts in the order of the file.
 fn order(labels: Option<&[i64]>, known: i64, count: i64) -> Vec<i64> {
     let count = known.min(count) as usize;
     let Some(labels) = labels else { return (0..count as i64).collect() };
@@ -100,12 +100,12 @@ impl SampleSet {
         }
     }
 
-    /// How many different things samples are made for; 0: nothing. Sample i is made for thing i mod this.
+    /// Number of different conditions; 0: there are none. Sample i has condition i modulo this number.
     pub fn groups(&self) -> i64 {
         self.space.classes.max(self.prompts.len() as i64)
     }
 
-    /// Whether diversity can be measured, which is among samples of one prompt, or one class.
+    /// Whether diversity can be measured: it needs several samples of one prompt or class.
     pub fn has_pairs(&self) -> bool {
         self.prompts.is_empty() || self.samples >= 2 * self.prompts.len() as i64
     }
@@ -115,7 +115,7 @@ impl SampleSet {
         self.space.image_shape()
     }
 
-    /// What samples `first` to `first + count` are made for: see [`Chunk::numbers`].
+    /// The conditions of samples `first` to `first + count`: see [`Chunk::numbers`].
     fn numbers(&self, first: i64, count: i64) -> Vec<i64> {
         let number = |index: i64| match (self.groups(), &self.prompts[..]) {
             (0, _) => 0,
@@ -125,7 +125,7 @@ impl SampleSet {
         (first..first + count).map(number).collect()
     }
 
-    /// What a classifier should see in each of the samples, int64 `[N]` on the host; not where nobody knows.
+    /// The class of each sample according to its condition, int64 `[N]` on the host; none where prompts have no labels.
     pub fn labels(&self) -> Option<Tensor> {
         let numbers = self.numbers(0, self.samples);
         match self.space.evaluation_prompts() {
@@ -138,7 +138,7 @@ impl SampleSet {
         }
     }
 
-    /// The first `count` samples of chunk `index`, which has [`CHUNK`] of them.
+    /// Makes the first `count` samples of chunk `index`, which has [`CHUNK`] of them.
     pub fn chunk(&self, index: i64, count: i64) -> Chunk {
         let [channels, height, width] = self.space.sample;
         let noise = self.noise(0, index, &[count, channels, height, width]);
@@ -180,7 +180,7 @@ impl SampleSet {
         Tensor::cat(&images, 0)
     }
 
-    /// What some of a chunk's samples are made for.
+    /// The conditions of some of a chunk's samples.
     fn condition(&self, chunk: &Chunk, first: i64, count: i64) -> Condition {
         let numbers = chunk.numbers.narrow(0, first, count);
         match self.space.evaluation_prompts() {
@@ -206,17 +206,17 @@ impl SampleSet {
         })
     }
 
-    /// The first `count` images, at most a chunk of them, on the host: for pictures.
+    /// The first `count` images, at most one chunk, on the host: for pictures.
     pub fn first_images(&self, sampler: Sampler<'_>, count: i64) -> Tensor {
         let chunk = self.chunk(0, count.min(CHUNK));
         self.sample(sampler, &chunk).to_device(Device::Cpu)
     }
 
-    /// Network evaluations that one image costs.
+    /// Network evaluations per image.
     pub fn evaluations(&self, sampler: Sampler<'_>) -> u64 {
         match sampler {
             Sampler::Teacher(teacher) => match teacher.process() {
-                // Both halves of a guided prediction.
+                // A guided prediction has two halves.
                 ForwardProcess::Ddpm { .. } if ![0.0, 1.0].contains(&self.teacher_guidance) => {
                     2 * u64::from(self.teacher_steps)
                 }
@@ -266,12 +266,12 @@ mod tests {
         assert_eq!(counts(&labels), [32, 32, 32, 32, 32, 32, 31]);
         let chunks: Vec<i64> =
             (0..3).flat_map(|index| set.numbers(index * CHUNK, CHUNK.min(223 - index * CHUNK))).collect();
-        assert_eq!(chunks, labels, "the last chunk is not a whole one");
+        assert_eq!(chunks, labels, "the last chunk is not full");
     }
 
     #[test]
     fn prompts_are_chosen_so_that_their_labels_are_equally_many() {
-        // Sorted by label, as a file may be: its first five prompts know one label.
+        // Sorted by label, as a file may be: its first five prompts have one label.
         let labels = [4, 4, 4, 4, 4, 9, 9, 9, -1, -1];
         let chosen = order(Some(&labels), 10, 5);
         assert_eq!(chosen, [0, 5, 8, 1, 6]);

@@ -1,5 +1,5 @@
-//! Where a model lies: a folder here, an object store, or the Hugging Face hub. What is elsewhere is copied here once for all
-//! processes of a machine.
+//! The location of a model: a folder on this machine, an object store, or the Hugging Face hub. A remote model is
+//! copied to this machine once for all its processes.
 
 use std::{
     fs::File,
@@ -11,14 +11,14 @@ use nix::fcntl::{Flock, FlockArg};
 use potstill_storage::{Source, digest::hexadecimal};
 use sha2::{Digest, Sha256};
 
-/// The part of a repository that a model folder consists of.
+/// The files of a repository that belong to a model folder.
 fn belongs(name: &str) -> bool {
     const PARTS: [&str; 7] =
         ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"];
     let known = |name: &str| [".json", ".txt", ".safetensors"].iter().any(|end| name.ends_with(end));
     match name.split_once('/') {
         None => name == "model_index.json",
-        // Weights that were not averaged are for those who train on.
+        // Weights without averaging are for further training.
         Some((part, file)) => {
             PARTS.contains(&part) && !file.contains('/') && !file.contains(".non_ema.") && known(file)
         }
@@ -46,7 +46,7 @@ pub fn fetch_model(location: &str) -> anyhow::Result<PathBuf> {
     from_hub(location)
 }
 
-/// Where copies are kept.
+/// The folder for copies.
 fn cache() -> anyhow::Result<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
@@ -80,7 +80,7 @@ fn from_store(location: &str) -> anyhow::Result<PathBuf> {
         Ok(())
     });
     copied?;
-    // A folder under its own name is whole.
+    // A folder under its final name is complete.
     std::fs::rename(&partial, &folder)
         .with_context(|| format!("cannot rename {} to {}", partial.display(), folder.display()))?;
     Ok(folder)
@@ -100,7 +100,7 @@ fn from_hub(location: &str) -> anyhow::Result<PathBuf> {
     let info = repository.info().context(advice)?;
     let names: Vec<String> =
         info.siblings.into_iter().map(|file| file.rfilename).filter(|name| belongs(name)).collect();
-    // Of weights that come in full and in half precision, one is enough.
+    // Of weights in full and in half precision, one is enough.
     let full = |name: &str| name.replace(".fp16", "");
     let wanted = names.iter().filter(|name| !name.contains(".fp16") || !names.contains(&full(name)));
     let mut folder = None;

@@ -1,4 +1,4 @@
-//! Models as this process sees them: an EDM network, or a text-to-image model with its text encoders and autoencoder.
+//! Loading models: an EDM network, or a text-to-image model with its text encoders and autoencoder.
 
 mod location;
 mod prompts;
@@ -27,28 +27,28 @@ pub use self::{
     steps::{initial_timestep, times},
 };
 
-/// A network, and what turns texts into its conditions and its samples into images, where it needs that.
+/// A network, and for a text-to-image model its text encoders and autoencoder.
 pub struct Model {
-    /// The network; its weights are this value's own.
+    /// The network, with weights of its own.
     pub network: Box<dyn Denoiser>,
-    /// Only of a text-to-image model.
+    /// Only for a text-to-image model.
     pub latent: Option<Latent>,
 }
 
-/// What surrounds the U-Net of a text-to-image model.
+/// The parts of a text-to-image model beside its U-Net.
 pub struct Latent {
-    /// Where it came from.
+    /// The folder from which it was loaded.
     pub folder: ModelFolder,
     /// Images ↔ latents.
     pub autoencoder: Autoencoder,
     /// Texts → conditions.
     pub conditioner: TextConditioner,
-    /// SHA-256 of the folder, where it was asked for.
+    /// SHA-256 of the folder, where it was computed.
     digest: Option<String>,
 }
 
 impl Model {
-    /// Loads the teacher that a run names, and checks that it is the one it was started with.
+    /// Loads the teacher that a run names, and checks that it is the one with which the run was started.
     ///
     /// # Errors
     /// It is missing, damaged, another one, or of a kind that is not supported.
@@ -84,11 +84,12 @@ impl Model {
         Ok(model)
     }
 
-    /// A text-to-image model from a folder on this machine; `image_size` is height and width of its images where they are not what
-    /// it was trained on. With `recompute` the network and its copies keep no activations of their blocks.
+    /// Loads a text-to-image model from a folder on this machine; `image_size` is height and width of its images, if
+    /// they differ from those it was trained on. With `recompute` the network and its copies keep no activations of
+    /// their blocks.
     ///
     /// # Errors
-    /// As [`load`](Self::load); sides that the autoencoder and the U-Net cannot halve as often as they do.
+    /// As [`load`](Self::load); sides that are not a multiple of the autoencoder's and the U-Net's downsampling.
     pub fn from_folder(
         path: &Path,
         image_size: Option<[u32; 2]>,
@@ -113,7 +114,7 @@ impl Model {
         Ok(Self { network: Box::new(network), latent: Some(latent) })
     }
 
-    /// A network that needs nothing around it.
+    /// An EDM network, which needs no other parts.
     pub fn plain(network: impl Denoiser + 'static) -> Self {
         Self { network: Box::new(network), latent: None }
     }
@@ -123,8 +124,8 @@ impl Model {
         self.network.parameters()
     }
 
-    /// The network alone, and the space of its samples. `prompts` are what a text-to-image model is shown, `captions` what real
-    /// images say beside them, `evaluation` what it is scored on where that is something else.
+    /// The network, and the space of its samples. `prompts` are the prompts of training, `captions` those of real
+    /// images, `evaluation` the prompts of the evaluation if they differ.
     ///
     /// # Errors
     /// The prompts cannot be read; a text-to-image model without any.
@@ -148,7 +149,7 @@ impl Model {
     }
 }
 
-/// Reads an EDM network and checks that it is the one the run was started with.
+/// Loads an EDM network and checks that it is the one with which the run was started.
 ///
 /// # Errors
 /// The file is missing, damaged, or another one.
@@ -165,10 +166,10 @@ pub fn load_network(path: &Path, sha256: Option<&str>, device: Device) -> anyhow
     EdmNetwork::load(path, device).context("teacher's weights")
 }
 
-/// The U-Net of a text-to-image model in a folder.
+/// Loads the U-Net of a text-to-image model's folder.
 ///
 /// # Errors
-/// The folder's.
+/// The folder's error.
 pub fn load_unet(path: &Path, device: Device) -> anyhow::Result<LatentDenoiser> {
     Ok(ModelFolder::open(path)?.denoiser(device)?)
 }

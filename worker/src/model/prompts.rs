@@ -1,4 +1,4 @@
-//! The prompts that a text-to-image model is shown, as its conditions.
+//! The prompts of a text-to-image model, as its conditions.
 
 use std::{collections::BTreeMap, path::Path, rc::Rc};
 
@@ -15,26 +15,25 @@ use tch::{Device, Kind, Tensor};
 use super::row_cache::RowCache;
 use crate::data::prompt_file::{Read, read_prompts};
 
-/// Which prompts a text-to-image model is shown.
+/// The source of a text-to-image model's prompts.
 pub enum Wanted<'a> {
     /// Those of a file.
     File(&'a PromptsSpec),
-    /// Those of another file for its evaluation: `data` and `column`, the rest as for the file that training draws
-    /// from.
+    /// A file for the evaluation: `data` and `column`; all else as in the specification of the training's prompts.
     Evaluation {
-        /// The training's.
+        /// The specification of the training's prompts.
         like: &'a PromptsSpec,
         /// As [`PromptsSpec::data`].
         data: &'a str,
         /// As [`PromptsSpec::column`].
         column: &'a str,
     },
-    /// These.
+    /// The given prompts.
     These(Vec<String>),
 }
 
 impl<'a> Wanted<'a> {
-    /// What a run is scored on where it says so.
+    /// The prompts of a run's evaluation, where the specification has some.
     pub fn evaluation(spec: &'a RunSpec) -> Option<Self> {
         let (like, e) = (spec.prompts.as_ref()?, &spec.evaluation);
         let column = e.prompts_column.as_ref().unwrap_or(&like.column);
@@ -42,44 +41,45 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// Prompts, and what turns them into conditions.
+/// Prompts, and how they become conditions.
 pub struct Prompts {
-    /// How many there are.
+    /// The number of prompts.
     count: i64,
     /// Number of the first caption of a real image: `count`, or 0 where the captions are the prompts.
     first_caption: i64,
-    /// Class of each, where the file has some: what an extractor's classifier should see.
+    /// The class of each prompt, where the file has classes; used for class agreement.
     labels: Option<Vec<i64>>,
     /// SHA-256 of texts and labels.
     digest: String,
     embedder: Embedder,
     null: Rc<Embedded>,
-    /// SDXL's micro-conditioning of what is made, [1, 6].
+    /// SDXL's micro-conditioning of the generated images, [1, 6].
     sizes: Option<Tensor>,
 }
 
 enum Embedder {
-    /// Computes them when they are wanted.
+    /// Computes embeddings when they are needed.
     Encoders { conditioner: Rc<TextConditioner>, tokens: Tokens },
-    /// Has them on disk; the text encoders are gone. The prompts themselves, without captions, are kept for who wants their tokens.
+    /// Embeddings are on disk and the text encoders are released. The prompts, without captions, are kept for their
+    /// tokens.
     Cache { cache: RowCache, tokenizer: Rc<Tokenizer>, texts: Vec<String> },
 }
 
-/// What a file of prompts holds, and how it is used, before anything is embedded.
+/// The content of a file of prompts, and its use, before any embedding.
 struct Material {
-    /// The prompts, and behind them the captions.
+    /// The prompts, followed by the captions.
     texts: Vec<String>,
     count: usize,
     first_caption: usize,
     labels: Option<Vec<i64>>,
     digest: String,
-    /// Rows of embeddings on disk, where they are kept.
+    /// The embeddings on disk, where they are cached.
     cache: Option<RowCache>,
     sizes: Option<Tensor>,
 }
 
 impl Material {
-    /// Reads the prompts, and fills the cache where there is one.
+    /// Reads the prompts, and fills the cache if there is one.
     fn new(
         wanted: Wanted<'_>,
         captions: Vec<String>,
@@ -102,7 +102,7 @@ impl Material {
             }
         };
         let Read { mut texts, labels } = read;
-        // Without prompts of their own, generated samples take the captions.
+        // Without prompts of their own, generated samples use the captions.
         let first_caption = texts.len();
         texts.extend(captions);
         let count = if first_caption == 0 { texts.len() } else { first_caption };
@@ -120,7 +120,8 @@ impl Material {
         });
         let cache = match like.and_then(|spec| spec.cache.as_deref()) {
             Some(folder) => {
-                let model = model.context("the model's folder was not hashed, which names what is kept")?;
+                let model =
+                    model.context("the model's folder was not hashed, so the cache cannot name it")?;
                 let all: Vec<&str> = texts.iter().map(String::as_str).collect();
                 let cache = embed_all(folder, model, &all, conditioner);
                 Some(cache.with_context(|| format!("prompts.cache {}", folder.display()))?)
@@ -142,8 +143,8 @@ fn digest(texts: &[String], labels: Option<&[i64]>) -> String {
 }
 
 impl Prompts {
-    /// Reads and tokenises the prompts, and the captions of real images; and the prompts of the evaluation where they
-    /// are others. `image` is height and width of what is made for them; `model` names the model, for the cache.
+    /// Reads and tokenizes the prompts, the captions of real images, and the prompts of the evaluation if they differ.
+    /// `image` is height and width of the generated images; `model` names the model, for the cache.
     ///
     /// # Errors
     /// A file is missing, empty, or malformed; the cache cannot be written.
@@ -159,7 +160,7 @@ impl Prompts {
         let evaluation =
             evaluation.map(|wanted| Material::new(wanted, vec![], &conditioner, image, model)).transpose()?;
         let null = Rc::new(conditioner.null()?);
-        // Both have a cache, or neither has one. With it the encoders are released.
+        // Both have a cache, or neither has one. With a cache the encoders are released.
         let (encoders, tokenizer) = match training.cache.is_some() {
             true => {
                 let tokenizer = conditioner.into_tokenizer().context("the model has no tokenizer")?;
@@ -188,7 +189,7 @@ impl Prompts {
         Ok((finish(training)?, evaluation.map(finish).transpose()?))
     }
 
-    /// How many there are, captions not among them.
+    /// The number of prompts, without captions.
     pub fn len(&self) -> i64 {
         self.count
     }
@@ -198,7 +199,7 @@ impl Prompts {
         self.labels.as_deref()
     }
 
-    /// SHA-256 of texts and classes, captions not among them.
+    /// SHA-256 of texts and classes, without captions.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -206,7 +207,7 @@ impl Prompts {
     /// Tokens of these prompts, as the model's first tokenizer gives them, int64 [N, tokens] on the host.
     ///
     /// # Errors
-    /// The tokenizer's.
+    /// The tokenizer's error.
     ///
     /// # Panics
     /// When an index is out of range.
@@ -222,7 +223,7 @@ impl Prompts {
         Ok(tokens.index_select(0, &places))
     }
 
-    /// The condition of real images with these captions: micro-conditioning is as of what is made.
+    /// The condition of real images with these captions: the micro-conditioning is that of generated images.
     ///
     /// # Panics
     /// When an index is out of range.
@@ -231,7 +232,7 @@ impl Prompts {
         self.condition(&captions, device)
     }
 
-    /// The condition of samples made for these prompts. A prompt that is asked for several times is embedded once.
+    /// The condition of samples for these prompts. A prompt that occurs several times is embedded once.
     ///
     /// # Panics
     /// When an index is out of range.
@@ -254,7 +255,7 @@ impl Prompts {
     }
 }
 
-/// The different numbers among these, rising, and the place of each of these among them, int64.
+/// The distinct numbers, ascending, and for each given number its index among them, int64.
 pub(super) fn distinct(indices: &[i64]) -> (Vec<i64>, Tensor) {
     let mut places: BTreeMap<i64, i64> = indices.iter().map(|index| (*index, 0)).collect();
     for (place, known) in (0..).zip(places.values_mut()) {

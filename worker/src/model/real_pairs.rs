@@ -1,9 +1,9 @@
-//! Real images with captions, as the adversarial loss of a text-to-image model sees them: latents, each conditioned on its own
+//! Real images with captions for the adversarial loss of a text-to-image model: latents, each conditioned on its own
 //! caption.
 //!
-//! SDXL's micro-conditioning (2307.01952, section 2.2) is that of the generated samples, whatever size an image had and however it
-//! was cut out: a discriminator that saw other numbers beside real images than beside generated ones could tell them apart by
-//! these alone. DMD2 (2405.14867) does the same.
+//! SDXL's micro-conditioning (2307.01952, section 2.2) is that of the generated samples, regardless of an image's
+//! original size and crop: with other numbers beside real images than beside generated ones, a discriminator could tell
+//! them apart by these alone. DMD2 (2405.14867) does the same.
 
 use std::{path::Path, rc::Rc};
 
@@ -26,16 +26,16 @@ pub struct RealPairs {
     pairs: Vec<Pair>,
     /// Height and width of the images.
     sides: [i64; 2],
-    /// Mean and log variance of each one's latent, where they are kept.
+    /// Mean and log variance of each image's latent, where they are cached.
     moments: Option<RowCache>,
 }
 
 impl Space {
-    /// Real images whose captions are those that this space was made with, as the adversarial loss of a text-to-image model sees
-    /// them; with a folder their latents are kept there.
+    /// Real images with the captions of this space, for the adversarial loss of a text-to-image model; with a folder
+    /// their latents are cached there.
     ///
     /// # Errors
-    /// The model is none; the folder cannot be written.
+    /// The model is not a text-to-image model; the folder cannot be written.
     pub fn real_pairs(&self, pairs: Vec<Pair>, cache: Option<&Path>) -> anyhow::Result<RealPairs> {
         let texts = self.texts.as_ref().context("image-text pairs are for text-to-image models")?;
         let [_, height, width] = self.image_shape();
@@ -45,7 +45,7 @@ impl Space {
                 texts
                     .digest
                     .as_deref()
-                    .context("the model's folder was not hashed, which names what is kept")?,
+                    .context("the model's folder was not hashed, so the cache cannot name it")?,
             )),
             None => None,
         };
@@ -54,8 +54,8 @@ impl Space {
 }
 
 impl RealPairs {
-    /// Of images whose captions `texts` knows in the same order. With a folder, and a digest that names the model, their latents are
-    /// computed once and kept there.
+    /// Images whose captions are those of `texts`, in the same order. With a folder, and a digest that names the model,
+    /// their latents are computed once and cached there.
     ///
     /// # Errors
     /// The cache cannot be written.
@@ -80,7 +80,7 @@ impl RealPairs {
         Ok(made)
     }
 
-    /// Moments of some images' latents, one image at a time: an autoencoder's activations are large.
+    /// Moments of the latents of some images, one image at a time: an autoencoder's activations are large.
     fn encode(&self, indices: &[i64]) -> anyhow::Result<(Tensor, Tensor)> {
         let autoencoder = &self.texts.autoencoder;
         let (mut means, mut log_variances) = (Vec::new(), Vec::new());
@@ -94,7 +94,7 @@ impl RealPairs {
         Ok((Tensor::cat(&means, 0), Tensor::cat(&log_variances, 0)))
     }
 
-    /// Moments of some images' latents; one that is asked for several times is encoded once.
+    /// Moments of the latents of some images; one that occurs several times is encoded once.
     fn moments(&self, indices: &[i64]) -> (Tensor, Tensor) {
         if let Some(cache) = &self.moments {
             let rows = |name| cache.rows(name, indices).expect("every row was written with both");
@@ -108,7 +108,7 @@ impl RealPairs {
 
 impl RealData for RealPairs {
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition) {
-        // What is kept on disk and what is computed now are the same.
+        // Cached and newly computed latents are the same.
         let _fp32 = Autocast::pause();
         let indices = stream.integers(count, self.pairs.len() as i64);
         let (means, log_variances) = self.moments(&indices);

@@ -1,4 +1,4 @@
-//! Rows of tensors on disk: computed once by one process of a machine, then mapped by all.
+//! Rows of tensors on disk: computed once by one process of a machine, then memory-mapped by all.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
-/// Rows in one file, and computed at a time.
+/// Rows in one file, which are computed at a time.
 const ROWS: usize = 64;
 
 /// See the module's documentation.
@@ -26,11 +26,11 @@ pub struct RowCache {
 pub type Rows = Vec<(&'static str, Tensor)>;
 
 impl RowCache {
-    /// Opens the `count` rows that `identity` names below `folder`, and computes those that are missing. Other processes wait
+    /// Opens the `count` rows that `identity` names below `folder`, and computes the missing ones. Other processes wait
     /// meanwhile.
     ///
     /// # Errors
-    /// The folder cannot be written, or holds something else under the name of a file; those of `compute`.
+    /// The folder cannot be written, or a file has other content than its name says; the errors of `compute`.
     pub fn open<'a>(
         folder: &Path,
         identity: impl Iterator<Item = &'a [u8]>,
@@ -55,7 +55,7 @@ impl RowCache {
         Ok(Self { files })
     }
 
-    /// Some rows of the tensor of a name, [indices, …], where there is one.
+    /// Some rows of a tensor, [indices, …], if there is one of this name.
     ///
     /// # Panics
     /// When an index is out of range.
@@ -78,7 +78,7 @@ fn name<'a>(identity: impl Iterator<Item = &'a [u8]>) -> String {
     hexadecimal(&hasher.finalize()[..16])
 }
 
-/// Under another name first, so that a file that exists is whole.
+/// Written under another name first, so that a file that exists is complete.
 fn write(path: &PathBuf, rows: &Rows) -> anyhow::Result<()> {
     let tensors: Vec<(&str, &Tensor)> = rows.iter().map(|(name, tensor)| (*name, tensor)).collect();
     let partial = path.with_extension("partial");
@@ -116,6 +116,6 @@ mod tests {
         assert_eq!(computed.get(), 100);
         assert!(open(b"a").rows("y", &[0]).is_none());
         open(b"b");
-        assert_eq!(computed.get(), 200, "what is named otherwise is something else");
+        assert_eq!(computed.get(), 200, "another identity has other rows");
     }
 }

@@ -1,4 +1,4 @@
-//! What a network's samples are, and what they are made for.
+//! The space of a network's samples, and their conditions.
 
 use std::rc::Rc;
 
@@ -9,7 +9,7 @@ use tch::{Device, Tensor, no_grad};
 
 use super::prompts::Prompts;
 
-/// What a network's samples are, and what they are made for.
+/// The space of a network's samples, and their conditions.
 #[derive(Clone)]
 pub struct Space {
     /// Channels, height, width of a sample.
@@ -19,18 +19,18 @@ pub struct Space {
     pub(super) texts: Option<Rc<Texts>>,
 }
 
-/// What a text-to-image model has around its network.
+/// The parts of a text-to-image model beside its network.
 pub(super) struct Texts {
     pub(super) autoencoder: Autoencoder,
     pub(super) prompts: Prompts,
-    /// What it is scored on, where that is something else.
+    /// The prompts of the evaluation, if they differ.
     pub(super) evaluation: Option<Prompts>,
-    /// SHA-256 of the model, where it was asked for.
+    /// SHA-256 of the model, where it was computed.
     pub(super) digest: Option<String>,
 }
 
 impl Space {
-    /// Of a network that makes images from classes, or from nothing.
+    /// The space of a class-conditional or unconditional network.
     pub fn of(network: &dyn Denoiser) -> Self {
         Self { sample: network.sample_shape(), classes: network.classes(), texts: None }
     }
@@ -43,23 +43,24 @@ impl Space {
         }
     }
 
-    /// Whether a sample can be made for something, so that guidance means something.
+    /// Whether samples have conditions, which guidance needs.
     pub fn is_conditional(&self) -> bool {
         self.classes > 0 || self.texts.is_some()
     }
 
-    /// The prompts of a text-to-image model.
+    /// The prompts of a text-to-image model's training.
     pub fn prompts(&self) -> Option<&Prompts> {
         self.texts.as_ref().map(|texts| &texts.prompts)
     }
 
-    /// The prompts that a text-to-image model is scored on.
+    /// The prompts of a text-to-image model's evaluation.
     pub fn evaluation_prompts(&self) -> Option<&Prompts> {
         let texts = self.texts.as_ref()?;
         Some(texts.evaluation.as_ref().unwrap_or(&texts.prompts))
     }
 
-    /// Samples [N, C, H, W] as images fp32 in [−1, 1]: of latents one image at a time, in tiles where they are large.
+    /// Converts samples [N, C, H, W] to images, fp32 in [−1, 1]: latents one image at a time, in tiles if they are
+    /// large.
     pub fn images(&self, samples: &Tensor) -> Tensor {
         let Some(texts) = &self.texts else { return samples.shallow_clone() };
         let images: Vec<Tensor> = no_grad(|| {
@@ -72,7 +73,7 @@ impl Space {
         Tensor::cat(&images, 0)
     }
 
-    /// What training draws its conditions from.
+    /// The conditions from which training draws.
     pub fn conditions(&self) -> Box<dyn Conditions> {
         match &self.texts {
             Some(texts) => Box::new(OfPrompts(Rc::clone(texts))),

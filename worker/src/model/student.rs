@@ -12,34 +12,34 @@ use tch::Device;
 use super::{Model, steps::times};
 use crate::checkpoint;
 
-/// Header key of an exported file under which the times of the generator's steps lie, as JSON.
+/// Header key of an exported file that holds the times of the generator's steps, as JSON.
 const TIMES_KEY: &str = "times";
-/// Key of the scheduler's configuration in an exported folder under which they lie there.
+/// Key of the scheduler's configuration in an exported folder that holds them.
 pub const FOLDER_TIMES_KEY: &str = "few_step_timesteps";
-/// The scheduler's configuration in a folder.
+/// The file of the scheduler's configuration in a folder.
 pub const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
-/// A generator that is ready to sample from.
+/// A generator that is ready to sample.
 pub struct Student {
-    /// G_ema, and what surrounds it.
+    /// G_ema, with the other parts of its model.
     pub model: Model,
     /// Time of each step.
     pub times: Vec<f64>,
-    /// Where it comes from, as messages name it.
+    /// Its source, for messages.
     pub origin: String,
 }
 
-/// A checkpoint's place in a storage.
+/// The location of a checkpoint.
 #[derive(Debug, PartialEq)]
 struct Place {
     storage: String,
     run: RunId,
-    /// The newest, if there is none.
+    /// If none, the newest.
     iteration: Option<u64>,
 }
 
 impl Place {
-    /// Takes `<storage>/runs/<run>[/checkpoints/<iteration>[/manifest.json]]` apart.
+    /// Parses `<storage>/runs/<run>[/checkpoints/<iteration>[/manifest.json]]`.
     fn parse(location: &str) -> anyhow::Result<Self> {
         let expected = "expected an exported .safetensors file, <storage>/runs/<run> or \
                         <storage>/runs/<run>/checkpoints/<iteration>";
@@ -60,7 +60,7 @@ impl Place {
 }
 
 impl Student {
-    /// From an exported file or folder, or from a run's checkpoint, with all of its steps.
+    /// Loads an exported file or folder, or a run's checkpoint, with all of its steps.
     ///
     /// # Errors
     /// There is no such file or checkpoint, or it is damaged.
@@ -77,10 +77,10 @@ impl Student {
         }
     }
 
-    /// An exported one.
+    /// Loads an exported EDM generator.
     ///
     /// # Errors
-    /// The file is missing, damaged, or no exported generator.
+    /// The file is missing, damaged, or not an exported generator.
     pub fn from_file(path: &Path, device: Device) -> anyhow::Result<Self> {
         let archive = Archive::read(path)?;
         let times = archive.metadata.get(TIMES_KEY).with_context(|| {
@@ -96,7 +96,7 @@ impl Student {
         })
     }
 
-    /// An exported text-to-image model.
+    /// Loads an exported text-to-image model.
     ///
     /// # Errors
     /// The folder is not one that `potstill export` wrote, or is damaged.
@@ -111,7 +111,7 @@ impl Student {
 
     async fn from_run(place: Place, device: Device) -> anyhow::Result<Self> {
         let Place { storage, run: id, iteration } = place;
-        // Opening a storage on this machine would create its folder.
+        // Opening the storage would create a missing local folder.
         let local = storage.strip_prefix("file://").unwrap_or(&storage);
         ensure!(
             local.contains("://") || Path::new(local).is_dir(),
@@ -140,10 +140,10 @@ impl Student {
         Ok(Self { model, times, origin: run.describe(&key) })
     }
 
-    /// The generator alone, with everything needed to sample from it, as one safetensors file.
+    /// The generator with the times of its steps, as one safetensors file.
     ///
     /// # Errors
-    /// The serialiser's.
+    /// The serializer's error.
     pub fn to_safetensors(&self) -> anyhow::Result<Vec<u8>> {
         let metadata = BTreeMap::from([
             (TIMES_KEY.to_owned(), serde_json::to_string(&self.times)?),
@@ -156,7 +156,7 @@ impl Student {
 /// The times of an exported generator's steps.
 ///
 /// # Errors
-/// The folder is not an exported one.
+/// The folder was not exported by Potstill.
 fn few_step_times(folder: &Path) -> anyhow::Result<Vec<f64>> {
     let path = folder.join(SCHEDULER);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -165,7 +165,7 @@ fn few_step_times(folder: &Path) -> anyhow::Result<Vec<f64>> {
         config[FOLDER_TIMES_KEY].as_array().map(|times| times.iter().filter_map(Value::as_f64).collect());
     let times = times.filter(|times| !times.is_empty()).with_context(|| {
         format!(
-            "{} is no few-step generator: {SCHEDULER} has no `{FOLDER_TIMES_KEY}`, which `potstill export` writes",
+            "{} is not a few-step generator: {SCHEDULER} has no `{FOLDER_TIMES_KEY}`, which `potstill export` writes",
             folder.display()
         )
     })?;

@@ -1,4 +1,4 @@
-//! Which device a rank computes on.
+//! The device of a rank.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use anyhow::{Context, ensure};
 use clap::ValueEnum;
 use tch::{Cuda, Device};
 
-/// What somebody asked for.
+/// The device that was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// A GPU of its own for each rank where the machine has some, else the CPU.
+    /// A GPU of its own for each rank if the machine has GPUs, else the CPU.
     #[default]
     Auto,
     /// The CPU.
@@ -19,7 +19,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// As a command line has it.
+    /// Its name on a command line.
     pub fn as_argument(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -28,12 +28,12 @@ impl Choice {
         }
     }
 
-    /// The device of the rank in `slot` of this machine. To be called before anything else of libtorch.
+    /// The device of the rank in `slot` of this machine. Must be called before any other function of libtorch.
     ///
     /// # Errors
     /// A GPU is wanted and there is none for this slot; the machine has GPUs, but fewer than ranks: NCCL takes one rank on each.
     pub fn device(self, slot: usize) -> anyhow::Result<Device> {
-        // The driver's own file: where there is none, libtorch's CUDA half need not be loaded.
+        // A file of the driver: without it, libtorch's CUDA libraries need not be loaded.
         let wanted = self == Self::Cuda || (self == Self::Auto && Path::new("/dev/nvidiactl").exists());
         if !wanted {
             return Ok(Device::Cpu);
@@ -54,7 +54,7 @@ impl Choice {
     }
 }
 
-/// A device's name as people write it.
+/// A device's name, as in `cuda:0`.
 pub fn name(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),

@@ -1,8 +1,8 @@
-//! Faults on purpose, for tests of recovery: a rank that dies, hangs or is held up at a chosen point of a chosen iteration.
+//! Fault injection, for tests of recovery: a rank dies, hangs or is delayed at a chosen point of a chosen iteration.
 //!
-//! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. It happens to the first process that gets there as
-//! that rank: the one that can create the file. `hold:…` lasts until somebody has written to the file, a named pipe.
-//! Release builds know nothing of it.
+//! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. The fault happens in the first process that
+//! reaches the point as that rank: the one that can create the file. `hold:…` waits until the file, a named pipe, is
+//! written to. Release builds do not support it.
 
 use std::{fs::OpenOptions, sync::OnceLock, thread};
 
@@ -25,7 +25,7 @@ struct Fault {
     file: String,
 }
 
-/// A point in the training loop at which a fault may be wanted.
+/// A point in the training loop at which a fault can be injected.
 pub fn point(name: &str, iteration: u64, rank: u32) {
     static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
     if !cfg!(debug_assertions) {
@@ -38,17 +38,17 @@ pub fn point(name: &str, iteration: u64, rank: u32) {
     let first = || OpenOptions::new().write(true).create_new(true).open(&fault.file).is_ok();
     match fault.kind {
         Kind::Die if first() => {
-            tracing::warn!(name, iteration, "dying, as {VARIABLE} wants");
+            tracing::warn!(name, iteration, "dying because of {VARIABLE}");
             lifeline::end_now();
         }
         Kind::Hang if first() => {
-            tracing::warn!(name, iteration, "hanging, as {VARIABLE} wants");
+            tracing::warn!(name, iteration, "hanging because of {VARIABLE}");
             loop {
                 thread::park();
             }
         }
         Kind::Hold => {
-            tracing::warn!(name, iteration, "held, as {VARIABLE} wants");
+            tracing::warn!(name, iteration, "waiting because of {VARIABLE}");
             if let Err(error) = std::fs::read(&fault.file) {
                 tracing::error!(%error, "{VARIABLE}: {} cannot be read", fault.file);
             }

@@ -1,12 +1,12 @@
-//! A child that never outlives its parent.
+//! Ends a child process with its parent.
 //!
-//! The parent holds the write end of the child's stdin and never writes. When the parent is gone, however it went, the
-//! pipe is closed, and the child ends itself. On Linux the kernel is asked for the same, which also reaches a child that
-//! is stopped.
+//! The parent holds the write end of the child's stdin and never writes. When the parent has ended, in whatever way,
+//! the pipe is closed, and the child ends itself. On Linux the kernel is asked to signal the child as well, which also
+//! reaches a child that is stopped.
 
 use std::io::Read;
 
-/// Ends this process when the parent that spawned it with a piped stdin is gone.
+/// Ends this process when the parent that spawned it with a piped stdin has ended.
 pub fn hold() {
     #[cfg(target_os = "linux")]
     if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL) {
@@ -14,7 +14,7 @@ pub fn hold() {
     }
     std::thread::spawn(|| {
         let mut byte = [0u8; 1];
-        // Anything but an interruption means that the pipe is closed.
+        // Any other result than an interruption means that the pipe is closed.
         while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted)
         {
         }
@@ -22,7 +22,7 @@ pub fn hold() {
     });
 }
 
-/// Ends this process at once. Not by exit(): its handlers may wait for threads that are inside a collective.
+/// Ends this process at once. Not by exit(), whose handlers may wait for threads that are inside a collective.
 pub fn end_now() {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
 }

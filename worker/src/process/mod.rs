@@ -1,5 +1,5 @@
-//! What every command of this program needs of its process: devices, a lifeline to the process that started it, and
-//! faults on purpose.
+//! The process environment of all commands: devices, a lifeline to the process that started this one, and fault
+//! injection.
 
 pub mod device;
 pub mod faults;

@@ -1,4 +1,4 @@
-//! The stream itself: connects, says hello, passes messages on, and comes back when it is lost.
+//! The stream itself: connects, sends the hello, forwards messages, and reconnects when the stream is lost.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
@@ -20,16 +20,16 @@ use tonic::{Streaming, transport::Endpoint};
 use super::{progress::Progress, retained::Retained};
 use crate::process::lifeline;
 
-/// How long a starting rank tries to reach the coordinator, which may be starting too.
+/// How long a starting rank tries to reach the coordinator, which may be starting as well.
 const CONNECT_FOR: Duration = Duration::from_secs(30);
-/// How long one attempt may take.
+/// Timeout of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A connection that is silent for so long is asked whether it lives, and has so long to answer.
+/// A connection that is silent for this long is probed, with the same time for an answer.
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(7));
 
-/// What the welcome says.
+/// The content of the welcome.
 #[derive(Clone)]
 pub struct Terms {
     pub run_id: String,
@@ -37,17 +37,17 @@ pub struct Terms {
     pub storage_url: String,
     pub heartbeat: Duration,
     pub collective_timeout: Duration,
-    /// How long to go on without a coordinator.
+    /// How long to continue without a coordinator.
     pub patience: Duration,
 }
 
-/// What the training thread gets.
+/// What the training thread receives.
 pub(super) enum Inbound {
     Message(ToWorker),
     Lost(String),
 }
 
-/// Sends to the coordinator, from any thread, whether or not there is a stream at the moment.
+/// Sends messages to the coordinator, from any thread, whether or not there is a stream at the moment.
 #[derive(Clone, Default)]
 pub struct Outbox(Arc<Mutex<Outgoing>>);
 
@@ -58,17 +58,17 @@ struct Outgoing {
 }
 
 impl Outbox {
-    /// Sends a message; one that must not be lost is sent again when the stream was.
+    /// Sends a message; one that must not be lost is sent again after a lost stream.
     pub fn send(&self, message: FromWorker) {
         let mut outgoing = self.lock();
         outgoing.retained.keep(&message);
         if let Some(stream) = &outgoing.stream {
-            // The link notices by itself that a stream is lost.
+            // The link itself notices when a stream is lost.
             let _ = stream.send(message.into());
         }
     }
 
-    /// Begins a stream: a hello, and all that a coordinator has to be told which may not know it.
+    /// Starts a stream: sends a hello, and all messages that a new coordinator may not have received.
     fn begin(
         &self,
         mut hello: Hello,
@@ -100,15 +100,15 @@ impl Outbox {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Outgoing> {
-        // What a thread that panicked had locked is whole: every change is a single push or retain.
+        // A thread that panicked leaves consistent data: every change is a single push or retain.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The group that the rank is in, for the link to abort.
+/// The rank's current group, which the link can abort.
 pub type Entered = Arc<Mutex<Option<(Generation, ProcessGroup)>>>;
 
-/// Ends the collectives of the generation that `message` calls the rank away from.
+/// Aborts the collectives of the generation that `message` ends for this rank.
 fn abort_if_called_away(entered: &Entered, message: &ToWorker) {
     let Ok(entered) = entered.lock() else { return };
     let Some((generation, group)) = entered.as_ref() else { return };
@@ -141,8 +141,8 @@ impl Link {
         self.retry(CONNECT_FOR, LONGEST_PAUSE).await
     }
 
-    /// Passes on what comes, and comes back whenever the stream is lost, until the run is over for this rank or no
-    /// coordinator can be reached for as long as the rank has patience.
+    /// Forwards messages, and reconnects whenever the stream is lost, until the run is over for this rank or no
+    /// coordinator could be reached for `patience`.
     pub async fn keep(
         self,
         mut incoming: Streaming<wire::CoordinatorMessage>,
@@ -156,12 +156,12 @@ impl Link {
             };
             tracing::warn!(
                 reason = lost,
-                "lost the coordinator; going on, and trying to reach it or its successor"
+                "lost the coordinator; training continues while reconnecting to it or its successor"
             );
             let longest = terms.heartbeat.clamp(FIRST_PAUSE, LONGEST_PAUSE);
             match self.retry(terms.patience, longest).await {
                 Ok((stream, _)) => {
-                    tracing::info!("attached to a coordinator again");
+                    tracing::info!("reattached to a coordinator");
                     incoming = stream;
                 }
                 Err(error) => {
@@ -172,7 +172,7 @@ impl Link {
         }
     }
 
-    /// How the stream was lost; `None` when there is no more to listen for.
+    /// How the stream was lost; `None` when the run is over for this rank.
     async fn listen(
         &self,
         mut incoming: Streaming<wire::CoordinatorMessage>,
@@ -183,7 +183,7 @@ impl Link {
                 Ok(Some(message)) => message,
                 Ok(None) => return Some("the coordinator closed the stream".to_owned()),
                 Err(status) => {
-                    return Some(format!("the stream to the coordinator broke: {}", status.message()));
+                    return Some(format!("the stream to the coordinator failed: {}", status.message()));
                 }
             };
             let message = match ToWorker::try_from(message) {
@@ -191,7 +191,7 @@ impl Link {
                 Err(error) => return Some(error.to_string()),
             };
             if let ToWorker::Restart { reason } = &message {
-                tracing::error!(reason, "this process does not move: ending it, to be started again");
+                tracing::error!(reason, "this process hangs: ending it, so that its agent starts another");
                 lifeline::end_now();
             }
             self.outbox.heard(&message);
@@ -203,7 +203,7 @@ impl Link {
         }
     }
 
-    /// Attaches, trying again for `patience`.
+    /// Attaches, with repeated attempts for `patience`.
     async fn retry(
         &self,
         patience: Duration,
@@ -223,8 +223,8 @@ impl Link {
             };
             if started.elapsed() + pause >= patience {
                 bail!(
-                    "cannot reach the coordinator at {address}: tried {tries} times in {:.0} s, last: {}. Is it running \
-                     there, and does the network let this machine reach it?",
+                    "cannot reach the coordinator at {address}: tried {tries} times in {:.0} s, last: {}. Check that it is running \
+                     there, and that this machine can reach it over the network",
                     started.elapsed().as_secs_f64(),
                     error.root_cause()
                 );
@@ -290,6 +290,6 @@ impl Link {
 enum Failure {
     /// Another attempt may succeed.
     Passing(anyhow::Error),
-    /// None will.
+    /// No further attempt can succeed.
     Final(anyhow::Error),
 }

@@ -1,12 +1,12 @@
 //! The rank's side of the `Attach` stream.
 //!
-//! The stream lives on a small runtime of its own, so heartbeats go out while the training thread computes or waits in a
-//! collective. What the coordinator says is collected in [`Orders`], which the training thread looks at between
-//! micro-batches. An order to leave also aborts the group that the rank is in, so that a rank which waits for a stuck peer
-//! leaves at once.
+//! The stream runs on a small runtime of its own, so heartbeats are sent while the training thread computes or waits in
+//! a collective. The coordinator's messages are collected in [`Orders`], which the training thread checks between
+//! micro-batches. An order to leave also aborts the rank's group, so that a rank that waits for a stuck peer leaves at
+//! once.
 //!
-//! A stream that is lost changes nothing for the training thread: the link comes back to the coordinator or to its
-//! successor and says again what that may not know.
+//! A lost stream does not affect the training thread: the link reconnects to the coordinator or to its successor and
+//! sends again what that may not have received.
 
 mod link;
 mod orders;
@@ -30,7 +30,7 @@ pub use self::{
     progress::Progress,
 };
 
-/// A worker's talk with the coordinators of its run.
+/// A worker's session with the coordinators of its run.
 pub struct Session {
     inbox: mpsc::Receiver<Inbound>,
     outbox: Outbox,
@@ -40,8 +40,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Attaches: connects with bounded retries, says hello, waits for the welcome. From then on SIGTERM and SIGUSR1 are
-    /// passed on as the wish to leave.
+    /// Attaches: connects with bounded retries, sends the hello, waits for the welcome. From then on SIGTERM and
+    /// SIGUSR1 are forwarded as a request to leave.
     ///
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.
@@ -80,7 +80,7 @@ impl Session {
         Ok((Self { inbox, outbox, orders: Orders::default(), entered, progress }, terms))
     }
 
-    /// The rank has joined a group: from now on an order to leave its generation aborts it.
+    /// The rank has joined a group: from now on an order to leave its generation aborts the group.
     pub fn enter_group(&self, generation: Generation, group: &ProcessGroup) {
         if let Ok(mut entered) = self.entered.lock() {
             *entered = Some((generation, group.clone()));
@@ -94,7 +94,7 @@ impl Session {
         }
     }
 
-    /// A sender to hand to other threads.
+    /// A sender for other threads.
     pub fn outbox(&self) -> Outbox {
         self.outbox.clone()
     }
@@ -104,7 +104,7 @@ impl Session {
         self.outbox.send(message);
     }
 
-    /// What is wanted now, without waiting.
+    /// The current orders, without waiting.
     ///
     /// # Errors
     /// No coordinator can be reached any more.
@@ -113,7 +113,7 @@ impl Session {
             match self.inbox.try_recv() {
                 Ok(inbound) => self.accept(inbound)?,
                 Err(mpsc::TryRecvError::Empty) => return Ok(&mut self.orders),
-                // The link has nothing more to say once the run is over.
+                // After the run's end the link sends nothing more.
                 Err(mpsc::TryRecvError::Disconnected) if self.orders.stop.is_some() => {
                     return Ok(&mut self.orders);
                 }
@@ -122,7 +122,7 @@ impl Session {
         }
     }
 
-    /// Waits for the next message and takes it into the orders.
+    /// Waits for the next message and adds it to the orders.
     ///
     /// # Errors
     /// No coordinator can be reached any more.

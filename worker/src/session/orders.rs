@@ -1,4 +1,4 @@
-//! What the coordinator wants that has not been acted on.
+//! The coordinator's orders that have not been executed.
 
 use potstill_proto::{
     cursor::Generation,
@@ -8,17 +8,17 @@ use potstill_proto::{
 /// See the module's documentation.
 #[derive(Default)]
 pub struct Orders {
-    /// A place in a new generation.
+    /// The assignment to a new generation.
     pub assignment: Option<Assignment>,
     /// The generation to leave, and why.
     abandoned: Option<(Generation, String)>,
     /// The run is over: whether it succeeded, and why.
     pub stop: Option<(bool, String)>,
-    /// A checkpoint is wanted in this generation.
+    /// The generation that was asked for a checkpoint.
     checkpoint: Option<Generation>,
-    /// A checkpoint and then an end are wanted in this generation.
+    /// The generation that was asked to save and stop.
     checkpoint_and_stop: Option<Generation>,
-    /// This generation's ranks are to yield at a boundary.
+    /// The generation whose ranks were asked to yield.
     yields: Option<Generation>,
 }
 
@@ -35,7 +35,7 @@ impl Orders {
         Some(format!("{} replaces it", next.generation))
     }
 
-    /// Whether a checkpoint was asked of `generation`; asked once, answered once.
+    /// Whether a checkpoint was requested from `generation`; each request is returned once.
     pub fn take_checkpoint(&mut self, generation: Generation) -> bool {
         self.checkpoint.take_if(|g| *g == generation).is_some()
     }
@@ -66,7 +66,7 @@ impl Orders {
                 }
             },
             ToWorker::Committed { iteration } => tracing::debug!(iteration, "checkpoint committed"),
-            // The link acts on these itself.
+            // The link executes these itself.
             ToWorker::Welcome { .. } | ToWorker::Restart { .. } => {}
         }
     }

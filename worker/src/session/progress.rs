@@ -1,4 +1,4 @@
-//! How far the rank is: written by the training thread, read by heartbeats and by the hello of a stream that comes back.
+//! The rank's progress: written by the training thread, read for heartbeats and for the hello of a new stream.
 
 use std::{
     future::Future,
@@ -14,7 +14,7 @@ use potstill_proto::{
     message::FromWorker,
 };
 
-/// How often work that has patience of its own is reported as progress.
+/// How often work with a timeout of its own counts as progress.
 const BUSY: Duration = Duration::from_secs(1);
 
 /// See the module's documentation.
@@ -23,9 +23,9 @@ pub struct Progress {
     generation: AtomicU64,
     /// Twice the iteration, plus one in the generator phase: both in one atomic, so that they are never torn.
     cursor: AtomicU64,
-    /// Whether the state at the cursor is whole.
+    /// Whether the state at the cursor is complete.
     whole: AtomicBool,
-    /// The newest generation whose state it is.
+    /// The newest generation whose state it was.
     loaded: AtomicU64,
     units: AtomicU64,
     waiting: AtomicBool,
@@ -33,12 +33,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A unit of work is done.
+    /// Counts a completed unit of work.
     pub fn tick(&self) {
         self.units.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A whole state is held, this far.
+    /// The rank holds a complete state at this cursor.
     pub fn set_cursor(&self, cursor: Cursor) {
         let phase = u64::from(cursor.phase == Phase::Generator);
         self.cursor.store(cursor.iteration * 2 + phase, Ordering::Relaxed);
@@ -46,13 +46,13 @@ impl Progress {
         self.tick();
     }
 
-    /// The state of this generation is held, this far.
+    /// The rank holds the state of this generation at this cursor.
     pub fn set_loaded(&self, generation: Generation, cursor: Cursor) {
         self.set_cursor(cursor);
         self.loaded.store(generation.0, Ordering::Release);
     }
 
-    /// The newest generation whose state was held.
+    /// The newest generation whose state the rank held.
     pub fn loaded(&self) -> Generation {
         Generation(self.loaded.load(Ordering::Acquire))
     }
@@ -62,7 +62,7 @@ impl Progress {
         self.whole.store(false, Ordering::Release);
     }
 
-    /// How far the state is, if there is a whole one.
+    /// The cursor of the state, if there is a complete one.
     pub fn held(&self) -> Option<Cursor> {
         self.whole.load(Ordering::Acquire).then(|| self.cursor())
     }
@@ -77,7 +77,7 @@ impl Progress {
         self.generation.store(generation.0, Ordering::Relaxed);
     }
 
-    /// For people: what the rank is doing.
+    /// Sets what the rank is doing, as text for heartbeats.
     pub fn set_activity(&self, activity: &'static str) {
         if let Ok(mut now) = self.activity.lock() {
             *now = activity;
@@ -85,13 +85,13 @@ impl Progress {
         self.tick();
     }
 
-    /// From now on the rank waits for its peers, or does not any more.
+    /// Whether the rank now waits for its peers.
     pub fn set_waiting(&self, waiting: bool) {
         self.waiting.store(waiting, Ordering::Relaxed);
         self.tick();
     }
 
-    /// Waits for the rank's peers: when nothing moves meanwhile, another one is at fault.
+    /// Runs `wait`, which waits for the rank's peers: if there is no progress meanwhile, another rank hangs.
     pub fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.set_waiting(true);
         let result = wait();
@@ -99,7 +99,7 @@ impl Progress {
         result
     }
 
-    /// Counts as progress while `work` goes on, which bounds its own time, as every operation on storage does.
+    /// Counts progress while `work` runs, which must have a timeout of its own, as every storage operation has.
     pub async fn while_busy<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         let mut interval = tokio::time::interval(BUSY);
@@ -111,7 +111,7 @@ impl Progress {
         }
     }
 
-    /// What the coordinator is told regularly.
+    /// A heartbeat.
     pub fn heartbeat(&self) -> FromWorker {
         FromWorker::Heartbeat {
             generation: Generation(self.generation.load(Ordering::Relaxed)),

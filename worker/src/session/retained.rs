@@ -1,7 +1,7 @@
-//! What the rank has said in its newest generation and no checkpoint covers yet.
+//! The rank's reports in its newest generation that no checkpoint covers yet.
 //!
-//! A coordinator that dies takes what it was told with it. Its successor starts from the newest checkpoint, so the rank says
-//! again what came after that; what was counted already is counted once.
+//! A coordinator that dies loses the reports that it has received. Its successor starts from the newest checkpoint, so
+//! the rank sends again the reports after that; each is counted once.
 
 use potstill_proto::{
     cursor::Generation,
@@ -13,13 +13,13 @@ use potstill_proto::{
 pub struct Retained {
     /// The rank's newest place.
     pub place: Option<Place>,
-    /// Whether its state is the one that all ranks of that place's generation take.
+    /// Whether the rank holds the state from which that place's generation starts, or a later one.
     is_source: bool,
     messages: Vec<FromWorker>,
 }
 
 impl Retained {
-    /// A new place: what was said in an older one is of no use any more.
+    /// A new place: reports of an older one are dropped.
     pub fn assigned(&mut self, place: Place, is_source: bool) {
         self.place = Some(place);
         self.is_source = is_source;
@@ -28,9 +28,9 @@ impl Retained {
         });
     }
 
-    /// Whether a coordinator may count on the state that the rank holds, which is that of generation `loaded`. Between its
-    /// assignment and the moment when it has taken its place's state the old one may be overwritten at any time, and nobody
-    /// would hear of it.
+    /// Whether a coordinator may rely on the state that the rank holds, which is that of generation `loaded`. Between
+    /// its assignment and the moment when it has taken over its place's state, the old one may be overwritten at any
+    /// time, without a message to the coordinator.
     pub fn keeps_state(&self, loaded: Generation) -> bool {
         self.place.is_some_and(|place| self.is_source || loaded >= place.generation)
     }
@@ -57,7 +57,7 @@ impl Retained {
             | FromWorker::Yielded { generation, .. }
             | FromWorker::CheckpointDamaged { generation, .. }
             | FromWorker::Finished { generation, .. } => *generation,
-            // Of the worker, not of its place.
+            // It concerns the worker, not its place.
             FromWorker::Failed { .. } | FromWorker::Ready | FromWorker::Leaving { .. } => {
                 return self.messages.push(message.clone());
             }
@@ -68,7 +68,7 @@ impl Retained {
         }
     }
 
-    /// Everything kept, in the order in which it was said.
+    /// All kept messages, in the order in which they were sent.
     pub fn messages(&self) -> impl Iterator<Item = &FromWorker> {
         self.messages.iter()
     }

@@ -1,15 +1,15 @@
-//! The control lane: one tiny all-reduce per iteration, issued early and read at its end, so that all ranks decide the
-//! same at the same iteration and nobody waits for it.
+//! The control lane: one small all-reduce per iteration, issued early and read at its end, so that all ranks decide the
+//! same at the same iteration without waiting for it.
 
 use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
 use tch::{Kind, Tensor};
 
-/// What some rank wants; after [`Lane::read`], what any rank wants.
+/// Requests of one rank; after [`Lane::read`], those of any rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
     /// Save at the end of this iteration.
     pub checkpoint: bool,
-    /// Save at the end of this iteration and leave.
+    /// Save at the end of this iteration and finish.
     pub stop: bool,
     /// Leave the group at the end of this iteration.
     pub yields: bool,
@@ -22,7 +22,7 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Puts this rank's flags on the lane.
+    /// Starts the all-reduce of this rank's flags.
     ///
     /// # Errors
     /// The collective could not be issued.
@@ -33,7 +33,7 @@ impl Lane {
         Ok(Self { work, flags })
     }
 
-    /// Everybody's flags.
+    /// The flags of all ranks.
     ///
     /// # Errors
     /// The collective failed.

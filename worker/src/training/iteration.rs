@@ -15,21 +15,21 @@ use crate::{
     training::control_lane::{Flags, Lane},
 };
 
-/// What a phase came to.
+/// The result of a phase.
 struct Trained {
     totals: Totals,
     /// L2 norm of the reduced gradient.
     norm: f64,
-    /// Its elements that were not finite.
+    /// Number of its elements that were not finite.
     non_finite: u64,
-    /// What its loss was multiplied with.
+    /// The factor of its loss.
     loss_scale: f64,
-    /// Whether something was wrong that a smaller loss scale will not mend.
+    /// Whether values were not finite in a way that a smaller loss scale does not repair.
     sick: bool,
 }
 
 impl Trained {
-    /// A phase that was not run here and now.
+    /// The result of a phase that was not run here.
     fn nothing() -> Self {
         let totals = Totals { score_loss: f64::NAN, ..Totals::default() };
         Self { totals, norm: f64::NAN, non_finite: 0, loss_scale: 1.0, sick: false }
@@ -59,7 +59,7 @@ impl Member<'_> {
                 self.session.progress.set_cursor(*cursor);
                 trained
             }
-            // Done in another generation, whose sums are not at hand.
+            // Done in another generation, whose sums are not known here.
             Phase::Generator => Trained::nothing(),
         };
         let generator = match self.job.recipe.settings.schedule.trains_generator(iteration) {
@@ -95,12 +95,11 @@ impl Member<'_> {
         }));
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         faults::point("reported", iteration, self.assignment.rank);
-        // Read only now: the iteration is done and reported, whatever becomes of the group.
+        // Read only now: the iteration is complete and reported, even if the group fails.
         Ok(self.session.progress.while_waiting(|| lane.read())?)
     }
 
-    /// Ends the run when too many iterations in a row had gradients that were not finite, or nothing but samples that were
-    /// not.
+    /// Ends the run when too many iterations in a row had gradients that were not finite, or no sample that was finite.
     fn watch_health(&mut self, iteration: u64, samples: u32, phases: &[Trained]) -> anyhow::Result<()> {
         let sick = phases.iter().any(|phase| phase.sick || phase.totals.dropped >= samples);
         self.non_finite_streak = if sick { self.non_finite_streak + 1 } else { 0 };

@@ -1,4 +1,4 @@
-//! What a process loads once, for all generations that it takes part in.
+//! Everything that a process loads once for all its generations.
 
 use std::path::Path;
 
@@ -41,7 +41,7 @@ use crate::{
 pub struct Inputs {
     teacher: Box<dyn Denoiser>,
     space: Space,
-    /// The generator to start from, where that is not the teacher.
+    /// The generator to start from, if that is not the teacher.
     start: Option<Box<dyn Denoiser>>,
     real: Option<Box<dyn RealData>>,
     evaluator: Option<Evaluator>,
@@ -52,7 +52,7 @@ impl Inputs {
     /// Loads teacher, generator to start from, prompts, real samples, extractor and reference.
     ///
     /// # Errors
-    /// A file that is missing, damaged, of another content than the run was started with, or does not fit the others.
+    /// A file is missing, damaged, has other content than when the run was started, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let model = Model::load(spec, device)?;
         let start = match &spec.generator.start_from {
@@ -71,13 +71,13 @@ impl Inputs {
         let guided = spec.guidance.scales() != [1.0; 3];
         ensure!(
             !guided || space.is_conditional(),
-            "guidance needs a teacher that knows classes, but {} is unconditional: set guidance.preset = \"none\"",
+            "guidance needs a class-conditional teacher, but {} is unconditional: set guidance.preset = \"none\"",
             spec.teacher
         );
         let settings = settings(spec, teacher.process(), device);
         ensure!(
             settings.weighting.fits(teacher.process()),
-            "distillation.weighting = {} is for flow-matching teachers; {} is none",
+            "distillation.weighting = {} is for flow-matching teachers; {} is not one",
             serde_json::to_string(&spec.distillation.weighting)?,
             spec.teacher
         );
@@ -103,7 +103,7 @@ impl Inputs {
     }
 }
 
-/// The generator that a run starts from: an exported one of the teacher's architecture.
+/// Loads the generator that a run starts from: an exported one of the teacher's architecture.
 fn load_start(path: &Path, teacher: &Model, device: Device) -> anyhow::Result<Box<dyn Denoiser>> {
     let network: Box<dyn Denoiser> = match path.is_dir() {
         true => Box::new(load_unet(path, device).context("generator.start_from")?),
@@ -118,7 +118,7 @@ fn load_start(path: &Path, teacher: &Model, device: Device) -> anyhow::Result<Bo
     Ok(network)
 }
 
-/// Real samples for the adversarial loss.
+/// Loads real samples for the adversarial loss.
 fn load_real(spec: &AdversarialSpec, space: &Space, pairs: Vec<Pair>) -> anyhow::Result<Box<dyn RealData>> {
     if space.prompts().is_some() {
         tracing::info!(samples = pairs.len(), "image-text pairs loaded");
@@ -134,7 +134,7 @@ fn load_real(spec: &AdversarialSpec, space: &Space, pairs: Vec<Pair>) -> anyhow:
     Ok(Box::new(data.into_real_samples(space.classes)))
 }
 
-/// What stays the same over all generations of a process.
+/// Everything that stays the same over all generations of a process.
 pub struct Job {
     pub(super) spec: RunSpec,
     pub(super) recipe: Recipe,
@@ -150,7 +150,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// Loads what the run reads.
+    /// Loads the files that the run reads.
     ///
     /// # Errors
     /// See [`Inputs::load`].
@@ -191,7 +191,7 @@ impl Job {
         State::starting_from(teacher, generator, Counters::new(dynamic), layout)
     }
 
-    /// What a rank holds of master weights, moments and average.
+    /// The slice of master weights, moments and average that a rank holds.
     pub(super) fn slice(&self, assignment: &Assignment) -> Slice {
         match self.spec.memory.shard_optimizer {
             true => Slice { rank: assignment.rank as usize, world: assignment.world_size as usize },
@@ -199,9 +199,9 @@ impl Job {
         }
     }
 
-    /// Where this run's micro-batches come from.
+    /// The source of this run's micro-batches.
     pub(super) fn draws(&self) -> NamedStreams<'_> {
-        // Classes as SiDA has them; texts only where the run has no list of its own for what is generated.
+        // Classes as in SiDA; captions only where the run has no prompts of its own.
         let conditions_of_real = self.spec.prompts.as_ref().is_none_or(|prompts| prompts.data.is_none());
         NamedStreams {
             settings: &self.recipe.settings,
@@ -220,7 +220,7 @@ impl Job {
     }
 }
 
-/// Laws of the times of the fake-score phase and of the generator phase.
+/// Noise distributions of the fake-score phase and of the generator phase.
 fn noise_distributions(spec: &RunSpec, process: &ForwardProcess) -> [NoiseDistribution; 2] {
     let d = &spec.distillation;
     match process {
@@ -241,7 +241,7 @@ fn noise_distributions(spec: &RunSpec, process: &ForwardProcess) -> [NoiseDistri
     }
 }
 
-/// What decides a micro-batch besides the networks, for a teacher on this process.
+/// Everything that decides a micro-batch besides the networks, for the teacher's forward process.
 pub fn settings(spec: &RunSpec, process: &ForwardProcess, device: Device) -> Settings {
     let [fake_score_times, generator_times] = noise_distributions(spec, process);
     let (d, [fake_score_training, fake_score, teacher]) = (&spec.distillation, spec.guidance.scales());

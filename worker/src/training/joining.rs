@@ -1,4 +1,4 @@
-//! The beginning of a generation: meet the other ranks, take the state from where the assignment says.
+//! The start of a generation: joins the group and takes over the state from the assignment's source.
 
 use std::{sync::mpsc, thread, time::Duration};
 
@@ -15,20 +15,20 @@ use super::{interruption::Interruption, job::Job, transfer};
 use crate::{checkpoint, session::Session};
 use potstill_logging::chain;
 
-/// How often a rank that waits to join looks for other orders.
+/// How often a rank that waits to join checks for other orders.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// The state a rank holds between generations.
 #[derive(Default)]
 pub struct Holding {
-    /// `None`: nothing worth keeping.
+    /// `None`: there is no state to keep.
     pub state: Option<State>,
-    /// How far it is; the start when there is no state.
+    /// Its cursor; the start when there is no state.
     pub cursor: Cursor,
 }
 
-/// Meets the other ranks. Waiting for them cannot be interrupted, so a thread of its own does it, and is left behind when
-/// the coordinator calls this rank away.
+/// Joins the group. Waiting for the other ranks cannot be interrupted, so a thread of its own does it, which is
+/// abandoned when the coordinator orders this rank to leave.
 pub(super) fn join(
     job: &Job,
     session: &mut Session,
@@ -68,7 +68,7 @@ pub(super) fn join(
     }
 }
 
-/// Takes the state from where the assignment says. On failure the rank is left with a whole state or with none.
+/// Takes over the state from the assignment's source. On failure the rank is left with a complete state or with none.
 pub(super) fn obtain_state(
     job: &Job,
     session: &Session,
@@ -125,7 +125,7 @@ pub(super) fn obtain_state(
     }
 }
 
-/// Puts this generation's slices together from those of an earlier one.
+/// Assembles this generation's slices from those of an earlier one.
 fn take_slices(
     job: &Job,
     session: &Session,
@@ -146,7 +146,8 @@ fn take_slices(
         Ok(Some(cursor)) => Ok((state, cursor)),
         Ok(None) => {
             session.progress.state_is_torn();
-            let reason = "a part of the optimizer's state went with the rank that held it; the newest checkpoint has all";
+            let reason =
+                "a slice of the state was lost with the rank that held it; the newest checkpoint is complete";
             Err(Interruption::Left(reason.to_owned()))
         }
         Err(error) => {

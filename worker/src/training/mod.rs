@@ -1,4 +1,4 @@
-//! What a rank does in one generation: take the state, then iterate until the run ends or the generation does.
+//! A rank's work in one generation: takes over the state, then iterates until the run or the generation ends.
 
 mod control_lane;
 mod interruption;
@@ -44,20 +44,20 @@ use crate::{
 /// Columns and rows of each half of `samples.png`.
 const PICTURE: (u32, u32) = (10, 4);
 
-/// Why a generation is over for this rank.
+/// How a generation has ended for this rank.
 pub enum Ending {
-    /// Nothing left to compute.
+    /// There is nothing left to compute.
     Finished,
     /// As all ranks agreed, it has left the group at a boundary.
     Yielded,
-    /// What it was to start from cannot be read.
+    /// The checkpoint that it was to start from cannot be read.
     Damaged {
-        /// The checkpoint.
+        /// Key of the checkpoint's manifest.
         manifest_key: String,
         /// Which object, and what is wrong with it.
         error: String,
     },
-    /// It has left the group: it was told to, or a collective failed.
+    /// It has left the group: it was ordered to, or a collective failed.
     Left(String),
 }
 
@@ -71,7 +71,7 @@ struct Member<'a> {
     non_finite_streak: u32,
 }
 
-/// Leaves a generation when the coordinator wants that.
+/// Leaves a generation when the coordinator orders it.
 fn obey_orders(session: &mut Session, generation: Generation) -> Result<(), Interruption> {
     match session.orders()?.interruption(generation) {
         Some(reason) => Err(Interruption::Left(reason)),
@@ -79,11 +79,11 @@ fn obey_orders(session: &mut Session, generation: Generation) -> Result<(), Inte
     }
 }
 
-/// Takes part in the assigned generation until it is over. `holding` keeps the state whatever happens, `saving` the newest save,
-/// which may outlive the generation.
+/// Takes part in the assigned generation until it is over. `holding` keeps the state in all cases, `saving` the newest
+/// save, which may continue after the generation.
 ///
 /// # Errors
-/// What no other worker could do better: the run must end.
+/// An error that every other worker would have as well: the run must end.
 pub fn run_generation(
     job: &Job,
     session: &mut Session,
@@ -102,7 +102,7 @@ pub fn run_generation(
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
         Err(Interruption::Damaged { manifest_key, error }) => Ok(Ending::Damaged { manifest_key, error }),
         Err(Interruption::Collective(error)) => {
-            // It may have failed only because the session aborted it.
+            // It may have failed only because the session aborted the group.
             let called_away = session.orders()?.interruption(assignment.generation);
             Ok(Ending::Left(called_away.unwrap_or_else(|| error.to_string())))
         }
@@ -123,14 +123,14 @@ fn take_part(
     session.progress.set_waiting(true);
     let group = join(job, session, assignment, host, timeout)?;
     session.progress.set_waiting(false);
-    // From here on an order to leave ends every collective at once.
+    // From here on an order to leave aborts the collectives at once.
     session.enter_group(assignment.generation, &group);
     if let Some(reason) = session.orders()?.interruption(assignment.generation) {
         return Err(Interruption::Left(reason));
     }
 
     let (state, cursor) = obtain_state(job, session, holding, assignment, &group)?;
-    // Held from here on, so that no failure below loses it.
+    // Held from here on, so that no later failure loses it.
     session.progress.set_loaded(assignment.generation, cursor);
     holding.cursor = cursor;
     let state = holding.state.insert(state);
@@ -150,7 +150,7 @@ fn take_part(
 
 impl Drop for Member<'_> {
     fn drop(&mut self) {
-        // Whatever follows may change the state.
+        // The code below may change the state.
         self.wait_for_copy();
     }
 }
@@ -167,7 +167,7 @@ impl Member<'_> {
             let stop = flags.stop;
             let at_boundary = cursor.phase == Phase::FakeScore;
             let last = at_boundary && cursor.iteration >= iterations;
-            // Scored before it is saved: what has collapsed is not kept.
+            // Evaluated before it is saved: a collapsed student is not saved.
             if at_boundary && !stop && self.job.evaluation_due(cursor.iteration) {
                 self.evaluate(state, cursor.iteration, Subject::Student)?;
             }
@@ -184,7 +184,7 @@ impl Member<'_> {
                 return Ok(Ending::Finished);
             }
             if flags.yields {
-                // Whoever is leaving must have saved.
+                // A rank that is leaving must have saved.
                 self.finish_saving()?;
                 return Ok(Ending::Yielded);
             }
@@ -194,12 +194,12 @@ impl Member<'_> {
         }
     }
 
-    /// Starts to save this rank's share. At most one save is under way, so that memory is bounded: where the one before still
-    /// is, this one is given up, and training goes on.
+    /// Starts to save this rank's shard. At most one save is under way, so that memory is bounded: while the previous
+    /// one still runs, this one is skipped, and training continues.
     fn save(&mut self, state: &State, iteration: u64) {
         let a = self.assignment;
         if self.saving.as_ref().is_some_and(|saving| !saving.is_over()) {
-            let error = "skipped: the checkpoint before is still being written; save less often".to_owned();
+            let error = "skipped: the previous checkpoint is still being written; save less often".to_owned();
             return self.session.send(FromWorker::ShardFailed(ShardFailed {
                 generation: a.generation.0,
                 iteration,
@@ -215,7 +215,7 @@ impl Member<'_> {
         faults::point("snapshot", iteration, a.rank);
     }
 
-    /// The state is about to change: waits for a copy of it that is under way.
+    /// Before the state changes: waits for a copy of it that is under way.
     fn wait_for_copy(&mut self) {
         if let Some(saving) = self.saving {
             saving.wait_for_copy();
@@ -233,7 +233,7 @@ impl Member<'_> {
         Sampler::Student { generator, times: &self.job.recipe.settings.times }
     }
 
-    /// G_ema, whoever holds its elements.
+    /// G_ema, also where each rank holds a slice of it.
     fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
         let average =
             self.session.progress.while_waiting(|| transfer::gather_average(&self.trainer.group, state))?;

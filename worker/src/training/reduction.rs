@@ -1,4 +1,4 @@
-//! How the ranks' gradients of one network become one gradient, or one slice of it on each rank.
+//! Reduces the ranks' gradients of one network to one gradient, or to one slice of it on each rank.
 
 use std::time::{Duration, Instant};
 
@@ -13,43 +13,43 @@ use super::interruption::Interruption;
 
 /// See the module's documentation.
 pub enum Reduction {
-    /// By c10d's Reducer, bucket by bucket while the backward pass still runs: where weights are fp32 and every rank steps all of
+    /// By c10d's Reducer, bucket by bucket during the backward pass: where weights are fp32 and every rank steps all of
     /// them.
     Overlapped(Reducer),
-    /// Added up in one fp32 vector, whatever the weights' kind, and reduced when the phase is over.
+    /// Summed in one fp32 vector, whatever the weights' data type, and reduced at the end of the phase.
     Buffered(Buffer),
 }
 
 /// The vector, which the networks use in turn.
 pub struct Buffer {
-    /// Room for as many slices of equal length as there are ranks.
+    /// As long as the slices of all ranks, which have equal lengths.
     sum: Tensor,
     slice: Slice,
 }
 
 impl Buffer {
-    /// For gradients of `parameters`, of which this rank wants a slice.
+    /// A buffer for gradients of `parameters`, of which this rank needs a slice.
     pub fn new(parameters: &Parameters, slice: Slice) -> Self {
         let flat = parameters.flat();
         let room = slice.width(flat.numel() as i64) * slice.world as i64;
         Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())), slice }
     }
 
-    /// The same memory.
+    /// Another handle to the same memory.
     fn share(&self) -> Self {
         Self { sum: self.sum.shallow_clone(), slice: self.slice }
     }
 }
 
 impl Reduction {
-    /// For each of two networks of the same parameters.
+    /// The reductions of two networks with the same parameters.
     ///
     /// # Errors
-    /// Those of the collectives.
+    /// The collectives' errors.
     pub fn of(networks: [&dyn Denoiser; 2], slice: Slice, group: &ProcessGroup) -> Result<[Self; 2], Error> {
         let plain = slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
         for network in networks {
-            // An interrupted phase may have left gradients behind.
+            // An interrupted phase may have left gradients.
             clear_gradients(network.parameters().leaves())?;
         }
         if plain {
@@ -62,7 +62,7 @@ impl Reduction {
         Ok([Self::Buffered(buffer.share()), Self::Buffered(buffer)])
     }
 
-    /// What a sum over samples is multiplied with, so that the reduced gradient is that of the mean over `batch` samples.
+    /// The factor of a sum over samples that makes the reduced gradient that of the mean over `batch` samples.
     pub fn scale(&self, world: usize, batch: f64) -> f64 {
         match self {
             // The reducer takes the mean over ranks.
@@ -74,7 +74,7 @@ impl Reduction {
     /// Backward pass of one micro-batch; `last` is the phase's last one on this rank. Returns how long it waited for peers.
     ///
     /// # Errors
-    /// Those of the collectives; the loss cannot be differentiated.
+    /// The collectives' errors; the loss cannot be differentiated.
     pub fn backward(
         &self,
         network: &dyn Denoiser,
@@ -93,11 +93,11 @@ impl Reduction {
         Ok(Duration::ZERO)
     }
 
-    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers. It may lie in this
-    /// value's own memory, until that is [cleared](Self::clear).
+    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers. It may be in
+    /// this value's own memory, until that is [cleared](Self::clear).
     ///
     /// # Errors
-    /// Those of the collectives.
+    /// The collectives' errors.
     pub fn finish(&self, network: &dyn Denoiser, group: &ProcessGroup) -> Result<(Tensor, Duration), Error> {
         let started = Instant::now();
         let Self::Buffered(Buffer { sum, slice }) = self else {
@@ -111,7 +111,7 @@ impl Reduction {
             let (width, range) = (slice.width(numel), slice.range(numel));
             let own = Tensor::empty([width], (Kind::Float, sum.device()));
             match group.member().world {
-                // One rank that is measured alone, as if it were one of several.
+                // One rank is measured alone, as if it were one of several.
                 1 => no_grad(|| own.shallow_clone().copy_(&sum.narrow(0, slice.rank as i64 * width, width))),
                 _ => group.reduce_scatter(&own, sum)?.wait(None)?,
             }
@@ -120,10 +120,10 @@ impl Reduction {
         Ok((gradient, started.elapsed()))
     }
 
-    /// Forgets the gradients of a phase that is over.
+    /// Clears the gradients of a phase that is over.
     ///
     /// # Errors
-    /// libtorch's.
+    /// libtorch's error.
     pub fn clear(&self) -> Result<(), Error> {
         match self {
             Self::Overlapped(reducer) => reducer.zero_grad(),

@@ -1,6 +1,6 @@
-//! Replays of what the official training loops did, recorded iteration by iteration on tiny networks: SiD and SiDA on an EDM
-//! network, SiD-LSG on a U-Net, SiD-DiT on a stand-in. The recorded random numbers go through what a real run computes: the
-//! phases, the accumulation, the optimizer's steps, the average.
+//! Replays of the official training loops, recorded iteration by iteration on tiny networks: SiD and SiDA on an EDM
+//! network, SiD-LSG on a U-Net, SiD-DiT on a stand-in. The recorded random numbers are given to the code of a real run:
+//! the phases, the accumulation, the optimizer's steps, the average.
 //!
 //! The files are `*_trajectory*.safetensors` of `tests/fixtures`, or of the folder that `POTSTILL_FIXTURES` names.
 
@@ -35,7 +35,7 @@ use super::{
 };
 use crate::session::Progress;
 
-/// How close losses, norms and weights are to be, each as a vector relative to its own norm.
+/// The tolerance of losses, norms and weights, each as a vector relative to its own norm.
 const CLOSE: f64 = 1e-5;
 
 fn files() -> Vec<PathBuf> {
@@ -52,8 +52,8 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-/// The stand-in network of the flow recordings, whose formula they give: two convolutions with a residual, a time and a text
-/// vector. Its logits are means over positions, one per channel.
+/// The stand-in network of the flow recordings: two convolutions with a residual, a time and a text vector. Its logits
+/// are means over positions, one per channel.
 struct StandIn {
     parameters: Parameters,
     shape: [i64; 3],
@@ -119,7 +119,7 @@ impl Denoiser for StandIn {
     }
 }
 
-/// A recording, opened.
+/// An opened recording.
 struct Recording {
     name: String,
     archive: Archive,
@@ -145,7 +145,7 @@ impl Recording {
         }
     }
 
-    /// One micro-batch's entry of a tensor.
+    /// The values of one micro-batch in a tensor.
     fn at(&self, name: &str, iteration: u64, micro_batch: u32) -> Tensor {
         self.tensor(name).get(iteration as i64).get(i64::from(micro_batch))
     }
@@ -162,7 +162,7 @@ impl Recording {
         serde_json::from_value(self.run[key].clone()).unwrap()
     }
 
-    /// A numbers' sum over micro-batches, of each iteration.
+    /// The sum of a value over micro-batches, for each iteration.
     fn per_iteration(&self, name: &str) -> Vec<f64> {
         Vec::try_from(self.tensor(name).sum_dim_intlist([1i64].as_slice(), false, Kind::Double)).unwrap()
     }
@@ -217,7 +217,7 @@ impl Recording {
         Box::new(EdmNetwork::from_tensors(config, &tensors, Device::Cpu).unwrap())
     }
 
-    /// The run file that says what was recorded.
+    /// The run file of the recording.
     fn spec(&self) -> RunSpec {
         let mut spec = RunSpec::default();
         assert_eq!(self.number("ls"), 1.0, "the denoising loss has no weight of its own");
@@ -384,7 +384,7 @@ impl Draws for Recorded<'_> {
     }
 }
 
-/// What one phase of a replay came to, iteration by iteration.
+/// The results of one phase of a replay, for each iteration.
 #[derive(Default)]
 struct Course {
     losses: Vec<f64>,
@@ -395,7 +395,7 @@ struct Course {
     steps: Vec<u64>,
 }
 
-/// Flat values in the order of the recording, without the elements that are nothing but rounding.
+/// Values in the order of the recording, without the elements that are only rounding errors.
 struct Order {
     parameters: Vec<(i64, i64)>,
     kept: Option<Tensor>,
@@ -433,7 +433,7 @@ impl Order {
         .to_kind(Kind::Double)
     }
 
-    /// How far our values are from recorded ones, relative to their length.
+    /// The distance of our values from recorded ones, relative to their norm.
     fn apart(&self, ours: &Tensor, recorded: &Tensor) -> f64 {
         let ours = self.counted(&Tensor::cat(&self.tensors(ours), 0));
         let recorded = self.counted(recorded);
@@ -447,7 +447,7 @@ fn apart(ours: &[f64], recorded: &[f64]) -> f64 {
     norm(&mut ours.iter().zip(recorded).map(|(a, b)| a - b)) / norm(&mut recorded.iter().copied())
 }
 
-/// Replays a recording and returns what is further off than it may be.
+/// Replays a recording and returns the values beyond their tolerances.
 fn replay(recording: &Recording) -> Vec<String> {
     let spec = recording.spec();
     let teacher = recording.network("teacher.").frozen();
@@ -494,7 +494,7 @@ fn replay(recording: &Recording) -> Vec<String> {
             let norms = order.tensors(&reduced.gradient.flat);
             course.tensor_norms.extend(norms.iter().map(|x| x.norm().double_value(&[])));
             let steps = network == Network::FakeScore || schedule.trains_generator(iteration);
-            // A recorded loop computes a frozen generator's gradient too.
+            // The recorded loop also computes the gradient of a frozen generator.
             match steps {
                 true => {
                     let sick = trainer.step(&mut state, network, iteration, reduced.gradient, &mut seconds);

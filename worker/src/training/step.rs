@@ -1,7 +1,7 @@
-//! One rank's share of one phase: micro-batches, the gradient that they come to with those of the other ranks, and the
-//! optimizer's step.
+//! One rank's share of one phase: its micro-batches, the gradient reduced over all ranks, and the optimizer's step.
 //!
-//! Nothing here knows a coordinator: random numbers come in as [`Draws`], so that a recorded loop is replayed by what runs.
+//! This module does not depend on a coordinator: random numbers come in as [`Draws`], so that a recorded loop can be
+//! replayed.
 
 use std::{
     ops::Range,
@@ -27,10 +27,10 @@ use tch::Tensor;
 use super::{interruption::Interruption, reduction::Reduction};
 use crate::{process::faults, session::Progress, training::transfer};
 
-/// What decides an optimizer step besides the gradient.
+/// Everything that decides an optimizer step besides the gradient.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Optimizer {
-    // Pairs: the generator's, the fake score's.
+    // Pairs of the generator's value and the fake score's.
     learning_rates: [f64; 2],
     betas: [[f64; 2]; 2],
     epsilon: f64,
@@ -41,7 +41,7 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// What a specification says.
+    /// The settings of a specification.
     pub fn new(spec: &OptimizerSpec) -> Self {
         Self {
             learning_rates: [spec.generator_learning_rate, spec.fake_score_learning_rate],
@@ -69,18 +69,18 @@ impl Optimizer {
     }
 }
 
-/// What decides the training of a run, whoever computes it.
+/// Everything that decides the training of a run, the same on all ranks.
 pub struct Recipe {
-    /// What decides a micro-batch.
+    /// Everything that decides a micro-batch.
     pub settings: Settings,
-    /// What decides a step.
+    /// Everything that decides a step.
     pub optimizer: Optimizer,
-    /// What mixed precision makes of fp32 weights, where networks compute in something else than their weights are.
+    /// The mixed precision of fp32 weights, where networks compute in another data type than that of their weights.
     pub mixed_precision: Option<LowerPrecision>,
 }
 
 impl Recipe {
-    /// Of a specification, for a teacher.
+    /// From a specification, for a teacher.
     pub fn new(spec: &RunSpec, settings: Settings) -> Self {
         let mixed_precision = match spec.distillation.precision {
             _ if spec.memory.bf16_weights => None,
@@ -95,7 +95,7 @@ impl Recipe {
 /// Sums of one rank's share of one phase.
 #[derive(Default)]
 pub struct Totals {
-    /// The whole loss, as it is back-propagated, without the loss scale.
+    /// The complete loss that is back-propagated, without the loss scale.
     pub loss: f64,
     /// See [`MicroBatchLoss::score_loss`].
     pub score_loss: f64,
@@ -107,29 +107,30 @@ pub struct Totals {
     pub dropped: u32,
 }
 
-/// What a phase's micro-batches came to, before the step.
+/// The result of a phase's micro-batches, before the step.
 pub struct Reduced {
     /// This rank's sums.
     pub totals: Totals,
-    /// The gradient of the mean loss over the global batch, made finite, not yet clipped; or this rank's slice of it.
+    /// The gradient of the mean loss over the global batch, with non-finite elements set to 0, not yet clipped; or this
+    /// rank's slice of it.
     pub gradient: Gradient,
-    /// What the loss was multiplied with; the gradient is without it.
+    /// The factor of the loss; the gradient is without it.
     pub loss_scale: f64,
 }
 
-/// One rank's part in the training of one generation.
+/// One rank's training in one generation.
 pub struct Trainer<'a> {
-    /// What is computed.
+    /// The settings.
     pub recipe: &'a Recipe,
     /// f_φ, frozen.
     pub teacher: &'a dyn Denoiser,
-    /// Where micro-batches come from.
+    /// The source of micro-batches.
     pub draws: &'a dyn Draws,
     /// The ranks.
     pub group: ProcessGroup,
     /// This rank's micro-batches.
     pub micro_batches: Range<u32>,
-    /// Told what is waited for, and each micro-batch.
+    /// Receives each wait and each micro-batch.
     pub progress: &'a Progress,
     slice: Slice,
     rank: u32,
@@ -140,10 +141,10 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// For a state's networks.
+    /// A trainer for the networks of a state.
     ///
     /// # Errors
-    /// Those of the collectives.
+    /// The collectives' errors.
     pub fn new(
         recipe: &'a Recipe,
         teacher: &'a dyn Denoiser,
@@ -180,11 +181,11 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Runs this rank's micro-batches of the phase that trains `network`, and reduces the gradient. Adds to the times. `obey_orders` is
-    /// asked before each micro-batch whether to go on.
+    /// Computes this rank's micro-batches of the phase that trains `network`, and reduces the gradient. Adds to the
+    /// times. `obey_orders` is called before each micro-batch and can interrupt the phase.
     ///
     /// # Errors
-    /// A collective failed, or `obey_orders` says so.
+    /// A collective failed, or `obey_orders` interrupted the phase.
     pub fn gradient(
         &self,
         state: &State,
@@ -212,7 +213,7 @@ impl<'a> Trainer<'a> {
             let scaled = &micro_batch.loss * scale;
             if index == last {
                 faults::point("reducing", iteration, self.rank);
-                // It ends when the gradients of all ranks are in.
+                // The backward pass of the last micro-batch ends when the gradients of all ranks are reduced.
                 exposed = self.progress.while_waiting(|| reduction.backward(trained, &scaled, true))?;
             } else {
                 reduction.backward(trained, &scaled, false)?;
@@ -245,8 +246,8 @@ impl<'a> Trainer<'a> {
         Ok(Reduced { totals, gradient, loss_scale })
     }
 
-    /// The step of `network` with its gradient, unless fp16 overflowed. Adds to the times. Returns whether something was wrong that
-    /// a smaller loss scale will not mend.
+    /// Steps `network` with its gradient, unless fp16 overflowed. Adds to the times. Returns whether values were not
+    /// finite in a way that a smaller loss scale does not repair.
     ///
     /// # Errors
     /// A collective failed.
@@ -271,7 +272,7 @@ impl<'a> Trainer<'a> {
         self.reduction(network).clear()?;
         seconds.optimizer += step.elapsed().as_secs_f64();
         if state.torn && self.group.member().world == 1 {
-            // One rank that is measured alone, as if it were one of several: nobody has the other slices.
+            // One rank is measured alone, as if it were one of several: the other slices do not exist.
             state.torn = false;
         }
         if state.torn {
@@ -288,16 +289,16 @@ impl<'a> Trainer<'a> {
         Ok(sick)
     }
 
-    /// Forgets a gradient that no step is made with.
+    /// Clears a gradient with which no step is made.
     ///
     /// # Errors
-    /// libtorch's.
+    /// libtorch's error.
     #[cfg(test)]
     pub fn forget(&self, network: Network) -> Result<(), potstill_c10d::Error> {
         self.reduction(network).clear()
     }
 
-    /// What ends every iteration.
+    /// The work at the end of every iteration.
     pub fn update_average(&self, state: &mut State, iteration: u64) {
         let Recipe { optimizer, settings, .. } = self.recipe;
         let schedule = &settings.schedule;
@@ -305,7 +306,8 @@ impl<'a> Trainer<'a> {
         state.update_average(optimizer.ema_half_life_images, images, schedule.global_batch as f64);
     }
 
-    /// Numbers that each rank has of its slice of a gradient, summed over all slices; as they are where each rank has the whole.
+    /// Values of each rank's slice of a gradient, summed over all slices; unchanged where each rank has the complete
+    /// gradient.
     fn sum_over_slices(&self, numbers: [f64; 2]) -> Result<[f64; 2], potstill_c10d::Error> {
         if self.slice.world == 1 || self.group.member().world == 1 {
             return Ok(numbers);

@@ -1,15 +1,15 @@
-//! State from peers: the rank that is furthest broadcasts its cursor and its state, the others take them. Where each rank holds
-//! a slice of the state, every slice comes from whoever holds it.
+//! State from peers: the rank that is furthest broadcasts its cursor and its state to the others. Where each rank holds
+//! a slice of the state, every slice comes from a rank that holds it.
 
 use potstill_c10d::{Error, ProcessGroup};
 use potstill_distill::state::{COUNTERS, Part, Slice, State, Trained};
 use potstill_proto::cursor::{Cursor, Phase};
 use tch::{Device, Kind, Tensor, no_grad};
 
-/// Makes everybody's state and cursor those of rank `root`.
+/// Replaces the state and the cursor of all ranks by those of rank `root`.
 ///
 /// # Errors
-/// A collective failed. The state may then be a mixture of the two: the caller must not use it.
+/// A collective failed. The state may then be a mixture of the two and must not be used.
 pub fn broadcast(
     group: &ProcessGroup,
     root: usize,
@@ -18,7 +18,7 @@ pub fn broadcast(
 ) -> Result<Cursor, Error> {
     let sent = Tensor::from_slice(&numbers(cursor)).to_device(group.device());
     let mut works = vec![group.broadcast(&sent, root)?];
-    // What lies elsewhere than the group's tensors travels as a copy.
+    // Tensors on another device than the group's are sent as copies.
     let travelling: Vec<Tensor> =
         state.parts().iter().map(|part| part.values.to_device(group.device())).collect();
     for values in &travelling {
@@ -36,7 +36,7 @@ pub fn broadcast(
     Ok(cursor_of(&Vec::try_from(sent.to_device(Device::Cpu)).unwrap_or_default()))
 }
 
-/// Makes everybody's weights those that the ranks' slices say.
+/// Sets the weights of all ranks to those of the ranks' slices.
 ///
 /// # Errors
 /// The collective failed.
@@ -45,7 +45,7 @@ pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<(), Err
     group.all_gather_into(&all, &own)?.wait(None)
 }
 
-/// G_ema's elements of all ranks, on every rank, fp32.
+/// The elements of G_ema from all ranks, on every rank, fp32.
 ///
 /// # Errors
 /// The collective failed.
@@ -64,11 +64,11 @@ pub fn gather_average(group: &ProcessGroup, state: &State) -> Result<Tensor, Err
     Ok(all.narrow(0, 0, numel))
 }
 
-/// Fills the slices of `state`, which is laid out for this generation, from the slices that the ranks hold of an earlier one:
-/// `held`, with its cursor. `None`: some slice that is needed is held by nobody. All ranks come to the same answer.
+/// Fills the slices of `state`, which has the layout of this generation, from the slices that the ranks hold of an
+/// earlier one: `held`, with its cursor. `None`: no rank holds some slice that is needed. All ranks return the same.
 ///
 /// # Errors
-/// A collective failed; `state` is of no use then.
+/// A collective failed; `state` must not be used then.
 pub fn reshard(
     group: &ProcessGroup,
     root: usize,
@@ -90,7 +90,7 @@ pub fn reshard(
     let (wanted, me) = (&claims[root], group.member().rank);
     let world = wanted[3] as usize;
     let serves = |claim: &[i64]| (&claim[..2], claim[3]) == (&wanted[..2], wanted[3]);
-    // Weights in memory that both states share are about to change.
+    // Memory of weights that both states share is about to change.
     if let Some(held) = held.as_mut().filter(|_| !serves(&claims[me])) {
         held.torn = true;
     }
@@ -107,7 +107,7 @@ pub fn reshard(
     for (index, part) in parts.iter().enumerate() {
         for (slice, holder) in &sources {
             let Some(holder) = *holder else { continue };
-            // What is no slice is everybody's; the first holder's serves as well as any.
+            // Values that are not sliced are the same on all ranks: they come from the holder of the first slice.
             let range = match part.name == COUNTERS {
                 true if slice.rank > 0 => continue,
                 true => 0..whole(part),
@@ -134,7 +134,7 @@ pub fn reshard(
     Ok(Some(cursor))
 }
 
-/// The networks' weights follow new values of the parts.
+/// Updates the networks' weights from new values of the parts.
 ///
 /// # Errors
 /// A collective failed.

@@ -1,4 +1,4 @@
-// The one way out of the shim: no C++ exception may cross into Rust.
+// The exception barrier of the shim: no C++ exception may cross into Rust.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -8,7 +8,7 @@
 
 extern "C" {
 
-// The text of a failure, in memory that the caller owns. Long texts are cut.
+// The text of a failure, in memory that the caller owns. Long texts are truncated.
 struct potstill_error {
   char text[2048];
 };

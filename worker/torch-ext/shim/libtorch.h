@@ -1,4 +1,4 @@
-// What both shims share: finding libtorch's other libraries, and handles of tensors.
+// Helpers of both shims: finding libtorch's other libraries, and handles of tensors.
 #pragma once
 
 #include <ATen/Context.h>
@@ -12,7 +12,7 @@
 
 namespace potstill {
 
-// Finds the library `name` in the folder that libtorch itself was loaded from.
+// Finds the library `name` in the folder from which libtorch itself was loaded.
 inline std::string beside_libtorch(const char* name) {
   Dl_info info{};
   auto symbol = reinterpret_cast<const void*>(&at::globalContext);

@@ -1,5 +1,5 @@
-// A C face over the little of libtorch that tch lacks. Every function that can fail returns true when it did, with the reason in
-// `error`. Objects travel as owning pointers; tensors as the `at::Tensor*` that tch also uses.
+// A C interface to the few functions of libtorch that tch lacks. Every function that can fail returns true when it did,
+// with the reason in `error`. Objects are passed as owning pointers; tensors as the `at::Tensor*` that tch also uses.
 #include "guard.h"
 #include "libtorch.h"
 
@@ -19,7 +19,7 @@ using potstill::failed;
 
 namespace {
 
-// Follows what this thread's tensors take of the host's memory.
+// Counts the host memory of this thread's tensors.
 struct HostMemory final : c10::MemoryReportingInfoBase {
   std::atomic<int64_t> now{0};
   std::atomic<int64_t> peak{0};
@@ -35,7 +35,7 @@ struct HostMemory final : c10::MemoryReportingInfoBase {
   bool memoryProfilingEnabled() const override { return true; }
 };
 
-// A function of tensors on the other side of the C face.
+// A function of tensors on the other side of the C interface.
 struct Closure {
   void* context;
   at::Tensor* (*call)(void* context, at::Tensor* const* inputs, size_t count);
@@ -57,7 +57,7 @@ struct Closure {
   }
 };
 
-// The calling thread's mixed precision, for a thread that computes the same later.
+// The calling thread's mixed precision, for a thread that repeats the computation later.
 struct Precision {
   at::DeviceType device;
   bool on;
@@ -74,7 +74,7 @@ struct Precision {
   }
 };
 
-// What a block's backward pass needs beside tensors.
+// Values besides tensors that a block's backward pass needs.
 struct Capsule final : torch::CustomClassHolder {
   std::shared_ptr<Closure> closure;
   Precision precision;
@@ -134,7 +134,7 @@ struct Recomputed final : torch::autograd::Function<Recomputed> {
     }
     auto found = torch::autograd::grad({output}, wanted, {gradients[0]}, /*retain_graph=*/false,
                                        /*create_graph=*/false, /*allow_unused=*/true);
-    // Two places for what is no tensor.
+    // Two inputs are not tensors.
     List all(2 + tensors.size());
     for (size_t i = 0; i < places.size(); ++i) {
       all[2 + places[i]] = found[i];
@@ -149,7 +149,7 @@ extern "C" {
 
 struct potstill_memory {
   int device;
-  // Of the host; of a device libtorch keeps count itself.
+  // For the host; for a device libtorch counts itself.
   std::shared_ptr<HostMemory> host;
   int64_t before = 0;
 };
@@ -179,7 +179,7 @@ bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {
   });
 }
 
-// Calls a block now, and again in its backward pass. Owns `context`, whatever happens.
+// Calls a block now, and again in its backward pass. Owns `context` in all cases.
 bool potstill_recompute(at::Tensor* const* tensors, size_t count, size_t inputs, void* context,
                          at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*), at::Tensor** out,
                          potstill_error* error) {
@@ -191,7 +191,7 @@ bool potstill_recompute(at::Tensor* const* tensors, size_t count, size_t inputs,
   });
 }
 
-// Begins to follow this thread's memory on a device; on the host (-1) until it is ended.
+// Starts to count this thread's memory on a device; on the host (-1) until it is ended.
 bool potstill_memory_begin(int device, potstill_memory** out, potstill_error* error) {
   return failed(error, [&] {
     auto made = std::make_unique<potstill_memory>();
@@ -208,7 +208,7 @@ bool potstill_memory_begin(int device, potstill_memory** out, potstill_error* er
   });
 }
 
-// The most that was allocated at a time since, beyond what was allocated then.
+// The peak since the start, beyond the bytes that were allocated then.
 bool potstill_memory_peak(const potstill_memory* memory, int64_t* bytes, potstill_error* error) {
   return failed(error, [&] {
     if (memory->host != nullptr) {

@@ -16,16 +16,16 @@ pub enum LowerPrecision {
     Half,
 }
 
-/// While it lives, this thread's convolutions, matrix products and attention on a device compute in lower precision;
-/// libtorch's list says which operations do and which stay in fp32. Weights stay as they are and get fp32 gradients.
-/// Backward passes belong outside.
+/// Until it is dropped, this thread's convolutions, matrix products and attention on a device compute in lower
+/// precision; libtorch's list decides which operations do and which stay in fp32. Weights are unchanged and get fp32
+/// gradients. Backward passes must not run inside.
 pub struct Autocast {
     before: Setting,
     /// The setting belongs to the thread.
     not_send: PhantomData<*const ()>,
 }
 
-/// What a thread computes in.
+/// The data types of a thread's computations.
 type Setting = Option<(Device, LowerPrecision)>;
 
 thread_local! {
@@ -36,15 +36,15 @@ impl Autocast {
     /// Turns it on.
     ///
     /// # Errors
-    /// When libtorch refuses, which it does for devices without mixed precision.
+    /// libtorch has no mixed precision for the device.
     pub fn enter(device: Device, precision: LowerPrecision) -> Result<Self, Error> {
         Self::change(Some((device, precision)))
     }
 
-    /// Turns it off for a while: what is computed meanwhile does not depend on whether it was on.
+    /// Turns it off until the guard is dropped, whether or not it was on.
     ///
     /// # Errors
-    /// libtorch's.
+    /// libtorch's error.
     pub fn pause() -> Result<Self, Error> {
         Self::change(None)
     }
@@ -58,7 +58,7 @@ impl Autocast {
 
 impl Drop for Autocast {
     fn drop(&mut self) {
-        // What was can be again.
+        // A valid setting can be set again.
         let _ = set(SETTING.get(), self.before);
     }
 }
@@ -103,7 +103,7 @@ mod tests {
                     let _paused = Autocast::pause().unwrap();
                     assert_eq!(x.matmul(&w).kind(), Kind::Float);
                 }
-                // Used without gradient first, as a generator's early steps use it.
+                // Used without gradient first, as in a generator's early steps.
                 let _ = tch::no_grad(|| x.matmul(&w));
                 x.matmul(&w)
             };

@@ -1,11 +1,11 @@
-//! What libtorch refused.
+//! Errors of libtorch.
 
 /// A failed operation. It reads, for example, `load CUDA: unavailable: libtorch_cuda.so: cannot open shared object file`.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{operation}: {cause}")]
 pub struct Error {
-    /// What was being done.
+    /// The operation.
     pub operation: &'static str,
-    /// The cause, mostly in libtorch's words.
+    /// The cause, mostly libtorch's text.
     pub cause: String,
 }

@@ -1,5 +1,6 @@
-//! The C face of `shim/torch_ext.cpp`, one declaration for each function there. Functions that return `bool` return true when they
-//! failed and then left the reason in `error`; only otherwise were the out-parameters written.
+//! The C interface of `shim/torch_ext.cpp`, one declaration for each function there. Functions that return `bool`
+//! return true when they failed and then have written the reason to `error`; only otherwise have they written the
+//! out-parameters.
 
 use std::ffi::{c_int, c_void};
 use std::marker::{PhantomData, PhantomPinned};
@@ -8,7 +9,7 @@ use torch_sys::C_tensor;
 
 use crate::shim::ErrorText;
 
-/// A memory meter, into which only C++ looks.
+/// A memory meter, which is opaque to Rust.
 #[repr(C)]
 pub struct Memory {
     bytes: [u8; 0],

@@ -1,9 +1,9 @@
-//! The little of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the backward pass
-//! ([`recompute`]), the count of what tensors take ([`MemoryMeter`]), gradients that are cleared ([`clear_gradients`]), CUDA on demand
-//! ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
+//! The few functions of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the
+//! backward pass ([`recompute`]), the memory of tensors ([`MemoryMeter`]), clearing gradients ([`clear_gradients`]),
+//! CUDA on demand ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
 //!
-//! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C face (`ffi`), and the safe types of
-//! this page. Unsafe code is in these two crates alone.
+//! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and
+//! the safe types of this page. Unsafe code is in these two crates alone.
 //!
 //! ```
 //! use potstill_torch_ext::{Autocast, LowerPrecision};
@@ -36,13 +36,13 @@ pub use recompute::{Block, SharedBlock, recompute};
 
 /// Loads libtorch's CUDA half into this process.
 ///
-/// It is not linked, because it would cost every process 0.1 s and 235 MB, also where there is no GPU. A
-/// process that uses CUDA calls this **before anything else of libtorch**: the first look for devices settles
-/// for good whether there are any.
+/// It is not linked, because it would cost every process 0.1 s and 235 MB, also where there is no GPU. A process that
+/// uses CUDA calls this **before any other function of libtorch**: the first query for devices fixes whether there are
+/// any.
 ///
 /// # Errors
-/// Libtorch came without CUDA, or its libraries cannot be loaded. That there
-/// is a device is not checked; ask [`tch::Cuda::device_count`].
+/// libtorch came without CUDA, or its libraries cannot be loaded. Whether there is a device is not checked; use
+/// [`tch::Cuda::device_count`].
 pub fn load_cuda() -> Result<(), Error> {
     shim::call(|error| {
         // SAFETY: the function takes nothing else.
@@ -51,11 +51,11 @@ pub fn load_cuda() -> Result<(), Error> {
     .map_err(|cause| Error { operation: "load CUDA", cause })
 }
 
-/// Makes the gradients of `params` undefined, which is PyTorch's `zero_grad(set_to_none=True)`. tch has only
-/// the other way, which writes zeros, and which a gradient that lives inside a reducer's bucket refuses.
+/// Makes the gradients of `params` undefined, like PyTorch's `zero_grad(set_to_none=True)`. tch can only set them to
+/// zero, which fails for a gradient that is a view of a reducer's bucket.
 ///
 /// # Errors
-/// Libtorch's.
+/// libtorch's error.
 pub fn clear_gradients(params: &[Tensor]) -> Result<(), Error> {
     let pointers: Vec<_> = params.iter().map(Tensor::as_ptr).collect();
     shim::call(|error| {

@@ -1,4 +1,4 @@
-//! Files as memory.
+//! Files mapped into memory.
 
 use std::fs::File;
 use std::io;
@@ -7,9 +7,9 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
-/// A file's bytes, read by the system when they are looked at, and shared by all processes that map it.
+/// A file's bytes, read by the system when they are accessed, and shared by all processes that map it.
 ///
-/// The file must not be changed or cut off while it is mapped: programs that keep model weights leave them as they are.
+/// The file must not be changed or truncated while it is mapped; files of model weights are not.
 #[derive(Debug)]
 pub struct MappedFile(Mmap);
 

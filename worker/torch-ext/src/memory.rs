@@ -1,4 +1,4 @@
-//! How much memory tensors take, as libtorch's allocators count it.
+//! The memory of tensors in bytes, as libtorch's allocators count it.
 
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
@@ -7,8 +7,9 @@ use tch::Device;
 
 use crate::{Error, ffi, shim::call};
 
-/// Follows, while it lives, how many bytes of a device's memory tensors hold at a time. On the host it sees what this thread and the
-/// backward passes that it starts allocate, and only one may live in a thread; on a GPU it sees the whole process.
+/// Counts, until it is dropped, how many bytes of a device's memory tensors hold. On the host it counts the allocations
+/// of this thread and of the backward passes that it starts, and a thread can have only one meter; on a GPU it counts
+/// the whole process.
 #[derive(Debug)]
 pub struct MemoryMeter {
     raw: NonNull<ffi::Memory>,
@@ -17,7 +18,7 @@ pub struct MemoryMeter {
 }
 
 impl MemoryMeter {
-    /// Begins.
+    /// Starts counting.
     ///
     /// # Errors
     /// libtorch has no such device.
@@ -37,10 +38,10 @@ impl MemoryMeter {
         Ok(Self { raw, not_send: PhantomData })
     }
 
-    /// The most bytes at a time since it began, beyond those that were there then.
+    /// The peak in bytes since the start, beyond the bytes that were allocated then.
     ///
     /// # Errors
-    /// libtorch's.
+    /// libtorch's error.
     pub fn peak(&self) -> Result<u64, Error> {
         let mut bytes = 0;
         call(|error| {

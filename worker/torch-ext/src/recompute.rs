@@ -1,4 +1,5 @@
-//! Recomputation (activation checkpointing, 1604.06174): computing a block again in the backward pass instead of keeping what it computed.
+//! Recomputation (activation checkpointing, 1604.06174): a block is computed again in the backward pass instead of
+//! keeping its activations.
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
@@ -13,13 +14,14 @@ use crate::{ffi, shim::call};
 
 /// A part of a network: a function of tensors.
 ///
-/// It must give the same again, so it draws no random numbers, and it only reads the tensors that it holds.
+/// It must compute the same when it is called again, so it draws no random numbers, and it only reads the tensors that
+/// it holds.
 pub trait Block: Send + 'static {
     /// The function.
     fn forward(&self, inputs: &[Tensor]) -> Tensor;
 }
 
-/// A block that autograd can hold on to.
+/// A shared block, of which autograd can hold a reference.
 #[derive(Debug)]
 pub struct SharedBlock<B>(Arc<B>);
 
@@ -28,13 +30,13 @@ pub struct SharedBlock<B>(Arc<B>);
 unsafe impl<B: Block> Send for SharedBlock<B> {}
 
 impl<B: Block> SharedBlock<B> {
-    /// Takes it.
+    /// Wraps a block.
     #[must_use]
     pub fn new(block: B) -> SharedBlock<B> {
         SharedBlock(Arc::new(block))
     }
 
-    /// Computes it as any other operation.
+    /// Computes it without recomputation.
     pub fn forward(&self, inputs: &[Tensor]) -> Tensor {
         self.0.forward(inputs)
     }
@@ -49,7 +51,7 @@ impl<B: Block> SharedBlock<B> {
 /// The block runs again on whichever thread autograd uses for the device.
 ///
 /// # Panics
-/// When the block does; in the backward pass its panic becomes the backward's error.
+/// When the block panics; in the backward pass its panic becomes the backward's error.
 pub fn recompute<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameters: &[Tensor]) -> Tensor {
     let tensors: Vec<_> = inputs.iter().chain(parameters).map(Tensor::as_ptr).collect();
     let context = Arc::into_raw(Arc::clone(&block.0)).cast_mut().cast::<c_void>();
@@ -88,7 +90,7 @@ unsafe extern "C" fn call_block<B: Block>(
     let inputs: Vec<Tensor> = unsafe {
         std::slice::from_raw_parts(inputs, count).iter().map(|input| Tensor::clone_from_ptr(*input)).collect()
     };
-    // A panic must not unwind into C++; the hook has told of it already.
+    // A panic must not unwind into C++; the panic hook has printed it already.
     match catch_unwind(AssertUnwindSafe(|| block.forward(&inputs))) {
         // The shim frees it.
         Ok(output) => ManuallyDrop::new(output).as_mut_ptr(),

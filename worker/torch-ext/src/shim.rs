@@ -1,4 +1,4 @@
-//! How a C++ shim reports a failure. Public for `potstill-c10d`, whose shim does the same.
+//! Error reporting of a C++ shim. Public for `potstill-c10d`, whose shim uses the same.
 
 use std::ffi::{CStr, c_char};
 
@@ -9,10 +9,10 @@ pub struct ErrorText {
     pub text: [c_char; 2048],
 }
 
-/// Runs one function of a shim, and turns what it says into a result.
+/// Runs one function of a shim, and turns its outcome into a result.
 ///
 /// # Errors
-/// The text that the shim left.
+/// The text that the shim wrote.
 pub fn call(function: impl FnOnce(*mut ErrorText) -> bool) -> Result<(), String> {
     let mut error = ErrorText { text: [0; 2048] };
     if !function(&mut error) {

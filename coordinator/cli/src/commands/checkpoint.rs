@@ -1,4 +1,4 @@
-//! `potstill checkpoint`: save one now, list them, look whether they are whole, and go on from one as a new run.
+//! `potstill checkpoint`: saves a checkpoint now; lists, verifies and restores checkpoints.
 
 use std::process::ExitCode;
 
@@ -15,26 +15,26 @@ use crate::checkpoints;
 
 const AFTER_VERIFY_HELP: &str = "\
 Exit codes:
-  0  every checkpoint is whole
+  0  every checkpoint is complete
   1  the run cannot be read
   2  the command line is not acceptable
   3  a checkpoint is damaged";
 
-/// What to do with a run's checkpoints.
+/// The subcommands of `potstill checkpoint`.
 #[derive(Debug, Subcommand)]
 pub enum Checkpoint {
-    /// Have a run save a checkpoint now, and wait until it exists
+    /// Save a checkpoint now, and wait until it is committed
     Save(RunName),
-    /// List a run's checkpoints, without reading what they consist of
+    /// List a run's checkpoints, without reading their shards
     List(ListArguments),
-    /// Read every part of a run's checkpoints and compare the checksums
+    /// Read every shard of a run's checkpoints and compare the checksums
     #[command(after_help = AFTER_VERIFY_HELP)]
     Verify(ListArguments),
-    /// Make a new run that goes on from a checkpoint of another, verified and copied
+    /// Start a new run from a checkpoint of another run, which is verified and copied
     Restore(RestoreArguments),
 }
 
-/// Which run, and how its checkpoints are shown.
+/// Arguments of `list` and `verify`.
 #[derive(Debug, Args)]
 pub struct ListArguments {
     #[command(flatten)]
@@ -44,7 +44,7 @@ pub struct ListArguments {
     json: bool,
 }
 
-/// From where to where.
+/// Arguments of `restore`.
 #[derive(Debug, Args)]
 pub struct RestoreArguments {
     #[command(flatten)]
@@ -52,13 +52,13 @@ pub struct RestoreArguments {
     /// Name of the new run
     #[arg(long, value_name = "NAME")]
     to: String,
-    /// The checkpoint's iteration [default: the newest that is whole]
+    /// The checkpoint's iteration [default: the newest complete checkpoint]
     #[arg(long, value_name = "N")]
     iteration: Option<u64>,
 }
 
 impl Checkpoint {
-    /// Does it.
+    /// Executes the subcommand.
     pub fn main(self) -> anyhow::Result<ExitCode> {
         match self {
             Self::Save(run) => save(&run),
@@ -98,7 +98,7 @@ impl RestoreArguments {
         let restored = runtime()?.block_on(checkpoints::restore(&from, &to, self.iteration))?;
         println!("{}", to.describe(&layout::manifest_key(restored)));
         println!(
-            "To go on, repeat the command that started {} with --run-id {} --resume",
+            "To continue, repeat the command that started {} with --run-id {} --resume",
             from.id(),
             to.id()
         );

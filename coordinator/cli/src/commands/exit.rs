@@ -1,4 +1,4 @@
-//! How commands end.
+//! Exit codes and error messages of commands.
 
 use std::process::ExitCode;
 
@@ -6,10 +6,10 @@ use potstill_logging::chain;
 
 use crate::launch::Exit;
 
-/// What was looked at is not good enough: a threshold is not met, a checkpoint is damaged.
+/// A check has failed: a threshold is not met, or a checkpoint is damaged.
 pub const NOT_GOOD: u8 = 3;
 
-/// Says what is wrong.
+/// Prints an error.
 pub fn complain(error: &anyhow::Error, exit: Exit) -> ExitCode {
     eprintln!("error: {}", chain(error));
     exit.into()

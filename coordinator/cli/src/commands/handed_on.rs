@@ -1,4 +1,4 @@
-//! Commands that need libtorch: `potstill-worker` carries them out.
+//! Commands that need libtorch and are executed by `potstill-worker`.
 
 use std::{convert::Infallible, ffi::OsString, process::ExitCode};
 
@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::launch::worker;
 
-/// A subcommand that needs libtorch: `potstill-worker` reads its arguments, `--help` among them.
+/// A subcommand that needs libtorch: `potstill-worker` reads its arguments, including `--help`.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
 pub struct HandedOn {
@@ -15,7 +15,7 @@ pub struct HandedOn {
 }
 
 impl HandedOn {
-    /// Becomes the worker program.
+    /// Replaces this process by the worker program.
     pub fn on(self, subcommand: &str) -> anyhow::Result<ExitCode> {
         let never: Infallible = worker::become_worker(subcommand, &self.arguments)?;
         match never {}

@@ -1,4 +1,4 @@
-//! The command line, a file for each command.
+//! The command line, one file for each command.
 
 mod cancel;
 mod checkpoint;
@@ -40,33 +40,33 @@ enum Command {
     /// Run the coordinator alone; workers attach from other machines
     #[command(after_help = AFTER_HELP)]
     Serve(Serve),
-    /// Write a page that sets teacher and student side by side, and judge the student by thresholds
+    /// Write a report that compares teacher and student, and check thresholds
     #[command(after_help = AFTER_REPORT_HELP)]
     Report(ReportArguments),
-    /// Say what a run is doing: its workers, its progress, what it waits for
+    /// Show what a run is doing: its workers, its progress, what it waits for
     Status(StatusArguments),
-    /// Save a checkpoint now; list, verify or restore those there are
+    /// Save a checkpoint now; list, verify or restore checkpoints
     #[command(subcommand)]
     Checkpoint(Checkpoint),
-    /// Have a run save a checkpoint and stop; --resume goes on from there
+    /// Save a checkpoint and stop the run; --resume continues it
     Cancel(RunName),
-    /// Keep the workers of one machine alive (potstill-worker)
+    /// Start the workers of one machine, and restart those that die (potstill-worker)
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
     Rank(HandedOn),
     /// Train a small teacher on an image file (potstill-worker)
     TrainTeacher(HandedOn),
-    /// Score a student, or a teacher, beside real images (potstill-worker)
+    /// Compute the metrics of a student or a teacher against real images (potstill-worker)
     Evaluate(HandedOn),
-    /// Say whether a text-to-image run fits its devices, before anything is loaded (potstill-worker)
+    /// Check whether a text-to-image run fits its devices, before anything is loaded (potstill-worker)
     Plan(HandedOn),
     /// Write the averaged generator of a checkpoint: a file, or a folder in diffusers' layout (potstill-worker)
     Export(HandedOn),
-    /// Make images with a student (potstill-worker)
+    /// Make samples with a student (potstill-worker)
     Sample(HandedOn),
 }
 
-/// Does what the command line asks for.
+/// Executes the command line.
 pub fn main() -> ExitCode {
     let handed_on = match Cli::parse().command {
         Command::Launch(arguments) => return arguments.main(),

@@ -1,4 +1,4 @@
-//! `potstill report`: teacher and student side by side, judged by thresholds.
+//! `potstill report`: compares teacher and student, and checks thresholds.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::report::{self, Price, Threshold};
 
-/// What is said below its help.
+/// Text below the options in `--help`.
 pub const AFTER_REPORT_HELP: &str = "\
 Thresholds compare a number of summary.json with a number or with a multiple of another:
   --require 'student.fid<=0.3' --require 'student.recall>=0.9*teacher.recall'
@@ -23,21 +23,21 @@ Exit codes:
   2  the command line is not acceptable
   3  the page is written, and a threshold is not met or was not measured";
 
-/// Which run, and what is asked of its student.
+/// Arguments of `potstill report`.
 #[derive(Debug, Args)]
 pub struct ReportArguments {
     #[command(flatten)]
     run: RunName,
-    /// Folder for report.html and report.md [default: the run's own]
+    /// Folder for report.html and report.md [default: the run's folder]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
-    /// What an hour of one device costs
+    /// Price of one device for one hour
     #[arg(long, value_name = "PRICE", value_parser = price)]
     price_per_device_hour: Option<f64>,
-    /// Its currency
+    /// Currency of the price
     #[arg(long, value_name = "NAME", default_value = "EUR")]
     currency: String,
-    /// What the student must fulfil; can be repeated
+    /// A condition on the student's metrics, as in student.fid<=0.3; can be repeated
     #[arg(long, value_name = "THRESHOLD")]
     require: Vec<Threshold>,
 }

@@ -21,18 +21,18 @@ use crate::{
     monitor::screen::Screen,
 };
 
-/// What is said below the help of both.
+/// Text below the options in `--help` of both commands.
 pub const AFTER_HELP: &str = "\
 Exit codes:
   0    the run succeeded
   1    it failed, or was stopped before it had a checkpoint
   2    the command line or the configuration is not acceptable; nothing was started
-  75   it was asked to stop and there is a checkpoint: --resume goes on from there
+  75   it was asked to stop and there is a checkpoint: --resume continues from there
   130  it was interrupted a second time, and ended at once
 
 The first Ctrl-C, SIGTERM or SIGUSR1 makes the workers save and the run stop; the second, or the end of the grace period,
-ends it at once: what was not saved is said, and the exit code is 75 if there is a checkpoint to go on from.
-RUST_LOG chooses what is logged, as in RUST_LOG=debug.";
+ends it at once: the log says what was not saved, and the exit code is 75 if there is a checkpoint to resume from.
+RUST_LOG sets the log level, as in RUST_LOG=debug.";
 
 #[derive(Debug, Args)]
 pub struct Launch {
@@ -41,13 +41,13 @@ pub struct Launch {
     /// Threads of each worker [default: the machine's cores divided by the workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// Workers beyond these that stand by with everything loaded, to take the place of one that dies
+    /// Spare workers beyond these, with everything loaded, each of which takes the place of a worker that dies
     #[arg(long, value_name = "N", default_value_t = 0)]
     spares: u32,
-    /// Where the workers compute: auto takes a GPU of its own for each where there are some
+    /// Device of the workers: auto gives each worker a GPU of its own if there is one, otherwise the CPU
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
     device: String,
-    /// Address of the coordinator; port 0 takes a free one
+    /// Address on which the coordinator listens; port 0 takes a free port
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
 }
@@ -64,7 +64,7 @@ impl Launch {
 pub struct Serve {
     #[command(flatten)]
     run: RunArguments,
-    /// Address at which workers attach
+    /// Address on which the coordinator listens for workers
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
     listen: SocketAddr,
 }
@@ -80,10 +80,10 @@ impl Serve {
 struct RunArguments {
     /// The run file (TOML); see configs/
     config: PathBuf,
-    /// Workers to train with: sets cluster.min_workers and cluster.max_workers, unless --set says otherwise
+    /// Number of workers: sets cluster.min_workers and cluster.max_workers, unless --set sets them
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     workers: u32,
-    /// Where runs are kept: a folder, or file://, s3://, gs://, az://. The run lies in `runs/<run id>/` below it
+    /// Storage of runs: a folder, or file://, s3://, gs://, az://. The run is in `runs/<run id>/` below it
     #[arg(long, value_name = "URL", default_value = ".")]
     storage: String,
     /// Name of the run [default: the run file's name and the time, as in digits-20260131-120000]
@@ -92,15 +92,15 @@ struct RunArguments {
     /// Change a value of the run file, as in --set distillation.iterations=200
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Go on with the run of this name, from its newest checkpoint or with the workers that still hold its state; auto:
+    /// Continue the run of this name, from its newest checkpoint or with the workers that still hold its state; auto:
     /// if it exists, and start it otherwise
     #[arg(long, requires = "run_id", value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
         default_missing_value = "always", hide_possible_values = true)]
     resume: Option<ResumeWhen>,
-    /// Seconds that the workers have to save after the first Ctrl-C, SIGTERM or SIGUSR1
+    /// Seconds in which the workers must save after the first Ctrl-C, SIGTERM or SIGUSR1
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u64,
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     log_format: LogFormat,
 }
@@ -115,12 +115,12 @@ enum ResumeWhen {
 fn run(job: Job) -> Result<Exit, LaunchError> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
     let exit = runtime.block_on(launch::run(job));
-    // What is still under way, such as an upload after a second Ctrl-C, is not waited for.
+    // Work that is still under way, such as an upload after a second Ctrl-C, is not waited for.
     runtime.shutdown_background();
     exit
 }
 
-/// Where a run's workers come from.
+/// The source of a run's workers.
 enum Workers {
     /// An agent on this machine.
     Local { threads: Option<u32>, spares: u32, device: String },
@@ -140,7 +140,7 @@ impl RunArguments {
             (Ok(exit), _) => exit.into(),
             (Err((exit, error)), LogFormat::Human) => complain(&error, exit),
             (Err((exit, error)), LogFormat::Json) => {
-                // Where the log has started already it stays.
+                // A log that has been started already stays.
                 let _screen = Screen::new(format);
                 tracing::error!("{}", chain(&error));
                 exit.into()

@@ -1,4 +1,4 @@
-//! The run that a command is about, as its arguments name it.
+//! The arguments that name the run of a command.
 
 use anyhow::Context;
 use clap::Args;
@@ -8,25 +8,25 @@ use potstill_storage::{Root, Run};
 pub struct RunName {
     /// The run's name
     pub run: String,
-    /// Where runs are kept
+    /// Storage of runs: a folder or a URL
     #[arg(long, value_name = "URL", default_value = ".")]
     pub storage: String,
 }
 
 impl RunName {
-    /// Its folder.
+    /// The run's folder.
     ///
     /// # Errors
-    /// The storage cannot be opened, or the name cannot be a run's.
+    /// The storage cannot be opened, or the name is not a valid run id.
     pub fn open(&self) -> anyhow::Result<Run> {
         Ok(Root::open(&self.storage).context("--storage")?.run(&self.run.parse()?))
     }
 }
 
-/// For commands that only ask and read.
+/// A runtime of one thread, for commands that only send requests and read.
 ///
 /// # Errors
-/// The system's.
+/// The system cannot create it.
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }

@@ -1,4 +1,4 @@
-//! `potstill status`: what a run is doing.
+//! `potstill status`: shows what a run is doing.
 
 use std::process::ExitCode;
 
@@ -7,7 +7,7 @@ use clap::Args;
 use super::run_name::{RunName, runtime};
 use crate::status;
 
-/// Which run, and how it is shown.
+/// Arguments of `potstill status`.
 #[derive(Debug, Args)]
 pub struct StatusArguments {
     #[command(flatten)]
@@ -18,7 +18,7 @@ pub struct StatusArguments {
 }
 
 impl StatusArguments {
-    /// Shows it.
+    /// Prints the status.
     pub fn show(self) -> anyhow::Result<ExitCode> {
         let run = self.run.open()?;
         let status = runtime()?.block_on(status::of(&run))?;

@@ -1,8 +1,8 @@
 //! The worker agent as a child of the launcher.
 //!
-//! However the launcher ends, the agent does not outlive it. Its stdin is a pipe whose other end only the launcher holds:
-//! when that closes, the agent ends itself. On Linux it also asks the kernel for a signal on its parent's death; the
-//! kernel takes the *thread* that spawned it for its parent, so that thread stays until the agent is gone.
+//! However the launcher ends, the agent does not outlive it. Its stdin is a pipe whose other end only the launcher
+//! holds: when that closes, the agent ends itself. On Linux it also asks the kernel for a signal on its parent's death;
+//! the kernel takes the *thread* that spawned it for its parent, so that thread runs until the agent has ended.
 //!
 //! It has a process group of its own, so the terminal's Ctrl-C reaches only the launcher, which asks the run to stop.
 
@@ -31,18 +31,18 @@ use potstill_logging::LogFormat;
 
 use crate::monitor::screen::Screen;
 
-/// What an agent is started with.
+/// The arguments of an agent.
 #[derive(Clone, Debug)]
 pub struct AgentPlan {
     /// The worker program.
     pub program: PathBuf,
     /// Ranks on this machine.
     pub ranks: u32,
-    /// Processes beyond these that stand by.
+    /// Spare processes beyond these.
     pub spares: u32,
-    /// Where they compute: `auto`, `cpu` or `cuda`.
+    /// Their device: `auto`, `cpu` or `cuda`.
     pub device: String,
-    /// Threads of each rank; the agent's choice without.
+    /// Threads of each rank; if none, the agent chooses.
     pub threads: Option<u32>,
 }
 
@@ -94,7 +94,7 @@ impl Agent {
             let reader = pipe::Receiver::from_owned_fd(reader.into())?;
             Some(tokio::spawn(copy_lines(reader, screen.clone())))
         } else {
-            // Standard output is for the run's results.
+            // Standard output is reserved for the run's results.
             command.stdout(Stdio::from(io::stderr().as_fd().try_clone_to_owned()?));
             None
         };
@@ -109,7 +109,7 @@ impl Agent {
                 Ok(mut child) => {
                     // Taken, because waiting would close it.
                     let lifeline = child.stdin.take();
-                    // Nobody listens any more only when the launcher is on its way out.
+                    // The receiver is dropped only when the launcher itself is ending.
                     let _ = started.send(Ok((child.id(), lifeline)));
                     let _ = ended.send(child.wait());
                 }
@@ -129,38 +129,38 @@ impl Agent {
         self.exited.is_some()
     }
 
-    /// Waits until the agent has exited, and says how. May be cancelled and called again.
+    /// Waits until the agent has exited, and returns how, as text. May be cancelled and called again.
     pub async fn exited(&mut self) -> &str {
         if self.exited.is_none() {
             self.exited = Some(match (&mut self.exit).await {
                 Ok(Ok(status)) => status.to_string(),
                 Ok(Err(error)) => format!("cannot wait for it: {error}"),
-                Err(_) => "its thread is gone".into(),
+                Err(_) => "the thread that waits for it has ended".into(),
             });
         }
         self.exited.as_deref().unwrap_or_default()
     }
 
-    /// Kills the agent and its ranks, unless it has been waited for.
+    /// Kills the agent and its ranks, unless it has ended.
     pub fn kill(&self) {
         if !self.is_gone() {
-            // The only error is that the group is gone.
+            // The only possible error is that the group has ended already.
             let _ = killpg(self.group, Signal::SIGKILL);
         }
     }
 
-    /// Lets the agent leave by itself, kills it if that takes longer than `grace`, and prints what it still had to say.
+    /// Waits until the agent ends by itself, kills it after `grace`, and prints the rest of its output.
     pub async fn leave(&mut self, grace: Duration) {
         if timeout(grace, self.exited()).await.is_err() {
             tracing::warn!(
-                "the worker agent is still there {} s after the run's end: killing it",
+                "the worker agent has not ended {} s after the run's end: killing it",
                 grace.as_secs()
             );
             self.kill();
             self.exited().await;
         }
         if let Some(output) = self.output.take() {
-            // A process that left the group may hold the pipe open: its words are not waited for.
+            // A process that left the group may hold the pipe open: its output is not waited for.
             let _ = timeout(Duration::from_secs(1), output).await;
         }
     }

@@ -1,4 +1,4 @@
-//! Runs a coordinator in this process, with a local worker agent or without, from the first message to the last.
+//! Runs a coordinator in this process, with or without a local worker agent, from start to end.
 
 pub mod agent;
 pub mod worker;
@@ -25,7 +25,7 @@ use worker::WorkerError;
 
 use crate::monitor::{Ending, Monitor, screen::Screen};
 
-/// How long an agent may take to leave after the run's end.
+/// How long an agent may take to end after the run's end.
 const LEAVING: Duration = Duration::from_secs(10);
 
 /// How the command ended, as its exit code.
@@ -36,10 +36,10 @@ pub enum Exit {
     Succeeded = 0,
     /// The run failed, or was stopped before it had a checkpoint.
     Failed = 1,
-    /// The command line or the configuration is not acceptable; nothing was started. Also what clap exits with.
+    /// The command line or the configuration is invalid; nothing was started. Also clap's exit code.
     Usage = 2,
-    /// The run was asked to stop and there is a checkpoint: `--resume` goes on. EX_TEMPFAIL of sysexits.h, on which a scheduler can
-    /// requeue a job.
+    /// The run was asked to stop and there is a checkpoint: `--resume` continues. EX_TEMPFAIL of sysexits.h, on which a
+    /// scheduler can requeue a job.
     Stopped = 75,
     /// Interrupted twice: 128 + SIGINT, as a shell reports it.
     Interrupted = 130,
@@ -51,22 +51,22 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why a run did not start, or could not be followed to its end.
+/// Why a run did not start, or could not be observed to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// The coordinator does not start.
+    /// The coordinator did not start.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The worker program cannot be run, or refuses what the run reads.
+    /// The worker program cannot be run, or rejects a file that the run reads.
     #[error(transparent)]
     Worker(#[from] WorkerError),
-    /// Anything else.
+    /// Any other error.
     #[error(transparent)]
     Other(#[from] anyhow::Error),
 }
 
 impl LaunchError {
-    /// The exit code that says whether something was asked for that cannot be, or something failed.
+    /// The exit code, which tells an invalid request from a failure.
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
@@ -79,28 +79,28 @@ impl LaunchError {
 
 /// A run to coordinate.
 pub struct Job {
-    /// The run, validated.
+    /// Its specification, validated.
     pub spec: RunSpec,
     /// Its name.
     pub run_id: RunId,
-    /// Where it is kept.
+    /// The storage that holds it.
     pub storage: Root,
-    /// Whether to go on with a run that exists.
+    /// Whether to continue a run that exists.
     pub resume: Resume,
-    /// Where workers attach.
+    /// The address on which it listens for workers.
     pub listen: SocketAddr,
     /// How long the workers have to save when the run is asked to stop.
     pub grace: Duration,
-    /// How log lines look.
+    /// Format of log lines.
     pub log_format: LogFormat,
-    /// The local agent; without one, workers come from elsewhere.
+    /// The local agent; if none, workers are started elsewhere.
     pub agent: Option<AgentPlan>,
 }
 
-/// Coordinates a run until it has ended, reports on it, and says how it ended.
+/// Coordinates a run until it has ended, prints its result, and returns how it ended.
 ///
 /// # Errors
-/// When it could not start. Everything that happens later is part of the run's outcome.
+/// It could not start. Later errors are part of the run's outcome.
 pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let screen = Screen::new(job.log_format);
@@ -119,7 +119,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
             run_id: job.run_id,
             storage: job.storage,
             resume: job.resume,
-            // The launcher's agent ends with the launcher.
+            // The local agent ends with the launcher.
             ranks_may_live: job.agent.is_none(),
         };
         Ok::<_, LaunchError>((report, potstill_server::start(options).await?))
@@ -166,7 +166,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
         if let Some(agent) = &mut agent {
             agent.leave(LEAVING).await;
         }
-        let report = reporting.await.context("the report ended early")?;
+        let report = reporting.await.context("the monitor's task ended early")?;
         anyhow::Ok(report.finish(&outcome).await)
     };
     let Ending { mut text, resumable } = tokio::select! {
@@ -176,27 +176,27 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     let exit = match outcome {
         Outcome::Succeeded { .. } => Exit::Succeeded,
         Outcome::Stopped { .. } if resumable => {
-            text += &format!("To go on, repeat the command with --run-id {run_id} --resume\n");
+            text += &format!("To continue, repeat the command with --run-id {run_id} --resume\n");
             Exit::Stopped
         }
         Outcome::Stopped { .. } | Outcome::Failed { .. } => Exit::Failed,
     };
-    // A reader that has gone away does not change how the run ended.
+    // A closed standard output does not change how the run ended.
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(exit)
 }
 
-/// How the wait for a run's end ended.
+/// Why the wait for a run's end is over.
 enum Ended {
-    /// With the run's end.
+    /// The run has ended.
     As(Outcome),
-    /// With a second signal.
+    /// A second signal was received.
     SecondSignal,
-    /// With the end of the grace period.
+    /// The grace period is over.
     Late,
 }
 
-/// Passes on what is observed until the run has ended; asks it to stop at a first signal and fails it when the agent
+/// Forwards observations until the run has ended; asks it to stop at the first signal and fails it when the agent
 /// exits.
 async fn until_ended(
     running: &mut Running,
@@ -222,7 +222,7 @@ async fn until_ended(
                         Observation::Ended(outcome) => Some(outcome.clone()),
                         _ => None,
                     };
-                    // Fails only if the reporting task panicked, which is found out when it is joined.
+                    // Fails only if the monitor's task panicked, which is noticed when it is joined.
                     let _ = observed.send(observation);
                     if let Some(outcome) = ended {
                         return Ended::As(outcome);
@@ -235,7 +235,7 @@ async fn until_ended(
                     return Ended::SecondSignal;
                 }
                 warn!(
-                    "{name}: the workers save and stop; they have {} s; once more ends everything at once, without saving",
+                    "{name}: the workers save and stop within {} s; a second signal ends the run at once, without saving",
                     grace.as_secs()
                 );
                 deadline = Some(Instant::now() + grace);
@@ -249,7 +249,7 @@ async fn until_ended(
     }
 }
 
-/// How the agent ended; never returns without an agent, or twice.
+/// How the agent ended; never returns without an agent, and not twice.
 async fn exit_of(agent: &mut Option<Agent>) -> String {
     match agent {
         Some(agent) if !agent.is_gone() => agent.exited().await.to_owned(),
@@ -284,7 +284,7 @@ impl Signals {
         })
     }
 
-    /// The name of the next one.
+    /// The name of the next signal.
     async fn next(&mut self) -> &'static str {
         let name = tokio::select! {
             _ = self.interrupt.recv() => "Ctrl-C",
@@ -295,17 +295,19 @@ impl Signals {
         name
     }
 
-    /// Whether there was more than one.
+    /// Whether more than one was received.
     fn was_repeated(&self) -> bool {
         self.count > 1
     }
 
-    /// Returns at the second one.
+    /// Returns at the second signal.
     async fn second(&mut self) {
         while !self.was_repeated() {
             let name = self.next().await;
             if !self.was_repeated() {
-                warn!("{name}: the run has ended and is being summed up; once more ends everything at once");
+                warn!(
+                    "{name}: the run has ended and its summary is being written; a second signal ends the process at once"
+                );
             }
         }
     }

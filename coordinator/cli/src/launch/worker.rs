@@ -1,4 +1,4 @@
-//! Where `potstill-worker` is. It links libtorch, so it is a program of its own.
+//! Finds and runs `potstill-worker`. It links libtorch, so it is a program of its own.
 
 use std::{
     convert::Infallible,
@@ -18,24 +18,24 @@ pub const OVERRIDE: &str = "POTSTILL_WORKER";
 /// The worker program cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// What the run reads does not fit, in the worker program's words.
+    /// A file that the run reads is rejected; the worker program's message.
     #[error("{0}")]
     Unfit(String),
-    /// It is nowhere.
+    /// It was not found.
     #[error(
         "{PROGRAM} was not found beside this program or on PATH; build it with `cargo build -p potstill-worker`, or \
          name its file in {OVERRIDE}"
     )]
     NotFound,
-    /// [`OVERRIDE`] names something else.
+    /// [`OVERRIDE`] names a file that is not a program.
     #[error("{OVERRIDE} names {0}, which is not a program")]
     NotAProgram(PathBuf),
-    /// The system refuses to run it.
+    /// The system cannot start it.
     #[error("cannot run {program}: {source}")]
     Refused {
         /// Its file.
         program: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
 }
@@ -43,7 +43,7 @@ pub enum WorkerError {
 /// Finds the worker program: named by [`OVERRIDE`], beside this program, or on `PATH`.
 ///
 /// # Errors
-/// When there is none.
+/// It was not found.
 pub fn find() -> Result<PathBuf, WorkerError> {
     if let Some(named) = std::env::var_os(OVERRIDE).filter(|name| !name.is_empty()) {
         let named = PathBuf::from(named);
@@ -59,10 +59,11 @@ pub fn find() -> Result<PathBuf, WorkerError> {
         .ok_or(WorkerError::NotFound)
 }
 
-/// Has the worker program load what a run reads, so that files which do not fit are found before anything is written.
+/// Runs the worker program to load the files that a run reads, so that invalid ones are found before anything is
+/// written.
 ///
 /// # Errors
-/// What the worker program says of them.
+/// The worker program's message about an invalid file.
 pub async fn check(program: &Path, specification: String) -> Result<(), WorkerError> {
     let refused = |source| WorkerError::Refused { program: program.to_owned(), source };
     let mut child = tokio::process::Command::new(program)
@@ -74,7 +75,7 @@ pub async fn check(program: &Path, specification: String) -> Result<(), WorkerEr
         .spawn()
         .map_err(refused)?;
     if let Some(mut input) = child.stdin.take() {
-        // A program that does not read it says why by its exit.
+        // A program that does not read its input has exited, and its exit is reported.
         let _ = input.write_all(specification.as_bytes()).await;
     }
     let output = child.wait_with_output().await.map_err(refused)?;
@@ -86,7 +87,7 @@ pub async fn check(program: &Path, specification: String) -> Result<(), WorkerEr
     }
 }
 
-/// Becomes the worker program, with these arguments. Returns only if that fails.
+/// Replaces this process by the worker program, with these arguments. Returns only if that fails.
 ///
 /// # Errors
 /// See [`WorkerError`].

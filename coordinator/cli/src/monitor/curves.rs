@@ -1,7 +1,7 @@
-//! `curves.png`: what a run looked like. FID over images seen above, both losses below.
+//! `curves.png`: the curves of a run. FID over images seen above, both losses below.
 //!
-//! The font travels inside the program, so a machine without fonts draws the same picture. Everything is drawn larger
-//! and scaled down, which smooths the lines.
+//! The font is part of the program, so a machine without fonts draws the same picture. Everything is drawn larger and
+//! scaled down, which smooths the lines.
 
 use std::{fmt::Display, io::Cursor, ops::Range, sync::OnceLock};
 
@@ -46,7 +46,7 @@ fn failed(error: impl Display) -> CurvesError {
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Points = Vec<(f64, f64)>;
 
-/// What is to be drawn: a copy, so that drawing can go on elsewhere while the run measures on.
+/// The data to draw: a copy, so that drawing can run in another thread while the run continues.
 pub struct Curves {
     run: String,
     fid: Option<Fid>,
@@ -231,7 +231,7 @@ fn joints(points: &Points, color: RGBColor) -> impl Iterator<Item = Circle<(f64,
     points.iter().map(move |point| Circle::new(*point, radius, color.filled()))
 }
 
-/// At most some hundred points: means of as many neighbours as it takes.
+/// At most some hundred points: means over as many adjacent points as needed.
 fn thinned(points: &Points) -> Points {
     let group = points.len().div_ceil(400).max(1);
     let mean = |chunk: &[(f64, f64)]| {
@@ -241,7 +241,7 @@ fn thinned(points: &Points) -> Points {
     points.chunks(group).map(mean).collect()
 }
 
-/// One line of a legend. Legends stand above their panel, where no curve can run into them.
+/// One entry of a legend. Legends stand above their panel, where no curve can overlap them.
 struct Entry {
     color: RGBColor,
     dashed: bool,
@@ -319,7 +319,7 @@ impl Axis {
         Self { line: range.clone().into(), marks: linear_ticks(range), label: short }
     }
 
-    /// For logarithms of values in `range`, labelled with the values.
+    /// For logarithms of values in `range`, labeled with the values.
     fn logarithmic(range: &Range<f64>) -> Self {
         Self {
             line: (range.start.ln()..range.end.ln()).into(),
@@ -352,7 +352,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// Where most of the points lie: a few outliers, such as the first windows of a run, may not flatten the rest.
+/// The range of most of the points: a few outliers, such as the first windows of a run, are left out.
 fn span(points: &Points) -> Range<f64> {
     let mut values: Vec<f64> = points.iter().map(|p| p.1).collect();
     values.sort_by(f64::total_cmp);
@@ -390,7 +390,7 @@ mod tests {
     use super::*;
     use crate::monitor::fixtures::{evaluation, spec, totals};
 
-    /// A run like the ones people make: FID falls from 300 to near the teacher's.
+    /// A typical run: FID falls from 300 to near the teacher's.
     fn run(iterations: u64) -> Metrics {
         let mut metrics = Metrics::new(&spec(iterations));
         metrics.evaluation(&evaluation(Teacher, 0, 3.1), 0.0);

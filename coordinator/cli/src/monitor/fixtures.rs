@@ -1,4 +1,4 @@
-//! Observations as a real run makes them, for this module's tests.
+//! Observations like those of a real run, for this module's tests.
 
 use potstill_core::observation::IterationTotals;
 use potstill_proto::{

@@ -48,7 +48,7 @@ pub fn observation(observation: &Observation) {
             info!(iteration, bytes, reason = %"the shards of all ranks are written", "checkpoint committed");
         }
         Observation::CheckpointFailed { iteration, reason } => {
-            warn!(iteration, %reason, "checkpoint failed; training goes on");
+            warn!(iteration, %reason, "checkpoint failed; training continues");
         }
         Observation::Ended(Outcome::Succeeded { iteration }) => {
             info!(iteration, reason = %"all iterations are done and saved", "run succeeded");

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: what a run measured, one JSON object a line.
+//! `metrics.jsonl`: the metrics of a run, one JSON object a line.
 //!
 //! Two kinds of line. `iteration` lines carry means over a window of iterations; `evaluation` lines carry the scores of
 //! the teacher or of the student. `iteration` counts completed iterations, `images` the samples they used, so that the
@@ -12,11 +12,11 @@ use potstill_proto::{
 use potstill_spec::RunSpec;
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// A line that is not what this module writes.
+/// A line that is not of this module's format.
 #[derive(Debug, thiserror::Error)]
-#[error("line {line} of metrics.jsonl cannot be read ({source}); move the file away to go on without it")]
+#[error("line {line} of metrics.jsonl cannot be read ({source}); move the file away to continue without it")]
 pub struct MetricsError {
-    /// Which line, from 1.
+    /// The line's number, from 1.
     line: usize,
     source: serde_json::Error,
 }
@@ -42,25 +42,25 @@ pub struct Training {
     pub images: u64,
     /// Ranks that computed the window's last iteration.
     pub world_size: u32,
-    /// Mean over samples.
+    /// Mean over samples of the fake-score loss.
     #[serde(deserialize_with = "nan_if_null")]
     pub fake_score_loss: f64,
-    /// Mean over samples.
+    /// Mean over samples of the generator loss.
     #[serde(deserialize_with = "nan_if_null")]
     pub generator_loss: f64,
     /// Mean over samples of |f_φ − f_ψ|².
     #[serde(deserialize_with = "nan_if_null")]
     pub score_difference: f64,
-    /// Mean L2 norm.
+    /// Mean L2 norm of the fake score's gradient.
     #[serde(deserialize_with = "nan_if_null")]
     pub fake_score_grad_norm: f64,
-    /// Mean L2 norm.
+    /// Mean L2 norm of the generator's gradient.
     #[serde(deserialize_with = "nan_if_null")]
     pub generator_grad_norm: f64,
-    /// Of training alone: no evaluation, no waiting for workers.
+    /// Samples per second of training alone: no evaluation, no waiting for workers.
     #[serde(deserialize_with = "nan_if_null")]
     pub images_per_second: f64,
-    /// Mean seconds of an iteration, by part, of the slowest rank.
+    /// Mean seconds of one iteration by kind of work, of the slowest rank.
     pub seconds: Seconds,
     /// Mean over samples of the discriminator's loss; absent without the adversarial loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -79,7 +79,7 @@ pub struct Training {
     pub wall_seconds: f64,
 }
 
-/// Where the time of an iteration went.
+/// Seconds of one iteration by kind of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seconds {
     /// Forward and backward.
@@ -92,10 +92,10 @@ pub struct Seconds {
     pub total: f64,
 }
 
-/// One scoring.
+/// One evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Who was scored.
+    /// The subject: teacher or student.
     pub subject: Subject,
     /// Completed iterations.
     pub iteration: u64,
@@ -121,7 +121,7 @@ impl Seconds {
     }
 }
 
-/// The lines of a run so far, and the window that is still open.
+/// The lines of a run so far, and the window that is not complete yet.
 #[derive(Debug)]
 pub struct Metrics {
     rows: Vec<Row>,
@@ -149,7 +149,7 @@ impl Metrics {
         }
     }
 
-    /// The lines of an earlier attempt.
+    /// Continues from the lines of an earlier attempt.
     ///
     /// # Errors
     /// [`MetricsError`] names the first line that cannot be read.
@@ -166,7 +166,7 @@ impl Metrics {
     /// The file's text.
     ///
     /// # Errors
-    /// None that is known: every row has a JSON form.
+    /// None known: every row has a JSON form.
     pub fn to_jsonl(&self) -> Result<String, serde_json::Error> {
         let mut text = String::new();
         for row in &self.rows {
@@ -179,7 +179,7 @@ impl Metrics {
     /// Adds an iteration; ends the window where one ends.
     pub fn iteration(&mut self, totals: IterationTotals, wall_seconds: f64) {
         let completed = totals.iteration + 1;
-        // A coordinator that took over is told again what its predecessor had written down; scores it is not told again.
+        // A new coordinator receives reports again that its predecessor had counted, but not evaluations.
         let begun = totals.iteration;
         self.rows.retain(|row| !matches!(row, Row::Iteration(training) if training.iteration > begun));
         self.window.push(totals);
@@ -191,14 +191,14 @@ impl Metrics {
         }
     }
 
-    /// Ends the open window, if there is anything in it.
+    /// Ends the current window, if it holds an iteration.
     pub fn close_window(&mut self, wall_seconds: f64) {
         let window = std::mem::take(&mut self.window);
         let Some(last) = window.last() else { return };
         let iteration = last.iteration + 1;
         let weight = 1.0 / window.len() as f64;
         let mean = |of: fn(&IterationTotals) -> f64| window.iter().map(of).sum::<f64>() * weight;
-        // In the window in which the adversarial loss starts, over the iterations that have it.
+        // In the window in which the adversarial loss starts, the mean is over the iterations that have it.
         let optional = |of: fn(&IterationTotals) -> Option<f64>| {
             let values: Vec<f64> = window.iter().filter_map(of).collect();
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
@@ -228,7 +228,7 @@ impl Metrics {
         }));
     }
 
-    /// Adds scores; a second scoring of the same thing replaces the first.
+    /// Adds an evaluation; a second one of the same subject and iteration replaces the first.
     pub fn evaluation(&mut self, evaluation: &scores::Evaluation, wall_seconds: f64) {
         let scores::Evaluation { iteration, subject, scores, .. } = *evaluation;
         self.rows.retain(
@@ -243,8 +243,8 @@ impl Metrics {
         }));
     }
 
-    /// Training continues from the state after `iteration` iterations: forgets what was measured beyond it. The teacher
-    /// does not train, so its scores stay.
+    /// Training continues from the state after `iteration` iterations: removes the lines beyond it. The teacher does
+    /// not train, so its evaluations stay.
     pub fn rewind(&mut self, iteration: u64) {
         self.window.retain(|totals| totals.iteration < iteration);
         self.rows.retain(|row| match row {
@@ -261,7 +261,7 @@ impl Metrics {
         })
     }
 
-    /// All scores of `subject`, oldest first.
+    /// All evaluations of `subject`, oldest first.
     pub fn evaluations(&self, subject: Subject) -> impl DoubleEndedIterator<Item = &Evaluation> {
         self.rows.iter().filter_map(move |row| match row {
             Row::Evaluation(evaluation) if evaluation.subject == subject => Some(evaluation),

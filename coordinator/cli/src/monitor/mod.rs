@@ -1,4 +1,4 @@
-//! What is shown of a run while it goes on: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, the last table.
+//! The live view of a run: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, and the final table.
 
 pub mod curves;
 #[cfg(test)]
@@ -29,16 +29,16 @@ use progress::Progress;
 use screen::Screen;
 use summary::Summary;
 
-/// One JSON object a line.
+/// Metrics, one JSON object a line.
 pub const METRICS: &str = "metrics.jsonl";
 /// FID and losses as a picture.
 pub const CURVES: &str = "curves.png";
-/// What the run came to.
+/// The result of a run.
 pub const SUMMARY: &str = "summary.json";
-/// Written by a worker at evaluations.
+/// Images of teacher and student; a worker writes it at evaluations.
 pub const SAMPLES: &str = "samples.png";
 
-/// Follows a run and shows how it goes. Trouble with its own files is logged and never ends the run.
+/// Observes a run and shows its progress. Failures to write its own files are logged and never end the run.
 pub struct Monitor {
     run: Run,
     name: String,
@@ -53,11 +53,11 @@ pub struct Monitor {
     repeated: u64,
 }
 
-/// What there is to say when a run has ended.
+/// The result of a run, for printing.
 pub struct Ending {
-    /// The table, and where everything lies.
+    /// The table of teacher and student, and where the run's files are.
     pub text: String,
-    /// Whether a checkpoint exists from which the run could go on.
+    /// Whether there is a checkpoint from which the run could be resumed.
     pub resumable: bool,
 }
 
@@ -65,7 +65,7 @@ impl Monitor {
     /// Starts the view, or on `resume` continues the one in the run's folder. Writes nothing yet.
     ///
     /// # Errors
-    /// When there is an earlier one and it cannot be read.
+    /// An earlier view's files cannot be read.
     pub async fn open(run: Run, spec: &RunSpec, resume: bool, screen: &Screen) -> anyhow::Result<Self> {
         let path = run.describe(METRICS);
         let earlier = if resume {
@@ -90,7 +90,7 @@ impl Monitor {
         })
     }
 
-    /// Takes in everything that happens until nothing more can.
+    /// Processes all observations until the run has ended.
     pub async fn follow(mut self, mut observations: UnboundedReceiver<Observation>) -> Self {
         while let Some(observation) = observations.recv().await {
             self.observe(observation).await;
@@ -115,7 +115,7 @@ impl Monitor {
                     },
                     Source::Peer { .. } => {}
                 }
-                // A coordinator that takes over counts on from here.
+                // A coordinator that takes over continues the count from here.
                 self.metrics.close_window(wall_seconds);
                 self.save_metrics().await;
             }
@@ -131,7 +131,7 @@ impl Monitor {
         }
     }
 
-    /// Writes the files a last time, and says what the run came to.
+    /// Writes the files a last time, and returns the run's result.
     pub async fn finish(mut self, outcome: &Outcome) -> Ending {
         self.progress.clear();
         let mut text = String::new();
@@ -284,7 +284,7 @@ mod tests {
         for part in ["teacher", SUMMARY, CURVES, METRICS] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
-        assert!(!text.contains(SAMPLES), "nobody wrote samples");
+        assert!(!text.contains(SAMPLES), "no worker wrote samples");
     }
 
     #[tokio::test]

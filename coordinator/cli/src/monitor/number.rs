@@ -1,6 +1,6 @@
-//! Numbers for people.
+//! Numbers in few characters.
 
-/// A number in few characters, three digits at most: 0.25, 12.5, 3200, 12.8k, 1.5M.
+/// A number with at most three significant digits: 0.25, 12.5, 3200, 12.8k, 1.5M.
 #[must_use]
 pub fn short(number: f64) -> String {
     if !number.is_finite() {
@@ -12,7 +12,7 @@ pub fn short(number: f64) -> String {
         n if n >= 9_995.0 => (number / 1e3, "k"),
         _ => (number, ""),
     };
-    // No zeros behind the point.
+    // No trailing zeros.
     let digits = if scaled == 0.0 { 0 } else { (2 - scaled.abs().log10().floor() as i32).max(0) };
     let rounded = format!("{scaled:.0$}", digits as usize);
     let trimmed =

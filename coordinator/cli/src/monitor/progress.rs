@@ -1,4 +1,4 @@
-//! How far a run is: a bar on a terminal, a log line now and then elsewhere.
+//! The progress of a run: a bar on a terminal, otherwise a log line from time to time.
 
 use std::time::{Duration, Instant};
 
@@ -8,14 +8,14 @@ use tracing::info;
 
 use super::{number::short, screen::Screen};
 
-/// Shows how far a run is.
+/// Shows the progress of a run.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
     /// Only where there is no bar.
     lines: Option<Cadence>,
     iterations: u64,
-    /// Whether the bar shows iterations, not what the run waits for.
+    /// Whether the bar shows iterations rather than what the run waits for.
     training: bool,
     /// Seconds of an iteration, a moving average.
     pace: Option<f64>,
@@ -35,14 +35,14 @@ impl Progress {
         }
     }
 
-    /// Takes in what happened at `now`.
+    /// Processes an observation made at `now`.
     pub fn observe(&mut self, observation: &Observation, now: Instant) {
         match observation {
             Observation::Waiting { have, need, .. } => {
                 self.show_state(format!("waiting for workers: {have} of {need}"));
             }
             Observation::GenerationOpened { world_size, .. } => {
-                self.show_state(format!("{world_size} workers take up the state"));
+                self.show_state(format!("{world_size} workers load the state"));
             }
             Observation::Iteration(totals) => self.iteration(totals, now),
             Observation::Ended(_) => self.clear(),
@@ -50,7 +50,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar off the screen.
+    /// Removes the bar from the screen.
     pub fn clear(&self) {
         self.bar.finish_and_clear();
     }
@@ -94,7 +94,7 @@ impl Progress {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    // The templates are constants of this file; a default bar is the worst that can come of an error in one.
+    // The templates are constants of this file; an error in one only leads to a default bar.
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("━╸─")
@@ -106,8 +106,8 @@ fn time_left(iterations: u64, pace: f64) -> FormattedDuration {
     )
 }
 
-/// When the next log line is due: the first at once and the last at the end; between them after 5 % of the run, but not
-/// within 5 s of the one before and not later than a minute after it.
+/// When the next log line is due: at the first observation and at the end; between them after 5 % of the run, but not
+/// within 5 s of the last line and not later than a minute after it.
 #[derive(Debug, Default)]
 struct Cadence {
     last: Option<(Instant, f64)>,

@@ -1,4 +1,4 @@
-//! Standard error, shared by the log and the progress bar so that they do not tear each other.
+//! Standard error, shared by the log and the progress bar so that their output does not mix.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -12,7 +12,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Takes standard error, and sends the log there. `RUST_LOG` chooses what is logged; without it, `info` and above.
+    /// Takes over standard error, and sends the log there. `RUST_LOG` sets the log level; without it, `info` and above.
     #[must_use]
     pub fn new(format: LogFormat) -> Self {
         let terminal = io::stderr().is_terminal();
@@ -32,13 +32,13 @@ impl Screen {
         Self { bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()) }
     }
 
-    /// Whether a bar is on it, above which everything else must be written.
+    /// Whether it shows a bar, above which all other output must be written.
     #[must_use]
     pub fn has_bar(&self) -> bool {
         !self.bars.is_hidden()
     }
 
-    /// Takes the bars off the screen for good.
+    /// Removes the bars from the screen for good.
     pub fn clear(&self) {
         let _ = self.bars.clear();
         self.bars.set_draw_target(ProgressDrawTarget::hidden());
@@ -51,7 +51,7 @@ impl Screen {
     }
 }
 
-/// Never fails: a log that cannot be seen any more is no reason to end a run.
+/// Never fails: a log that can no longer be written does not end a run.
 impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.bars.suspend(|| {

@@ -7,24 +7,25 @@ use potstill_proto::scores::{Scores, Subject};
 
 use super::metrics::Metrics;
 
-/// What a run came to. A value that was not measured is `null`.
+/// The result of a run. A value that was not measured is `null`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// The run's name.
     pub run: String,
     /// Ranks at the end.
     pub world_size: Option<u32>,
-    /// Iterations behind the final state, over all attempts.
+    /// Completed iterations of the final state, over all attempts.
     pub iterations: u64,
-    /// Iterations that were computed more than once, because everybody who held what they gave was lost.
+    /// Iterations that were computed more than once, because every worker that held their result was lost.
     #[serde(default)]
     pub repeated_iterations: u64,
-    /// Images behind the final state: `iterations` times the global batch. Work that was lost and repeated counts once.
+    /// Images of the final state: `iterations` times the global batch. Work that was lost and repeated counts once.
     pub images: u64,
     /// Images over the time of the iterations that `metrics.jsonl` holds, of all attempts: no evaluations, no waiting.
     pub images_per_second: Option<f64>,
-    /// Wall time of all attempts: of this one from its start to the run's end, of each earlier one from its start to
-    /// the last line that it left in `metrics.jsonl`. Evaluations, waiting and repeated work count; the pauses between attempts do not.
+    /// Wall time in seconds of all attempts: of this one from its start to the run's end, of each earlier one from its
+    /// start to its last line in `metrics.jsonl`. Evaluations, waiting and repeated work count; the pauses between
+    /// attempts do not.
     pub wall_seconds: f64,
     /// The pretrained network.
     pub teacher: Scores,
@@ -34,7 +35,7 @@ pub struct Summary {
     pub initial: Initial,
 }
 
-/// Where the student started.
+/// The initial student.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Initial {
     /// See [`Scores::fid`].
@@ -46,7 +47,7 @@ pub struct Initial {
 }
 
 impl Summary {
-    /// Sums up a run that has `iterations` iterations behind it.
+    /// The summary of a run with `iterations` completed iterations.
     #[must_use]
     pub fn new(
         run: &str,
@@ -77,7 +78,7 @@ impl Summary {
         }
     }
 
-    /// Teacher against student; `None` when neither was scored.
+    /// The table of teacher and student; `None` when neither was evaluated.
     #[must_use]
     pub fn table(&self) -> Option<Table> {
         if self.teacher == Scores::default() && self.student == Scores::default() {

@@ -1,57 +1,57 @@
-//! The page's numbers as text, the same for both of its forms.
+//! The report's numbers as text, the same for HTML and Markdown.
 
 use super::gather::Gathered;
 use potstill_proto::scores::Scores;
 
-/// What an hour of one device costs.
+/// The price of one device for one hour.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Price {
     /// For one device and one hour.
     pub per_device_hour: f64,
-    /// In which currency, as it is to be printed.
+    /// The currency, as it is to be printed.
     pub currency: String,
 }
 
-/// What was not measured.
+/// Stands for a value that was not measured.
 pub const DASH: &str = "–";
 
-/// Teacher beside student.
+/// One row that compares teacher and student.
 pub struct Comparison {
     /// What is compared.
     pub label: &'static str,
-    /// What that means, in a few words.
+    /// A short explanation.
     pub meaning: &'static str,
-    /// The teacher's.
+    /// The teacher's value.
     pub teacher: String,
-    /// The student's.
+    /// The student's value.
     pub student: String,
-    /// Student over teacher.
+    /// The student's value divided by the teacher's.
     pub ratio: String,
 }
 
 /// A group of comparisons.
 pub struct Group {
-    /// Quality, alignment, …
+    /// The heading: Quality, Alignment, …
     pub title: &'static str,
     /// Its rows.
     pub rows: Vec<Comparison>,
 }
 
-/// All numbers of the page.
+/// All numbers of the report.
 pub struct Facts {
-    /// Teacher beside student.
+    /// The comparisons of teacher and student.
     pub groups: Vec<Group>,
-    /// What training cost: label and value.
+    /// The cost of training: label and value.
     pub training: Vec<(&'static str, String)>,
     /// How the cost of sampling was computed.
     pub formula: String,
-    /// The student's scores over the run.
+    /// The student's evaluations over the run.
     pub course: Course,
 }
 
-/// Scores over a run.
+/// Evaluations over a run.
 pub struct Course {
-    /// What each column holds.
+    /// Headings of the columns.
     pub titles: Vec<&'static str>,
     /// One row for each evaluation.
     pub rows: Vec<Vec<String>>,
@@ -145,7 +145,7 @@ fn formula(price: Option<&Price>, devices: f64) -> String {
             "Price of 1,000 images = seconds ÷ 3,600 × {devices:.0} device(s) × {} {} per device and hour.",
             price.per_device_hour, price.currency
         ),
-        None => "No price per device-hour was given, so nothing is said in money.".to_owned(),
+        None => "No price per device-hour was given, so there is no price of images.".to_owned(),
     }
 }
 
@@ -188,7 +188,7 @@ fn course(gathered: &Gathered) -> Course {
     }
 }
 
-/// Three significant digits, and no more zeros than needed.
+/// Three significant digits, without trailing zeros.
 fn significant(x: f64) -> String {
     if x == 0.0 || !x.is_finite() {
         return format!("{x}");
@@ -197,7 +197,7 @@ fn significant(x: f64) -> String {
     if digits == 0 { grouped(x.round() as u64) } else { format!("{x:.digits$}") }
 }
 
-/// Thousands apart.
+/// With separators between thousands.
 fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();

@@ -1,4 +1,4 @@
-//! What a run left behind, read.
+//! Reads the files of a run.
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -12,17 +12,17 @@ use crate::monitor::{
     summary::Summary,
 };
 
-/// A run as it stands in its folder.
+/// The content of a run's folder.
 pub struct Gathered {
     /// The frozen specification.
     pub specification: String,
-    /// The end's, or where the run is not finished, its last scores'.
+    /// Its final summary, or if the run is not finished, one made from its last evaluation.
     pub summary: Summary,
-    /// Whether it has come to its end.
+    /// Whether the run is finished.
     pub finished: bool,
-    /// Every scoring of the student, in order.
+    /// Every evaluation of the student, in order.
     pub evaluations: Vec<Evaluation>,
-    /// Seconds that the wall clock and all ranks together spent on it, over all attempts.
+    /// Wall time of the run and the summed time of all ranks, in seconds, over all attempts.
     pub device_seconds: f64,
     /// `samples.png`.
     pub samples: Option<Bytes>,
@@ -31,7 +31,7 @@ pub struct Gathered {
 }
 
 impl Gathered {
-    /// Reads it.
+    /// Reads the run's folder.
     ///
     /// # Errors
     /// There is no such run, or a file of it cannot be read.

@@ -1,4 +1,4 @@
-//! The page as HTML: one file, nothing fetched, no script.
+//! The report as HTML: one file without scripts, which loads nothing else.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -12,7 +12,7 @@ use super::{
 
 const STYLE: &str = include_str!("report.css");
 
-/// The text. Whatever comes from files is escaped.
+/// The HTML. All text from files is escaped.
 pub fn page(gathered: &Gathered, facts: &Facts, judged: &[Judged]) -> String {
     let name = &gathered.summary.run;
     let (standing, verdict) = verdict(gathered, judged);

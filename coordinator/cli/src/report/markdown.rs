@@ -1,10 +1,10 @@
-//! The page as Markdown.
+//! The report as Markdown.
 
 use std::fmt::Write;
 
 use super::{facts::Facts, gather::Gathered, thresholds::Judged, verdict::verdict};
 
-/// The text. Its pictures are files of the run's folder, so they are shown only when the page lies beside them.
+/// The Markdown. Its pictures are files of the run's folder, so they are shown only when the report lies beside them.
 pub fn page(gathered: &Gathered, facts: &Facts, judged: &[Judged], beside_pictures: bool) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -60,7 +60,7 @@ fn write(
     )
 }
 
-/// What came from a file or from the command line must not end a table's cell, nor begin markup.
+/// Escapes text from a file or the command line, so that it neither ends a table's cell nor starts markup.
 fn cell(text: &str) -> String {
     let mut escaped = String::new();
     for c in text.chars() {

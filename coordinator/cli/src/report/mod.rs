@@ -1,7 +1,7 @@
-//! `potstill report`: one page for the person who decides whether a student is rolled out.
+//! `potstill report`: a report from which to decide whether a student is used.
 //!
-//! Everything on it is taken from what the run left behind: `run.toml`, `summary.json`, `metrics.jsonl` and the pictures. What
-//! was not measured shows as a dash and is never made up.
+//! All its numbers come from the files of the run: `run.toml`, `summary.json`, `metrics.jsonl` and the pictures. A
+//! value that was not measured shows as a dash.
 
 mod facts;
 mod gather;
@@ -21,32 +21,32 @@ pub use self::{facts::Price, thresholds::Threshold};
 const HTML: &str = "report.html";
 const MARKDOWN: &str = "report.md";
 
-/// What is asked for.
+/// The arguments of a report.
 pub struct Request {
-    /// Which run.
+    /// The run.
     pub run: RunId,
-    /// Where it is kept.
+    /// The storage that holds it.
     pub storage: Root,
-    /// A folder for the pages; without one they go into the run's own.
+    /// The folder for the report's files; if none, the run's folder.
     pub out: Option<PathBuf>,
-    /// What an hour of one device costs.
+    /// The price of one device for one hour.
     pub price: Option<Price>,
-    /// What the student must fulfil.
+    /// The thresholds for the student.
     pub thresholds: Vec<Threshold>,
 }
 
-/// What came of it.
+/// The result.
 pub struct Reported {
-    /// Where the pages lie.
+    /// Where the report's files are.
     pub places: Vec<String>,
     /// Each threshold, and whether it holds.
     pub judged: Vec<Judged>,
 }
 
-/// Writes the pages and judges the thresholds.
+/// Writes the report and checks the thresholds.
 ///
 /// # Errors
-/// There is no such run, what it left cannot be read, or the pages cannot be written.
+/// There is no such run, its files cannot be read, or the report cannot be written.
 pub async fn report(request: Request) -> anyhow::Result<Reported> {
     let run = request.storage.run(&request.run);
     let gathered = Gathered::load(&run).await?;

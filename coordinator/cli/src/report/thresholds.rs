@@ -1,4 +1,4 @@
-//! Thresholds such as `student.fid<=2*teacher.fid`: what a student must fulfil, judged on a run's summary.
+//! Thresholds such as `student.fid<=2*teacher.fid`, which a student must meet, checked against a run's summary.
 
 use std::{fmt, str::FromStr};
 
@@ -24,7 +24,7 @@ enum Relation {
     Above,
 }
 
-/// A threshold that cannot be understood.
+/// A threshold that cannot be parsed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{text:?} is not a threshold: {problem}; expected one like student.fid<=0.3 or student.recall>=0.9*teacher.recall"
@@ -34,18 +34,18 @@ pub struct BadThreshold {
     problem: String,
 }
 
-/// A threshold and how it turned out.
+/// A threshold and whether it is met.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Judged {
-    /// As it was given, with spaces.
+    /// Its text, with spaces.
     pub text: String,
-    /// Whether it holds. What cannot be judged does not.
+    /// Whether it is met. A threshold on a value that was not measured is not.
     pub holds: bool,
-    /// The numbers behind that.
+    /// The values that were compared.
     pub explanation: String,
 }
 
-/// Longer ones first: `<=` begins with `<`.
+/// The longer ones first: `<=` begins with `<`.
 const RELATIONS: [(&str, Relation); 4] =
     [("<=", Relation::AtMost), (">=", Relation::AtLeast), ("<", Relation::Below), (">", Relation::Above)];
 
@@ -109,7 +109,7 @@ impl fmt::Display for Threshold {
 }
 
 impl Threshold {
-    /// Looks the numbers up and compares them.
+    /// Looks up the numbers and compares them.
     #[must_use]
     pub fn judge(&self, summary: &Summary) -> Judged {
         let text = self.to_string();
@@ -133,7 +133,7 @@ impl Threshold {
     }
 }
 
-/// Four significant digits are enough to see on which side a number lies; rounding decides nothing.
+/// Rounded to four significant digits for display; the comparison is exact.
 fn short(x: f64) -> String {
     let digits = if x == 0.0 { 0 } else { (3 - x.abs().log10().floor() as i32).clamp(0, 12) as usize };
     format!("{x:.digits$}")

@@ -1,23 +1,23 @@
-//! The one line at the top of the page.
+//! The verdict at the top of the report.
 
 use super::{gather::Gathered, thresholds::Judged};
 
-/// How the thresholds turned out.
+/// The result of all thresholds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// There were none.
+    /// No thresholds were given.
     Open,
-    /// All hold.
+    /// All are met.
     Met,
-    /// Some do not hold.
+    /// Some are not met.
     Missed,
 }
 
-/// One line that says it all.
+/// One line with the result.
 pub fn verdict(gathered: &Gathered, judged: &[Judged]) -> (Standing, String) {
     let failed: Vec<&str> = judged.iter().filter(|j| !j.holds).map(|j| j.text.as_str()).collect();
     let (standing, mut text) = match (judged.len(), failed.len()) {
-        (0, _) => (Standing::Open, "No thresholds were given: judge for yourself.".to_owned()),
+        (0, _) => (Standing::Open, "No thresholds were given.".to_owned()),
         (1, 0) => (Standing::Met, "The threshold is met.".to_owned()),
         (n, 0) => (Standing::Met, format!("All {n} thresholds are met.")),
         (n, _) => {
@@ -25,7 +25,7 @@ pub fn verdict(gathered: &Gathered, judged: &[Judged]) -> (Standing, String) {
         }
     };
     if !gathered.finished {
-        text = format!("This run is not finished: what follows is how far it has come. {text}");
+        text = format!("This run is not finished: the values are those of its last evaluation. {text}");
     }
     (standing, text)
 }

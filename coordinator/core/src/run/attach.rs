@@ -1,4 +1,4 @@
-//! Workers come and go.
+//! Workers attach, yield, leave and are lost.
 
 use potstill_proto::{
     PROTOCOL,
@@ -60,7 +60,7 @@ impl Core {
         if let Some(place) = place
             && !self.came_back(stream, &id, place)
         {
-            let reason = "it goes on without this worker, which was taken for lost".to_owned();
+            let reason = "this generation continues without this worker, which was taken for lost".to_owned();
             send(actions, stream, ToWorker::Abandon { generation: place.generation, reason });
         }
         self.reattach(actions);
@@ -76,7 +76,7 @@ impl Core {
         }
     }
 
-    /// Asks the ranks to part at the next boundary if somebody could join them.
+    /// Asks the ranks to yield at the next boundary if a worker could join them.
     pub(super) fn welcome_joiners(&mut self, actions: &mut Actions) {
         let room = self.terms.max_workers > self.steps.world_size()
             && self.members.count() > self.steps.world_size();
@@ -89,7 +89,7 @@ impl Core {
         }
     }
 
-    /// Asks the ranks to part at the next boundary, unless they are about to end anyway.
+    /// Asks the ranks to yield at the next boundary, unless they are about to end anyway.
     fn ask_to_yield(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
         let Stage::Training(training) = &mut self.stage else { return };
         let asked = training.yielding.as_ref().map(|(cause, _)| *cause);
@@ -103,19 +103,19 @@ impl Core {
         for stream in &training.ranks {
             send(actions, *stream, ToWorker::Request { generation: self.generation, what });
         }
-        log(actions, format!("{} is asked to part at the next boundary: {reason}", self.generation));
+        log(actions, format!("{} is asked to yield at the next boundary: {reason}", self.generation));
         training.yielding = Some((cause, reason));
     }
 
-    /// A worker's machine is wanted for something else: it saves its share and goes at the next boundary, or at once where
-    /// it has no place.
+    /// A worker has announced that it leaves: it saves its shard and goes at the next boundary, or at once where it has
+    /// no place.
     pub(super) fn leaving(&mut self, stream: StreamId, reason: String, actions: &mut Actions) {
         let Some(member) = self.members.get(stream) else { return };
         if member.leaving().is_some() {
             return;
         }
         let worker = member.describe();
-        log(actions, format!("worker {worker} would like to leave: {reason}"));
+        log(actions, format!("worker {worker} is about to leave: {reason}"));
         self.members.set_leaving(stream, reason.clone());
         let placed = self.rank(stream).is_some();
         match &self.stage {
@@ -129,7 +129,7 @@ impl Core {
         }
     }
 
-    /// Sends a worker home that is leaving and holds no place any more.
+    /// Stops a worker that leaves and holds no place any more.
     pub(super) fn let_go(&mut self, stream: StreamId, actions: &mut Actions) {
         let Some(member) = self.members.get(stream) else { return };
         let Some(reason) = member.leaving() else { return };
@@ -146,7 +146,7 @@ impl Core {
     fn refusal(&self, hello: &Hello) -> Option<String> {
         if hello.protocol != PROTOCOL {
             return Some(format!(
-                "it speaks protocol {}, the coordinator {PROTOCOL}: install the same version of Potstill on both",
+                "it uses protocol {}, the coordinator protocol {PROTOCOL}: install the same version of Potstill on both",
                 hello.protocol
             ));
         }
@@ -159,7 +159,7 @@ impl Core {
         None
     }
 
-    /// A stream is gone, or its worker's lease is over.
+    /// A stream has ended, or its worker's lease is over.
     pub(super) fn lost(&mut self, stream: StreamId, reason: &str, actions: &mut Actions) {
         let rank = self.rank(stream);
         let Some(member) = self.members.remove(stream) else { return };
@@ -182,7 +182,7 @@ impl Core {
                     self.abandon(lost, None, actions);
                 }
             }
-            // Others may come back in its place.
+            // It may still attach again.
             Stage::Reattaching(reattaching) => {
                 reattaching.here.retain(|_, here| *here != stream);
                 reattaching.left.remove(&stream);

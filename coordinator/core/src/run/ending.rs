@@ -1,4 +1,4 @@
-//! Checkpoints are committed; the run ends.
+//! Commits checkpoints and ends the run.
 
 use std::collections::BTreeSet;
 
@@ -33,7 +33,7 @@ impl Core {
                 self.failures = 0;
                 let reading = self.start.exact && self.steps.finished() == self.start.cursor.iteration;
                 let read = reading.then_some(self.start.cursor.iteration);
-                // The newest too: storage may hold a newer one, whose write it denied.
+                // The newest too: storage may hold a newer one than the ledger, whose write it reported as failed.
                 let newest = self.ledger.newest().map(|newest| newest.iteration);
                 let in_use = self.ledger.committing().chain(read).chain(newest).collect();
                 let up_to = newest.unwrap_or(0);
@@ -77,16 +77,16 @@ impl Core {
             Stage::Ended(_) => Some("the run is over"),
             Stage::Gathering(_) => Some("nothing is training: there is nothing new to save"),
             Stage::Training(training) if !training.finished.is_empty() => {
-                Some("the run is ending, and saves anyway")
+                Some("the run is ending and saves a last checkpoint")
             }
-            _ if self.stop.is_some() => Some("the run is stopping, and saves anyway"),
+            _ if self.stop.is_some() => Some("the run is stopping and saves a last checkpoint"),
             _ => None,
         };
         if let Some(refusal) = refusal {
             return actions.push(Action::Answer { client, result: Err(refusal.to_owned()) });
         }
         self.clients.insert(client);
-        // Otherwise the next generation is asked.
+        // In all other stages the next generation is asked.
         if let Stage::Training(training) = &self.stage {
             self.request_checkpoint(training, actions);
         }
@@ -99,7 +99,7 @@ impl Core {
         }
     }
 
-    /// Answers everybody who waits for a checkpoint.
+    /// Answers all clients that wait for a checkpoint.
     fn answer(&mut self, result: &Result<u64, String>, actions: &mut Actions) {
         for client in std::mem::take(&mut self.clients) {
             actions.push(Action::Answer { client, result: result.clone() });
@@ -110,7 +110,7 @@ impl Core {
         if self.stop.is_some() || matches!(self.stage, Stage::Ended(_)) {
             return log(
                 actions,
-                format!("ignored: a request to stop ({reason}); the run is stopping already"),
+                format!("ignored: a request to stop ({reason}): the run is stopping already"),
             );
         }
         log(actions, format!("the run was asked to save and stop: {reason}"));
@@ -140,7 +140,7 @@ impl Core {
         self.end(Outcome::Stopped { iteration, reason }, actions);
     }
 
-    /// Ends the run if every rank has finished and its checkpoint is decided.
+    /// Ends the run if every rank has finished and its last checkpoint is committed or has failed.
     pub(super) fn conclude(&mut self, actions: &mut Actions) {
         let Stage::Training(training) = &self.stage else { return };
         if !training.all_finished() {
@@ -152,7 +152,8 @@ impl Core {
             _ => {
                 let stand: Vec<_> =
                     training.finished.iter().map(|(r, c)| format!("rank {r} at {c}")).collect();
-                return self.fail(format!("the ranks finished apart: {}", stand.join(", ")), actions);
+                return self
+                    .fail(format!("the ranks finished at different cursors: {}", stand.join(", ")), actions);
             }
         };
         if self.ledger.has(iteration) || iteration == 0 {
@@ -185,8 +186,8 @@ impl Core {
         self.announce_end(outcome, actions);
     }
 
-    /// The journal belongs to another coordinator now, or nobody can write it: nothing is persisted, and the workers are
-    /// left to whoever comes next rather than stopped.
+    /// Another coordinator owns the journal, or it cannot be written: nothing is persisted, and the workers are not
+    /// stopped, so that the next coordinator finds them.
     pub(super) fn journal_lost(&mut self, reason: String, actions: &mut Actions) {
         actions.extend(self.members.iter().map(|(stream, _)| Action::Close { stream }));
         self.announce_end(Outcome::Failed { reason }, actions);
@@ -200,7 +201,7 @@ impl Core {
     }
 }
 
-/// What a worker is told when the run is over.
+/// The message that tells a worker that the run is over.
 pub(super) fn stop_message(outcome: &Outcome) -> ToWorker {
     match outcome {
         Outcome::Succeeded { iteration } => {

@@ -1,4 +1,4 @@
-//! Generations: one is abandoned, its survivors say where they stand, the next is opened.
+//! Generations: one is abandoned, its survivors report their cursors, the next is opened.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,8 @@ use super::{Actions, Cause, Core, FAILED_STARTS, Gathering, Settling, Stage, Tra
 use crate::{Action, StreamId, Tick, assignment, observation::Observation, record::Record};
 
 impl Core {
-    /// Ends the live generation. `spoken` is the survivor that has said where it stands, if its word is why.
+    /// Ends the live generation. `spoken` is the survivor whose report of a failure is the cause, if there is one: it
+    /// has reported its cursor already.
     pub(super) fn abandon(&mut self, reason: String, spoken: Option<StreamId>, actions: &mut Actions) {
         let Stage::Training(training) = &self.stage else { return };
         let survivors = || training.ranks.iter().copied().filter(|s| self.members.get(*s).is_some());
@@ -35,22 +36,22 @@ impl Core {
         actions.push(Action::Observe(Observation::GenerationAbandoned { generation, reason }));
     }
 
-    /// A rank has parted from the others, as all of them agreed to: the others are about to say the same.
+    /// A rank has yielded at a boundary, as all ranks agreed: the others are about to report the same.
     pub(super) fn yielded(&mut self, stream: StreamId, cursor: Cursor, actions: &mut Actions) {
         if let Stage::Training(training) = &mut self.stage {
             let (cause, reason) = training
                 .yielding
                 .take()
-                .unwrap_or_else(|| (Cause::Agreed, "its ranks agreed to part".to_owned()));
+                .unwrap_or_else(|| (Cause::Agreed, "its ranks agreed to yield".to_owned()));
             let awaiting = training.ranks.iter().copied().collect();
-            log(actions, format!("{} parts at {cursor}: {reason}", self.generation));
+            log(actions, format!("{} yields at {cursor}: {reason}", self.generation));
             let holders = BTreeSet::new();
             self.stage = Stage::Settling(Settling { awaiting, holders, cause, since: self.now, reason });
         }
         self.spoke(stream, cursor);
     }
 
-    /// A survivor of the newest generation has said where it stands.
+    /// A survivor of the newest generation has reported its cursor.
     pub(super) fn spoke(&mut self, stream: StreamId, cursor: Cursor) {
         match &mut self.stage {
             Stage::Settling(settling) => {
@@ -64,27 +65,28 @@ impl Core {
         }
     }
 
-    /// How long survivors have to say where they stand. What is known of them may be a heartbeat old, so they get a moment;
-    /// and as long as a silent worker gets when without their word a state would be lost, or when nothing explains the
-    /// failure yet.
+    /// How long survivors have to report their cursors. What is known of them may be one heartbeat old, so they get a
+    /// quarter of a heartbeat's interval; they get the failure timeout where without their report a state would be
+    /// lost, or where the cause of the failure is not known yet.
     pub(super) fn settled_by(&self, settling: &Settling) -> Tick {
         let safe = !settling.holders.is_empty() || self.start.cursor == Cursor::default();
         let patience = match settling.cause {
             Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,
             Cause::Known | Cause::Unexplained | Cause::Agreed => self.terms.timeouts.dead_millis,
-            // Storage may be slow; whoever dies meanwhile is noticed.
+            // Storage may be slow; a worker that dies meanwhile is noticed.
             Cause::AgreedAndSaving => self.terms.timeouts.wait_millis,
         };
         settling.since.after(patience)
     }
 
-    /// Whether a checkpoint is about to exist that holds more than anybody who could go on.
+    /// Whether a checkpoint is about to be committed that is further than the state of every member that could
+    /// continue.
     pub(super) fn awaits_commit(&self) -> bool {
         let Some(iteration) = self.ledger.committing().next_back() else { return false };
         self.members.eligible().all(|(_, member)| member.held < Some(Cursor::boundary(iteration)))
     }
 
-    /// Makes the decisions that time or numbers call for. Costs nothing when none does.
+    /// Makes the decisions that are due because time has passed or numbers have changed. Cheap when there are none.
     pub(super) fn advance(&mut self, actions: &mut Actions) {
         if matches!(self.stage, Stage::Ended(_)) {
             return;
@@ -95,7 +97,7 @@ impl Core {
                 self.lost(stream, &silent, actions);
                 actions.push(Action::Close { stream });
             } else if let Some(member) = self.members.get(stream) {
-                log(actions, format!("worker {} may be in trouble: {silent}", member.describe()));
+                log(actions, format!("worker {} is silent: {silent}", member.describe()));
             }
         }
         match &self.stage {
@@ -133,12 +135,12 @@ impl Core {
         }
     }
 
-    /// The survivors have spoken, or had their time.
+    /// All survivors have reported, or their time is over.
     fn settled(&mut self, reason: String, cause: Cause, actions: &mut Actions) {
         let leaving: Vec<_> =
             self.members.iter().filter(|(_, m)| m.leaving().is_some()).map(|(stream, _)| stream).collect();
         if !leaving.is_empty() {
-            // Its ranks' places are history: losing one of them is no event any more.
+            // The ranks' places are over: the loss of one of them changes nothing any more.
             self.stage = Stage::Gathering(Gathering {
                 short_since: self.now,
                 enough_since: None,
@@ -154,8 +156,8 @@ impl Core {
         self.failed_starts = if failed_starts { self.failed_starts + 1 } else { 0 };
         if self.failed_starts >= FAILED_STARTS {
             let reason = format!(
-                "{} generations in a row failed before they finished an iteration, although no worker died. Can the \
-                 workers reach each other? The last one: {reason}",
+                "{} generations in a row failed before they finished an iteration, although no worker died; check that the \
+                 workers can reach each other. The last failure: {reason}",
                 self.failed_starts
             );
             self.fail(reason, actions);
@@ -176,7 +178,7 @@ impl Core {
         self.recount(actions);
     }
 
-    /// Somebody came or went while the run waits.
+    /// The number of workers has changed while the run waits.
     pub(super) fn recount(&mut self, actions: &mut Actions) {
         let (have, need, now) = (self.members.count(), self.terms.min_workers, self.now);
         let Stage::Gathering(gathering) = &mut self.stage else { return };
@@ -200,15 +202,15 @@ impl Core {
         if gathering.enough_since.is_some() {
             let (most, patience) = (self.terms.max_workers, seconds(timeouts.dead_millis));
             format!(
-                "{reason}: {have} of at most {most} workers; it starts when all are here or {patience:.1} s have passed"
+                "{reason}: {have} of at most {most} workers; training starts when all are attached or after {patience:.1} s"
             )
         } else {
             let (need, patience) = (self.terms.min_workers, seconds(timeouts.wait_millis));
-            format!("{reason}: {have} of {need} workers; it gives up after {patience:.1} s")
+            format!("{reason}: {have} of {need} workers; the run fails after {patience:.1} s")
         }
     }
 
-    /// Opens the next generation with everybody who is attached.
+    /// Opens the next generation with all workers that can be given a place.
     fn open(&mut self, reason: String, actions: &mut Actions) {
         let plan = assignment::plan(&self.members, self.terms.max_workers, self.ledger.newest());
         let world_size = plan.world_size();
@@ -226,7 +228,7 @@ impl Core {
             member.place = Some(Place { generation, rank });
             member.moved = now;
             member.waiting = false;
-            // All others are about to be overwritten: their state counts again when they say so.
+            // The state of all others is about to be overwritten: it counts again when they report it.
             member.loaded = plan.source == Source::Peer { rank };
             member.held = member.held.filter(|_| member.loaded);
         }
@@ -242,7 +244,9 @@ impl Core {
             let last = self.steps.finished() - 1;
             log(
                 actions,
-                format!("nobody holds what iterations {start} to {last} gave: they are computed again"),
+                format!(
+                    "no worker holds the result of iterations {start} to {last}: they are computed again"
+                ),
             );
         }
         let closed = self.steps.open(world_size, plan.start);

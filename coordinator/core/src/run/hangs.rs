@@ -1,8 +1,8 @@
-//! Ranks that breathe but do not move.
+//! Ranks that send heartbeats but make no progress.
 //!
-//! When one rank hangs, all others soon wait for it in a collective. So of those that have not moved for long, the ones that
-//! do not wait are at fault: their processes are ended, to be started again. Where all wait for each other, the network
-//! between them is at fault, and they form a new group.
+//! When one rank hangs, all others soon wait for it in a collective. So of the ranks that have made no progress for
+//! long, those that do not wait in a collective hang: their processes are ended, to be started again. Where all wait
+//! for each other, the network between them is at fault, and they form a new group.
 
 use potstill_proto::message::ToWorker;
 
@@ -10,7 +10,7 @@ use super::{Actions, Core, Stage, seconds, send};
 use crate::{Action, StreamId};
 
 impl Core {
-    /// Looks at the ranks' progress, a few times within the patience with a rank that does not move.
+    /// Looks at the ranks' progress, eight times within the timeout for a rank that makes none.
     pub(super) fn look_for_hangs(&mut self, actions: &mut Actions) {
         let patience = self.terms.timeouts.hang_millis;
         let now = self.now;
@@ -34,25 +34,25 @@ impl Core {
         if let Some((_, first, _)) = stuck.first()
             && guilty.is_empty()
         {
-            let reason = format!("{}: all ranks wait for each other", self.stillness(*first));
+            let reason = format!("all ranks wait for each other: {}", self.no_progress(*first));
             return self.abandon(reason, None, actions);
         }
         let guilty: Vec<_> = guilty.into_iter().map(|(_, stream, _)| *stream).collect();
         for stream in guilty {
-            let reason = self.stillness(stream);
+            let reason = format!("rank hung: {}", self.no_progress(stream));
             send(actions, stream, ToWorker::Restart { reason: reason.clone() });
             self.lost(stream, &reason, actions);
             actions.push(Action::Close { stream });
         }
     }
 
-    /// Since when a member has not moved, and where.
-    fn stillness(&self, stream: StreamId) -> String {
+    /// For how long a member has made no progress, what it is doing, and its cursor.
+    fn no_progress(&self, stream: StreamId) -> String {
         let Some(member) = self.members.get(stream) else { return String::new() };
         format!(
-            "it breathes but has not moved for {:.1} s ({}, {})",
+            "heartbeats arrive, no progress for {:.1} s ({}, {})",
             seconds(self.now.0 - member.moved.0),
-            if member.activity.is_empty() { "silent" } else { &member.activity },
+            if member.activity.is_empty() { "activity unknown" } else { &member.activity },
             member.cursor
         )
     }

@@ -1,6 +1,7 @@
-//! What workers say after their hello. Whoever does not speak for the newest generation is heard as a sign of life only.
+//! Messages of workers after their hello. A message of an older generation only renews its sender's lease.
 //!
-//! A generation that was abandoned is still the newest until the next is opened: what its survivors completed counts.
+//! A generation that was abandoned is still the newest until the next one is opened: what its survivors completed
+//! counts.
 
 use potstill_proto::{
     cursor::{Cursor, Generation},
@@ -105,7 +106,7 @@ impl Core {
         }
     }
 
-    /// The sender's rank, if it speaks for the newest generation; otherwise its word is ignored.
+    /// The sender's rank, if the message is of the newest generation; otherwise the message is ignored.
     fn spoken_rank(
         &self,
         stream: StreamId,
@@ -121,11 +122,11 @@ impl Core {
         rank
     }
 
-    /// A member of the newest generation is known to hold this state whole.
+    /// A member of the newest generation is known to hold this state completely.
     fn reached(&mut self, stream: StreamId, cursor: Cursor) {
         if let Some(member) = self.members.get_mut(stream) {
             member.loaded = true;
-            // Messages of two threads may overtake each other: the further one is right.
+            // Messages of two threads may overtake each other: the further cursor is right.
             if Some(cursor) > member.held {
                 member.hold(cursor);
             }
@@ -133,7 +134,8 @@ impl Core {
         self.keeps(stream, cursor);
     }
 
-    /// Notes whether a survivor of an abandoned generation still holds what that had reached.
+    /// Notes whether a survivor of an abandoned generation still holds the state from which that started, or a further
+    /// one.
     pub(super) fn keeps(&mut self, stream: StreamId, cursor: Cursor) {
         if let Stage::Settling(settling) = &mut self.stage {
             if cursor >= self.start.cursor {
@@ -169,20 +171,23 @@ impl Core {
         if self.ledger.has(iteration) || self.ledger.is_committing(iteration) {
             return log(
                 actions,
-                format!("ignored: {reason}; iteration {iteration} has all its shards already"),
+                format!("ignored: {reason}: iteration {iteration} has all its shards already"),
             );
         }
-        // The others' shares are of no use then, and that they fail too is no news.
+        // Without this shard the others' shards are of no use, so their failures are only logged.
         let known = self.ledger.failure(iteration).is_some();
         self.ledger.shard_failed(iteration, reason.clone());
         if known {
-            log(actions, format!("iteration {iteration} again: {reason}"));
+            log(
+                actions,
+                format!("the checkpoint of iteration {iteration} failed on another rank too: {reason}"),
+            );
         } else {
             self.checkpoint_failed(iteration, reason, actions);
         }
     }
 
-    /// What the generation was to start from cannot be read: the checkpoint before it is next.
+    /// The checkpoint that the generation was to start from cannot be read: the one before it is used.
     fn checkpoint_damaged(
         &mut self,
         stream: StreamId,
@@ -220,8 +225,8 @@ impl Core {
         }
     }
 
-    /// Why a student that was scored should not be trained on: its samples of one condition have become alike. Before the
-    /// first iteration it is not a student yet.
+    /// Why training should stop after this evaluation of the student: its samples of one condition have become alike.
+    /// Before the first iteration there is no student yet.
     fn collapse(&self, evaluation: &Evaluation) -> Option<String> {
         let of_teacher = self.teacher_diversity?;
         let least = of_teacher * self.terms.collapse_share;
@@ -232,9 +237,9 @@ impl Core {
         }
         let newest = match self.ledger.newest() {
             Some(checkpoint) => {
-                format!("the newest checkpoint, of iteration {}, is from before", checkpoint.iteration)
+                format!("the newest checkpoint, of iteration {}, is older", checkpoint.iteration)
             }
-            None => "there is no checkpoint from before".to_owned(),
+            None => "there is no older checkpoint".to_owned(),
         };
         Some(format!(
             "the student has collapsed: after iteration {} its diversity is {:.3}, below {:.3} (evaluation.collapse_share \
@@ -254,7 +259,7 @@ impl Core {
     ) {
         let rank = self.rank(stream).filter(|_| generation == self.generation);
         let Some(rank) = rank else {
-            // A worker that was taken for lost: what it says about its own state counts all the same.
+            // A worker that was taken for lost: what it reports of its own state still counts.
             if let Some(member) = self.members.get_mut(stream)
                 && member.place.is_some_and(|place| place.generation == generation)
             {
@@ -263,7 +268,7 @@ impl Core {
             return log(actions, format!("ignored: a failed collective of {generation}, which is over"));
         };
         let Some(member) = self.members.get_mut(stream) else { return };
-        // Its explicit word replaces what was known of it, also where it holds less.
+        // Its explicit report replaces what was known of it, also where it holds less.
         member.hold(cursor);
         let worker = member.describe();
         if matches!(self.stage, Stage::Training(_)) {

@@ -28,29 +28,29 @@ use crate::{
     terms::Terms,
 };
 
-/// So many generations in a row may fail without finishing an iteration before the run gives up.
+/// The run fails when this number of generations in a row have failed before they finished an iteration.
 const FAILED_STARTS: u32 = 8;
 
 /// What a coordinator knows of its run when it starts.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// This coordinator, unique for ever: no two can write the same record, so the journal tells them apart.
+    /// Name of this coordinator, different for every coordinator: the journal tells two writers apart by it.
     pub coordinator: String,
-    /// Where it can be reached.
+    /// Address at which it can be reached.
     pub address: String,
     /// The run's name.
     pub run_id: String,
-    /// How it is coordinated.
+    /// The part of its specification that the coordinator needs.
     pub terms: Terms,
-    /// The same as TOML, for the workers.
+    /// Its whole specification as TOML, for the workers.
     pub specification: String,
     /// Root of the object storage, for the workers.
     pub storage_url: String,
-    /// The journal so far.
+    /// The records of its journal so far.
     pub history: Vec<Record>,
-    /// The checkpoints in storage that are whole, oldest first.
+    /// The complete checkpoints in storage, oldest first.
     pub checkpoints: Vec<CommittedCheckpoint>,
-    /// Whether ranks that an earlier coordinator had may still be at work; not where they live and die with it.
+    /// Whether ranks of an earlier coordinator may still be at work; false where they end with their coordinator.
     pub ranks_may_live: bool,
 }
 
@@ -69,12 +69,12 @@ pub struct Core {
     evaluate_teacher: bool,
     /// Of the teacher, once it was scored.
     teacher_diversity: Option<f64>,
-    /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest one in the journal.
+    /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest evaluation in the journal.
     scored: Option<(Generation, u64, bool)>,
 
     now: Tick,
     members: Members,
-    /// The newest generation, whether or not it lives.
+    /// The newest generation, whether it is live or over.
     generation: Generation,
     /// Where it started.
     start: Start,
@@ -85,23 +85,23 @@ pub struct Core {
     /// Iterations that were computed again, over the whole run.
     repeated: u64,
     ledger: Ledger,
-    /// Failed checkpoints since the last one that exists.
+    /// Failed checkpoints since the last one that was committed.
     failures: u32,
-    /// Who asked for a checkpoint.
+    /// Clients that wait for a checkpoint.
     clients: BTreeSet<ClientId>,
-    /// Who asked the run to stop.
+    /// Why the run is to stop, once a stop was requested.
     stop: Option<String>,
 }
 
 #[derive(Debug)]
 enum Stage {
-    /// An earlier coordinator's generation may live on: its ranks are awaited.
+    /// An earlier coordinator's generation may be live: its ranks are awaited.
     Reattaching(Reattaching),
-    /// No generation lives: workers are too few, or more may come.
+    /// No generation is live: workers are too few, or more may come.
     Gathering(Gathering),
-    /// A generation was abandoned; its survivors say where they stand.
+    /// A generation was abandoned; its survivors report their cursors.
     Settling(Settling),
-    /// A generation lives.
+    /// A generation is live.
     Training(Training),
     /// The run is over.
     Ended(Outcome),
@@ -134,7 +134,7 @@ struct Gathering {
 
 #[derive(Debug)]
 struct Settling {
-    /// Survivors that have not yet said where they stand.
+    /// Survivors that have not yet reported their cursors.
     awaiting: BTreeSet<StreamId>,
     /// Survivors known to hold what the generation had reached, or more.
     holders: BTreeSet<StreamId>,
@@ -147,13 +147,13 @@ struct Settling {
 /// How a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Cause {
-    /// A collective failed, which explains nothing: who died may not be known yet.
+    /// A collective failed for a reason not yet known: a death may still be noticed.
     Unexplained,
-    /// It is known who died, or who does not move.
+    /// It is known which worker died or makes no progress.
     Known,
-    /// Its ranks agreed to part at a boundary.
+    /// Its ranks agreed to yield at a boundary.
     Agreed,
-    /// The same, with a checkpoint before.
+    /// They agreed to yield after saving a checkpoint.
     AgreedAndSaving,
 }
 
@@ -161,11 +161,11 @@ enum Cause {
 struct Training {
     /// Members by rank.
     ranks: Vec<StreamId>,
-    /// Ranks that have nothing left to compute, and where they stand.
+    /// Ranks that have nothing left to compute, and their cursors.
     finished: BTreeMap<u32, Cursor>,
-    /// Why its ranks were asked to part at the next boundary, and how.
+    /// How and why its ranks were asked to yield at the next boundary.
     yielding: Option<(Cause, String)>,
-    /// When to look next whether everybody moves.
+    /// When to look next for ranks that make no progress.
     look: Tick,
 }
 
@@ -190,7 +190,7 @@ fn seconds(millis: u64) -> f64 {
 }
 
 impl Core {
-    /// The state machine of a run that nobody is attached to. Feed it [`Event::Started`] first.
+    /// The state machine of a run without attached workers. Its first event must be [`Event::Started`].
     #[must_use]
     pub fn new(setup: Setup) -> Self {
         let Setup {
@@ -257,7 +257,7 @@ impl Core {
         core
     }
 
-    /// Takes an event in and appends what is to be done about it. `now` must not run backwards.
+    /// Processes an event and appends the actions to take. `now` must not run backwards.
     pub fn step(&mut self, now: Tick, event: Event, actions: &mut Actions) {
         self.now = self.now.max(now);
         match event {
@@ -282,7 +282,7 @@ impl Core {
             Stage::Ended(_) => return None,
             Stage::Training(training) => Some(training.look),
             Stage::Reattaching(reattaching) => Some(self.reattached_by(reattaching)),
-            // What it waits for then is an event.
+            // It waits for an event then.
             Stage::Settling(_) if self.awaits_commit() => None,
             Stage::Settling(settling) => Some(self.settled_by(settling)),
             Stage::Gathering(Gathering { enough_since: Some(since), .. }) => {

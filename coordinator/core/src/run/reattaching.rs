@@ -1,5 +1,5 @@
-//! A coordinator that takes over from one that died: the generation in the journal may live on, so its ranks are awaited
-//! before anything changes. If all of them come back, nothing does.
+//! A coordinator that takes over from one that died: the generation in the journal may be live, so its ranks are
+//! awaited before anything changes. If all of them come back, the generation continues.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use super::{Actions, Cause, Core, Gathering, Reattaching, Settling, Stage, Train
 use crate::{Action, StreamId, Tick, assignment::Start, observation::Observation, record::Record};
 
 impl Core {
-    /// Prepares for the ranks of the generation that the journal says lived last.
+    /// Prepares to wait for the ranks of the generation that was the live one according to the journal.
     pub(super) fn await_generation(&mut self, history: &[Record]) {
         let mut living = None;
         for record in history {
@@ -39,7 +39,7 @@ impl Core {
         });
     }
 
-    /// How long the ranks have to come back: they train on meanwhile, so nothing is lost by waiting.
+    /// Until when the ranks may come back: they continue to train meanwhile, so waiting loses nothing.
     pub(super) fn reattached_by(&self, reattaching: &Reattaching) -> Tick {
         reattaching.since.after(self.terms.timeouts.dead_millis)
     }
@@ -50,14 +50,14 @@ impl Core {
         reattaching.since = now;
         let need = u32::try_from(reattaching.expected.len()).unwrap_or(u32::MAX);
         let reason = format!(
-            "{} was training at iteration {iteration} or later: its ranks have {:.1} s to come back",
+            "{} was training at iteration {iteration} or later: waiting {:.1} s for its ranks",
             self.generation,
             seconds(self.terms.timeouts.dead_millis)
         );
         actions.push(Action::Observe(Observation::Waiting { have: 0, need, reason }));
     }
 
-    /// For people: who is awaited.
+    /// How many ranks are awaited and for how long, as text.
     pub(super) fn missing_ranks(&self, reattaching: &Reattaching) -> String {
         let (here, expected) = (reattaching.here.len(), reattaching.expected.len());
         let left = seconds(self.reattached_by(reattaching).0.saturating_sub(self.now.0));
@@ -80,7 +80,7 @@ impl Core {
         is_its_own
     }
 
-    /// Goes on as soon as everybody is back, or when the time for that is over.
+    /// Continues as soon as all ranks are back, or when the time for that is over.
     pub(super) fn reattach(&mut self, actions: &mut Actions) {
         let Stage::Reattaching(reattaching) = &self.stage else { return };
         let missing = reattaching.expected.len() - reattaching.here.len();
@@ -88,13 +88,13 @@ impl Core {
         if missing > 0 && !late {
             return;
         }
-        let nobody = Stage::Gathering(Gathering {
+        let empty = Stage::Gathering(Gathering {
             short_since: self.now,
             enough_since: None,
             patient: false,
             reason: String::new(),
         });
-        let Stage::Reattaching(reattaching) = std::mem::replace(&mut self.stage, nobody) else {
+        let Stage::Reattaching(reattaching) = std::mem::replace(&mut self.stage, empty) else {
             return;
         };
         let Reattaching { expected, here, left, finished, .. } = reattaching;
@@ -103,7 +103,7 @@ impl Core {
         }
         let whole = missing == 0 && left.is_empty();
         if whole {
-            log(actions, format!("all {} ranks of {} are back: it goes on", here.len(), self.generation));
+            log(actions, format!("all {} ranks of {} are back: it continues", here.len(), self.generation));
         }
         let training = Training {
             ranks: here.into_values().collect(),
@@ -131,7 +131,7 @@ impl Core {
                 let gone = expected.len() - training.ranks.len();
                 format!("{gone} of the {} ranks of {} did not come back", expected.len(), self.generation)
             } else {
-                format!("a collective of {} failed while no coordinator was there", self.generation)
+                format!("a collective of {} failed while no coordinator was running", self.generation)
             };
             let awaiting: BTreeSet<_> =
                 training.ranks.iter().copied().filter(|stream| !left.contains(stream)).collect();

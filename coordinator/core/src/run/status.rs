@@ -10,7 +10,7 @@ use crate::{
 };
 
 impl Core {
-    /// What the run is doing.
+    /// The answer to a request for the run's status.
     #[must_use]
     pub fn status(&self) -> wire::StatusReply {
         let (state, reason) = match &self.stage {
@@ -20,7 +20,7 @@ impl Core {
             Stage::Training(training) => match &self.stop {
                 Some(reason) => (RunState::Finishing, reason.clone()),
                 None if !training.finished.is_empty() => {
-                    (RunState::Finishing, "the last checkpoint is saved".into())
+                    (RunState::Finishing, "the last checkpoint is being saved".into())
                 }
                 None => (RunState::Training, String::new()),
             },

@@ -107,7 +107,7 @@ impl World {
         self.step(Event::Timer)
     }
 
-    /// Lets time pass while the first `n` workers breathe.
+    /// Lets time pass while the first `n` workers send heartbeats.
     fn pass(&mut self, millis: u64, n: u64) {
         let end = self.now + millis;
         while self.now < end {
@@ -363,7 +363,7 @@ fn a_worker_that_brings_state_is_the_source() {
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
 }
 
-/// A scoring by the first generation in which nothing but diversity was measured.
+/// An evaluation by the first generation in which only diversity was measured.
 fn scored(subject: Subject, iteration: u64, diversity: Option<f64>) -> Evaluation {
     let scores = Scores { diversity, ..Scores::default() };
     Evaluation { generation: Generation(1), iteration, subject, scores }
@@ -438,7 +438,7 @@ fn a_death_abandons_at_once_and_the_survivors_word_opens_the_next_generation() {
     assert_eq!(places(&world.says(1, collective_failed(1, 1))), []);
     let actions = world.says(2, collective_failed(1, 2));
     assert_eq!(places(&actions), [(1, 2, 0), (2, 2, 1)]);
-    // Stream 2 had come further than anybody had known.
+    // Stream 2 had come further than was known before.
     assert_eq!(source(&actions), Source::Peer { rank: 1 });
 }
 
@@ -499,7 +499,7 @@ fn a_failed_collective_that_nothing_explains_is_tried_again_with_all() {
     let mut world = World::training(2, 2);
     world.says(0, collective_failed(1, 0));
     assert_eq!(places(&world.says(1, collective_failed(1, 0))), [(0, 2, 0), (1, 2, 1)]);
-    // Now one of them does not answer, yet breathes.
+    // Now one of them does not answer, but sends heartbeats.
     world.says(0, collective_failed(2, 0));
     world.pass(DEAD - 1, 2);
     assert_eq!(places(&world.later(1)), [(0, 3, 0), (1, 3, 1)]);
@@ -527,10 +527,10 @@ fn a_state_that_was_being_overwritten_is_no_source() {
     world.says(0, collective_failed(1, 1));
     let actions = world.says(2, collective_failed(1, 2));
     assert_eq!(source(&actions), Source::Peer { rank: 1 });
-    // Stream 0 was taking stream 2's state when that died; it still says that it was at iteration 1.
+    // Stream 0 was taking stream 2's state when that died; it still reports iteration 1.
     world.says(0, heartbeat(2, Cursor::boundary(1)));
     assert_eq!(places(&world.close(2)), []);
-    // Without its word a state would be lost, so there is more patience.
+    // Without its report a state would be lost, so the coordinator waits longer.
     assert_eq!(places(&world.later(MOMENT)), []);
     let mut silent = Vec::new();
     for _ in 0..10 {
@@ -573,7 +573,7 @@ fn what_an_old_generation_says_changes_nothing() {
         let actions = world.says(0, message);
         assert!(matches!(actions[..], [Action::Log(_)]), "{actions:?}");
     }
-    // A stream that is gone says nothing at all.
+    // A message on a closed stream is ignored.
     assert_eq!(world.says(1, FromWorker::Failed { generation: Generation(1), error: "late".into() }), []);
     assert_eq!(world.core.status(), before);
 }
@@ -600,7 +600,7 @@ fn below_the_minimum_the_run_waits_and_a_newcomer_gets_the_survivors_state() {
 fn a_newcomer_joins_when_there_is_room_and_stands_by_when_there_is_not() {
     let mut world = World::training(1, 2);
     let actions = world.attach(1);
-    // The rank is not interrupted: it parts at the next boundary.
+    // The rank is not interrupted: it yields at the next boundary.
     assert!(abandoned(&actions).is_empty());
     assert_eq!(requests(&actions), [(0, Request::Yield)]);
     world.report(0, 0);
@@ -608,7 +608,7 @@ fn a_newcomer_joins_when_there_is_room_and_stands_by_when_there_is_not() {
     assert_eq!(places(&actions), [(0, 2, 0), (1, 2, 1)]);
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
     assert!(abandoned(&world.attach(2)).is_empty());
-    // The standby's death harms nobody; a member's promotes the next standby.
+    // The standby's death changes nothing; a member's promotes the next standby.
     assert!(abandoned(&world.close(2)).is_empty());
     world.attach(3);
     world.close(0);
@@ -752,8 +752,8 @@ fn a_lost_journal_ends_the_coordinator_and_leaves_the_workers_to_its_successor()
 
 // ------------------------------------------------------------------------------------------------ hanging
 
-/// Lets time pass while two workers breathe and only those in `moving` make progress.
-fn breathe(world: &mut World, millis: u64, moving: &[u64], waiting: &[u64]) -> Vec<Action> {
+/// Lets time pass while two workers send heartbeats and only those in `moving` make progress.
+fn heartbeats(world: &mut World, millis: u64, moving: &[u64], waiting: &[u64]) -> Vec<Action> {
     let (end, mut actions) = (world.now + millis, Vec::new());
     while world.now < end {
         world.now = end.min(world.now + DEAD / 10);
@@ -772,10 +772,10 @@ fn breathe(world: &mut World, millis: u64, moving: &[u64], waiting: &[u64]) -> V
 }
 
 #[test]
-fn a_rank_that_breathes_but_does_not_move_is_named_and_started_again() {
+fn a_rank_that_hangs_is_named_and_started_again() {
     let mut world = World::training(2, 2);
     // The other waits for it, and does not move either: it is not at fault.
-    let actions = breathe(&mut world, 6 * DEAD, &[], &[0]);
+    let actions = heartbeats(&mut world, 6 * DEAD, &[], &[0]);
     let restarted: Vec<_> = actions
         .iter()
         .filter_map(|a| match a {
@@ -784,7 +784,10 @@ fn a_rank_that_breathes_but_does_not_move_is_named_and_started_again() {
         })
         .collect();
     let [(1, reason)] = restarted[..] else { panic!("{restarted:?}") };
-    assert!(reason.contains("has not moved for 4.") && reason.contains("iteration 1"), "{reason}");
+    assert!(
+        reason.contains("rank hung: heartbeats arrive, no progress for 4.") && reason.contains("iteration 1"),
+        "{reason}"
+    );
     assert_eq!(abandoned(&actions), [0]);
     assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
     assert_eq!(places(&actions), [(0, 2, 0)]);
@@ -793,22 +796,22 @@ fn a_rank_that_breathes_but_does_not_move_is_named_and_started_again() {
 #[test]
 fn ranks_that_all_wait_for_each_other_form_a_new_group() {
     let mut world = World::training(2, 2);
-    let actions = breathe(&mut world, 5 * DEAD, &[], &[0, 1]);
+    let actions = heartbeats(&mut world, 5 * DEAD, &[], &[0, 1]);
     assert_eq!(abandoned(&actions), [0, 1]);
-    assert!(!actions.iter().any(|a| matches!(a, Action::Close { .. })), "nobody is at fault");
+    assert!(!actions.iter().any(|a| matches!(a, Action::Close { .. })), "no rank is at fault");
 }
 
 #[test]
-fn whoever_moves_is_left_alone() {
+fn a_rank_that_makes_progress_is_left_alone() {
     let mut world = World::training(2, 2);
-    let actions = breathe(&mut world, 20 * DEAD, &[0, 1], &[]);
+    let actions = heartbeats(&mut world, 20 * DEAD, &[0, 1], &[]);
     assert!(abandoned(&actions).is_empty());
     assert_eq!(world.core.generation, Generation(1));
 }
 
 // ------------------------------------------------------------------------------------------------ a successor
 
-/// What the journal says after `world`'s coordinator opened its first generation.
+/// The journal after `world`'s coordinator opened its first generation.
 fn journal(members: u64) -> Vec<Record> {
     vec![
         Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
@@ -867,7 +870,7 @@ fn reports_of_iterations_that_a_checkpoint_covers_are_not_counted_again() {
     let mut world = World::new(setup);
     world.attach_with(5, returning(0, 0, 3));
     world.attach_with(6, returning(1, 1, 3));
-    // One of them has not heard of the checkpoint.
+    // One of them has not received the commit of the checkpoint.
     assert!(matches!(world.report(5, 0)[..], [Action::Log(_)]));
     assert!(matches!(world.report(5, 1)[..], [Action::Log(_)]));
     assert_eq!(world.report(5, 2), []);
@@ -933,7 +936,7 @@ fn a_worker_may_come_back_before_its_old_stream_is_seen_to_be_gone() {
     let actions = world.attach_with(7, back);
     assert!(actions.contains(&Action::Close { stream: StreamId(1) }));
     assert_eq!(world.core.status().members.len(), 2);
-    // What the old stream still says is nobody's word.
+    // The old stream's end no longer concerns any worker.
     assert_eq!(world.close(1), []);
 }
 

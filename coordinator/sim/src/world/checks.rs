@@ -1,4 +1,4 @@
-//! What must always be true.
+//! The invariants.
 
 use std::{
     fmt::{self, Write},
@@ -27,7 +27,7 @@ impl<H: Hasher> Write for Hashed<'_, H> {
     }
 }
 
-/// Counts what would be written.
+/// Counts bytes that would be written.
 struct Count(usize);
 
 impl Write for Count {
@@ -38,11 +38,11 @@ impl Write for Count {
 }
 
 impl World {
-    /// Notes an action for whoever compares two runs.
+    /// Adds an action to the trace, by which two runs are compared.
     pub(super) fn traces(&mut self, coordinator: usize, action: &Action) {
         self.actions += 1;
         let now = self.now;
-        // Neither a hash nor a string refuses text.
+        // Writing to a hash or to a string cannot fail.
         let _ = write!(Hashed(&mut self.trace), "{now} {coordinator} {action:?}");
         if self.record > 0 {
             if self.recorded.len() == self.record {
@@ -52,8 +52,8 @@ impl World {
         }
     }
 
-    /// A generation is in the journal: it is newer than all, its size is allowed, its source is whole, and nobody whom the
-    /// coordinator could have heard holds more.
+    /// A generation is in the journal: it is newer than all others, its size is allowed, its source holds a complete
+    /// state, and no worker that the coordinator could have heard holds a further one.
     pub(super) fn check_opening(
         &mut self,
         coordinator: usize,
@@ -83,7 +83,7 @@ impl World {
                 match source.and_then(Process::held) {
                     Some(cursor) => cursor,
                     None => {
-                        let what = format!("{generation}'s source, rank {rank}, holds no whole state");
+                        let what = format!("{generation}'s source, rank {rank}, holds no complete state");
                         return self.breaks(what);
                     }
                 }
@@ -100,13 +100,13 @@ impl World {
             {
                 let process = link.process;
                 let what = format!(
-                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has said so, holds \
+                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has reported it, holds \
                      {held}"
                 );
                 return self.breaks(what);
             }
         }
-        // A run goes back only where the newest state does not live on.
+        // A run goes back only where its newest state is lost.
         let told = &mut self.coordinators[coordinator].told;
         *told = (*told).min(start.iteration.checked_sub(1));
         self.groups.insert(generation.0, Group { members: numbers, ..Group::default() });
@@ -117,7 +117,7 @@ impl World {
         let ToWorker::Assignment(assignment) = message else { return };
         let Assignment { generation, rank, world_size, micro_batches, .. } = assignment;
         if self.coordinators[coordinator].generation != Some(generation.0) {
-            self.breaks(format!("{generation} is told of before it is durable, or after its time"));
+            self.breaks(format!("{generation} is assigned before it is durable, or after it is over"));
         }
         let all = self.scenario.micro_batches();
         let process = self.links.get(link).map(|link| link.process);
@@ -141,19 +141,21 @@ impl World {
         let ranks: Vec<_> = shards.iter().map(|shard| shard.rank as usize).collect();
         let same = shards.iter().all(|s| s.generation == generation.0 && s.iteration == *iteration);
         if ranks != (0..world_size).collect::<Vec<_>>() || !same {
-            self.breaks(format!("the checkpoint of iteration {iteration} is not whole: {checkpoint:?}"));
+            self.breaks(format!("the checkpoint of iteration {iteration} is not complete: {checkpoint:?}"));
         }
         let expected = format!("{:016x}", State::undisturbed(*iteration).lineage);
         if shards.iter().any(|shard| shard.sha256 != expected) {
-            self.breaks(format!("the checkpoint of iteration {iteration} holds another state than that"));
+            self.breaks(format!(
+                "the checkpoint of iteration {iteration} holds the state of another iteration"
+            ));
         }
         if self.coordinators[coordinator].core.is_none() {
             self.breaks(format!("a coordinator that has ended commits iteration {iteration}"));
         }
     }
 
-    /// A manifest that the journal's owner writes names shards that exist. One that a dead coordinator had on its way may land
-    /// after a sweep; it is found torn by whoever looks for checkpoints, and does not count.
+    /// A manifest that the journal's owner writes names shards that exist. One that a dead coordinator had sent may
+    /// arrive after a sweep; a coordinator that lists the checkpoints finds it torn, and it does not count.
     pub(super) fn check_landed(&mut self, coordinator: usize, iteration: u64) {
         let owns = self.coordinators[coordinator].next_record == self.storage.records();
         if owns && self.coordinators[coordinator].core.is_some() && self.storage.is_torn(iteration) {
@@ -176,17 +178,19 @@ impl World {
             && self.storage.committed().last().is_none_or(|newest| newest.iteration < *iteration)
         {
             self.breaks(format!(
-                "{client:?} is told of a checkpoint of iteration {iteration}; there is none"
+                "{client:?} gets a checkpoint of iteration {iteration} as its answer, which does not exist"
             ));
         }
     }
 
-    /// What people are told is true, and told once.
+    /// Every observation is true, and made once.
     pub(super) fn check_observation(&mut self, coordinator: usize, observation: &Observation) {
         let Observation::Iteration(totals) = observation else { return };
         let iteration = totals.iteration;
         if self.furthest < Some(Cursor::boundary(iteration + 1)) {
-            self.breaks(format!("iteration {iteration} is said to be finished; nobody has come so far"));
+            self.breaks(format!(
+                "iteration {iteration} is observed as finished, but no rank has completed it"
+            ));
         }
         if totals.samples != self.scenario.micro_batches() * 2 {
             self.breaks(format!("iteration {iteration} has {} samples", totals.samples));
@@ -199,7 +203,7 @@ impl World {
         }
     }
 
-    /// Nothing in a coordinator grows without limit: what it would print of itself is in proportion to its workers and, for
+    /// The memory of a coordinator is bounded: the text of its `Debug` output is proportional to its workers and, for
     /// the list of checkpoints, to the run's length.
     pub(super) fn check_size(&mut self, coordinator: usize) {
         if !self.actions.is_multiple_of(256) || self.scenario.slots > 64 {
@@ -207,10 +211,10 @@ impl World {
         }
         let Some(core) = &self.coordinators[coordinator].core else { return };
         let mut size = Count(0);
-        // A count refuses no text.
+        // Counting cannot fail.
         let _ = write!(size, "{core:?}");
         let open = self.links.iter().filter(|l| l.open && l.coordinator == coordinator).count();
-        // A successor hears again what no checkpoint covers.
+        // A successor receives all reports again that no checkpoint covers.
         let retained: usize = self.processes.iter().map(|process| process.retained.len()).sum();
         let most = 16_000
             + 4_000 * open.max(self.scenario.max_workers as usize)
@@ -232,7 +236,7 @@ impl World {
         }
     }
 
-    /// A run that has succeeded has saved what an undisturbed run gives.
+    /// A run that succeeded has saved the state of an undisturbed run.
     pub(super) fn check_end(&mut self) {
         let Some(Outcome::Succeeded { iteration }) = self.outcome else { return };
         let saved = self.storage.manifest(iteration).filter(|manifest| manifest.whole);
@@ -243,7 +247,7 @@ impl World {
         }
     }
 
-    /// How things stand, for people.
+    /// The state of the world, as text.
     pub(super) fn stand(&self) -> String {
         let coordinator = match self.reachable().and_then(|c| self.coordinators[c].core.as_ref()) {
             Some(core) => {

@@ -1,4 +1,4 @@
-//! Coordinators: the state machine and the shell that carries out what it decides.
+//! Coordinators: the state machine and the shell that executes its actions.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -14,7 +14,7 @@ use super::{
     parts::Coordinator,
 };
 
-/// Why a shell stops carrying out a step's actions.
+/// Why a shell stops executing the actions of a step.
 enum Halt {
     /// The journal belongs to another coordinator.
     Fenced,
@@ -25,12 +25,12 @@ enum Halt {
 }
 
 impl World {
-    /// The coordinator that workers find, if there is one.
+    /// The coordinator that workers reach, if there is one.
     pub(super) fn reachable(&self) -> Option<usize> {
         self.coordinators.iter().rposition(|c| c.core.is_some())
     }
 
-    /// A coordinator takes the run over.
+    /// A new coordinator takes the run over.
     pub(super) fn start_coordinator(&mut self) {
         let number = self.coordinators.len();
         let history = match self.storage.history() {
@@ -66,7 +66,7 @@ impl World {
         self.plan(self.scenario.watch_millis, Happening::Watch { coordinator: number });
     }
 
-    /// One that writes nothing learns in this way that it is fenced.
+    /// The check by which a coordinator that writes nothing learns that another one owns the journal.
     pub(super) fn watches(&mut self, coordinator: usize) {
         let of = &self.coordinators[coordinator];
         if of.core.is_none() {
@@ -104,14 +104,14 @@ impl World {
             let deadline = self.coordinators[coordinator].core.as_ref().and_then(Core::next_deadline);
             if let Some(deadline) = deadline.filter(|deadline| deadline.0 <= at) {
                 self.breaks(format!(
-                    "the deadline {} ms is over and stays: the shell would spin",
+                    "the deadline {} ms is over and does not change: the shell would loop without end",
                     deadline.0
                 ));
             }
         }
     }
 
-    /// Takes an event, and those that acting on it leads to, through a coordinator's state machine.
+    /// Feeds an event, and those that result from its actions, to a coordinator's state machine.
     pub(super) fn step(&mut self, coordinator: usize, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
@@ -173,9 +173,12 @@ impl World {
             Action::End(outcome) => {
                 let of = &self.coordinators[coordinator];
                 let owns = !of.unwritten && of.next_record == self.storage.records();
-                // Where the journal is lost, answers go with the step that was cut off, and whoever asked sees the shell end.
+                // Where the journal is lost, answers are dropped with the rest of the step, and clients see the shell
+                // end.
                 if owns && !self.coordinators[coordinator].clients.is_empty() {
-                    self.breaks("the run ended and somebody who asked for a checkpoint has no answer".into());
+                    self.breaks(
+                        "the run ended and a client that asked for a checkpoint has no answer".into(),
+                    );
                 }
                 self.coordinator_ends(coordinator);
                 if owns {
@@ -220,7 +223,7 @@ impl World {
     fn commits(&mut self, coordinator: usize, checkpoint: Checkpoint) {
         self.check_commit(coordinator, &checkpoint);
         let faults = self.scenario.faults.clone();
-        // Losing the last checkpoint rightly fails the run.
+        // Damage to the last checkpoint would rightly fail the run.
         let last = checkpoint.iteration >= self.scenario.iterations || self.stop_requested;
         let verdict = if last || self.calm {
             Verdict::Written
@@ -240,7 +243,7 @@ impl World {
     /// A manifest reaches storage.
     pub(super) fn lands(&mut self, coordinator: usize, checkpoint: &Checkpoint, verdict: Verdict) {
         let alive = self.coordinators[coordinator].core.is_some();
-        // What a dead coordinator had on its way may have been lost with it.
+        // A manifest that a dead coordinator had sent may have been lost with it.
         if !alive && self.rng.random_bool(0.5) {
             return;
         }

@@ -1,4 +1,4 @@
-//! What goes wrong, and how it ends.
+//! Faults, and how they end.
 
 use potstill_core::{ClientId, Event};
 use potstill_proto::message::FromWorker;
@@ -8,7 +8,7 @@ use super::{World, happening::Happening};
 use crate::process::Stage;
 
 impl World {
-    /// Something goes wrong, and the next time is planned.
+    /// Injects a fault, and plans the next one.
     pub(super) fn fault(&mut self) {
         if self.calm {
             return;
@@ -43,7 +43,7 @@ impl World {
         }
     }
 
-    fn somebody(&mut self) -> Option<usize> {
+    fn any_process(&mut self) -> Option<usize> {
         let living: Vec<_> =
             self.slots.iter().copied().filter(|p| self.processes.get(*p).is_some_and(|p| p.alive)).collect();
         if living.is_empty() { None } else { Some(living[self.rng.random_range(0..living.len())]) }
@@ -53,14 +53,14 @@ impl World {
         let most = (self.slots.len() as f64 * self.scenario.faults.crash_share) as usize;
         let most = if self.rng.random_bool(0.2) { most.max(1) } else { 1 };
         for _ in 0..self.rng.random_range(1..=most) {
-            if let Some(process) = self.somebody() {
+            if let Some(process) = self.any_process() {
                 self.dies(process);
             }
         }
     }
 
     fn pause(&mut self) {
-        if let Some(process) = self.somebody()
+        if let Some(process) = self.any_process()
             && !self.processes[process].paused
         {
             self.processes[process].paused = true;
@@ -69,7 +69,7 @@ impl World {
         }
     }
 
-    /// A paused process goes on with its old beliefs; what happened meanwhile reaches it now.
+    /// A paused process continues in the state it was in; the events that were deferred reach it now.
     pub(super) fn resume(&mut self, process: usize) {
         self.processes[process].paused = false;
         for what in std::mem::take(&mut self.processes[process].deferred) {
@@ -78,7 +78,7 @@ impl World {
     }
 
     fn hang(&mut self) {
-        if let Some(process) = self.somebody()
+        if let Some(process) = self.any_process()
             && self.processes[process].stage != Stage::Booting
         {
             self.processes[process].hung = true;
@@ -109,7 +109,7 @@ impl World {
         self.plan(millis, Happening::Heal { side });
     }
 
-    /// A partition ends: what waited for packets goes on.
+    /// A partition ends: collectives that waited for packets continue.
     pub(super) fn heal(&mut self, side: u64) {
         for process in &mut self.processes {
             if process.side == side {
@@ -125,7 +125,7 @@ impl World {
     fn kill_coordinator(&mut self) {
         let Some(coordinator) = self.reachable() else { return };
         if self.rng.random_bool(0.5) {
-            // Right after a record, before what it decided is carried out.
+            // The coordinator dies right after a record, before the actions that follow it.
             self.coordinators[coordinator].dies_after = Some(self.rng.random_range(0..3));
         } else {
             self.coordinator_dies(coordinator);
@@ -133,7 +133,7 @@ impl World {
     }
 
     fn leave(&mut self) {
-        if let Some(process) = self.somebody()
+        if let Some(process) = self.any_process()
             && self.processes[process].leaving.is_none()
             && !self.processes[process].paused
         {
@@ -157,7 +157,7 @@ impl World {
         self.step(coordinator, Event::StopRequested { reason: "Ctrl-C".into() });
     }
 
-    /// A shard of the newest checkpoint rots, unless it is the last.
+    /// Damages a shard of the newest checkpoint, unless it is the last.
     fn rot(&mut self) {
         let newest = self.storage.committed().last().map(|checkpoint| checkpoint.iteration);
         if let Some(iteration) = newest.filter(|iteration| *iteration < self.scenario.iterations) {
@@ -165,7 +165,7 @@ impl World {
         }
     }
 
-    /// Faults stop. Whoever hangs goes on hanging: to find them is the coordinator's job.
+    /// Faults stop. Workers that hang continue to hang: to find them is the coordinator's task.
     pub(super) fn calm_down(&mut self) {
         self.calm = true;
         for process in 0..self.processes.len() {

@@ -1,11 +1,11 @@
-//! What can happen in a world.
+//! The events of a world.
 
 use potstill_core::ledger::Checkpoint;
 use potstill_proto::message::{FromWorker, Hello, ToWorker};
 
 use crate::state::State;
 
-/// Something that happens. Processes, links and coordinators are named by number.
+/// An event. Processes, links and coordinators are named by number.
 #[derive(Clone, Debug)]
 pub enum Happening {
     /// A machine starts a worker.
@@ -13,98 +13,98 @@ pub enum Happening {
         /// The machine.
         slot: usize,
     },
-    /// A process has done what its stage was about.
+    /// A process has completed the work of its stage.
     Work {
-        /// Which one.
+        /// The process.
         process: usize,
-        /// Its turn when that was planned.
+        /// Its turn when the event was planned.
         turn: u64,
     },
     /// The operation that a rank waits for is complete.
     Reduced {
-        /// Which process.
+        /// The process.
         process: usize,
-        /// Its turn when that was planned.
+        /// Its turn when the event was planned.
         turn: u64,
     },
     /// The operation that a rank waits for fails.
     Fails {
-        /// Which process.
+        /// The process.
         process: usize,
-        /// Its turn when that was planned.
+        /// Its turn when the event was planned.
         turn: u64,
-        /// How.
+        /// The error.
         error: &'static str,
     },
-    /// A rank's share of a checkpoint is written, or not.
+    /// A rank's shard of a checkpoint is written, or could not be.
     Uploaded {
-        /// Which process.
+        /// The process.
         process: usize,
-        /// Its generation then.
+        /// The generation in which it was saved.
         generation: u64,
-        /// Its rank then.
+        /// The rank that saved it.
         rank: u32,
-        /// What it saved.
+        /// The state that was saved.
         state: State,
     },
-    /// A process says that it lives.
+    /// A process sends a heartbeat.
     Heartbeat {
-        /// Which one.
+        /// The process.
         process: usize,
     },
     /// A process tries to reach a coordinator.
     Reconnect {
-        /// Which one.
+        /// The process.
         process: usize,
     },
-    /// Something arrives at a coordinator.
+    /// A message arrives at a coordinator.
     Up {
-        /// On which link.
+        /// The link.
         link: usize,
-        /// What.
+        /// The message.
         what: Up,
     },
-    /// Something arrives at a worker; `None`: the end of the stream.
+    /// A message arrives at a worker; `None`: the end of the stream.
     Down {
-        /// On which link.
+        /// The link.
         link: usize,
-        /// What.
+        /// The message.
         message: Option<ToWorker>,
     },
-    /// A coordinator sees that a link is broken.
+    /// A coordinator notices that a link is broken.
     Severed {
-        /// Which one.
+        /// The link.
         link: usize,
     },
-    /// A worker sees that its link is broken.
+    /// A worker notices that its link is broken.
     Noticed {
-        /// Which one.
+        /// The link.
         link: usize,
     },
     /// A coordinator's deadline.
     Timer {
-        /// Which coordinator.
+        /// The coordinator.
         coordinator: usize,
         /// The deadline.
         at: u64,
     },
-    /// A coordinator looks whether the journal is still its own.
+    /// A coordinator checks that no other one has written to the journal.
     Watch {
-        /// Which coordinator.
+        /// The coordinator.
         coordinator: usize,
     },
     /// A manifest reaches storage.
     Lands {
-        /// Whose it is.
+        /// The coordinator that wrote it.
         coordinator: usize,
-        /// What it says.
+        /// Its content.
         checkpoint: Checkpoint,
-        /// What storage makes of it.
+        /// Whether it is written, and how storage answers.
         verdict: Verdict,
     },
     /// Storage's answer reaches a coordinator.
     Answers {
-        /// Which coordinator.
+        /// The coordinator.
         coordinator: usize,
         /// The checkpoint's iteration.
         iteration: u64,
@@ -113,39 +113,39 @@ pub enum Happening {
     },
     /// A coordinator starts.
     Start,
-    /// Something goes wrong.
+    /// A fault is injected.
     Fault,
-    /// Nothing goes wrong any more.
+    /// No more faults are injected.
     Calm,
-    /// A paused process goes on.
+    /// A paused process continues.
     Resume {
-        /// Which one.
+        /// The process.
         process: usize,
     },
     /// A partition ends.
     Heal {
-        /// Which one.
+        /// The side that was cut off.
         side: u64,
     },
 }
 
-/// What a worker's end of a stream carries.
+/// A message from a worker, or the end of its stream.
 #[derive(Clone, Debug)]
 pub enum Up {
     /// The first message.
     Hello(Hello),
-    /// Any other.
+    /// Any other message.
     Message(FromWorker),
-    /// The end.
+    /// The end of the stream.
     End,
 }
 
-/// What storage makes of a manifest.
+/// How storage handles a manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is written.
     Written,
-    /// It is not.
+    /// It is not written.
     Refused,
     /// It is written, and the answer is an error.
     Lie,

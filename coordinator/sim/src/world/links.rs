@@ -1,4 +1,4 @@
-//! Streams between workers and coordinators. Within one, order is kept; across streams it is not.
+//! Streams between workers and coordinators. Messages of one stream stay in order; those of different streams do not.
 
 use potstill_core::{Event, StreamId};
 use potstill_proto::message::ToWorker;
@@ -31,7 +31,7 @@ impl World {
         self.between(if late { (0, most) } else { self.scenario.link })
     }
 
-    /// A worker sends.
+    /// A worker sends a message.
     pub(super) fn send_up(&mut self, link: usize, what: Up) {
         let delay = self.delay();
         let now = self.now;
@@ -44,7 +44,7 @@ impl World {
         self.queue.push(of.up_until, Happening::Up { link, what });
     }
 
-    /// A coordinator sends; `None` ends the stream.
+    /// A coordinator sends a message; `None` ends the stream.
     pub(super) fn send_down(&mut self, link: usize, message: Option<ToWorker>) {
         let delay = self.delay();
         let now = self.now;
@@ -57,7 +57,7 @@ impl World {
         self.queue.push(of.down_until, Happening::Down { link, message });
     }
 
-    /// Something arrives at a coordinator.
+    /// A message arrives at a coordinator.
     pub(super) fn arrives(&mut self, link: usize, what: Up) {
         let of = &mut self.links[link];
         of.up -= 1;
@@ -78,7 +78,7 @@ impl World {
         }
     }
 
-    /// A coordinator sees that a stream is gone.
+    /// A coordinator notices that a stream has ended.
     pub(super) fn closed(&mut self, link: usize, reason: &str) {
         let of = &mut self.links[link];
         if std::mem::take(&mut of.open) {

@@ -1,4 +1,4 @@
-//! The world: everything that happens, one after another.
+//! The world, which processes one event after another.
 
 mod checks;
 mod coordinators;
@@ -47,7 +47,7 @@ pub struct World {
     storage: Storage,
     /// The newest generation in the journal.
     generation: u64,
-    /// The furthest that any group came.
+    /// The furthest state that any group has reached.
     furthest: Option<Cursor>,
     partitions: u64,
     clients: u64,
@@ -65,7 +65,7 @@ pub struct World {
 }
 
 impl World {
-    /// A world in which nothing has happened yet. The last `record` actions are kept for the report.
+    /// A world at its start. The last `record` actions are kept for the report.
     #[must_use]
     pub fn new(scenario: Scenario, seed: Seed, record: usize) -> Self {
         let mut world = Self {
@@ -108,7 +108,7 @@ impl World {
         world
     }
 
-    /// Lets everything happen until the run is over.
+    /// Processes events until the run is over.
     ///
     /// # Errors
     /// [`Violation`].
@@ -116,12 +116,15 @@ impl World {
         let deadline = self.scenario.deadline_millis();
         while self.broken.is_none() && self.outcome.is_none() {
             let Some((at, what)) = self.queue.pop() else {
-                self.breaks("nothing happens any more".to_owned());
+                self.breaks("no event is planned although the run is not over".to_owned());
                 break;
             };
             self.now = at;
             if at > deadline {
-                self.breaks(format!("no end although faults stopped long ago: {}", self.stand()));
+                self.breaks(format!(
+                    "the run has not ended although faults stopped long ago: {}",
+                    self.stand()
+                ));
                 break;
             }
             self.happenings += 1;
@@ -178,7 +181,7 @@ impl World {
         }
     }
 
-    /// Plans something for `delay` milliseconds from now.
+    /// Plans an event for `delay` milliseconds from now.
     fn plan(&mut self, delay: u64, what: Happening) {
         self.queue.push(self.now + delay, what);
     }
@@ -191,7 +194,7 @@ impl World {
         share > 0.0 && self.rng.random_bool(share)
     }
 
-    /// Notes the first thing that broke.
+    /// Records the first violation.
     fn breaks(&mut self, what: String) {
         self.broken.get_or_insert(what);
     }

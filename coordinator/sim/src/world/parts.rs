@@ -1,4 +1,4 @@
-//! What a world consists of besides processes and storage.
+//! The parts of a world besides processes and storage.
 
 use std::collections::BTreeMap;
 
@@ -11,17 +11,17 @@ pub(super) struct Coordinator {
     pub(super) core: Option<Core>,
     /// The journal's record that it writes next.
     pub(super) next_record: usize,
-    /// It dies right after so many more records.
+    /// It dies after this many more records.
     pub(super) dies_after: Option<u32>,
-    /// When it is to be woken.
+    /// The deadline of its timer.
     pub(super) timer: Option<u64>,
-    /// Who asked it for a checkpoint and has no answer yet.
+    /// The clients that have asked it for a checkpoint and have no answer yet.
     pub(super) clients: BTreeMap<ClientId, u64>,
-    /// The iteration that it told people about last.
+    /// The last iteration that it has observed.
     pub(super) told: Option<u64>,
-    /// The newest generation that it wrote down.
+    /// The newest generation that it has persisted.
     pub(super) generation: Option<u64>,
-    /// Its last record was answered with an error.
+    /// Whether its last record was answered with an error.
     pub(super) unwritten: bool,
 }
 
@@ -30,11 +30,11 @@ pub(super) struct Coordinator {
 pub(super) struct Link {
     pub(super) coordinator: usize,
     pub(super) process: usize,
-    /// A partition has broken it: nothing passes any more, and neither end knows yet.
+    /// A partition has broken it: no message passes any more, and neither end has noticed yet.
     pub(super) broken: bool,
-    /// Whether the coordinator believes in it.
+    /// Whether the coordinator takes it for open.
     pub(super) open: bool,
-    /// Messages on their way, or not yet looked at by a worker.
+    /// Messages that are under way, or not yet processed by a worker.
     pub(super) up: u32,
     pub(super) down: u32,
     pub(super) up_until: u64,

@@ -1,4 +1,4 @@
-//! How a worker behaves.
+//! The behavior of workers.
 
 use potstill_proto::{
     PROTOCOL,
@@ -59,7 +59,7 @@ impl World {
         self.plan(boot, Happening::Boot { slot });
     }
 
-    /// Something happens to a process, now or when it can take it.
+    /// An event for a process, which happens now or when the process is no longer paused.
     pub(super) fn process_event(&mut self, process: usize, what: Happening) {
         let of = &mut self.processes[process];
         if !of.alive {
@@ -139,7 +139,7 @@ impl World {
         }
     }
 
-    /// A worker says something; what counts is kept until a checkpoint covers it.
+    /// A worker sends a message; reports are retained until a checkpoint covers them.
     pub(super) fn says(&mut self, process: usize, message: FromWorker) {
         let of = &mut self.processes[process];
         let fleeting =
@@ -162,7 +162,7 @@ impl World {
         }
         let heartbeat = FromWorker::Heartbeat {
             generation: of.generation(),
-            // While a state is overwritten this may tell of one that is not whole.
+            // While the state is being overwritten the heartbeat may name a state that is not complete.
             cursor: of.held().unwrap_or(last),
             progress: of.progress,
             activity: String::new(),
@@ -202,7 +202,7 @@ impl World {
         }
     }
 
-    /// What the stage was about is done.
+    /// The work of the stage is complete.
     fn works(&mut self, process: usize) {
         match self.processes[process].stage {
             Stage::Booting => {
@@ -224,7 +224,7 @@ impl World {
         of.place.as_ref().map_or((Generation(0), 0, 0), |a| (a.generation, a.rank, a.world_size))
     }
 
-    /// A rank puts its share into its group's operation, which starts when all are there.
+    /// A rank contributes its share to its group's operation, which starts when all shares are there.
     fn contributes(&mut self, process: usize) {
         let (generation, rank, world_size) = self.place(process);
         let of = &self.processes[process];
@@ -246,7 +246,7 @@ impl World {
         } else if broken {
             self.fails_soon(process);
         } else {
-            // The engine's own bound: nobody may have told it of a peer's end.
+            // The collective's own timeout: a peer's end may not have been reported.
             let bound = 6 * self.scenario.failure_millis;
             self.plan(bound, Happening::Fails { process, turn, error: "timed out" });
             if complete {
@@ -255,7 +255,8 @@ impl World {
         }
     }
 
-    /// A group's operation is complete, if its ranks can reach each other: each of them hears of it in its own time.
+    /// A group's operation is complete, if its ranks can reach each other; each of them is notified after its own
+    /// delay.
     pub(super) fn completes(&mut self, generation: u64) {
         let Some(group) = self.groups.get_mut(&generation) else { return };
         let mut sides = group.members.iter().map(|m| self.processes[*m].side);
@@ -281,7 +282,7 @@ impl World {
         }
     }
 
-    /// A rank has left its group or died: whoever waits for it notices, unless a partition hides that.
+    /// A rank has left its group or died: ranks that wait for it notice, unless a partition hides that.
     fn is_gone(&mut self, process: usize) {
         let (generation, rank, _) = self.place(process);
         let side = self.processes[process].side;
@@ -289,7 +290,7 @@ impl World {
         group.gone.insert(rank);
         group.arrived.remove(&rank);
         if group.gone.len() > 1 && side == 0 {
-            return; // The first one broke it for all.
+            return; // The first rank that left made it fail for all.
         }
         for member in group.members.clone() {
             let of = &self.processes[member];
@@ -309,7 +310,7 @@ impl World {
         self.plan(delay, Happening::Fails { process, turn, error: "connection reset by peer" });
     }
 
-    /// A rank leaves its group and keeps its state, if that is whole.
+    /// A rank leaves its group and keeps its state, if that is complete.
     fn leaves(&mut self, process: usize, why: Option<&str>) {
         if !self.processes[process].in_group() {
             return;
@@ -336,7 +337,7 @@ impl World {
         let hurt = !group.gone.is_empty();
         let agreed = group.agreed;
         if hurt && self.rng.random_bool(0.5) {
-            // Whoever died took a part of the result with it.
+            // The ranks that died took a part of the result with them.
             return self.leaves(process, Some("connection reset by peer"));
         }
         let of = &mut self.processes[process];
@@ -377,7 +378,7 @@ impl World {
         self.works_in(process, self.scenario.phase);
     }
 
-    /// A rank has taken the state of its place, or finds that it cannot.
+    /// A rank has taken over the state of its place, or finds that it cannot.
     fn loaded(&mut self, process: usize) {
         let Some(place) = self.processes[process].place.clone() else { return };
         let state = match &place.source {
@@ -404,7 +405,7 @@ impl World {
                     _ if group.gone.contains(rank) => {
                         return self.leaves(process, Some("connection reset by peer"));
                     }
-                    // The source has not begun yet.
+                    // The source has not started to broadcast yet.
                     _ => return self.works_in(process, (20, 20)),
                 }
             }
@@ -413,7 +414,7 @@ impl World {
         self.computes(process);
     }
 
-    /// A rank has completed an iteration, and does what all have agreed on.
+    /// A rank has completed an iteration and executes the requests that all have agreed on.
     fn boundary(&mut self, process: usize, iteration: u64, agreed: Flags) {
         let of = &mut self.processes[process];
         of.flags = of.flags.less(agreed);
@@ -454,7 +455,7 @@ impl World {
         self.computes(process);
     }
 
-    /// A rank has saved what it was to save before it parts or finishes.
+    /// A rank has saved what it was to save before it yields or finishes.
     fn saved(&mut self, process: usize) {
         let (generation, rank, _) = self.place(process);
         let of = &self.processes[process];
@@ -475,7 +476,8 @@ impl World {
         }
     }
 
-    /// A rank's share of a checkpoint is written, or could not be. The last one always can: a run cannot succeed without.
+    /// A rank's shard of a checkpoint is written, or could not be. The last shard can always be written: without it no
+    /// run can succeed.
     fn uploaded(&mut self, process: usize, generation: u64, rank: u32, state: State) {
         let iteration = state.cursor.iteration;
         let last = iteration >= self.scenario.iterations || self.stop_requested;

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use potstill_c10d::{Backend, Error, ProcessGroup, TcpStore};
 
-/// Long enough for a slow machine; no scenario waits for it.
+/// Long enough for a slow machine; no scenario waits until it is over.
 pub const LONG: Duration = Duration::from_secs(60);
 const SCENARIO: &str = "POTSTILL_TEST_SCENARIO";
-/// What the ranks say to the test begins so, to stand out from what libtest prints.
+/// Prefix of the ranks' messages to the test, which tells them from libtest's output.
 const MARK: &str = "rank says ";
 
-/// A child process; it dies with this value.
+/// A child process; it is killed when this value is dropped.
 pub struct Rank {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -30,7 +30,7 @@ impl Drop for Rank {
     }
 }
 
-/// The store's server, and the ranks that meet there.
+/// The store's server, and the ranks that join there.
 pub struct Cluster {
     pub ranks: Vec<Rank>,
     _store: TcpStore,
@@ -64,29 +64,29 @@ pub fn run(scenario: &str, world: usize) {
 }
 
 impl Rank {
-    /// The next thing that the rank [says](say).
+    /// The next message that the rank [sends](say).
     pub fn hear(&mut self) -> String {
         let mut line = String::new();
         while self.stdout.read_line(&mut line).expect("a line") > 0 {
-            // libtest leaves its own line open before a test's first words.
+            // libtest leaves its own line open before a test's first message.
             if let Some((_, said)) = line.split_once(MARK) {
                 return said.trim_end().to_owned();
             }
             line.clear();
         }
-        panic!("a rank ended before it said anything more");
+        panic!("a rank ended before its next message");
     }
 
     pub fn pid(&self) -> nix::unistd::Pid {
         nix::unistd::Pid::from_raw(self.child.id() as i32)
     }
 
-    /// SIGKILL.
+    /// Kills the rank with SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().expect("a signal");
     }
 
-    /// Lets a rank go on that [waits](wait_for_test), and expects it to succeed.
+    /// Lets a rank continue that [waits](wait_for_test), and expects it to succeed.
     pub fn finish(mut self) {
         self.stdin = None;
         let mut rest = String::new();
@@ -96,14 +96,14 @@ impl Rank {
     }
 }
 
-/// One process's view of its cluster.
+/// One process's rank in its cluster, and the store.
 pub struct Seat {
     pub rank: usize,
     pub world: usize,
     pub store: TcpStore,
 }
 
-/// In a child process: its scenario and its place. `None` in the test itself.
+/// In a child process: its scenario and its rank. `None` in the test itself.
 pub fn seat() -> Option<(String, Seat)> {
     let line = env::var(SCENARIO).ok()?;
     let words: Vec<_> = line.split(' ').collect();
@@ -131,7 +131,7 @@ impl Seat {
     }
 }
 
-/// Says something to the test, which [hears](Rank::hear) it.
+/// Sends a message to the test, which [receives](Rank::hear) it.
 pub fn say(what: &str) {
     println!("{MARK}{what}");
     std::io::stdout().flush().expect("a pipe");

@@ -36,21 +36,21 @@ pub struct AutoencoderConfig {
     pub act_fn: String,
     /// Channels of a latent.
     pub latent_channels: i64,
-    /// Groups of each normalisation.
+    /// Groups of each normalization.
     pub norm_num_groups: i64,
-    /// Height and width of images that it was trained on, and of tiles.
+    /// Height and width of the images that it was trained on, and of tiles.
     pub sample_size: i64,
-    /// What latents are multiplied with for the U-Net: 0.18215 for SD, 0.13025 for SDXL.
+    /// The factor of latents for the U-Net: 0.18215 for SD, 0.13025 for SDXL.
     pub scaling_factor: f64,
-    /// What is taken from latents before.
+    /// The offset that is subtracted from latents before.
     pub shift_factor: Option<f64>,
-    /// Whether half precision overflows in it (SDXL's does): it then computes in fp32.
+    /// Whether half precision overflows in it, as in SDXL's: it then computes in fp32.
     pub force_upcast: bool,
-    /// Whether there is a convolution behind the encoder.
+    /// Whether there is a convolution after the encoder.
     pub use_quant_conv: bool,
     /// Whether there is a convolution before the decoder.
     pub use_post_quant_conv: bool,
-    /// Whether the middle attends.
+    /// Whether the middle block has attention.
     pub mid_block_add_attention: bool,
     #[serde(flatten)]
     rest: Rest,
@@ -83,13 +83,13 @@ impl Default for AutoencoderConfig {
 const DOWN: &str = "DownEncoderBlock2D";
 const UP: &str = "UpDecoderBlock2D";
 const EPS: f64 = 1e-6;
-/// Share of a tile that overlaps its neighbour's, as in diffusers.
+/// Share of a tile that overlaps the next one, as in diffusers.
 const OVERLAP: f64 = 0.25;
 
 impl AutoencoderConfig {
     /// Reads `config.json`.
     ///
-    /// # Errors
+    /// [`ConfigError`]: names the keys that are not supported.
     /// [`ConfigError`]: what is not supported, by its key.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let config: Self = config::parse(json, |config: &Self| &config.rest, &[])?;
@@ -122,12 +122,12 @@ impl AutoencoderConfig {
     /// Number of parameters of such an autoencoder.
     ///
     /// # Errors
-    /// When the configuration describes none.
+    /// The configuration is not that of a valid network.
     pub fn size(&self) -> Result<i64, ConfigError> {
         Ok(self.declare()?.numel())
     }
 
-    /// Pixels along one side of a latent's element.
+    /// Pixels along one side of an element of the latent.
     #[must_use]
     pub fn downscale(&self) -> i64 {
         1 << (self.block_out_channels.len() - 1)
@@ -149,7 +149,7 @@ impl AutoencoderConfig {
     }
 }
 
-/// Images ↔ latents, in fp32 whatever surrounds it; its weights take no gradient.
+/// Images ↔ latents, always in fp32; its weights take no gradient.
 pub struct Autoencoder {
     config: AutoencoderConfig,
     parameters: Parameters,
@@ -195,8 +195,8 @@ struct Attention {
 }
 
 impl Autoencoder {
-    /// From named tensors, which must be exactly those of the configuration. The names that files from before 2023 give to
-    /// attention's projections are known.
+    /// An autoencoder from named tensors, which must be exactly those of the configuration. The names of attention's
+    /// projections in files from before 2023 are accepted.
     ///
     /// # Errors
     /// [`LoadError`], with one line for each tensor that does not fit.
@@ -219,7 +219,7 @@ impl Autoencoder {
         &self.config
     }
 
-    /// Where it computes.
+    /// Its device.
     #[must_use]
     pub fn device(&self) -> Device {
         self.parameters.flat().device()
@@ -231,11 +231,11 @@ impl Autoencoder {
         self.parameters.flat().numel() as i64
     }
 
-    /// The latents of images fp32 [N, C, H, W] in [−1, 1], scaled for the U-Net: a draw from the encoder's Gaussian with the
-    /// given `noise`, or its mean without.
+    /// The latents of images fp32 [N, C, H, W] in [−1, 1], scaled for the U-Net: a draw from the encoder's Gaussian
+    /// with the given `noise`, or its mean without.
     ///
     /// # Panics
-    /// When the images' sides are no multiple of [`AutoencoderConfig::downscale`].
+    /// When the images' sides are not multiples of [`AutoencoderConfig::downscale`].
     pub fn encode(&self, images: &Tensor, noise: Option<&Tensor>) -> Tensor {
         let (mean, log_variance) = self.moments(images);
         match noise {
@@ -244,7 +244,7 @@ impl Autoencoder {
         }
     }
 
-    /// Scaled latents out of the Gaussian of these [moments](Self::moments), by standard normal `noise`.
+    /// Scaled latents from the Gaussian of these [moments](Self::moments), by standard normal `noise`.
     pub fn draw(&self, mean: &Tensor, log_variance: &Tensor, noise: &Tensor) -> Tensor {
         self.scaled(&(mean + (log_variance * 0.5).exp() * noise))
     }
@@ -265,13 +265,13 @@ impl Autoencoder {
         (halves[0].shallow_clone(), halves[1].clamp(-30.0, 20.0))
     }
 
-    /// The images of scaled latents fp32 [N, C, h, w], about within [−1, 1].
+    /// The images of scaled latents fp32 [N, C, h, w], approximately within [−1, 1].
     pub fn decode(&self, latents: &Tensor) -> Tensor {
         self.decode_unscaled(&self.unscaled(latents))
     }
 
-    /// [`decode`](Self::decode) tile by tile, with soft seams: memory depends on `sample_size`, not on the image. Latents no
-    /// larger than a tile are decoded whole.
+    /// [`decode`](Self::decode) tile by tile, with blended seams: memory depends on `sample_size`, not on the image.
+    /// Latents not larger than a tile are decoded at once.
     pub fn decode_tiled(&self, latents: &Tensor) -> Tensor {
         self.decode_unscaled_tiled(&self.unscaled(latents))
     }
@@ -342,7 +342,7 @@ fn blended(before: &Tensor, after: &Tensor, dimension: i64, extent: i64) -> Tens
     Tensor::cat(&[seam, rest], dimension)
 }
 
-/// Attention's projections were named otherwise until 2023, and most public files still are.
+/// Attention's projections had other names until 2023, which most public files still have.
 fn present_name(name: &str) -> String {
     let Some((before, last)) = name.split_once("attentions.0.") else { return name.to_owned() };
     let present = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];

@@ -1,25 +1,25 @@
-//! What the configurations of a model folder have in common.
+//! Types that the configurations of a model folder share.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-/// Why a configuration describes no network that can be built here.
+/// Why a configuration is not that of a supported network.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It is not JSON of the expected form.
     #[error("{0}")]
     Syntax(#[from] serde_json::Error),
-    /// It asks for what is not implemented, or contradicts itself; one line for each problem.
+    /// It asks for a feature that is not implemented, or contradicts itself; one line for each problem.
     #[error("{}", problems.join("; "))]
     Problems {
-        /// Each names its key.
+        /// One line for each problem, with its key.
         problems: Vec<String>,
     },
 }
 
-/// A value for all blocks, or one for each.
+/// One value for all blocks, or one for each.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum PerBlock<T> {
@@ -33,7 +33,7 @@ impl<T: Copy> PerBlock<T> {
     /// The value for one block.
     ///
     /// # Panics
-    /// When there is none: [`PerBlock::fits`] says so beforehand.
+    /// When there is none, which [`PerBlock::fits`] tells.
     #[must_use]
     pub fn at(&self, block: usize) -> T {
         match self {
@@ -52,11 +52,11 @@ impl<T: Copy> PerBlock<T> {
     }
 }
 
-/// Keys that a configuration holds beside those that its reader knows.
+/// Keys of a configuration beside those that its reader supports.
 pub(crate) type Rest = BTreeMap<String, Value>;
 
-/// Reads a configuration and refuses keys that would change the network in a way its reader does not know: those that are
-/// neither null, false, nor empty. Keys that begin with `_` are notes of the library that wrote them.
+/// Reads a configuration and rejects keys that would change the network in a way that its reader does not support:
+/// those that are neither null, false, nor empty. Keys that begin with `_` are notes of the library that wrote them.
 pub(crate) fn parse<T: DeserializeOwned>(
     json: &str,
     rest: impl Fn(&T) -> &Rest,

@@ -29,14 +29,14 @@ pub struct LatentDenoiser {
     unet: UNet,
 }
 
-/// Sides of a latent where nothing says otherwise: those of SD's first models.
+/// Default sides of a latent: those of SD's first models.
 const DEFAULT_SIDES: [i64; 2] = [64, 64];
 
 impl LatentDenoiser {
-    /// A new network with PyTorch's laws of initial weights, drawn from `seed`.
+    /// A new network with PyTorch's distributions of initial weights, drawn from `seed`.
     ///
     /// # Errors
-    /// When the configuration describes no network.
+    /// The configuration is not that of a valid network.
     pub fn initialise(
         config: UNetConfig,
         schedule: ScheduleConfig,
@@ -47,7 +47,7 @@ impl LatentDenoiser {
         Ok(Self::bind(config, schedule, parameters))
     }
 
-    /// From named tensors, which must be exactly those of the configuration.
+    /// A network from named tensors, which must be exactly those of the configuration.
     ///
     /// # Errors
     /// [`LoadError`], with one line for each tensor that does not fit.
@@ -68,15 +68,15 @@ impl LatentDenoiser {
         Self { config, schedule, process, sides, recompute: false, parameters, unet }
     }
 
-    /// With latents of another height and width than the configuration's.
+    /// The same network for latents of another height and width than the configuration's.
     #[must_use]
     pub fn with_sides(mut self, sides: [i64; 2]) -> Self {
         self.sides = sides;
         self
     }
 
-    /// Whether activations are computed again in the backward pass instead of being kept; also for all copies made from here
-    /// on.
+    /// Sets whether activations are computed again in the backward pass instead of being kept; also for all later
+    /// copies.
     #[must_use]
     pub fn with_recomputation(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
@@ -89,17 +89,17 @@ impl LatentDenoiser {
         &self.config
     }
 
-    /// The native prediction [N, C, H, W] and the bottleneck, whatever the network is conditioned on.
+    /// The native prediction [N, C, H, W] and the bottleneck under any condition.
     pub fn predict(&self, x_t: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
         self.unet.forward(&x_t.to_kind(self.kind()), inputs)
     }
 
-    /// What the weights are, and so what the network computes with.
+    /// The data type of the weights, in which the network computes.
     fn kind(&self) -> Kind {
         self.parameters.flat().kind()
     }
 
-    /// Calls `forward` with what the condition says.
+    /// Calls `forward` with the inputs of the condition.
     fn conditioned<T>(
         &self,
         time: &Tensor,
@@ -109,7 +109,7 @@ impl LatentDenoiser {
         let text = match condition {
             Condition::Text(text) => text,
             Condition::Augmented { .. } => panic!("augmentation labels given to a network that takes none"),
-            Condition::None | Condition::Class(_) => panic!("a text-to-image network needs a text"),
+            Condition::None | Condition::Class(_) => panic!("a text-to-image network needs text embeddings"),
         };
         let embedded = text.embedded();
         let text_time = match (&embedded.pooled, text.sizes()) {
@@ -132,7 +132,7 @@ impl UNetConfig {
     /// Number of parameters of such a network.
     ///
     /// # Errors
-    /// When the configuration describes no network.
+    /// The configuration is not that of a valid network.
     pub fn size(&self) -> Result<i64, ConfigError> {
         Ok(declare(self)?.numel())
     }
@@ -162,7 +162,7 @@ impl Denoiser for LatentDenoiser {
         _mode: Mode,
     ) -> (Tensor, Tensor) {
         let (native, bottleneck) = self.conditioned(time, condition, |inputs| self.predict(x_t, inputs));
-        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
+        // Under mixed precision the U-Net's outputs are of lower precision; computations with them are in fp32.
         let x0 = self.process.to_x0(&native.to_kind(Kind::Float), &x_t.to_kind(Kind::Float), time);
         (x0, bottleneck.to_kind(Kind::Float))
     }
@@ -210,7 +210,7 @@ impl Denoiser for LatentDenoiser {
 }
 
 impl LatentDenoiser {
-    /// The opposite of [`Denoiser::to_safetensors`].
+    /// The inverse of [`Denoiser::to_safetensors`].
     ///
     /// # Errors
     /// [`LoadError`].

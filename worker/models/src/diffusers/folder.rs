@@ -19,17 +19,17 @@ use super::{
 };
 use crate::weights::{self, LoadError, Named};
 
-/// Pipelines whose parts are known here.
+/// Supported pipelines.
 const PIPELINES: [&str; 2] = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"];
-/// The text-to-image parts of a folder; others, such as a safety checker, are left alone.
+/// The text-to-image parts of a folder; others, such as a safety checker, are ignored.
 const PARTS: [&str; 7] =
     ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"];
 
-/// A folder whose index has been read; the parts are read when they are asked for.
+/// A folder whose index has been read; the parts are read when they are needed.
 #[derive(Clone, Debug)]
 pub struct ModelFolder {
     path: PathBuf,
-    /// Class of each part that there is.
+    /// Class of each part.
     parts: BTreeMap<String, String>,
     index: Value,
 }
@@ -38,7 +38,7 @@ impl ModelFolder {
     /// Reads `model_index.json`.
     ///
     /// # Errors
-    /// It is missing or malformed, of a pipeline that is not known, or lacks a part; a part's folder is missing.
+    /// It is missing or malformed, of an unsupported pipeline, or lacks a part; a part's folder is missing.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let file = path.join("model_index.json");
         let failed = |problem: String| LoadError::Folder(problem).in_file(&file);
@@ -71,13 +71,13 @@ impl ModelFolder {
         Ok(Self { path: path.to_owned(), parts, index })
     }
 
-    /// Where it lies.
+    /// Its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The index, as it was read.
+    /// The content of the index.
     #[must_use]
     pub fn index(&self) -> &Value {
         &self.index
@@ -94,7 +94,7 @@ impl ModelFolder {
         self.parts.keys().map(String::as_str)
     }
 
-    /// What it was trained on.
+    /// The forward process that it was trained on.
     ///
     /// # Errors
     /// [`LoadError`], with the file.
@@ -118,7 +118,7 @@ impl ModelFolder {
         self.config("vae", "config.json", AutoencoderConfig::parse)
     }
 
-    /// Number of parameters of all text encoders, and tokens of a text.
+    /// Number of parameters of all text encoders, and tokens of a prompt.
     ///
     /// # Errors
     /// [`LoadError`], with the file.
@@ -155,7 +155,7 @@ impl ModelFolder {
     /// The text encoders with their tokenizers.
     ///
     /// # Errors
-    /// As [`denoiser`](Self::denoiser); and a tokenizer that is not the encoder's.
+    /// As [`denoiser`](Self::denoiser); and a tokenizer that does not belong to the encoder.
     pub fn text(&self, device: Device) -> Result<TextConditioner, LoadError> {
         let mut readers = vec![self.reader("text_encoder", "tokenizer", device)?];
         if self.is_xl() {
@@ -182,7 +182,7 @@ impl ModelFolder {
         let tokenizer = Tokenizer::load(&folder, config.max_position_embeddings as usize)?;
         if tokenizer.vocabulary() > config.vocab_size {
             return Err(LoadError::Folder(format!(
-                "has tokens up to {}, but {encoder} knows {}: it is another encoder's tokenizer",
+                "has tokens up to {}, but {encoder} has {}: it is another encoder's tokenizer",
                 tokenizer.vocabulary() - 1,
                 config.vocab_size
             ))
@@ -194,10 +194,10 @@ impl ModelFolder {
         Ok(Reader { tokenizer, encoder })
     }
 
-    /// Checks that the parts fit each other.
+    /// Checks that the parts fit together.
     ///
     /// # Errors
-    /// What does not fit what.
+    /// Which parts do not fit together.
     pub fn check(&self, text: &TextConditioner) -> Result<(), LoadError> {
         let (unet, vae) = (self.unet_config()?, self.autoencoder_config()?);
         let mut problems = Vec::new();
@@ -243,8 +243,8 @@ impl ModelFolder {
         }
     }
 
-    /// The files that the model consists of, as sorted paths relative to the folder: those of its parts, and the index. Weights in other
-    /// forms than those that would be loaded are left out.
+    /// The files of the model, as sorted paths relative to the folder: those of its parts, and the index. Weights in
+    /// other formats than those that would be loaded are left out.
     ///
     /// # Errors
     /// [`LoadError::Unreadable`].
@@ -282,7 +282,7 @@ impl ModelFolder {
         parse(&String::from_utf8_lossy(&bytes)).map_err(|e| LoadError::from(e).in_file(&path))
     }
 
-    /// A part's tensors, and where they lie, for errors.
+    /// A part's tensors, and their file, for errors.
     fn weights(&self, part: &str, stem: &str) -> Result<(Named, PathBuf), LoadError> {
         let folder = self.path.join(part);
         let found = find(&folder, stem)?;
@@ -309,7 +309,7 @@ struct Found {
     index: Option<String>,
 }
 
-/// Looks for weights in one file or in several with an index; in full precision first, then as the fp16 variant.
+/// Finds weights in one file or in several with an index; in full precision first, then as the fp16 variant.
 fn find(folder: &Path, stem: &str) -> Result<Found, LoadError> {
     let exists = |name: &str| folder.join(name).is_file();
     for variant in ["", ".fp16"] {

@@ -1,4 +1,4 @@
-//! Layers of latent diffusion models, with PyTorch's laws of initial weights.
+//! Layers of latent diffusion models, with PyTorch's distributions of initial weights.
 
 use tch::Tensor;
 
@@ -13,7 +13,7 @@ pub(crate) fn default_init() -> InitLaw {
     InitLaw::kaiming_uniform(third, third)
 }
 
-/// A linear layer with the default law.
+/// A linear layer with the default distribution.
 pub(crate) fn linear(scope: Scope, inputs: i64, outputs: i64, bias: bool) -> crate::layers::Linear {
     let law = default_init();
     // Biases are drawn with the weights' fan.
@@ -29,7 +29,7 @@ pub(crate) struct Conv2d {
 }
 
 impl Conv2d {
-    /// Keeps height and width: `kernel` is odd.
+    /// Keeps height and width; `kernel` is odd.
     pub fn same(scope: Scope, inputs: i64, outputs: i64, kernel: i64) -> Self {
         Self::new(scope, inputs, outputs, kernel, 1, kernel / 2)
     }
@@ -54,7 +54,7 @@ impl Conv2d {
     }
 }
 
-/// Group normalisation.
+/// Group normalization.
 pub(crate) struct GroupNorm {
     groups: i64,
     weight: Tensor,
@@ -80,7 +80,7 @@ impl GroupNorm {
     }
 }
 
-/// Normalisation over the last dimension.
+/// Normalization over the last dimension.
 pub(crate) struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
@@ -101,7 +101,7 @@ impl LayerNorm {
     }
 }
 
-/// A row of a table for each index.
+/// A table with a row for each index.
 pub(crate) struct Embedding {
     weight: Tensor,
 }
@@ -136,7 +136,7 @@ pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: i64
     attended.transpose(1, 2).reshape_as(query)
 }
 
-/// Doubles height and width, or grows them to `size`, by repeating pixels.
+/// Doubles height and width, or enlarges them to `size`, by repeating pixels.
 pub(crate) fn enlarge(x: &Tensor, size: [i64; 2]) -> Tensor {
     x.upsample_nearest2d(size, None, None)
 }

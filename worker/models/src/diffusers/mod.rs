@@ -1,11 +1,11 @@
-//! Text-to-image models in the layout of diffusers: the networks of Stable Diffusion 1.x, 2.x and SDXL, and the folders that
-//! they come in.
+//! Text-to-image models in the layout of diffusers: the networks of Stable Diffusion 1.x, 2.x and SDXL, and their
+//! folders.
 //!
 //! - [`UNetConfig`] and [`LatentDenoiser`]: the U-Net, as the denoiser of a DDPM process over latents.
 //! - [`Autoencoder`]: images ↔ latents.
-//! - [`TextEncoder`], [`Tokenizer`]: texts → what the U-Net is conditioned on.
+//! - [`TextEncoder`], [`Tokenizer`]: prompts → the conditions of the U-Net.
 //! - [`ScheduleConfig`]: the forward process that a model was trained on.
-//! - [`ModelFolder`]: all of that from a folder as downloaded from a hub.
+//! - [`ModelFolder`]: all of them from a folder as downloaded from a hub.
 
 mod autoencoder;
 mod config;

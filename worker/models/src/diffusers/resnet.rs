@@ -1,4 +1,4 @@
-//! Residual blocks, of U-Nets with the time's embedding, of autoencoders without.
+//! Residual blocks, with the time embedding in U-Nets, without it in autoencoders.
 
 use potstill_torch_ext::Block;
 use tch::Tensor;
@@ -6,18 +6,18 @@ use tch::Tensor;
 use super::layers::{Conv2d, GroupNorm, linear};
 use crate::{builder::Scope, layers::Linear};
 
-/// What a [`Resnet`] is made of.
+/// The hyperparameters of a [`Resnet`].
 #[derive(Clone, Copy)]
 pub(crate) struct ResnetShape {
     pub inputs: i64,
     pub outputs: i64,
-    /// Width of the time's embedding; 0: none.
+    /// Width of the time embedding; 0: none.
     pub embedding: i64,
     pub groups: i64,
     pub eps: f64,
-    /// The embedding scales and shifts the second normalisation's output instead of being added before it.
+    /// The embedding scales and shifts the second normalization's output instead of being added before it.
     pub scale_shift: bool,
-    /// What the sum is divided by.
+    /// The divisor of the sum.
     pub scale_factor: f64,
 }
 
@@ -53,7 +53,7 @@ impl Resnet {
 }
 
 impl Block for Resnet {
-    /// `[x [N, C, H, W]]`, and the time's embedding [N, D], through its activation already, where there is one.
+    /// `[x [N, C, H, W]]`, and the time embedding [N, D] after its activation, where there is one.
     fn forward(&self, inputs: &[Tensor]) -> Tensor {
         let x = &inputs[0];
         let mut h = self.conv1.forward(&self.norm1.forward(x).silu());

@@ -1,4 +1,4 @@
-//! `scheduler/scheduler_config.json`: what a model was trained on. How a class of scheduler steps does not matter here.
+//! `scheduler/scheduler_config.json`: the forward process of a model. The scheduler's sampling method is ignored.
 
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +35,7 @@ impl Default for ScheduleConfig {
     }
 }
 
-/// Classes whose configurations mean a DDPM process.
+/// Scheduler classes of DDPM processes.
 const KNOWN: [&str; 16] = [
     "DDIMScheduler",
     "DDPMScheduler",
@@ -86,7 +86,7 @@ impl ScheduleConfig {
         }
         if config.prediction_type == "epsilon" && config.rescale_betas_zero_snr {
             problems.push(
-                "`rescale_betas_zero_snr` with `prediction_type` epsilon: at the last timestep the noise says nothing of the \
+                "`rescale_betas_zero_snr` with `prediction_type` epsilon: at the last timestep the noise does not determine the \
                  image"
                     .to_owned(),
             );
@@ -140,7 +140,7 @@ impl ScheduleConfig {
     }
 }
 
-/// Shifts and stretches √ᾱ so that nothing of the data is left at the last timestep (2305.08891, algorithm 1).
+/// Shifts and scales √ᾱ so that no signal is left at the last timestep (2305.08891, algorithm 1).
 fn to_zero_snr(alphas: &[f64]) -> Vec<f64> {
     let (first, last) = (alphas[0].sqrt(), alphas[alphas.len() - 1].sqrt());
     alphas.iter().map(|alpha| ((alpha.sqrt() - last) * first / (first - last)).powi(2)).collect()

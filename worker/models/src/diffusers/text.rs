@@ -1,4 +1,4 @@
-//! Prompts → what a U-Net is conditioned on.
+//! Prompts → the conditions of a U-Net.
 
 use tch::{Kind, Tensor};
 
@@ -18,24 +18,24 @@ pub struct TextConditioner {
     zeros_for_empty: bool,
 }
 
-/// Texts as tokens, for each of a model's encoders.
+/// Prompts as tokens, for each of a model's encoders.
 pub struct Tokens(
     /// int32 [N, tokens] each.
     Vec<Tensor>,
 );
 
 impl Tokens {
-    /// Some of the texts.
+    /// The tokens of some of the prompts.
     #[must_use]
     pub fn rows(&self, indices: &[i64]) -> Self {
         let indices = Tensor::from_slice(indices);
         Self(self.0.iter().map(|ids| ids.index_select(0, &indices)).collect())
     }
 
-    /// Those of the first encoder, int64 [N, tokens].
+    /// The tokens of the first encoder, int64 [N, tokens].
     ///
     /// # Panics
-    /// When there are none.
+    /// When there are no encoders.
     pub fn first(&self) -> Tensor {
         self.0[0].to_kind(Kind::Int64)
     }
@@ -46,19 +46,19 @@ impl TextConditioner {
         Self { readers, zeros_for_empty }
     }
 
-    /// Texts → tokens.
+    /// Prompts → tokens.
     ///
     /// # Errors
-    /// The tokenizer's.
+    /// The tokenizer's error.
     pub fn tokenize(&self, texts: &[&str]) -> Result<Tokens, LoadError> {
         let encode = |reader: &Reader| Ok(reader.tokenizer.encode(texts)?.to_kind(Kind::Int));
         Ok(Tokens(self.readers.iter().map(encode).collect::<Result<_, LoadError>>()?))
     }
 
-    /// [`embed_tokens`](Self::embed_tokens) of texts.
+    /// [`embed_tokens`](Self::embed_tokens) of prompts.
     ///
     /// # Errors
-    /// The tokenizer's.
+    /// The tokenizer's error.
     pub fn embed(&self, texts: &[&str]) -> Result<Embedded, LoadError> {
         Ok(self.embed_tokens(&self.tokenize(texts)?))
     }
@@ -67,7 +67,7 @@ impl TextConditioner {
     /// the second one's projected pooled output. No gradients are recorded.
     ///
     /// # Panics
-    /// When the tokens are another model's.
+    /// When the tokens are of another model.
     #[must_use]
     pub fn embed_tokens(&self, tokens: &Tokens) -> Embedded {
         assert_eq!(tokens.0.len(), self.readers.len(), "one row of tokens for each encoder");
@@ -87,10 +87,10 @@ impl TextConditioner {
         }
     }
 
-    /// What stands for no text.
+    /// The embeddings of the empty text.
     ///
     /// # Errors
-    /// The tokenizer's.
+    /// The tokenizer's error.
     pub fn null(&self) -> Result<Embedded, LoadError> {
         let empty = self.embed(&[""])?;
         if self.zeros_for_empty && empty.pooled.is_some() {

@@ -32,9 +32,9 @@ pub struct TextEncoderConfig {
     pub max_position_embeddings: i64,
     /// `quick_gelu` or `gelu`.
     pub hidden_act: String,
-    /// Added to the variances of normalisations.
+    /// Added to the variances in normalizations.
     pub layer_norm_eps: f64,
-    /// The token whose state is the pooled output. Old files say 2, which stands for the greatest token.
+    /// The token whose state is the pooled output. Old files have 2, which stands for the greatest token.
     pub eos_token_id: i64,
     /// Number of tokens.
     pub vocab_size: i64,
@@ -57,14 +57,14 @@ impl Default for TextEncoderConfig {
     }
 }
 
-/// What old files call the end of a text, and mean its greatest token by.
+/// The end token in old files, by which they mean the greatest token.
 const LEGACY_EOS: i64 = 2;
 
 impl TextEncoderConfig {
     /// Reads `config.json`.
     ///
     /// # Errors
-    /// [`ConfigError`]: what is not supported, by its key.
+    /// [`ConfigError`]: names the keys that are not supported.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
         let config: Self = serde_json::from_str(json)?;
         let mut problems = Vec::new();
@@ -86,7 +86,7 @@ impl TextEncoderConfig {
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
     }
 
-    /// Number of parameters of such an encoder, which projects its pooled output or does not.
+    /// Number of parameters of such an encoder, with or without the projection of its pooled output.
     #[must_use]
     pub fn size(&self, projects: bool) -> i64 {
         self.declare(projects).numel()
@@ -102,18 +102,18 @@ impl TextEncoderConfig {
 /// Tokens → states and a pooled vector; its weights take no gradient.
 pub struct TextEncoder {
     config: TextEncoderConfig,
-    /// Keeps the memory that the network's tensors are views of.
+    /// Owns the memory of which the network's tensors are views.
     parameters: Parameters,
     network: Network,
 }
 
-/// What a text becomes.
+/// The output for a text.
 pub struct TextStates {
-    /// States after the last layer and its normalisation, [N, tokens, width].
+    /// States after the last layer and its normalization, [N, tokens, width].
     pub last: Tensor,
-    /// States after the layer before the last, not normalised: what SDXL looks at.
+    /// States after the layer before the last, not normalized: SDXL uses these.
     pub penultimate: Tensor,
-    /// The state of the token that ends the text, [N, width]; projected where the network projects it.
+    /// The state of the text's end token, [N, width]; projected if the network has the projection.
     pub pooled: Tensor,
 }
 
@@ -139,8 +139,8 @@ struct Layer {
 }
 
 impl TextEncoder {
-    /// From named tensors, which must be exactly those of the configuration, with or without the prefix `text_model.`; with
-    /// `projects` the pooled output is projected (`CLIPTextModelWithProjection`).
+    /// An encoder from named tensors, which must be exactly those of the configuration, with or without the prefix
+    /// `text_model.`; with `projects` the pooled output is projected (`CLIPTextModelWithProjection`).
     ///
     /// # Errors
     /// [`LoadError`], with one line for each tensor that does not fit.
@@ -152,7 +152,7 @@ impl TextEncoder {
     ) -> Result<Self, LoadError> {
         let renamed: Named = tensors
             .into_iter()
-            // A table of the numbers 0 to 76 that old files hold.
+            // Old files hold a table of the numbers 0 to 76.
             .filter(|(name, _)| !name.ends_with("embeddings.position_ids"))
             .map(|(name, tensor)| {
                 (name.strip_prefix("text_model.").map_or(name.clone(), str::to_owned), tensor)
@@ -179,7 +179,7 @@ impl TextEncoder {
     /// States of `ids`, int64 [N, tokens]. No gradients are recorded.
     ///
     /// # Panics
-    /// When a token is none of the vocabulary, or there are more than `max_position_embeddings`.
+    /// When a token is not in the vocabulary, or there are more than `max_position_embeddings`.
     pub fn encode(&self, ids: &Tensor) -> TextStates {
         no_grad(|| {
             let ids = ids.to_device(self.parameters.flat().device());
@@ -248,7 +248,7 @@ impl Layer {
     fn forward(&self, x: &Tensor) -> Tensor {
         let normed = self.norm1.forward(x);
         let [query, key, value] = [&self.query, &self.key, &self.value].map(|layer| layer.forward(&normed));
-        // A token sees those before it, padding included: CLIP has no other mask.
+        // A token attends to those before it, padding included: CLIP has no other mask.
         let x = self.out.forward(&attention(&query, &key, &value, self.heads, true)) + x;
         let h = self.widen.forward(&self.norm2.forward(&x));
         let h = if self.quick { (&h * 1.702).sigmoid() * h } else { h.gelu("none") };

@@ -15,7 +15,7 @@ use tokenizers::{
 
 use crate::weights::LoadError;
 
-/// Texts → tokens: as many for each text as the encoder takes, cut off or padded.
+/// Texts → tokens: a fixed number for each text, truncated or padded.
 pub struct Tokenizer {
     inner: Inner,
     tokens: usize,
@@ -23,15 +23,15 @@ pub struct Tokenizer {
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
-/// Words, contractions, single digits and runs of signs: where CLIP lets no token reach across.
+/// Words, contractions, single digits and runs of punctuation: no token of CLIP extends over more than one.
 const PIECES: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 impl Tokenizer {
-    /// From a folder with `vocab.json` and `merges.txt`. `tokens` is the length of what it gives.
+    /// A tokenizer from a folder with `vocab.json` and `merges.txt`. `tokens` is the number of tokens for each text.
     ///
     /// # Errors
-    /// A file that is missing or malformed, or a vocabulary without CLIP's marks of start and end.
+    /// A file that is missing or malformed, or a vocabulary without CLIP's start and end tokens.
     pub fn load(folder: &Path, tokens: usize) -> Result<Self, LoadError> {
         let failed =
             |problem: String| LoadError::Folder(format!("tokenizer {}: {problem}", folder.display()));
@@ -54,7 +54,7 @@ impl Tokenizer {
         let id = |inner: &Inner, token: &str| {
             inner.token_to_id(token).ok_or_else(|| {
                 failed(format!(
-                    "the vocabulary has no {token:?}: this is no tokenizer of a CLIP text encoder"
+                    "the vocabulary has no {token:?}: this is not the tokenizer of a CLIP text encoder"
                 ))
             })
         };
@@ -84,7 +84,7 @@ impl Tokenizer {
             .trim_offsets(false)
             .add_prefix_space(false);
         inner.with_post_processor(Some(PostProcessorWrapper::Roberta(marks)));
-        // The padding token too: with SDXL's second tokenizer, whose it is, "!" is never part of a word.
+        // The padding token too: with SDXL's second tokenizer, whose padding token it is, "!" is never part of a word.
         inner
             .add_special_tokens([START, END, &pad].map(|mark| AddedToken::from(mark, true)))
             .map_err(library)?;
@@ -102,7 +102,7 @@ impl Tokenizer {
         Ok(Self { inner, tokens })
     }
 
-    /// One past the greatest token that it can give.
+    /// One more than the greatest token.
     #[must_use]
     pub fn vocabulary(&self) -> i64 {
         self.inner.get_vocab(true).into_values().max().map_or(0, |id| i64::from(id) + 1)
@@ -111,7 +111,7 @@ impl Tokenizer {
     /// Tokens, int64 [N, tokens].
     ///
     /// # Errors
-    /// The library's.
+    /// The library's error.
     pub fn encode(&self, texts: &[&str]) -> Result<Tensor, LoadError> {
         let mut ids = Vec::with_capacity(texts.len() * self.tokens);
         for text in texts {

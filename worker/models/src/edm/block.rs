@@ -5,12 +5,12 @@ use tch::Tensor;
 use super::layers::{Conv2d, Direction, GroupNorm, InitLaw, Linear, Resample};
 use crate::{builder::Scope, denoiser::Mode};
 
-/// How the embedding enters a block.
+/// How a block uses the embedding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Injection {
-    /// Added before the second normalisation: DDPM++ and NCSN++.
+    /// Added before the second normalization: DDPM++ and NCSN++.
     Shift,
-    /// Scales and shifts what the second normalisation gives: ADM.
+    /// Scales and shifts the output of the second normalization: ADM.
     ScaleShift,
 }
 
@@ -19,12 +19,12 @@ pub(crate) enum Injection {
 pub(crate) enum Heads {
     /// One: DDPM++ and NCSN++.
     One,
-    /// As many as have at least so many channels each: ADM. In a narrower block that is none at all, and it goes without
+    /// The largest number with at least this many channels for each head: ADM. A narrower block has no head, and no
     /// attention.
     OfChannels(i64),
 }
 
-/// What the blocks of one network have in common.
+/// Properties that the blocks of one network share.
 pub(crate) struct BlockStyle<'a> {
     pub embedding_channels: i64,
     pub dropout: f64,
@@ -34,14 +34,14 @@ pub(crate) struct BlockStyle<'a> {
     pub skip_scale: f64,
     pub eps: f64,
     pub resample_filter: &'a [f64],
-    /// Whether the skip of a resampling block has a 1×1 convolution even when the number of channels stays.
+    /// Whether the skip of a resampling block has a 1×1 convolution even when the number of channels does not change.
     pub resample_projection: bool,
     pub init: InitLaw,
     pub init_zero: InitLaw,
     pub init_attention: InitLaw,
 }
 
-/// What distinguishes a block.
+/// Properties of one block.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockShape {
     pub inputs: i64,
@@ -50,7 +50,7 @@ pub(crate) struct BlockShape {
     pub attention: bool,
 }
 
-/// Normalise, activate, convolve, twice; the embedding in between, a skip around, and self-attention after.
+/// Twice normalization, activation, convolution; the embedding in between, a skip around, and self-attention after.
 pub(crate) struct UNetBlock {
     norm0: GroupNorm,
     resample0: Option<Resample>,
@@ -143,7 +143,7 @@ impl UNetBlock {
         let modulate = |modulation: Tensor| modulation.unsqueeze(2).unsqueeze(3);
         h = match self.injection {
             Injection::Shift => {
-                // The convolution's bias travels with the shift, which is cheaper to add and to sum gradients for.
+                // The convolution's bias is added with the shift, which is cheaper to add and to sum gradients for.
                 let shift = modulate(self.affine.forward_plus(embedding, self.conv0.bias()));
                 self.norm1.forward(&self.conv0.with_bias(&h, None).g_add_(&shift))
             }
@@ -157,7 +157,7 @@ impl UNetBlock {
             h = h.dropout(self.dropout, true);
         }
         h = match self.skip.bias() {
-            // Both biases are added to the same sum, so their gradients are one.
+            // Both biases are added to the same sum, so their gradients are equal.
             Some(bias) => self.conv1.with_bias(&h, Some(&(self.conv1.bias() + bias))),
             None => self.conv1.forward(&h),
         };
@@ -190,7 +190,7 @@ impl Skip {
         };
         match &self.resample {
             None => project(x),
-            // Both are linear and act on different dimensions, so they commute: project the smaller image.
+            // Both are linear and operate on different dimensions, so they commute: the smaller image is projected.
             Some(resample) if resample.direction() == Direction::Up => resample.forward(&project(x)),
             Some(resample) => project(&resample.forward(x)),
         }
@@ -202,8 +202,8 @@ impl Attention {
         let size = x.size();
         let (samples, channels) = (size[0] * self.heads, size[1] / self.heads);
         // Queries, keys and values alternate along the channels of a head.
-        // A bias of the keys shifts all scores of a query alike, which softmax does not see: its gradient is 0 but for rounding,
-        // and Adam without a first moment would make full steps of that. So it gets none.
+        // A bias of the keys shifts all scores of a query equally, which softmax ignores: its gradient is 0 but for
+        // rounding, and Adam without a first moment would make full steps of that. So no gradient flows to it.
         let bias = self.qkv.bias().view([-1, 3]);
         let bias = Tensor::stack(&[bias.select(1, 0), bias.select(1, 1).detach(), bias.select(1, 2)], 1);
         let qkv = self.qkv.with_bias(&self.norm.forward(x), Some(&bias.view([-1])));

@@ -1,8 +1,8 @@
-//! Which network: the names and defaults are those of the public EDM checkpoints.
+//! The configuration of a network, with the names and defaults of the public EDM checkpoints.
 
 use serde::{Deserialize, Serialize};
 
-/// Which U-Net is inside the preconditioning.
+/// The U-Net inside the preconditioning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModelType {
     /// DDPM++ and NCSN++ of Score SDE (2011.13456, appendix H), as EDM restates them.
@@ -11,7 +11,7 @@ pub enum ModelType {
     DhariwalUNet,
 }
 
-/// How a noise level becomes a vector.
+/// How a noise level is embedded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EmbeddingType {
@@ -21,7 +21,7 @@ pub enum EmbeddingType {
     Fourier,
 }
 
-/// How the encoder sees the input at lower resolutions.
+/// How the encoder gets the input at lower resolutions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EncoderType {
@@ -33,11 +33,11 @@ pub enum EncoderType {
     Residual,
 }
 
-/// Where the output comes from.
+/// How the output is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DecoderType {
-    /// From the full resolution.
+    /// From the full resolution alone.
     Standard,
     /// The sum of upsampled outputs of all resolutions.
     Skip,
@@ -45,8 +45,8 @@ pub enum DecoderType {
 
 /// An EDM network (2206.00364), with the field names of the public checkpoints.
 ///
-/// A field that is absent when read takes the official default, which for some depends on `model_type`; `img_resolution`,
-/// `img_channels` and `model_type` have none. Unknown fields are refused.
+/// A field that is absent when read has the official default, which for some depends on `model_type`; `img_resolution`,
+/// `img_channels` and `model_type` have none. Unknown fields are rejected.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Fields", into = "Fields")]
 pub struct EdmConfig {
@@ -56,7 +56,8 @@ pub struct EdmConfig {
     pub img_channels: i64,
     /// Number of classes; 0 for an unconditional network.
     pub label_dim: i64,
-    /// Whether the official code runs the U-Net in fp16 on a GPU. Kept for the round trip; computation here is fp32.
+    /// Whether the official code runs the U-Net in fp16 on a GPU. Kept so that files are written unchanged; not used
+    /// here.
     pub use_fp16: bool,
     /// Least σ that the network supports.
     pub sigma_min: f64,
@@ -64,7 +65,7 @@ pub struct EdmConfig {
     pub sigma_max: f64,
     /// Standard deviation of the data that the preconditioning assumes.
     pub sigma_data: f64,
-    /// Which U-Net.
+    /// The U-Net inside the preconditioning.
     pub model_type: ModelType,
     /// Length of the augmentation label; 0 for none.
     pub augment_dim: i64,
@@ -76,7 +77,7 @@ pub struct EdmConfig {
     pub channel_mult_emb: i64,
     /// Residual blocks per resolution.
     pub num_blocks: i64,
-    /// Resolutions with self-attention. The bottleneck has it anyway.
+    /// Resolutions with self-attention. The bottleneck always has it.
     pub attn_resolutions: Vec<i64>,
     /// Dropout probability inside the blocks.
     pub dropout: f64,
@@ -95,7 +96,7 @@ pub struct EdmConfig {
 }
 
 impl Default for EdmConfig {
-    /// The official defaults of a SongUNet. Resolution and channels are 0, which [`validate`](Self::validate) refuses.
+    /// The official defaults of a SongUNet. Resolution and channels are 0, which [`validate`](Self::validate) rejects.
     fn default() -> Self {
         Self {
             img_resolution: 0,
@@ -129,7 +130,7 @@ impl EdmConfig {
         (0..self.channel_mult.len()).map(|level| self.img_resolution >> level)
     }
 
-    /// What is wrong with the fields themselves; layers find the rest.
+    /// Problems of the fields themselves; problems of layers are found when they are declared.
     pub(crate) fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut require = |holds: bool, problem: String| {
@@ -184,7 +185,7 @@ impl EdmConfig {
                 self.sigma_min, self.sigma_max
             ),
         );
-        // Half the noise embedding are sines, half cosines, and the frequencies' exponents span from 0 to 1.
+        // Half of the noise embedding are sines, half cosines, and the frequencies' exponents go from 0 to 1.
         let embedding = match self.model_type {
             ModelType::SongUNet => self.model_channels.saturating_mul(self.channel_mult_noise),
             ModelType::DhariwalUNet => self.model_channels,
@@ -205,10 +206,10 @@ impl EdmConfig {
     }
 }
 
-/// Keeps products of sizes within i64 when a configuration is nonsense.
+/// Keeps products of sizes within i64 for any configuration.
 const MAX_SIZE: i64 = 1 << 20;
 
-/// [`EdmConfig`] as it is written.
+/// [`EdmConfig`] as it is in JSON.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Fields {

@@ -30,9 +30,9 @@ struct Mapping {
 }
 
 enum DecoderStep {
-    /// A block on the output of the step before.
+    /// A block with the previous step's output as its input.
     Block(UNetBlock),
-    /// A block that also gets the last output of the encoder not yet used.
+    /// A block that also takes the last unused output of the encoder.
     Merge(UNetBlock),
 }
 
@@ -178,7 +178,7 @@ impl Mapping {
                 init,
             ),
             label: (classes > 0).then(|| {
-                // The law's variance 1/classes times the weight's square: unit variance.
+                // The distribution's variance 1/classes times the square of the weight: unit variance.
                 let law = InitLaw::kaiming_normal((classes as f64).sqrt());
                 Linear::new(scope.child("map_label"), classes, embedding_channels, false, law)
             }),
@@ -188,7 +188,7 @@ impl Mapping {
 
     fn forward(&self, samples: i64, inputs: &Inputs) -> Tensor {
         let (cosines, sines) = self.noise.forward(inputs.noise);
-        // Not added in place: one noise level may meet many labels.
+        // Not added in place: one noise level may be broadcast to many labels.
         let mut embedding = Tensor::cat(&[cosines, sines], 1);
         if let (Some(map), Some(augment)) = (&self.augment, &inputs.augment) {
             embedding = map.forward(augment) + embedding;

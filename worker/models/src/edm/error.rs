@@ -1,6 +1,6 @@
-//! What is wrong with a configuration.
+//! Errors of a configuration.
 
-/// Why a configuration describes no network.
+/// A configuration is not that of a valid network.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the network's configuration is not valid:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
 pub struct ConfigError {

@@ -1,16 +1,16 @@
-//! What a U-Net is given beside the noisy sample.
+//! A U-Net's inputs besides the noisy sample.
 
 use tch::Tensor;
 
 use crate::denoiser::Mode;
 
-/// What a U-Net is given beside the noisy sample.
+/// A U-Net's inputs besides the noisy sample.
 pub(crate) struct Inputs<'a> {
     /// c_noise, `[N]` or `[1]`.
     pub noise: &'a Tensor,
-    /// [N or 1, classes]; there is one exactly when the network has classes.
+    /// [N or 1, classes]; present exactly when the network has classes.
     pub labels: Option<Tensor>,
-    /// [N or 1, augment_dim]; there is one exactly when the network takes augmentation labels.
+    /// [N or 1, augment_dim]; present exactly when the network takes augmentation labels.
     pub augment: Option<Tensor>,
     pub mode: Mode,
 }

@@ -28,12 +28,12 @@ impl Conv2d {
         self.convolve(x, Some(&self.bias), 0)
     }
 
-    /// With `extra` more zeros on each side than keep the size.
+    /// With `extra` zeros on each side beyond those that keep the size.
     pub fn padded(&self, x: &Tensor, extra: i64) -> Tensor {
         self.convolve(x, Some(&self.bias), extra)
     }
 
-    /// With another bias, or with none, for a caller that adds this layer's elsewhere.
+    /// With another bias, or without one, for a caller that adds this layer's bias elsewhere.
     pub fn with_bias(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
         self.convolve(x, bias, 0)
     }
@@ -65,7 +65,7 @@ impl Conv2d {
     }
 }
 
-/// Group normalisation with EDM's number of groups: at most 32, of at least 4 channels each.
+/// Group normalization with EDM's number of groups: at most 32, of at least 4 channels each.
 pub(crate) struct GroupNorm {
     groups: i64,
     weight: Tensor,
@@ -103,20 +103,20 @@ pub(crate) enum Direction {
 /// Halves or doubles height and width with a separable filter, each channel by itself.
 pub(crate) struct Resample {
     direction: Direction,
-    /// [C, 1, k, k]; none for the box filter, which has faster equals.
+    /// [C, 1, k, k]; none for the box filter, which has a faster equivalent.
     taps: Option<Tensor>,
     padding: i64,
 }
 
 impl Resample {
-    /// `filter` are the 1-D taps; they are normalised to a sum of 1.
+    /// `filter` are the 1-D taps; they are normalized to a sum of 1.
     pub fn new(scope: &mut Scope, channels: i64, filter: &[f64], direction: Direction) -> Self {
         let sum: f64 = filter.iter().sum();
         let outer = filter.iter().flat_map(|a| filter.iter().map(move |b| (a * b / (sum * sum)) as f32));
         let k = filter.len() as i64;
         let taps = scope.buffer("resample_filter", &[1, 1, k, k], BufferSource::Fixed(outer.collect()));
         let is_box = k == 2 && filter[0] == filter[1];
-        // Doubling spreads each sample over four.
+        // Doubling distributes each sample over four.
         let gain = if direction == Direction::Up { 4.0 } else { 1.0 };
         let taps = (!is_box).then(|| (taps * gain).repeat([channels, 1, 1, 1]));
         Self { direction, taps, padding: (k - 1) / 2 }
@@ -126,7 +126,7 @@ impl Resample {
         self.padded(x, self.padding)
     }
 
-    /// For a caller that has already padded: downsampling without zeros of its own.
+    /// Downsampling without padding, for a caller that has padded the input.
     pub fn unpadded(&self, x: &Tensor) -> Tensor {
         self.padded(x, 0)
     }
@@ -168,7 +168,7 @@ impl Sinusoids {
         Self { frequencies: (exponents * -(10_000f64.ln())).exp() }
     }
 
-    /// Frequencies 2π·f with f drawn from N(0, 16²) and kept.
+    /// Frequencies 2π·f with f drawn once from N(0, 16²).
     pub fn fourier(mut scope: Scope, channels: i64) -> Self {
         let drawn = BufferSource::Drawn(Init::Normal { std: 16.0 });
         Self { frequencies: scope.buffer("freqs", &[channels / 2], drawn) * std::f64::consts::TAU }

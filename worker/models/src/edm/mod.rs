@@ -1,6 +1,6 @@
 //! The networks of EDM (2206.00364): preconditioning around a DDPM++, NCSN++ or ADM U-Net.
 //!
-//! Parameters and buffers have the names of the public checkpoints, and their order.
+//! Parameters and buffers have the names and the order of the public checkpoints.
 
 mod block;
 pub mod config;
@@ -36,11 +36,11 @@ pub struct EdmNetwork {
 }
 
 impl EdmNetwork {
-    /// A new network with the official laws of initial weights, drawn from `seed`. The same seed gives the same weights on
-    /// every platform; the official code draws others from the same laws.
+    /// A new network with the official distributions of initial weights, drawn from `seed`. The same seed gives the
+    /// same weights on every platform; the official code draws other numbers from the same distributions.
     ///
     /// # Errors
-    /// When the configuration describes no network.
+    /// The configuration is not that of a valid network.
     pub fn initialise(config: EdmConfig, seed: u64, device: Device) -> Result<Self, ConfigError> {
         config.validate()?;
         let parameters = config.declare()?.draw(seed, device);
@@ -59,7 +59,7 @@ impl EdmNetwork {
     /// [`load`](Self::load) from a file's bytes.
     ///
     /// # Errors
-    /// [`LoadError`]: damaged, without configuration, or with tensors that do not fit it, each of them named.
+    /// [`LoadError`]: the file is damaged, has no configuration, or tensors that do not fit it, each of them named.
     pub fn from_bytes(bytes: &[u8], device: Device) -> Result<Self, LoadError> {
         let archive = Archive::from_bytes(bytes)?;
         let config = archive.metadata.get(weights::CONFIG_KEY).ok_or(LoadError::NoConfig)?;
@@ -67,8 +67,8 @@ impl EdmNetwork {
         Self::from_tensors(config, &archive.tensors, device)
     }
 
-    /// A network with given parameters and buffers, which are copied. They must be exactly those of the configuration, in
-    /// fp32 or something that fp32 holds.
+    /// A network with given parameters and buffers, which are copied. They must be exactly those of the configuration,
+    /// in fp32 or a type that fp32 can represent.
     ///
     /// # Errors
     /// [`LoadError::Config`] and [`LoadError::Tensors`].
@@ -82,7 +82,7 @@ impl EdmNetwork {
         Ok(Self::bind(config, parameters))
     }
 
-    /// The network around parameters that were declared by this configuration.
+    /// The network with parameters that were declared by this configuration.
     fn bind(config: EdmConfig, parameters: Parameters) -> Self {
         let mut binding = Binding::new(&parameters);
         let unet = UNet::new(&mut Scope::root(&mut binding).child("model"), &config);
@@ -109,7 +109,7 @@ impl EdmNetwork {
         let labels = match condition {
             Condition::None => None,
             Condition::Class(labels) => Some(labels),
-            Condition::Text(_) => panic!("an EDM network knows classes, not texts"),
+            Condition::Text(_) => panic!("an EDM network takes classes, not text embeddings"),
             Condition::Augmented { .. } => panic!("a sample has augmentation labels once"),
         };
         Inputs {
@@ -120,8 +120,8 @@ impl EdmNetwork {
         }
     }
 
-    /// Given or all-zero labels of a network that takes some. Zeros, and not nothing, so that the layer which maps them
-    /// takes part and gets a gradient.
+    /// Given or all-zero labels of a network that takes them. Zeros, so that the layer for labels is used and gets a
+    /// gradient.
     fn side_input(&self, what: &str, given: Option<&Tensor>, width: i64) -> Option<Tensor> {
         match given {
             Some(labels) if width > 0 => {
@@ -150,7 +150,7 @@ impl Denoiser for EdmNetwork {
         let coefficients = self.coefficients(time);
         let inputs = self.inputs(&coefficients, condition, mode);
         let (output, bottleneck) = self.unet.forward(&coefficients.network_input(&x), &inputs);
-        // Under mixed precision the U-Net's outputs are of lower precision; what is computed with them is not.
+        // Under mixed precision the U-Net's outputs are of lower precision; computations with them are in fp32.
         (coefficients.denoised(&x, &output.to_kind(Kind::Float)), bottleneck.to_kind(Kind::Float))
     }
 

@@ -1,4 +1,4 @@
-//! EDM preconditioning (2206.00364, table 1): what makes a raw network F a denoiser D.
+//! EDM preconditioning (2206.00364, table 1): makes a denoiser D of a raw network F.
 
 use tch::Tensor;
 

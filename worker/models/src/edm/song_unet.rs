@@ -46,9 +46,9 @@ enum EncoderStep {
 }
 
 enum DecoderStep {
-    /// A block on the output of the step before.
+    /// A block with the previous step's output as its input.
     Block(Box<UNetBlock>),
-    /// A block that also gets the last output of the encoder not yet used.
+    /// A block that also takes the last unused output of the encoder.
     Merge(Box<UNetBlock>),
     /// Upsamples the sum of the outputs so far.
     AuxUp(Resample),
@@ -196,7 +196,7 @@ impl SongUNet {
                     features.push(merged);
                 }
                 EncoderStep::AuxResidual { conv, down } => {
-                    // The filter comes after the convolution, whose padding serves both.
+                    // The filter follows the convolution, whose padding serves both.
                     let path = down.unpadded(&conv.padded(&aux, down.padding()));
                     aux = (path + last.unwrap_or(x)) / SQRT_2;
                     features.pop();
@@ -259,7 +259,7 @@ impl Mapping {
 
     fn forward(&self, samples: i64, inputs: &Inputs) -> Tensor {
         let (cosines, sines) = self.noise.forward(inputs.noise);
-        // Not added in place: one noise level may meet many labels.
+        // Not added in place: one noise level may be broadcast to many labels.
         let mut embedding = Tensor::cat(&[sines, cosines], 1);
         if let (Some(map), Some(labels)) = (&self.label, &inputs.labels) {
             let labels = labels * self.label_scale;

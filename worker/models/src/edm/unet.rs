@@ -1,4 +1,4 @@
-//! The U-Net inside the preconditioning, whichever it is.
+//! The U-Net inside the preconditioning: SongUNet or DhariwalUNet.
 
 use tch::Tensor;
 

@@ -1,11 +1,11 @@
-//! Whether a configuration describes a network.
+//! Checks configurations.
 
 use super::{config::EdmConfig, error::ConfigError, unet::UNet};
 use crate::builder::{Declaration, Scope};
 
 impl EdmConfig {
-    /// Checks that there is such a network, and that every resolution in `attn_resolutions` is one of its own. (The official
-    /// code ignores the others, so weights load with them.)
+    /// Checks that the configuration is that of a valid network, and that all `attn_resolutions` are resolutions of the
+    /// network. (The official code ignores others, so weights with them can be loaded.)
     ///
     /// # Errors
     /// [`ConfigError`] with every problem found.
@@ -19,7 +19,7 @@ impl EdmConfig {
         if problems.is_empty() { Ok(()) } else { Err(ConfigError { problems }) }
     }
 
-    /// The parameters and buffers of the network, if there is such a network.
+    /// The parameters and buffers of the network, if it is valid.
     pub(crate) fn declare(&self) -> Result<Declaration, ConfigError> {
         let problems = self.problems();
         if !problems.is_empty() {

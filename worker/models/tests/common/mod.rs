@@ -1,4 +1,4 @@
-//! What several test files share.
+//! Helpers of several test files.
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its own part, and a test may panic")]
 

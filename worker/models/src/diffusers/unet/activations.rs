@@ -1,17 +1,17 @@
-//! How much a U-Net's pass keeps for its backward pass, from the architecture alone. It counts what libtorch's operations save:
-//! a convolution or linear layer its input, a normalisation its input, attention its query, key, value and output, a product
-//! both factors.
+//! Estimates the memory that a U-Net keeps for its backward pass, from the architecture alone. It counts what
+//! libtorch's operations save: a convolution or linear layer its input, a normalization its input, attention its query,
+//! key, value and output, a product both factors.
 
 use super::UNetConfig;
 
-/// A pass through a U-Net whose gradient is wanted.
+/// A pass through a U-Net with gradient.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    /// Samples in it; a guided one has twice as many.
+    /// Number of samples; a guided pass has twice as many.
     pub samples: i64,
     /// Height and width of the latents.
     pub sides: [i64; 2],
-    /// Tokens of a text.
+    /// Tokens of a prompt.
     pub tokens: i64,
     /// Whether weights take gradients; else only the input does.
     pub trained: bool,
@@ -19,18 +19,18 @@ pub struct Pass {
     pub again: bool,
 }
 
-/// Elements of the network's kind of number.
+/// Elements of the network's data type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// From the forward pass until its backward pass.
+    /// Kept from the forward pass until the backward pass.
     pub elements: i64,
-    /// Beyond these while the largest block that is computed again is.
+    /// In addition, while the largest recomputed block is computed again.
     pub again: i64,
-    /// The largest of what is made and dropped on the way, which the first steps of the backward pass need too.
+    /// The largest temporary, which the first steps of the backward pass need too.
     pub passing: i64,
 }
 
-/// Adds up a pass.
+/// Sums over a pass.
 struct Sum<'a> {
     config: &'a UNetConfig,
     pass: Pass,
@@ -38,7 +38,7 @@ struct Sum<'a> {
 }
 
 impl UNetConfig {
-    /// What a pass keeps.
+    /// The elements that a pass keeps.
     #[must_use]
     pub fn kept(&self, pass: Pass) -> Kept {
         let mut sum = Sum { config: self, pass, kept: Kept::default() };
@@ -53,7 +53,7 @@ impl Sum<'_> {
         let channels = &config.block_out_channels;
         let last = channels.len() - 1;
         let mut sides = self.pass.sides;
-        // The input, and what the first convolution makes of it.
+        // The input, and the output of the first convolution.
         self.keep(self.image(config.in_channels, sides) + self.image(channels[0], sides));
         let mut skips = vec![channels[0]];
         let mut inputs = channels[0];
@@ -85,18 +85,18 @@ impl Sum<'_> {
             }
             if level > 0 {
                 sides = levels[level - 1];
-                // Repeated pixels, which the convolution behind them keeps, and what it makes of them.
+                // Repeated pixels, which the next convolution keeps, and its output.
                 self.keep(2 * self.image(outputs, sides));
             }
         }
-        // Normalised, and through the activation.
+        // Normalized, and after the activation.
         self.keep(2 * self.image(channels[0], sides));
     }
 
-    /// A residual block, and attention where `attends` says on which level.
+    /// A residual block, followed by attention where `attends` says so for the level.
     fn step(&mut self, inputs: i64, outputs: i64, sides: [i64; 2], attends: Option<usize>) {
         let image = |channels| self.image(channels, sides);
-        // Normalised and activated, before each convolution; what the first one makes.
+        // Normalized and activated, before each convolution; the output of the first one.
         let inside = 2 * image(inputs) + 3 * image(outputs);
         self.block(inside, image(outputs));
         if let Some(level) = attends {
@@ -105,25 +105,25 @@ impl Sum<'_> {
         }
     }
 
-    /// What a transformer keeps inside, and its output.
+    /// The elements that a transformer keeps inside, and its output.
     fn attention(&self, level: usize, channels: i64, sides: [i64; 2]) -> (i64, i64) {
         let sequence = self.image(channels, sides);
         let text = self.pass.samples * self.pass.tokens * channels;
         let heads = self.config.attention_head_dim.at(level);
-        // The logarithms of its sums, fp32; those of two attentions.
+        // The log-sum-exp of attention, fp32; of two attentions.
         let sums = 2 * 2 * self.pass.samples * heads * sides[0] * sides[1];
-        // Query, key, value and output of attention to itself, query and output of attention to the text, the sums behind them,
-        // the gate's halves, the activated half, the output.
+        // Query, key, value and output of self-attention, query and output of attention to the text, the sums after
+        // them, the gate's halves, the activated half, the output.
         let attended = 4 + 2 + 2 + 8 + 4 + 1;
-        // Inputs of linear layers: normalised three times, and the gated product.
+        // Inputs of linear layers: normalized three times, and the gated product.
         let inputs = if self.pass.trained { 3 + 4 } else { 0 };
         let layer = (attended + inputs) * sequence + 2 * text + sums;
         let layers = self.config.transformer_layers_per_block.at(level);
-        // Normalised, and projected; the output.
+        // Normalized, and projected; the output.
         (2 * sequence + layers * layer, sequence)
     }
 
-    /// A block that keeps so much inside and has this output.
+    /// Adds a block that keeps `inside` elements and has this output.
     fn block(&mut self, inside: i64, output: i64) {
         if self.pass.again {
             self.kept.again = self.kept.again.max(inside);

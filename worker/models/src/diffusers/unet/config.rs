@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::diffusers::config::{self, ConfigError, PerBlock, Rest};
 
-/// Height and width, given once or twice.
+/// Height and width, as one number or two.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum SampleSize {
-    /// Square.
+    /// Both sides.
     Square(i64),
     /// Height, width.
     Sides([i64; 2]),
@@ -25,7 +25,7 @@ impl SampleSize {
     }
 }
 
-/// A U-Net's architecture, under the keys of diffusers' `UNet2DConditionModel`, whose defaults these are.
+/// A U-Net's architecture, under the keys of diffusers' `UNet2DConditionModel` and with its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UNetConfig {
@@ -35,11 +35,11 @@ pub struct UNetConfig {
     pub in_channels: i64,
     /// Channels of the prediction.
     pub out_channels: i64,
-    /// Whether the input is taken from [0, 1] to [−1, 1].
+    /// Whether the input is rescaled from [0, 1] to [−1, 1].
     pub center_input_sample: bool,
-    /// Order of sines and cosines in the embedding of times.
+    /// Order of sines and cosines in the time embedding.
     pub flip_sin_to_cos: bool,
-    /// Shifts the frequencies of that embedding.
+    /// Shift of that embedding's frequencies.
     pub freq_shift: i64,
     /// `DownBlock2D` or `CrossAttnDownBlock2D`, from the highest resolution to the lowest.
     pub down_block_types: Vec<String>,
@@ -47,49 +47,49 @@ pub struct UNetConfig {
     pub mid_block_type: Option<String>,
     /// `UpBlock2D` or `CrossAttnUpBlock2D`, from the lowest resolution to the highest.
     pub up_block_types: Vec<String>,
-    /// Whether the first attention of a block also looks at the text.
+    /// Whether the first attention of a block also attends to the text.
     pub only_cross_attention: PerBlock<bool>,
     /// Channels, from the highest resolution to the lowest.
     pub block_out_channels: Vec<i64>,
-    /// Residual blocks in each block on the way down; there is one more on the way up.
+    /// Residual blocks in each down block; up blocks have one more.
     pub layers_per_block: PerBlock<i64>,
     /// 1, or 0 for one pixel on the right and below.
     pub downsample_padding: i64,
-    /// What the residual blocks in the middle are divided by.
+    /// The divisor of the middle block's residual sums.
     pub mid_block_scale_factor: f64,
     /// Share of elements dropped in training.
     pub dropout: f64,
     /// `silu`.
     pub act_fn: String,
-    /// Groups of each normalisation.
+    /// Groups of each normalization.
     pub norm_num_groups: Option<i64>,
-    /// Added to its variances.
+    /// Added to the variances in normalizations.
     pub norm_eps: f64,
-    /// Width of the text's states.
+    /// Width of the text embeddings.
     pub cross_attention_dim: PerBlock<i64>,
     /// Transformer blocks in each attention.
     pub transformer_layers_per_block: PerBlock<i64>,
-    /// Numbers of **heads**; the name is diffusers' mistake, kept for its files.
+    /// Numbers of **heads**; the name is diffusers' mistake, kept for compatibility.
     pub attention_head_dim: PerBlock<i64>,
-    /// Whether attention's projections are linear layers rather than 1×1 convolutions.
+    /// Whether attention's projections are linear layers instead of 1×1 convolutions.
     pub use_linear_projection: bool,
     /// `timestep`, `identity`, `projection` or `simple_projection`.
     pub class_embed_type: Option<String>,
-    /// Rows of a table of classes.
+    /// Rows of the table of class embeddings.
     pub num_class_embeds: Option<i64>,
     /// `text_time`: SDXL's pooled text and micro-conditioning.
     pub addition_embed_type: Option<String>,
-    /// Width of each embedded number of the micro-conditioning.
+    /// Width of the embedding of each number of the micro-conditioning.
     pub addition_time_embed_dim: Option<i64>,
-    /// Width of what is projected for `text_time`, or of the class labels of `projection`.
+    /// Width of the input of the projection for `text_time`, or of the class labels of `projection`.
     pub projection_class_embeddings_input_dim: Option<i64>,
-    /// Whether classes stand beside the time's embedding instead of being added.
+    /// Whether the class embedding is concatenated to the time embedding instead of being added.
     pub class_embeddings_concat: bool,
-    /// `default` or `scale_shift`: how the embedding enters a residual block.
+    /// `default` or `scale_shift`: how a residual block uses the embedding.
     pub resnet_time_scale_shift: String,
     /// Only `positional`.
     pub time_embedding_type: String,
-    /// Width of the time's embedding; by default four times the first block's channels.
+    /// Width of the time embedding; by default four times the first block's channels.
     pub time_embedding_dim: Option<i64>,
     /// Only 3.
     pub conv_in_kernel: i64,
@@ -156,18 +156,18 @@ impl Default for UNetConfig {
 
 const MID_BLOCK: &str = "UNetMidBlock2DCrossAttn";
 
-/// How a sample's class enters.
+/// How a sample's class is embedded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ClassEmbedding {
-    /// An index into a table of so many rows.
+    /// An index into a table with this many rows.
     Table(i64),
-    /// A number, embedded as times are.
+    /// A number, embedded like a time.
     Timestep,
     /// The embedding itself.
     Identity,
-    /// A vector of this width through two layers.
+    /// A vector of this width through a network of two layers.
     Projection(i64),
-    /// A vector of this width through one layer.
+    /// A vector of this width through one linear layer.
     SimpleProjection(i64),
 }
 
@@ -175,38 +175,38 @@ impl UNetConfig {
     /// Reads `config.json`.
     ///
     /// # Errors
-    /// [`ConfigError`]: what is not supported, by its key.
+    /// [`ConfigError`]: names the keys that are not supported.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
-        // Upcasting attention changes nothing with fused kernels, which accumulate in fp32; the scale factor of residual blocks
-        // and the heads of an embedding belong to kinds of block that are refused.
+        // Upcasting attention changes nothing with fused kernels, which accumulate in fp32; the scale factor of
+        // residual blocks and the heads of an embedding belong to kinds of blocks that are rejected.
         let neutral = ["upcast_attention", "resnet_out_scale_factor", "addition_embed_type_num_heads"];
         let config: Self = config::parse(json, |config: &Self| &config.rest, &neutral)?;
         config.validate()?;
         Ok(config)
     }
 
-    /// Width of the time's embedding.
+    /// Width of the time embedding.
     #[must_use]
     pub fn time_embedding_width(&self) -> i64 {
         self.time_embedding_dim.unwrap_or(self.block_out_channels[0] * 4)
     }
 
-    /// Groups of each normalisation.
+    /// Groups of each normalization.
     pub(crate) fn groups(&self) -> i64 {
         self.norm_num_groups.unwrap_or(0)
     }
 
-    /// Whether a block of the way down attends to the text; counted from the highest resolution.
+    /// Whether a down block attends to the text; counted from the highest resolution.
     pub(crate) fn attends_down(&self, block: usize) -> bool {
         self.down_block_types[block] == "CrossAttnDownBlock2D"
     }
 
-    /// Whether a block of the way up attends to the text; counted from the lowest resolution.
+    /// Whether an up block attends to the text; counted from the lowest resolution.
     pub(crate) fn attends_up(&self, block: usize) -> bool {
         self.up_block_types[block] == "CrossAttnUpBlock2D"
     }
 
-    /// How classes enter, if they do.
+    /// How classes are embedded, if there are some.
     pub(crate) fn class_embedding(&self) -> Option<ClassEmbedding> {
         let width = self.projection_class_embeddings_input_dim.unwrap_or(0);
         match (self.class_embed_type.as_deref(), self.num_class_embeds) {

@@ -1,4 +1,5 @@
-//! What a U-Net is told besides its latents, as one vector: time, class, and SDXL's pooled text and micro-conditioning.
+//! Embeds a U-Net's inputs besides the latents as one vector: time, class, and SDXL's pooled text and
+//! micro-conditioning.
 
 use tch::{Kind, Tensor};
 
@@ -82,12 +83,12 @@ impl Embeddings {
         Self { sinusoids: sinusoids(inputs), time, class, concatenated, text_time }
     }
 
-    /// [N, width], twice as wide where classes stand beside the time.
+    /// [N, width], twice as wide where the class embedding is concatenated to the time embedding.
     pub fn forward(&self, samples: i64, inputs: &UNetInputs) -> Tensor {
         let time = number(inputs.time, inputs.states).view([-1]).expand([samples], false);
         let mut embedding = self.time.forward(&self.sinusoids.forward(&time));
         if let Some(class) = &self.class {
-            let labels = inputs.class_labels.expect("a network with classes gets some");
+            let labels = inputs.class_labels.expect("a class-conditional network needs class labels");
             let class = match class {
                 Class::Table(table) => table.forward(&labels.to_kind(Kind::Int64)),
                 Class::Timestep(layers) => {
@@ -103,7 +104,7 @@ impl Embeddings {
             };
         }
         if let Some(text_time) = &self.text_time {
-            let (pooled, numbers) = inputs.text_time.expect("SDXL's network gets pooled text and sizes");
+            let (pooled, numbers) = inputs.text_time.expect("SDXL's network needs pooled text and sizes");
             let numbers = text_time.sinusoids.forward(&number(numbers, pooled).flatten(0, -1));
             let numbers = numbers.view([samples, -1]);
             let both = Tensor::cat(&[pooled.to_kind(Kind::Float), numbers], -1);
@@ -140,7 +141,7 @@ impl TwoLayers {
     }
 }
 
-/// fp32 on the device of `like`.
+/// A tensor in fp32 on the device of `like`.
 fn number(x: &Tensor, like: &Tensor) -> Tensor {
     x.to_device(like.device()).to_kind(Kind::Float)
 }

@@ -1,12 +1,12 @@
-//! What a U-Net is given beside the noisy latents.
+//! A U-Net's inputs besides the noisy latents.
 
 use tch::Tensor;
 
-/// What a U-Net is given beside the noisy latents.
+/// A U-Net's inputs besides the noisy latents.
 pub struct UNetInputs<'a> {
     /// Timesteps, `[N]` or `[1]`.
     pub time: &'a Tensor,
-    /// The text's states, [N, tokens, width].
+    /// The text embeddings, [N, tokens, width].
     pub states: &'a Tensor,
     /// SDXL's pooled text [N, width] and micro-conditioning [N, 6].
     pub text_time: Option<(&'a Tensor, &'a Tensor)>,

@@ -1,4 +1,4 @@
-//! diffusers' `UNet2DConditionModel`: the U-Net of Stable Diffusion 1.x, 2.x and SDXL, under its parameters' names.
+//! diffusers' `UNet2DConditionModel`: the U-Net of Stable Diffusion 1.x, 2.x and SDXL, with the same parameter names.
 
 mod activations;
 pub(crate) mod config;
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{builder::Scope, recomputed::Recomputed};
 
-/// The network around its parameters.
+/// The layers of the network.
 pub(crate) struct UNet {
     embeddings: Embeddings,
     conv_in: Conv2d,
@@ -59,15 +59,15 @@ struct Downsampler {
     padding: i64,
 }
 
-/// What the way down leaves for the way up.
+/// The outputs of the down blocks, which the up blocks take.
 struct Encoded {
     bottleneck: Tensor,
     skips: Vec<Tensor>,
 }
 
-/// What every block is told.
+/// The inputs of every block.
 struct Context<'a> {
-    /// Through its activation already.
+    /// After its activation.
     embedding: Tensor,
     states: &'a Tensor,
     recompute: bool,
@@ -91,7 +91,7 @@ impl UNet {
             scale_shift: config.resnet_time_scale_shift == "scale_shift",
             scale_factor,
         };
-        // Blocks on the way up are counted from below in the file, from above here.
+        // Up blocks are counted from the lowest resolution in the file, from the highest here.
         let transformer = |level: usize, only_cross: bool| TransformerShape {
             channels: channels[level],
             heads: config.attention_head_dim.at(level),
@@ -171,7 +171,7 @@ impl UNet {
         }
     }
 
-    /// The native prediction [N, C, H, W] for `x` of that shape, and the bottleneck: what the middle block gives.
+    /// The native prediction [N, C, H, W] for `x` of that shape, and the bottleneck: the output of the middle block.
     pub fn forward(&self, x: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
         let context = self.context(x, inputs);
         let encoded = self.encode(x, &context);
@@ -219,7 +219,7 @@ impl UNet {
                 x = context.step(&merged, resnet, block.transformers.get(index));
             }
             if let Some(conv) = &block.upsampler {
-                // As large as what comes next: halving odd sizes rounds up.
+                // To the size of the next skip connection: halving odd sizes rounds up.
                 let size = skips.last().map_or_else(|| x.size(), Tensor::size);
                 x = conv.forward(&enlarge(&x, [size[2], size[3]]));
             }
@@ -246,7 +246,7 @@ impl Context<'_> {
 impl Downsampler {
     fn forward(&self, x: &Tensor) -> Tensor {
         match self.padding {
-            // Zeros on the right and below only.
+            // Zeros on the right and at the bottom only.
             0 => self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1])),
             _ => self.conv.forward(x),
         }

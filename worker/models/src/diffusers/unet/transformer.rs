@@ -9,7 +9,7 @@ use crate::{
     layers::Linear,
 };
 
-/// What a [`Transformer`] is made of.
+/// The hyperparameters of a [`Transformer`].
 #[derive(Clone, Copy)]
 pub(super) struct TransformerShape {
     pub channels: i64,
@@ -19,12 +19,12 @@ pub(super) struct TransformerShape {
     pub groups: i64,
     /// Linear layers around the blocks instead of 1×1 convolutions.
     pub linear: bool,
-    /// The first attention of each block also looks at the text.
+    /// The first attention of each block also attends to the text.
     pub only_cross: bool,
 }
 
-/// diffusers' `Transformer2DModel`: positions become a sequence, go through transformer blocks, and are added to what they
-/// were.
+/// diffusers' `Transformer2DModel`: positions become a sequence, which goes through transformer blocks; the input is
+/// added to the result.
 pub(super) struct Transformer {
     norm: GroupNorm,
     project_in: Projection,
