@@ -101,7 +101,7 @@ fn distillation_settings_that_do_not_fit() {
     says(&refused(&["adversarial.data=/nowhere/real"]), &["adversarial.data", "/nowhere/real"]);
     let former = refused(&["adversarial.start_images=5"]);
     says(&former, &["adversarial.start_images", "earlier version", "adversarial.join_images"]);
-    says(&refused(&["optimizer.clip_value=5"]), &["optimizer.generator_clip_value"]);
+    says(&refused(&["optimiser.clip_value=5"]), &["optimizer.generator_clip_value"]);
     let augmentation = refused(&["distillation.augmentation=0.12"]);
     says(&augmentation, &["distillation.augmentation", "9 augmentation labels", "takes 0"]);
     let weighting = refused(&["distillation.weighting=one-minus-t"]);

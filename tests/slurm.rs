@@ -117,7 +117,10 @@ impl Slurm {
         text(&self.command(program).args(arguments).output().unwrap().stdout)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "another process is watched, which tells nothing by itself")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "another process is watched, which tells nothing by itself"
+    )]
     /// Looks until something is so.
     fn until(&self, what: &str, mut so: impl FnMut() -> bool) {
         let started = Instant::now();

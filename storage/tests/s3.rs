@@ -80,6 +80,8 @@ impl Server {
 }
 
 fn root_at(address: SocketAddr) -> Root {
+    // A root installs it when it is opened; this store is made without one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let store = AmazonS3Builder::new()
         .with_bucket_name("bucket")
         .with_endpoint(format!("http://{address}"))
