@@ -254,7 +254,7 @@ mod tests {
             RunSpec::from_toml(&format!("{text}\n[teacher]\nweights = 't'")).unwrap_err().to_string()
         };
         let message = error("[evaluation]\nevery = 0");
-        assert!(message.contains("`evaluation.every`") && message.contains("leave the key out"), "{message}");
+        assert!(message.contains("`evaluation.every`") && message.contains("remove the key"), "{message}");
         let message = error("[checkpoint]\nkeep_last = 0");
         assert!(message.contains("\"all\""), "{message}");
         let message = error("[cluster]\nfailure_timeout = 10");
