@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use nix::{
     sys::{signal::Signal, stat::Mode},
@@ -181,6 +181,32 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
 
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("led", "undisturbed", 150);
+}
+
+/// Longer than the failure timeout of the runs here that pause something.
+const PAUSE: Duration = Duration::from_secs(5);
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the length of the pause is what is tested")]
+fn a_coordinator_that_is_stopped_for_a_while_loses_no_worker() {
+    let cluster = Cluster::default();
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let sets = ["distillation.iterations=400", "checkpoint.every=1000", "cluster.failure_timeout=1s"];
+    let mut serve = Process::start(cluster.unscored("serve", "stopped", 2, &sets, &["--listen", &listen]));
+    serve.until(&["coordinator started"]);
+    let agent = Process::start(Cluster::agent("stopped", port, 2));
+    serve.until(&["images/s"]);
+    serve.signal(Signal::SIGSTOP);
+    std::thread::sleep(PAUSE);
+    serve.signal(Signal::SIGCONT);
+    let (code, log) = serve.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("this time does not count") && !log.contains("worker lost"), "{log}");
+    assert_eq!(log.matches("generation opened").count(), 1, "{log}");
+    assert_eq!(agent.end().0, Some(0));
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("stopped", "undisturbed", 400);
 }
 
 #[test]

@@ -131,6 +131,12 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// The coordinator itself did not listen for a while, and the clock stood still: workers that are lost soon after
+    /// may be alive.
+    Deaf {
+        /// For how long.
+        millis: u64,
+    },
     /// The journal cannot be continued: another coordinator owns it, or storage is lost.
     JournalLost {
         /// Which of the two, and its cause.

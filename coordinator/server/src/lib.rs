@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod client;
+mod clock;
 mod error;
 mod opening;
 mod options;
@@ -26,13 +27,14 @@ use tokio::{
 };
 use tokio_stream::wrappers::TcpListenerStream;
 
+use self::{
+    clock::Clock,
+    service::{Input, Service},
+    shell::Shell,
+};
 pub use self::{
     error::StartError,
     options::{Options, Resume},
-};
-use self::{
-    service::{Clock, Input, Service},
-    shell::Shell,
 };
 
 /// Events that may wait for the shell; beyond it, streams are read more slowly.
@@ -66,30 +68,32 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let timeouts = opening::terms(&options.spec).timeouts;
     let opened = opening::open(options, &address::advertised(listening)).await?;
 
-    let clock = Clock::start();
+    // As between two heartbeats: a shorter pause of the coordinator makes no worker look silent.
+    let clock = Clock::start(Duration::from_millis(timeouts.heartbeat_millis.max(50)));
     let (inbox_sender, inbox) = mpsc::channel(INBOX);
     let (control, controls) = mpsc::unbounded_channel();
     let (observe, observations) = mpsc::unbounded_channel();
     let (decide, outcome) = watch::channel(None);
     let (farewell, over) = oneshot::channel::<()>();
-    let mut shell = Shell::new(opened, clock, observe);
+    let mut shell = Shell::new(opened, clock.clone(), observe);
     shell.start().await?;
 
-    let service = CoordinatorServer::new(Service::new(clock, inbox_sender))
+    let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    // TCP keepalive ends connections to machines that vanished, but only after the worker's own timeout, whose reason
-    // is clearer.
-    let unknown = Duration::from_millis(timeouts.unknown_millis);
+    // Keepalive ends connections to machines that vanished: after the worker's own timeout, whose reason is clearer, and so
+    // late that a coordinator that was stopped for a while keeps its connections.
+    let dead = Duration::from_millis(timeouts.dead_millis);
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(unknown))
-        .http2_keepalive_timeout(Some(Duration::from_millis(timeouts.dead_millis)))
+        .http2_keepalive_interval(Some(dead))
+        .http2_keepalive_timeout(Some(dead.saturating_mul(6)))
         .add_service(service)
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
             let _ = over.await;
         });
     let mut tasks = JoinSet::new();
+    tasks.spawn(clock.keep());
     tasks.spawn(async move {
         let mut server = std::pin::pin!(server);
         let outcome = tokio::select! {

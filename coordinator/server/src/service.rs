@@ -13,37 +13,15 @@ use potstill_proto::{
     message::{FromWorker, Hello, Malformed},
     wire::{self, coordinator_server::Coordinator},
 };
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
+
+use crate::clock::Clock;
 
 /// How long a new stream may take to send its hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Messages that may be queued for a worker that does not read them.
 const OUTBOX: usize = 256;
-
-/// The coordinator's monotonic clock.
-#[derive(Clone, Copy)]
-pub struct Clock(Instant);
-
-impl Clock {
-    /// A clock that shows 0 now.
-    pub fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    /// The time.
-    pub fn now(self) -> Tick {
-        Tick(u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// When it will show `tick`.
-    pub fn instant(self, tick: Tick) -> Instant {
-        self.0 + Duration::from_millis(tick.0)
-    }
-}
 
 /// The queue of messages to a worker. When it is dropped the stream ends after the queued messages.
 pub type Outbox = mpsc::Sender<Result<wire::CoordinatorMessage, Status>>;
@@ -131,7 +109,7 @@ impl Coordinator for Service {
         let (open, over) = oneshot::channel();
         let mut reader = Reader {
             stream: StreamId(self.streams.fetch_add(1, Ordering::Relaxed)),
-            clock: self.clock,
+            clock: self.clock.clone(),
             inbox: self.inbox.clone(),
             messages: request.into_inner(),
         };

@@ -29,14 +29,23 @@ use tokio::{
 
 use crate::{
     StartError,
+    clock::Clock,
     opening::Opened,
-    service::{Arrival, Clock, Input, Outbox},
+    service::{Arrival, Input, Outbox},
 };
 
 /// How long the last sweep may delay the end of a run.
 const LAST_SWEEP: Duration = Duration::from_secs(30);
 /// How often a coordinator checks that no other one has written to the journal.
 const WATCH: Duration = Duration::from_secs(10);
+
+/// What ended a wait of the shell.
+enum Happened {
+    Arrival(Arrival),
+    Input(Input),
+    Event(Event),
+    Nothing,
+}
 
 /// See the module's documentation.
 pub struct Shell {
@@ -111,26 +120,42 @@ impl Shell {
                     None => std::future::pending().await,
                 }
             };
-            // Messages that have arrived are processed before the clock: a worker is not dead while its message waits
-            // here.
-            tokio::select! {
+            let happened = tokio::select! {
                 biased;
-                Some(input) = controls.recv() => {
-                    self.arrived(Arrival { at: self.clock.now(), input }).await;
-                }
+                Some(input) = controls.recv() => Happened::Input(input),
                 Some(Ok((iteration, result))) = self.commits.join_next() => {
-                    self.step(self.clock.now(), Event::CommitAnswered { iteration, result }).await;
+                    Happened::Event(Event::CommitAnswered { iteration, result })
                 }
-                Some(arrival) = inbox.recv() => self.arrived(arrival).await,
-                Some(Ok(Some(found))) = self.watch.join_next() => {
-                    if let Err(error) = self.journal.watched(found) {
-                        self.step(self.clock.now(), Event::JournalLost { reason: error.to_string() }).await;
-                    }
-                }
+                Some(arrival) = inbox.recv() => Happened::Arrival(arrival),
+                Some(Ok(Some(found))) = self.watch.join_next() => match self.journal.watched(found) {
+                    Ok(()) => Happened::Nothing,
+                    Err(error) => Happened::Event(Event::JournalLost { reason: error.to_string() }),
+                },
                 _ = looks.tick(), if self.watch.is_empty() => {
                     self.watch.spawn(self.journal.watch());
+                    Happened::Nothing
                 }
-                () = timer => self.step(self.clock.now(), Event::Timer).await,
+                () = timer => Happened::Event(Event::Timer),
+            };
+            if let Happened::Arrival(arrival) = happened {
+                self.arrived(arrival).await;
+                continue;
+            }
+            // Messages that have arrived are processed before the clock: a worker is not dead while its message waits
+            // here, be it behind a journal write that took long.
+            for _ in 0..inbox.len() {
+                if let Ok(arrival) = inbox.try_recv() {
+                    self.arrived(arrival).await;
+                }
+            }
+            if let Some(time) = self.clock.deafness() {
+                let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+                self.step(self.clock.now(), Event::Deaf { millis }).await;
+            }
+            match happened {
+                Happened::Input(input) => self.arrived(Arrival { at: self.clock.now(), input }).await,
+                Happened::Event(event) => self.step(self.clock.now(), event).await,
+                Happened::Arrival(_) | Happened::Nothing => {}
             }
         }
     }

@@ -26,8 +26,9 @@ const CONNECT_FOR: Duration = Duration::from_secs(30);
 const ATTEMPT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// A connection that is silent for this long is probed, with the same time for an answer.
-const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(7));
+/// A connection that is silent for the first of these is probed, and given up without an answer within the second: long
+/// enough for a coordinator that was stopped for a while. Training goes on meanwhile.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(60));
 
 /// The content of the welcome.
 #[derive(Clone)]

@@ -94,6 +94,9 @@ impl Core {
         while let Some((stream, silence)) = self.members.expired(self.now) {
             let silent = format!("no heartbeat for {:.1} s", seconds(silence.millis));
             if silence.dead {
+                if self.rank(stream).is_some() {
+                    self.unsure = Some(silent.clone());
+                }
                 self.lost(stream, &silent, actions);
                 actions.push(Action::Close { stream });
             } else if let Some(member) = self.members.get(stream) {
@@ -150,6 +153,9 @@ impl Core {
             for stream in leaving {
                 self.let_go(stream, actions);
             }
+        }
+        if self.await_holders(actions) {
+            return;
         }
         let failed_starts =
             cause == Cause::Unexplained && self.steps.finished() <= self.start.cursor.iteration;
@@ -221,10 +227,10 @@ impl Core {
         let repeats = self.steps.finished().saturating_sub(start);
         self.repeated += repeats;
 
-        let mut names = Vec::with_capacity(plan.ranks.len());
+        let mut of_rank = Vec::with_capacity(plan.ranks.len());
         for (rank, stream) in (0u32..).zip(&plan.ranks) {
             let Some(member) = self.members.get_mut(*stream) else { continue };
-            names.push(member.id().to_string());
+            of_rank.push(member.id().clone());
             member.place = Some(Place { generation, rank });
             member.moved = now;
             member.waiting = false;
@@ -234,7 +240,7 @@ impl Core {
         }
         actions.push(Action::Persist(Record::GenerationOpened {
             generation,
-            members: names,
+            members: of_rank.iter().map(ToString::to_string).collect(),
             source: plan.source.clone(),
             start,
             repeats,
@@ -252,6 +258,7 @@ impl Core {
         let closed = self.steps.open(world_size, plan.start);
         actions.extend(closed.into_iter().map(|totals| Action::Observe(Observation::Iteration(totals))));
         self.ledger.open(generation, world_size);
+        (self.named, self.unsure) = (of_rank, None);
         actions.push(Action::Observe(Observation::GenerationOpened {
             generation,
             world_size,

@@ -78,6 +78,10 @@ pub struct Core {
     generation: Generation,
     /// Where it started.
     start: Start,
+    /// Members of the newest generation by rank, until they have been waited for once.
+    named: Vec<WorkerId>,
+    /// Why ranks of it that are lost may be alive.
+    unsure: Option<String>,
     /// Generations in a row that ended in a failed collective before they finished an iteration.
     failed_starts: u32,
     stage: Stage,
@@ -236,6 +240,8 @@ impl Core {
             members: Members::new(timeouts),
             generation,
             start,
+            named: Vec::new(),
+            unsure: None,
             failed_starts: 0,
             stage: Stage::Gathering(Gathering {
                 short_since: Tick::default(),
@@ -266,6 +272,12 @@ impl Core {
             Event::Received { stream, message } => self.received(stream, message, actions),
             Event::Closed { stream, reason } => self.lost(stream, &reason, actions),
             Event::Timer => {}
+            Event::Deaf { millis } => {
+                let reason =
+                    format!("the coordinator was stopped or got no CPU for {:.1} s", seconds(millis));
+                log(actions, format!("{reason}; this time does not count"));
+                self.unsure = Some(reason);
+            }
             Event::CommitAnswered { iteration, result } => self.commit_answered(iteration, result, actions),
             Event::CheckpointRequested { client } => self.checkpoint_requested(client, actions),
             Event::StopRequested { reason } => self.stop_requested(reason, actions),

@@ -39,6 +39,35 @@ impl Core {
         });
     }
 
+    /// All ranks that hold the newest state are lost, and that may be the coordinator's fault or the network's: before
+    /// the run goes back to a checkpoint they have as long to come back as a silent worker has, once. Returns whether
+    /// they are waited for.
+    pub(super) fn await_holders(&mut self, actions: &mut Actions) -> bool {
+        let finished = self.steps.finished();
+        let saved = self.ledger.newest().map_or(0, |newest| newest.iteration);
+        let held = self.members.eligible().filter_map(|(_, member)| member.held).max().unwrap_or_default();
+        if self.named.is_empty() || finished <= saved.max(held.iteration) {
+            return false;
+        }
+        let Some(reason) = self.unsure.take() else { return false };
+        let expected = std::mem::take(&mut self.named);
+        let world_size = u32::try_from(expected.len()).unwrap_or(u32::MAX);
+        // What they reported up to here counts already.
+        self.start = Start { cursor: Cursor::boundary(finished), exact: false };
+        self.steps.reopen(world_size, self.start);
+        self.ledger.open(self.generation, world_size);
+        log(actions, format!("all ranks of {} are lost, which may be a mistake: {reason}", self.generation));
+        self.stage = Stage::Reattaching(Reattaching {
+            expected,
+            here: BTreeMap::new(),
+            left: BTreeSet::new(),
+            finished: BTreeMap::new(),
+            since: self.now,
+        });
+        self.start_waiting(actions);
+        true
+    }
+
     /// Until when the ranks may come back: they continue to train meanwhile, so waiting loses nothing.
     pub(super) fn reattached_by(&self, reattaching: &Reattaching) -> Tick {
         reattaching.since.after(self.terms.timeouts.dead_millis)

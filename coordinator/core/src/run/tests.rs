@@ -410,7 +410,7 @@ fn a_student_whose_diversity_collapses_ends_the_run_and_keeps_what_was_saved() {
         assert_eq!(failure(&world.says(0, student(iteration, diversity))), None);
     }
     let reason = failure(&world.says(0, student(3, Some(2.9)))).unwrap();
-    for part in ["collapsed", "iteration 3", "2.900", "3.000", "no checkpoint"] {
+    for part in ["collapsed", "iteration 3", "2.900", "3.000", "no older checkpoint"] {
         assert!(reason.contains(part), "{reason}");
     }
     assert!(world.receipt(0, 3).is_empty(), "what has collapsed is not committed");
@@ -860,6 +860,67 @@ fn when_all_ranks_come_back_to_a_new_coordinator_nothing_changes() {
     assert_eq!(world.report(5, 2), []);
     assert_eq!(world.core.status().iteration, 2);
     assert_eq!(world.core.status().repeated_iterations, 0);
+}
+
+/// A worker of the first generation that comes back on a new stream: it holds iteration `held`.
+fn returning_from_first(rank: u32, held: u64) -> Hello {
+    Hello {
+        held: Some(Cursor::boundary(held)),
+        place: Some(Place { generation: Generation(1), rank }),
+        ..hello(&format!("w{rank}"))
+    }
+}
+
+/// Two ranks that have done two iterations, and a spare; then the coordinator hears of nothing but broken streams.
+fn all_lost(deaf: bool) -> (World, Vec<Action>) {
+    let mut world = World::training(3, 2);
+    for iteration in 0..2 {
+        world.report(0, iteration);
+        world.report(1, iteration);
+    }
+    if deaf {
+        world.step(Event::Deaf { millis: 15_000 });
+    }
+    world.close(0);
+    let mut actions = world.close(1);
+    actions.extend(world.later(MOMENT));
+    (world, actions)
+}
+
+#[test]
+fn ranks_that_a_coordinator_lost_while_it_did_not_listen_are_waited_for() {
+    let (mut world, actions) = all_lost(true);
+    assert!(places(&actions).is_empty(), "the spare holds nothing of it: {actions:?}");
+    let status = world.core.status();
+    assert!(status.reason.contains("0 of the 2 ranks"), "{}", status.reason);
+    world.attach_with(7, returning_from_first(1, 3));
+    let actions = world.attach_with(8, returning_from_first(0, 2));
+    assert!(places(&actions).is_empty() && abandoned(&actions).is_empty(), "{actions:?}");
+    assert_eq!(world.core.status().state(), wire::RunState::Training);
+    // They send their reports again: what was counted counts once.
+    assert!(matches!(world.report(8, 1)[..], [Action::Log(_)]));
+    assert_eq!(world.report(8, 2), []);
+    assert!(matches!(world.report(7, 2)[..], [Action::Observe(Observation::Iteration(_))]));
+    assert_eq!((world.core.status().iteration, world.core.status().repeated_iterations), (3, 0));
+}
+
+#[test]
+fn those_that_do_not_come_back_are_waited_for_once() {
+    let (mut world, _) = all_lost(true);
+    let mut actions = Vec::new();
+    for _ in 0..12 {
+        world.now += DEAD / 10;
+        actions.extend(world.says(2, heartbeat(0, Cursor::default())));
+    }
+    let opened = assignments(&actions);
+    assert!(matches!(&opened[..], [(2, a)] if a.source == Source::Fresh), "{opened:?}");
+    assert_eq!(world.core.status().repeated_iterations, 2);
+}
+
+#[test]
+fn ranks_that_certainly_died_are_not_waited_for() {
+    let (_, actions) = all_lost(false);
+    assert_eq!(places(&actions), [(2, 2, 0)]);
 }
 
 #[test]
