@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need, builds and runs every test. Arguments are handed to `cargo test`.
 #
-# A test whose server or right is missing fails. POTSTILL_TEST_WITHOUT=slurm,root,… names what this machine lacks: tests that need it
+# A test whose server or right is missing fails. POTSTILL_TEST_WITHOUT=slurm,chromium,… names what this machine lacks: tests that need it
 # are then left out, and named at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -192,7 +192,7 @@ fn a_coordinator_that_is_stopped_for_a_while_loses_no_worker() {
     let cluster = Cluster::default();
     let port = free_port();
     let listen = format!("127.0.0.1:{port}");
-    let sets = ["distillation.iterations=400", "checkpoint.every=1000", "cluster.failure_timeout=1s"];
+    let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout=1s"];
     let mut serve = Process::start(cluster.unscored("serve", "stopped", 2, &sets, &["--listen", &listen]));
     serve.until(&["coordinator started"]);
     let agent = Process::start(Cluster::agent("stopped", port, 2));
@@ -206,7 +206,7 @@ fn a_coordinator_that_is_stopped_for_a_while_loses_no_worker() {
     assert_eq!(log.matches("generation opened").count(), 1, "{log}");
     assert_eq!(agent.end().0, Some(0));
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
-    cluster.assert_same_end("stopped", "undisturbed", 400);
+    cluster.assert_same_end("stopped", "undisturbed", 150);
 }
 
 #[test]
