@@ -544,7 +544,7 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     };
     let (code, said, _) = plan(&["--device-memory", "80GiB", "--workers", "8"]);
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("yes: it fits 80.0 GiB") && said.contains("Adam's moments"), "{said}");
+    assert!(said.contains("yes: it fits in 80.0 GiB") && said.contains("Adam's moments"), "{said}");
     let (code, said, _) = plan(&["--device-memory", "1MiB"]);
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("no:") && said.contains("memory.bf16_weights"), "{said}");

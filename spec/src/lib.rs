@@ -4,7 +4,7 @@
 //!   must agree on is checked in [`run`].
 //! - [`layers`]: how a file is read: defaults, the files that it extends, itself, the environment, `--set`.
 //! - [`former`]: keys of earlier versions, and their replacements.
-//! - [`reference`]: the JSON schema and `docs/configuration.md`, both made from these types.
+//! - [`mod@reference`]: the JSON schema and `docs/configuration.md`, both made from these types.
 //!
 //! ```
 //! use potstill_spec::RunSpec;

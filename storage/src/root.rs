@@ -39,6 +39,19 @@ impl Root {
         Self::open_with(location, environment())
     }
 
+    /// [`open`](Self::open) of a storage that is only read: a local folder must exist.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open); there is no such folder.
+    pub fn open_existing(location: &str) -> Result<Self, Error> {
+        let local = location.strip_prefix("file://").unwrap_or(location);
+        if !local.contains("://") && !std::path::Path::new(local).is_dir() {
+            let problem = "there is no such folder".to_owned();
+            return Err(Error::BadUrl { url: location.to_owned(), problem });
+        }
+        Self::open(location)
+    }
+
     /// [`open`](Self::open) with other variables than the process's environment.
     ///
     /// # Errors

@@ -93,12 +93,6 @@ impl Member {
     pub fn leaving(&self) -> Option<&str> {
         self.leaving.as_deref()
     }
-
-    /// Whether it has loaded what the run reads.
-    #[must_use]
-    pub fn is_ready(&self) -> bool {
-        self.ready
-    }
 }
 
 /// All attached workers.

@@ -68,7 +68,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     }
     let (whole, damaged) = run.survey().await?;
     for error in &damaged {
-        tracing::error!(%error, "checkpoint is damaged: the one before it is used");
+        tracing::error!(%error, "checkpoint is damaged: it is not used");
     }
     if whole.is_empty() && !damaged.is_empty() {
         let problem = format!(

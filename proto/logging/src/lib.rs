@@ -5,7 +5,10 @@
 //! assert_eq!(potstill_logging::chain(&error), "loading: cannot read x: not found");
 //! ```
 
-use std::io::IsTerminal;
+use std::{
+    fmt::Display,
+    io::{ErrorKind, IsTerminal, Write},
+};
 
 use clap::ValueEnum;
 use tracing_subscriber::{
@@ -58,6 +61,15 @@ impl LogFormat {
                 log.json().flatten_event(true).try_init()
             }
         };
+    }
+}
+
+/// Writes a line to standard output. A reader that has gone away, as `head` does, ends the program as SIGPIPE would, without a
+/// panic.
+pub fn print(line: impl Display) {
+    if writeln!(std::io::stdout().lock(), "{line}").is_err_and(|error| error.kind() == ErrorKind::BrokenPipe)
+    {
+        std::process::exit(128 + 13);
     }
 }
 

@@ -16,6 +16,7 @@ use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_logging::print;
 use potstill_models::Denoiser;
 use potstill_proto::scores::Scores;
 use potstill_spec::{EvaluationSpec, ImageTreatment, PromptsSpec};
@@ -177,7 +178,7 @@ impl Record {
     fn print(&self) {
         let s = &self.scores;
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
-        println!("{}", self.subject);
+        print(format_args!("{}", self.subject));
         let clip_score = s.clip_score.map(|x| ("CLIP score", number(Some(x))));
         let quality = [
             ("FID", number(s.fid)),
@@ -192,7 +193,7 @@ impl Record {
             ("samples", s.samples.to_string()),
         ];
         for (name, value) in quality.into_iter().chain(clip_score).chain(others) {
-            println!("  {name:<22}{value:>10}");
+            print(format_args!("  {name:<22}{value:>10}"));
         }
     }
 }
@@ -382,7 +383,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let record =
         Record { subject: subject.name.clone(), scores, seed: arguments.seed, workers: arguments.workers };
     if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&record)?);
+        print(format_args!("{}", serde_json::to_string_pretty(&record)?));
     } else {
         record.print();
     }

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use potstill_logging::print;
 use potstill_models::{Denoiser, weights};
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
@@ -41,13 +42,13 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         None => std::fs::write(&out, student.to_safetensors()?)
             .with_context(|| format!("cannot write {}", out.display()))?,
     }
-    println!(
+    print(format_args!(
         "{} from {}: {} step(s), at {:?}",
         out.display(),
         student.origin,
         student.times.len(),
         student.times
-    );
+    ));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::{Context, bail};
 use clap::Args;
 use potstill_distill::{adam::STRETCH, state::Slice};
+use potstill_logging::print;
 use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
 use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
@@ -220,21 +221,21 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             "device_memory": arguments.device_memory,
             "fits": fits,
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print(format_args!("{}", serde_json::to_string_pretty(&report)?));
     } else {
         for (what, size) in plan.rows() {
-            println!("{what:<46} {:>10.2} GiB", gib(size));
+            print(format_args!("{what:<46} {:>10.2} GiB", gib(size)));
         }
-        println!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak()));
-        println!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed()));
+        print(format_args!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak())));
+        print(format_args!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed())));
         match fits {
-            true => println!("yes: it fits {:.1} GiB", gib(arguments.device_memory)),
-            false => println!(
+            true => print(format_args!("yes: it fits in {:.1} GiB", gib(arguments.device_memory))),
+            false => print(format_args!(
                 "no: {:.1} GiB are {:.1} GiB too little{}",
                 gib(arguments.device_memory),
                 gib(plan.needed() - arguments.device_memory),
                 advice(&spec, arguments.workers)
-            ),
+            )),
         }
     }
     Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -12,6 +12,7 @@ use potstill_distill::{
     generator,
     random::{Purpose, Stream},
 };
+use potstill_logging::print;
 use potstill_models::{Condition, Mode, weights};
 use potstill_spec::PromptsSpec;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -112,7 +113,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let noises = Tensor::stack(&all_noises, 0);
         write(&path, weights::archive(&[("noise", &noises)], &BTreeMap::new())?)?;
     }
-    println!("{} images from {origin} in {}", images.len(), out.display());
+    print(format_args!("{} images from {origin} in {}", images.len(), out.display()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -37,7 +37,7 @@ use crate::{
     evaluation::samples::{SampleSet, Sampler},
     model::Space,
 };
-use potstill_logging::LogFormat;
+use potstill_logging::{LogFormat, print};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -215,7 +215,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let picture = config.output.with_extension("png");
     std::fs::write(&picture, pictures::grid(&[images], 10)?)
         .with_context(|| format!("cannot write {}", picture.display()))?;
-    println!("{}", config.output.display());
+    print(format_args!("{}", config.output.display()));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -322,14 +322,14 @@ fn save(
     });
     if let Some(s) = scores {
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
-        println!(
+        print(format_args!(
             "FID {}, agreement {}, precision {}, recall {} on {} samples",
             number(s.fid),
             number(s.agreement),
             number(s.precision),
             number(s.recall),
             s.samples
-        );
+        ));
     }
     let text = serde_json::to_string_pretty(&record)? + "\n";
     write(&config.output.with_extension("json"), text.as_bytes())

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use potstill_logging::print;
 use potstill_server::client::Client;
 
 use super::run_name::{RunName, runtime};
@@ -11,6 +12,10 @@ pub fn cancel(run: &RunName) -> anyhow::Result<ExitCode> {
     let run = run.open()?;
     let reason = "potstill cancel".to_owned();
     runtime()?.block_on(async { Client::of(&run).await?.cancel(reason).await })?;
-    println!("run {} saves and stops; to resume it, start it with --run-id {} --resume", run.id(), run.id());
+    print(format_args!(
+        "run {} saves and stops; to resume it, start it with --run-id {} --resume",
+        run.id(),
+        run.id()
+    ));
     Ok(ExitCode::SUCCESS)
 }

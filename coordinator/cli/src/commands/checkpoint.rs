@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use potstill_logging::print;
 use potstill_server::client::Client;
 use potstill_storage::{Root, layout};
 
@@ -72,7 +73,7 @@ impl Checkpoint {
 fn save(run: &RunName) -> anyhow::Result<ExitCode> {
     let run = run.open()?;
     let iteration = runtime()?.block_on(async { Client::of(&run).await?.checkpoint().await })?;
-    println!("{}", run.describe(&layout::manifest_key(iteration)));
+    print(format_args!("{}", run.describe(&layout::manifest_key(iteration))));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -81,9 +82,9 @@ impl ListArguments {
         let run = self.run.open()?;
         let entries = runtime()?.block_on(checkpoints::list(&run, verify))?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&entries)?);
+            print(format_args!("{}", serde_json::to_string_pretty(&entries)?));
         } else {
-            println!("{}", checkpoints::table(&entries));
+            print(format_args!("{}", checkpoints::table(&entries)));
         }
         let damaged = entries.iter().any(|entry| entry.problem.is_some());
         Ok(if damaged { ExitCode::from(NOT_GOOD) } else { ExitCode::SUCCESS })
@@ -92,16 +93,16 @@ impl ListArguments {
 
 impl RestoreArguments {
     fn restore(self) -> anyhow::Result<ExitCode> {
-        let storage = Root::open(&self.run.storage).context("--storage")?;
+        let storage = Root::open_existing(&self.run.storage).context("--storage")?;
         let (from, to) =
             (storage.run(&self.run.run.parse()?), storage.run(&self.to.parse().context("--to")?));
         let restored = runtime()?.block_on(checkpoints::restore(&from, &to, self.iteration))?;
-        println!("{}", to.describe(&layout::manifest_key(restored)));
-        println!(
+        print(format_args!("{}", to.describe(&layout::manifest_key(restored))));
+        print(format_args!(
             "To continue, repeat the command that started {} with --run-id {} --resume",
             from.id(),
             to.id()
-        );
+        ));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -4,6 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use clap::Args;
+use potstill_logging::print;
 use potstill_storage::Root;
 
 use super::{
@@ -56,11 +57,11 @@ impl ReportArguments {
         let run = run.parse()?;
         let currency = self.currency;
         let price = self.price_per_device_hour.map(|per_device_hour| Price { per_device_hour, currency });
-        let storage = Root::open(&storage).context("--storage")?;
+        let storage = Root::open_existing(&storage).context("--storage")?;
         let request = report::Request { run, storage, out: self.out, price, thresholds: self.require };
         let reported = runtime()?.block_on(report::report(request))?;
         for place in reported.places {
-            println!("{place}");
+            print(format_args!("{place}"));
         }
         let missed: Vec<_> = reported.judged.iter().filter(|judged| !judged.holds).collect();
         for judged in &missed {

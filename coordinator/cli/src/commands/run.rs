@@ -28,10 +28,10 @@ Exit codes:
   1    it failed, or was stopped before it had a checkpoint
   2    the command line or the configuration is not acceptable; nothing was started
   75   it was asked to stop and there is a checkpoint: --resume continues from there
-  130  it was interrupted a second time, and ended at once
+  130  it was interrupted a second time, or while it started, and ended at once
 
-The first Ctrl-C, SIGTERM or SIGUSR1 makes the workers save and the run stop; the second, or the end of the grace period,
-ends it at once: the log says what was not saved, and the exit code is 75 if there is a checkpoint to resume from.
+The first Ctrl-C, SIGTERM or SIGUSR1 makes the workers save and the run stop; the second ends it at once. At the end of
+the grace period the log says what was not saved, and the exit code is 75 if there is a checkpoint to resume from, else 1.
 RUST_LOG sets the log level, as in RUST_LOG=debug.";
 
 #[derive(Debug, Args)]

@@ -19,7 +19,7 @@ impl RunName {
     /// # Errors
     /// The storage cannot be opened, or the name is not a valid run id.
     pub fn open(&self) -> anyhow::Result<Run> {
-        Ok(Root::open(&self.storage).context("--storage")?.run(&self.run.parse()?))
+        Ok(Root::open_existing(&self.storage).context("--storage")?.run(&self.run.parse()?))
     }
 }
 

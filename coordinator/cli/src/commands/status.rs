@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::run_name::{RunName, runtime};
 use crate::status;
+use potstill_logging::print;
 
 /// Arguments of `potstill status`.
 #[derive(Debug, Args)]
@@ -23,9 +24,9 @@ impl StatusArguments {
         let run = self.run.open()?;
         let status = runtime()?.block_on(status::of(&run))?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&status)?);
+            print(format_args!("{}", serde_json::to_string_pretty(&status)?));
         } else {
-            println!("{}", status.text());
+            print(format_args!("{}", status.text()));
         }
         Ok(ExitCode::SUCCESS)
     }

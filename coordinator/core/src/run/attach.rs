@@ -39,7 +39,7 @@ impl Core {
             return;
         }
         if let Some(old) = self.members.stream_of(&hello.worker) {
-            self.lost(old, "it came back on a new stream", actions);
+            self.lost(old, "it is replaced by its new connection", actions);
             actions.push(Action::Close { stream: old });
         }
         let (id, place) = (hello.worker.clone(), hello.place);

@@ -197,7 +197,7 @@ impl Core {
     ) {
         let reason = format!("checkpoint {manifest_key} is damaged: {error}");
         if self.ledger.mark_damaged(manifest_key) {
-            log(actions, format!("{reason}; the one before it is used"));
+            log(actions, format!("{reason}; it is not used"));
         }
         if let Some(member) = self.members.get_mut(stream) {
             member.hold(Cursor::default());

@@ -56,7 +56,7 @@ impl Core {
         self.start = Start { cursor: Cursor::boundary(finished), exact: false };
         self.steps.reopen(world_size, self.start);
         self.ledger.open(self.generation, world_size);
-        log(actions, format!("all ranks of {} are lost, which may be a mistake: {reason}", self.generation));
+        log(actions, format!("all ranks of {} seem lost but may be alive: {reason}", self.generation));
         self.stage = Stage::Reattaching(Reattaching {
             expected,
             here: BTreeMap::new(),
@@ -90,11 +90,7 @@ impl Core {
     pub(super) fn missing_ranks(&self, reattaching: &Reattaching) -> String {
         let (here, expected) = (reattaching.here.len(), reattaching.expected.len());
         let left = seconds(self.reattached_by(reattaching).0.saturating_sub(self.now.0));
-        let awaited = "the coordinator was replaced";
-        format!(
-            "{awaited}: {here} of the {expected} ranks of {} are back; {left:.1} s are left",
-            self.generation
-        )
+        format!("{here} of the {expected} ranks of {} are back; {left:.1} s are left", self.generation)
     }
 
     /// A worker came back with the place that the journal gave it.

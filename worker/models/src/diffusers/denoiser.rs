@@ -1,7 +1,5 @@
 //! The U-Net of a latent diffusion model as a denoiser.
 
-use std::collections::BTreeMap;
-
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +13,7 @@ use crate::{
     denoiser::{Condition, Denoiser, Mode},
     parameters::Parameters,
     process::ForwardProcess,
-    weights::{self, LoadError, Named, Stored},
+    weights::{self, LoadError, Named},
 };
 
 /// A text-conditional U-Net over latents, on the DDPM process of its schedule. Time is the timestep.
@@ -206,23 +204,5 @@ impl Denoiser for LatentDenoiser {
 
     fn config_json(&self) -> String {
         json!({ "unet": self.config, "scheduler": self.schedule }).to_string()
-    }
-}
-
-impl LatentDenoiser {
-    /// The inverse of [`Denoiser::to_safetensors`].
-    ///
-    /// # Errors
-    /// [`LoadError`].
-    pub fn from_config(
-        config: &str,
-        tensors: &BTreeMap<String, Tensor>,
-        device: Device,
-    ) -> Result<Self, LoadError> {
-        let config: serde_json::Value = serde_json::from_str(config).map_err(LoadError::ConfigSyntax)?;
-        let unet = UNetConfig::parse(&config["unet"].to_string())?;
-        let schedule = ScheduleConfig::parse(&config["scheduler"].to_string())?;
-        let stored = tensors.iter().map(|(name, t)| (name.clone(), Stored::Memory(t.shallow_clone())));
-        Self::from_tensors(unet, schedule, &stored.collect(), device)
     }
 }
