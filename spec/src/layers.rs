@@ -214,15 +214,19 @@ fn resolve<T: Layered>(table: &mut toml::Table, folder: &Path) {
 /// The value that unsets an optional key.
 const NONE: &str = "none";
 
-/// Removes keys that a layer has set to `none` and that are absent by default.
+/// Removes keys that a layer has set to `none` and that are absent by default. A section that is absent by default
+/// (`template` is null) says nothing of its keys: each of them is removed, and what it must have is then missing.
 fn unset(given: &mut toml::Table, template: &Value) {
-    given.retain(|key, value| match (value, template.get(key)) {
-        (toml::Value::String(text), Some(Value::Null)) => text != NONE,
-        (toml::Value::Table(inner), Some(template)) => {
-            unset(inner, template);
-            true
+    given.retain(|key, value| {
+        let template = if template.is_null() { Some(&Value::Null) } else { template.get(key) };
+        match (value, template) {
+            (toml::Value::String(text), Some(Value::Null)) => text != NONE,
+            (toml::Value::Table(inner), Some(template)) => {
+                unset(inner, template);
+                true
+            }
+            _ => true,
         }
-        _ => true,
     });
 }
 
@@ -303,6 +307,7 @@ mod tests {
     struct Outer {
         name: String,
         inner: Inner,
+        section: Option<Inner>,
     }
 
     #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -358,6 +363,10 @@ mod tests {
         let read = with(text, &["inner.clip=none", "inner.file=none"], &[]).unwrap();
         assert_eq!((read.inner.clip, read.inner.file, read.name.as_str()), (None, None, "none"));
         assert!(with("", &["inner.steps=none"], &[]).is_err(), "what has a default has no absence");
+        let text = "[section]\nclip = 1.0\nfile = 'f'\nsteps = 3";
+        let section = with(text, &["section.clip=none", "section.file=none"], &[]).unwrap().section.unwrap();
+        assert_eq!((section.clip, section.file, section.steps), (None, None, 3));
+        assert_eq!(with(text, &["section=none"], &[]).unwrap().section, None);
     }
 
     #[test]
