@@ -209,6 +209,8 @@ pub enum ToWorker {
         collective_timeout_millis: u64,
         /// How long to continue without a coordinator.
         patience_millis: u64,
+        /// The coordinator's name, which its storage holds too.
+        coordinator: String,
     },
     /// A place in a generation.
     Assignment(Assignment),
@@ -447,6 +449,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 heartbeat_millis,
                 collective_timeout_millis,
                 patience_millis,
+                coordinator,
             } => Kind::Welcome(wire::Welcome {
                 run_id,
                 specification,
@@ -454,6 +457,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 heartbeat_millis,
                 collective_timeout_millis,
                 patience_millis,
+                coordinator,
             }),
             ToWorker::Assignment(a) => Kind::Assignment(wire::Assignment {
                 generation: a.generation.0,
@@ -510,6 +514,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                 heartbeat_millis: m.heartbeat_millis,
                 collective_timeout_millis: m.collective_timeout_millis,
                 patience_millis: m.patience_millis,
+                coordinator: m.coordinator,
             },
             Kind::Assignment(m) => {
                 if m.rank >= m.world_size {

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use futures::TryStreamExt;
 use object_store::{Error as StoreError, ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -62,20 +63,30 @@ pub struct Shard {
     pub sha256: String,
 }
 
+/// A shard that was written.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Its entry for the manifest.
+    pub shard: Shard,
+    /// The store's own name for this content, where it states one.
+    pub e_tag: Option<String>,
+}
+
 impl Run {
     /// Writes a shard and returns its entry for the manifest. A large one is uploaded in parts; when that fails, the
     /// parts are removed.
     ///
     /// # Errors
     /// The store's error.
-    pub async fn write_shard(&self, key: &str, rank: u32, bytes: Bytes) -> Result<Shard, Error> {
+    pub async fn write_shard(&self, key: &str, rank: u32, bytes: Bytes) -> Result<Written, Error> {
         let sha256 = sha256(&bytes).await;
         let shard = Shard { rank, key: key.to_owned(), bytes: bytes.len() as u64, sha256 };
-        if bytes.len() <= PART {
-            self.put(key, bytes).await?;
-            return Ok(shard);
-        }
         let path = self.path(key);
+        if bytes.len() <= PART {
+            let put = || self.root().store().put(&path, bytes.clone().into());
+            let e_tag = self.ask("write", key, shard.bytes, put).await?.e_tag;
+            return Ok(Written { shard, e_tag });
+        }
         // Retried as a whole, because the parts of a failed attempt are removed.
         let upload = async || {
             let mut parts =
@@ -97,8 +108,44 @@ impl Run {
                 error => error,
             })
         };
-        self.ask("write", key, shard.bytes, upload).await?;
-        Ok(shard)
+        let e_tag = self.ask("write", key, shard.bytes, upload).await?.e_tag;
+        Ok(Written { shard, e_tag })
+    }
+
+    /// Checks that a shard is in the storage, as this process sees it, with the content that was written: its length, and
+    /// either the store's own name for the content (`e_tag`, from the answer to the write) or its SHA-256. In a local folder
+    /// that name says nothing about the content, so the file is read there.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when it is missing here, or is not what was written; otherwise the store's error.
+    pub async fn confirm_shard(&self, shard: &Shard, e_tag: Option<&str>) -> Result<(), Error> {
+        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
+        let path = self.path(&shard.key);
+        let found = match self.ask("look for", &shard.key, 0, || self.root().store().head(&path)).await {
+            Ok(found) => found,
+            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => {
+                return Err(damaged("it is missing".to_owned()));
+            }
+            Err(error) => return Err(error),
+        };
+        if found.size != shard.bytes {
+            return Err(damaged(format!("it has {} bytes; {} were written", found.size, shard.bytes)));
+        }
+        if self.root().folder().is_none() && e_tag.is_some() && found.e_tag.as_deref() == e_tag {
+            return Ok(());
+        }
+        let read = async || {
+            let mut pieces = self.root().store().get(&path).await?.into_stream();
+            let mut hasher = Sha256::new();
+            while let Some(piece) = pieces.try_next().await? {
+                hasher.update(&piece);
+            }
+            Ok(hexadecimal(&hasher.finalize()))
+        };
+        match self.ask("read", &shard.key, shard.bytes, read).await? {
+            found if found == shard.sha256 => Ok(()),
+            found => Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256))),
+        }
     }
 
     /// Reads a shard and checks its length and its checksum.
@@ -173,20 +220,20 @@ impl Run {
         })
     }
 
-    /// Whether a checkpoint is damaged: reads every byte of it.
+    /// What is wrong with a checkpoint, if something is: reads every byte of it, piece by piece.
     ///
     /// # Errors
     /// The store's error.
-    pub async fn is_damaged(&self, manifest_key: &str) -> Result<bool, Error> {
+    pub async fn damage(&self, manifest_key: &str) -> Result<Option<Error>, Error> {
         let read = async {
             for shard in &self.manifest(manifest_key).await?.shards {
-                self.read_shard(shard).await?;
+                self.confirm_shard(shard, None).await?;
             }
             Ok(())
         };
         match read.await {
-            Ok(()) => Ok(false),
-            Err(Error::Damaged { .. }) => Ok(true),
+            Ok(()) => Ok(None),
+            Err(error @ Error::Damaged { .. }) => Ok(Some(error)),
             Err(error) => Err(error),
         }
     }

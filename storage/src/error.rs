@@ -46,6 +46,14 @@ pub enum Error {
         /// Path or URL of the record.
         place: String,
     },
+    /// The newest record of the journal is gone.
+    #[error(
+        "{place}, which this coordinator has written, is gone: was the run's folder removed, or its file system unmounted?"
+    )]
+    Vanished {
+        /// Path or URL of the record.
+        place: String,
+    },
     /// The store overwrote an object that it was asked only to create.
     #[error(
         "the storage at {url} ignores conditional writes (If-None-Match: *): it overwrote an object that it was asked only \

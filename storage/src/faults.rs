@@ -254,7 +254,12 @@ mod tests {
     use object_store::memory::InMemory;
 
     use super::*;
-    use crate::{Error, Root, Run, checkpoint::Manifest, layout, retention::Policy};
+    use crate::{
+        Error, Root, Run,
+        checkpoint::{Manifest, Written},
+        layout,
+        retention::Policy,
+    };
 
     /// A run in a store that injects faults, and the same run without them.
     fn runs(rates: &str) -> (Run, Run) {
@@ -298,7 +303,7 @@ mod tests {
                 }
             }
             let key = layout::shard_key(4, "g1", 0, 1);
-            if let Ok(shard) = run.write_shard(&key, 0, bytes.clone()).await {
+            if let Ok(Written { shard, .. }) = run.write_shard(&key, 0, bytes.clone()).await {
                 match run.read_shard(&shard).await {
                     Ok(read) => assert_eq!(read, bytes),
                     Err(Error::Damaged { place, .. }) => assert!(place.contains("rank-000"), "{place}"),
@@ -320,7 +325,7 @@ mod tests {
             for iteration in [10, 20] {
                 let key = layout::shard_key(iteration, "g1", 0, 1);
                 match run.write_shard(&key, 0, bytes.clone()).await {
-                    Ok(shard) => {
+                    Ok(Written { shard, .. }) => {
                         written += 1;
                         assert!(truth.read_shard(&shard).await.unwrap() == bytes, "{seed}");
                         truth.commit(&Manifest::new(iteration, 1, vec![shard])).await.unwrap();

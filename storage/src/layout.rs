@@ -2,6 +2,9 @@
 
 /// The frozen specification.
 pub const SPECIFICATION: &str = "run.toml";
+/// The name of the coordinator that owns the run. It tells a worker that its storage is the coordinator's, and a
+/// coordinator that another one has taken over.
+pub const COORDINATOR: &str = "coordinator";
 /// The folder of the journal.
 pub const JOURNAL: &str = "journal";
 /// The folder of the checkpoints.
@@ -18,6 +21,24 @@ pub fn journal_key(sequence: u64) -> String {
 pub fn journal_sequence(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
     digits.parse().ok().filter(|&sequence| journal_key(sequence) == key)
+}
+
+/// The folder of the journal's segments.
+pub const SEGMENTS: &str = "journal-segments";
+/// Records in a segment.
+pub const SEGMENT: u64 = 1000;
+
+/// A segment: the records from `index`·[`SEGMENT`] on, one on each line.
+#[must_use]
+pub fn segment_key(index: u64) -> String {
+    format!("{SEGMENTS}/{index:012}.jsonl")
+}
+
+/// The index of a segment's key.
+#[must_use]
+pub fn segment_index(key: &str) -> Option<u64> {
+    let digits = key.strip_prefix(SEGMENTS)?.strip_prefix('/')?.strip_suffix(".jsonl")?;
+    digits.parse().ok().filter(|&index| segment_key(index) == key)
 }
 
 /// The manifest of a checkpoint.

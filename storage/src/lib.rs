@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/runs/<run>/run.toml                                                   the frozen specification
 //! <root>/runs/<run>/journal/<20 digits>.json                                   create-only records
+//! <root>/runs/<run>/journal-segments/<12 digits>.jsonl                         a thousand of them in one object
 //! <root>/runs/<run>/checkpoints/<12 digits>/<unique>/rank-003-of-008.safetensors
 //! <root>/runs/<run>/checkpoints/<12 digits>/manifest.json                      create-only: the commit
 //! ```
@@ -18,9 +19,10 @@
 //! let root = Root::open("memory:///")?;
 //! root.probe().await?;
 //! let run = root.run(&"demo".parse()?);
-//! let shard = run.write_shard(&layout::shard_key(20, "g1", 0, 1), 0, "state".into()).await?;
+//! let written = run.write_shard(&layout::shard_key(20, "g1", 0, 1), 0, "state".into()).await?;
 //! assert!(run.checkpoints().await?.is_empty(), "a shard alone is no checkpoint");
-//! run.commit(&Manifest::new(20, 1, vec![shard])).await?;
+//! run.confirm_shard(&written.shard, written.e_tag.as_deref()).await?;
+//! run.commit(&Manifest::new(20, 1, vec![written.shard])).await?;
 //! assert_eq!(run.checkpoints().await?.into_iter().collect::<Vec<_>>(), [20]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! # })?;
@@ -33,6 +35,7 @@ mod error;
 mod faults;
 pub mod journal;
 pub mod layout;
+mod patience;
 pub mod retention;
 mod root;
 mod run;

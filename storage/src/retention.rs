@@ -87,7 +87,36 @@ impl Run {
                 orphans += usize::from(!unneeded.contains(&iteration));
             }
         }
+        orphans += self.remove_parts(in_use, up_to).await;
         Ok(Swept { checkpoints: unneeded, orphans })
+    }
+
+    /// Removes what writers that died have left of files that they were writing into a local folder, which no listing shows:
+    /// `<file>#<n>`. Returns how many there were.
+    async fn remove_parts(&self, in_use: &BTreeSet<u64>, up_to: u64) -> usize {
+        let Some(root) = self.root().folder() else { return 0 };
+        let folder = root.join(self.path(layout::CHECKPOINTS).as_ref());
+        let in_use = in_use.clone();
+        let removal = tokio::task::spawn_blocking(move || {
+            let ended = |name: &str| {
+                name.parse().is_ok_and(|iteration: u64| iteration <= up_to && !in_use.contains(&iteration))
+            };
+            let below = |folder: &std::path::Path| {
+                std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+            };
+            let name = |path: &std::path::Path| path.file_name().and_then(|n| n.to_str()).map(str::to_owned);
+            let is_part = |path: &std::path::Path| {
+                let name = name(path);
+                let number = name.as_deref().and_then(|name| Some(name.rsplit_once('#')?.1));
+                number.is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
+            };
+            let iterations = below(&folder).filter(|path| name(path).is_some_and(|name| ended(&name)));
+            let attempts = iterations.flat_map(|iteration| below(&iteration).collect::<Vec<_>>());
+            let parts =
+                attempts.flat_map(|attempt| below(&attempt).collect::<Vec<_>>()).filter(|path| is_part(path));
+            parts.filter(|part| std::fs::remove_file(part).is_ok()).count()
+        });
+        removal.await.unwrap_or_default()
     }
 
     /// The objects of a committed checkpoint; `None` when its manifest cannot be read.

@@ -2,11 +2,13 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, path::Path};
+use object_store::{
+    Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, path::Path,
+};
 use url::Url;
 use uuid::Uuid;
 
-use crate::{Error, RunId, faults};
+use crate::{Error, RunId, faults, patience::asked};
 
 /// Environment variables with these prefixes configure the cloud stores, as with those stores' own tools.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
@@ -132,28 +134,37 @@ impl Root {
         &self.url
     }
 
-    /// Checks that the store can be written to and that it honors "create if absent".
+    /// Checks that the store can be written to and that it honors "create if absent". Errors that may pass are tried again,
+    /// as for every operation.
     ///
     /// # Errors
     /// [`Error::Store`] where it cannot be written, [`Error::NotConditional`] where it ignores the condition.
     pub async fn probe(&self) -> Result<(), Error> {
         let path = self.prefix.clone().join("runs").join(format!(".probe-{}", Uuid::new_v4()));
         let place = self.describe(&path);
-        let failed = |source| Error::Store { operation: "write to", place: place.clone(), source };
-        let create = || self.store.put_opts(&path, "probe".into(), PutMode::Create.into());
-        create().await.map_err(failed)?;
-        let again = create().await;
+        let create = || async {
+            match self.store.put_opts(&path, "probe".into(), PutMode::Create.into()).await {
+                Ok(_) => Ok(true),
+                Err(StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }) => Ok(false),
+                Err(error) => Err(error),
+            }
+        };
+        // No other process writes to this path: where the object exists already, the answer to an earlier attempt was lost.
+        asked("write to", 0, &place, create).await?;
+        let again = asked("write to", 0, &place, create).await;
         // The probe's object is removed in any case. One that cannot be removed does no harm.
         if let Err(error) = self.store.delete(&path).await {
             tracing::debug!(%place, %error, "the probe could not be removed");
         }
-        match again {
-            Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
-                Ok(())
-            }
-            Err(source) => Err(failed(source)),
-            Ok(_) => Err(Error::NotConditional { url: self.url.clone() }),
+        match again? {
+            false => Ok(()),
+            true => Err(Error::NotConditional { url: self.url.clone() }),
         }
+    }
+
+    /// The folder on this machine, where the store is local.
+    pub(crate) fn folder(&self) -> Option<&std::path::Path> {
+        self.folder.as_deref()
     }
 
     pub(crate) fn store(&self) -> &dyn ObjectStore {

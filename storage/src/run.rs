@@ -1,39 +1,12 @@
 //! One run's folder: plain reads and writes, and the create-only write for commits.
 
-use std::{future::Future, time::Duration};
+use std::future::Future;
 
-use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{Error as StoreError, ObjectStoreExt, PutMode, path::Path};
 
-use crate::{Error, Root, RunId, layout};
-
-/// Timeout of one operation. The store's own retries, which end after three minutes, fit into it.
-const PATIENCE: Duration = Duration::from_secs(300);
-/// How often an operation is repeated, beyond the store's own retries, and the pause before the first time; each pause
-/// is about twice the one before.
-const RETRIES: usize = 4;
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Added to the timeout for each MiB that the operation moves: a slower link counts as broken.
-const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
-
-/// Whether an operation with this error may succeed when it is repeated.
-fn may_pass(error: &StoreError) -> bool {
-    !matches!(
-        error,
-        StoreError::NotFound { .. }
-            | StoreError::AlreadyExists { .. }
-            | StoreError::Precondition { .. }
-            | StoreError::NotModified { .. }
-            | StoreError::InvalidPath { .. }
-            | StoreError::NotSupported { .. }
-            | StoreError::NotImplemented { .. }
-            | StoreError::PermissionDenied { .. }
-            | StoreError::Unauthenticated { .. }
-            | StoreError::UnknownConfigurationKey { .. }
-    )
-}
+use crate::{Error, Root, RunId, layout, patience::asked};
 
 /// A run's folder. Keys are relative to it.
 #[derive(Clone, Debug)]
@@ -73,26 +46,15 @@ impl Run {
         self.root.describe(&self.path(key))
     }
 
-    /// Runs a store operation that moves `bytes`, and repeats it where that may help, within [`PATIENCE`] and the time
-    /// that the bytes add to it.
+    /// [`asked`] about an object of this run.
     pub(crate) async fn ask<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         operation: &'static str,
         key: &str,
         bytes: u64,
-        asked: impl FnMut() -> F,
+        question: impl FnMut() -> F,
     ) -> Result<T, Error> {
-        let patience = PATIENCE + PATIENCE_PER_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
-        let again =
-            ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_times(RETRIES).with_jitter();
-        let asked = asked.retry(again).when(may_pass).notify(|error, pause| {
-            tracing::warn!(place = self.describe(key), %error, ?pause, "cannot {operation} it; trying again");
-        });
-        match tokio::time::timeout(patience, asked).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(source)) => Err(Error::Store { operation, place: self.describe(key), source }),
-            Err(_) => Err(Error::NoAnswer { operation, place: self.describe(key), patience }),
-        }
+        asked(operation, bytes, &self.describe(key), question).await
     }
 
     /// An object's content; `None` when there is none.
@@ -163,8 +125,20 @@ impl Run {
     /// # Errors
     /// The store's error.
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>, Error> {
-        let path = self.path(folder);
-        let listing = || self.root.store().list(Some(&path)).try_collect::<Vec<_>>();
+        self.list_after(folder, None).await
+    }
+
+    /// [`list`](Self::list) of the objects that come after a key, which need not exist.
+    pub(crate) async fn list_after(
+        &self,
+        folder: &str,
+        after: Option<&str>,
+    ) -> Result<Vec<(String, u64)>, Error> {
+        let (path, after) = (self.path(folder), after.map(|key| self.path(key)));
+        let listing = || match &after {
+            None => self.root.store().list(Some(&path)).try_collect::<Vec<_>>(),
+            Some(after) => self.root.store().list_with_offset(Some(&path), after).try_collect::<Vec<_>>(),
+        };
         let objects = self.ask("list", folder, 0, listing).await?;
         let strip = |path: &Path| {
             let parts = path.prefix_match(&self.folder)?;
@@ -174,6 +148,19 @@ impl Run {
             objects.iter().filter_map(|object| Some((strip(&object.location)?, object.size))).collect();
         keys.sort_unstable();
         Ok(keys)
+    }
+
+    /// Whether an object exists.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub(crate) async fn exists(&self, key: &str) -> Result<bool, Error> {
+        let path = self.path(key);
+        match self.ask("look for", key, 0, || self.root.store().head(&path)).await {
+            Ok(_) => Ok(true),
+            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Writes the run's specification, which is fixed from then on.

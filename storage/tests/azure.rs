@@ -179,7 +179,7 @@ async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
     let large: Bytes = (0..20_u32 << 20).map(|n| (n % 251) as u8).collect();
     for (iteration, bytes) in [(10, large.clone()), (20, "small".into()), (30, "small".into())] {
         let key = layout::shard_key(iteration, "g1", 0, 1);
-        let shard = run.write_shard(&key, 0, bytes).await.unwrap();
+        let shard = run.write_shard(&key, 0, bytes).await.unwrap().shard;
         run.commit(&Manifest::new(iteration, 1, vec![shard])).await.unwrap();
     }
     let (whole, damaged) = run.survey().await.unwrap();
@@ -192,7 +192,7 @@ async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
     assert!(error.to_string().contains(&format!("{place} is damaged")), "{error}");
 
     let orphan = layout::shard_key(15, "g1", 0, 2);
-    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
+    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap().shard;
     let policy = Policy { keep_last: Some(1), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });

@@ -11,7 +11,7 @@ use common::{Fault, Faulty, files_below, root_at, run, run_in, run_in_memory};
 use object_store::{ObjectStore, local::LocalFileSystem, memory::InMemory};
 use potstill_storage::{
     Error, Root, Run,
-    checkpoint::{Manifest, Shard},
+    checkpoint::{Manifest, Shard, Written},
     layout,
 };
 use proptest::prelude::*;
@@ -30,7 +30,7 @@ fn content(length: usize) -> Bytes {
 
 async fn write(run: &Run, iteration: u64, rank: u32, bytes: Bytes) -> Shard {
     let key = layout::shard_key(iteration, "g1", rank, 2);
-    run.write_shard(&key, rank, bytes).await.unwrap()
+    run.write_shard(&key, rank, bytes).await.unwrap().shard
 }
 
 fn assert_damaged(error: &Error, at: &str, how: &str) {
@@ -64,10 +64,32 @@ async fn a_checkpoint_comes_back_as_written() {
 
 #[tokio::test]
 async fn a_shard_is_recorded_with_its_length_and_checksum() {
-    let shard = run_in_memory().write_shard("a", 7, "abc".into()).await.unwrap();
+    let shard = run_in_memory().write_shard("a", 7, "abc".into()).await.unwrap().shard;
     assert_eq!((shard.rank, shard.key.as_str(), shard.bytes), (7, "a", 3));
     // The example of FIPS 180-2.
     assert_eq!(shard.sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+}
+
+#[tokio::test]
+async fn a_shard_is_confirmed_by_what_is_in_the_storage() {
+    let folder = tempfile::tempdir().unwrap();
+    for run in [run_in_memory(), common::run(&common::root_at(folder.path()))] {
+        let Written { shard, e_tag } = run.write_shard("checkpoints/a", 0, "abc".into()).await.unwrap();
+        run.confirm_shard(&shard, e_tag.as_deref()).await.unwrap();
+        run.confirm_shard(&shard, None).await.unwrap();
+        // Another name of the content says nothing: the content is read.
+        run.confirm_shard(&shard, Some("another")).await.unwrap();
+
+        let refused = async |shard: &Shard| match run.confirm_shard(shard, e_tag.as_deref()).await {
+            Err(Error::Damaged { problem, .. }) => problem,
+            other => panic!("{other:?}"),
+        };
+        let elsewhere = Shard { key: "checkpoints/b".into(), ..shard.clone() };
+        assert_eq!(refused(&elsewhere).await, "it is missing");
+        assert!(refused(&Shard { bytes: 4, ..shard.clone() }).await.starts_with("it has 3 bytes"));
+        run.put("checkpoints/a", "abd".into()).await.unwrap();
+        assert!(refused(&shard).await.starts_with("its SHA-256 is"));
+    }
 }
 
 #[tokio::test]
@@ -177,7 +199,7 @@ async fn a_checkpoint_of_another_version_is_refused_by_what_wrote_it() {
         run.manifest(&key).await.unwrap_err(),
         run.resumable_manifest(&key).await.unwrap_err(),
         run.survey().await.unwrap_err(),
-        run.is_damaged(&key).await.unwrap_err(),
+        run.damage(&key).await.unwrap_err(),
     ] {
         assert!(
             matches!(error, Error::Format { found: 3, .. }) && error.to_string().contains("newer"),
@@ -240,7 +262,7 @@ proptest! {
     ) {
         tokio::runtime::Runtime::new().unwrap().block_on(async {
             let run = run_in_memory();
-            let shard = run.write_shard("a", 0, bytes.clone().into()).await.unwrap();
+            let shard = run.write_shard("a", 0, bytes.clone().into()).await.unwrap().shard;
             assert_eq!(run.read_shard(&shard).await.unwrap(), bytes);
             let mut flipped = bytes.clone();
             flipped[at.index(bytes.len())] ^= 1 << bit;

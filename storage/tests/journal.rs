@@ -9,7 +9,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use common::{Fault, Faulty, root_at, run, run_in, run_in_memory};
 use object_store::{ObjectStoreExt, memory::InMemory, path::Path};
-use potstill_storage::{Error, Run, journal::Journal, layout};
+use potstill_storage::{
+    Error, Run,
+    journal::{Journal, Seen},
+    layout,
+};
 use proptest::prelude::*;
 
 async fn records(run: &Run) -> Vec<Bytes> {
@@ -94,6 +98,67 @@ async fn other_objects_in_its_folder_are_no_records() {
     assert!(before.is_empty());
     journal.append("0".into()).await.unwrap();
     assert_eq!(records(&run).await, ["0"]);
+}
+
+/// Appends records up to `count`, with the segments that come due.
+async fn append_up_to(journal: &mut Journal, from: u64, count: u64) {
+    for record in from..count {
+        journal.append(record.to_string().into()).await.unwrap();
+        if let Some(segment) = journal.segment() {
+            segment.await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_long_journal_is_read_from_segments_and_still_fences() {
+    let store = Arc::new(InMemory::new());
+    let run = run_in(store.clone());
+    let (mut old, _) = Journal::open(&run).await.unwrap();
+    append_up_to(&mut old, 0, 2 * layout::SEGMENT - 1).await;
+    let (mut new, before) = Journal::open(&run).await.unwrap();
+    let expected = |count: u64| (0..count).map(|record| record.to_string()).collect::<Vec<_>>();
+    assert_eq!(before, expected(2 * layout::SEGMENT - 1));
+    append_up_to(&mut new, 2 * layout::SEGMENT - 1, 2 * layout::SEGMENT + 7).await;
+    assert!(run.get(&layout::segment_key(1)).await.unwrap().is_some());
+    assert_eq!(records(&run).await, expected(2 * layout::SEGMENT + 7));
+    // The records stay beside their segments: without them the old coordinator could write one again.
+    assert!(matches!(old.append("x".into()).await, Err(Error::Fenced { .. })));
+
+    // A journal from before there were segments, or with one that cannot be used.
+    for unusable in [None, Some("cut")] {
+        let key = layout::segment_key(0);
+        store.delete(&Path::from(format!("runs/one/{key}"))).await.unwrap();
+        if let Some(content) = unusable {
+            run.put(&key, content.into()).await.unwrap();
+        }
+        let (mut journal, found) = Journal::open(&run).await.unwrap();
+        assert_eq!(found, expected(2 * layout::SEGMENT + 7));
+        assert!(journal.segment().is_some(), "the coordinator that continues the run writes it");
+    }
+}
+
+#[tokio::test]
+async fn a_folder_that_vanishes_is_noticed_and_nothing_is_written_into_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = run(&root_at(folder.path()));
+    let (mut journal, _) = Journal::open(&run).await.unwrap();
+    journal.append("0".into()).await.unwrap();
+    let there = folder.path().join("runs/one");
+    let away = folder.path().join("away");
+    std::fs::rename(&there, &away).unwrap();
+    let newest = run.describe(&layout::journal_key(0));
+    assert_eq!(journal.watch().await, Seen::Gone(0));
+    for error in [journal.watched(Seen::Gone(0)).unwrap_err(), journal.append("1".into()).await.unwrap_err()]
+    {
+        assert!(matches!(&error, Error::Vanished { place } if *place == newest), "{error}");
+    }
+    assert!(!there.exists());
+    // As when a file system is mounted again.
+    std::fs::rename(&away, &there).unwrap();
+    assert_eq!(journal.watch().await, Seen::Nothing);
+    journal.append("1".into()).await.unwrap();
+    assert_eq!(records(&run).await, ["0", "1"]);
 }
 
 proptest! {

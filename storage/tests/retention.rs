@@ -31,7 +31,7 @@ async fn attempt(
     rank: u32,
 ) -> potstill_storage::checkpoint::Shard {
     let key = layout::shard_key(iteration, &format!("g{generation}"), rank, 2);
-    run.write_shard(&key, rank, format!("{iteration} {generation} {rank}").into()).await.unwrap()
+    run.write_shard(&key, rank, format!("{iteration} {generation} {rank}").into()).await.unwrap().shard
 }
 
 #[tokio::test]
@@ -129,4 +129,25 @@ async fn a_checkpoint_is_copied_whole_or_not_at_all() {
         "{error}"
     );
     assert_eq!(to.checkpoints().await.unwrap(), [10]);
+}
+
+#[tokio::test]
+async fn what_a_writer_that_died_left_of_a_file_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = common::run(&root_at(folder.path()));
+    commit(&run, 20, 1).await;
+    commit(&run, 40, 1).await;
+    // As the local store names the files that it writes before it moves them to their place.
+    let part = |iteration: u64, name: &str| {
+        let key = layout::shard_key(iteration, "g2", 0, 2);
+        let path = folder.path().join("runs/one").join(key).with_file_name(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "half").unwrap();
+        path
+    };
+    let [old, live] = [20, 60].map(|iteration| part(iteration, "rank-000.safetensors#1"));
+    let policy = Policy { keep_last: Some(5), keep_every: None };
+    let swept = run.sweep(policy, &BTreeSet::new(), 40).await.unwrap();
+    assert_eq!((swept.checkpoints.len(), swept.orphans), (0, 1));
+    assert_eq!((old.exists(), live.exists()), (false, true));
 }

@@ -31,6 +31,14 @@ async fn a_store_that_ignores_the_condition_is_refused() {
 }
 
 #[tokio::test]
+async fn a_probe_whose_answers_are_lost_passes() {
+    for fault in [Fault::AnswerLost, Fault::WriteRepeated] {
+        let store = Arc::new(InMemory::new());
+        Root::in_store(Faulty::new(store, fault), "s3://bucket").probe().await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_store_that_cannot_be_written_is_refused() {
     for fault in [Fault::WriteFails, Fault::BucketGone] {
         let store = Faulty::new(Arc::new(InMemory::new()), fault);

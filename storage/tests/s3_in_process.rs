@@ -34,7 +34,7 @@ async fn commit(run: &Run, iteration: u64, lengths: &[usize]) -> Manifest {
     let world_size = lengths.len() as u32;
     let shards = lengths.iter().zip(0..).map(async |(length, rank)| {
         let key = layout::shard_key(iteration, "g1", rank, world_size);
-        run.write_shard(&key, rank, content(*length)).await.unwrap()
+        run.write_shard(&key, rank, content(*length)).await.unwrap().shard
     });
     let manifest = Manifest::new(iteration, 1, join_all(shards).await);
     run.commit(&manifest).await.unwrap();
@@ -111,7 +111,7 @@ async fn a_checkpoint_in_parts_comes_back_whole_and_damage_is_named() {
     for (shard, length) in manifest.shards.iter().zip(lengths) {
         assert!(run.read_shard(shard).await.unwrap() == content(length));
     }
-    assert!(!run.is_damaged(&key).await.unwrap());
+    assert!(run.damage(&key).await.unwrap().is_none());
     let error = run.commit(&Manifest::new(20, 2, Vec::new())).await.unwrap_err();
     assert!(matches!(error, Error::AlreadyExists { .. }), "{error}");
 
@@ -120,7 +120,7 @@ async fn a_checkpoint_in_parts_comes_back_whole_and_damage_is_named() {
     let place = run.describe(&manifest.shards[0].key);
     assert_eq!(place, format!("s3://bucket/some/where/runs/one/{}", manifest.shards[0].key));
     assert!(error.to_string().contains(&format!("{place} is damaged: its SHA-256")), "{error}");
-    assert!(run.is_damaged(&key).await.unwrap());
+    assert!(run.damage(&key).await.unwrap().is_some());
 
     server.alter("rank-001-of-004.safetensors", |bytes| bytes.truncate(100));
     let (whole, damaged) = run.survey().await.unwrap();
@@ -136,7 +136,7 @@ async fn old_checkpoints_and_orphans_go() {
         commit(&run, iteration, &[10, 20, 30]).await;
     }
     let orphan = layout::shard_key(35, "g1", 0, 2);
-    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
+    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap().shard;
     assert_eq!(run.checkpoints().await.unwrap(), [10, 20, 30, 40, 50]);
     let policy = Policy { keep_last: Some(2), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 50).await.unwrap();
@@ -163,7 +163,7 @@ async fn a_write_that_landed_is_our_own_though_its_answer_is_lost() {
         // A write whose last answer is lost is repeated, in parts as well as at once.
         server.lose_an_answer(how);
         let key = layout::shard_key(n as u64, "g1", 0, 1);
-        let shard = run.write_shard(&key, 0, content(20 * MIB)).await.unwrap();
+        let shard = run.write_shard(&key, 0, content(20 * MIB)).await.unwrap().shard;
         assert_eq!(server.answers_lost(), 2 * n + 2, "{how:?}");
         assert!(run.read_shard(&shard).await.unwrap() == content(20 * MIB));
         assert_eq!(server.open_uploads(), 0);

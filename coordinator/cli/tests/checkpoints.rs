@@ -23,7 +23,7 @@ fn storage() -> tempfile::TempDir {
             for rank in 0..2 {
                 let key = shard_key(iteration, "g1", rank, 2);
                 let bytes = Bytes::from(vec![rank as u8; 1 << 20]);
-                shards.push(run.write_shard(&key, rank, bytes).await.unwrap());
+                shards.push(run.write_shard(&key, rank, bytes).await.unwrap().shard);
             }
             run.commit(&Manifest::new(iteration, 1, shards)).await.unwrap();
         }

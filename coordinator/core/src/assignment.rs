@@ -41,7 +41,16 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
         .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
         .collect();
     candidates.sort();
-    candidates.truncate(max_workers as usize);
+    // One that holds the furthest state is always among them.
+    let most = max_workers as usize;
+    if let Some(furthest) = candidates.iter().map(|candidate| candidate.1.0).max().flatten()
+        && let Some(first) = candidates.iter().position(|candidate| candidate.1.0 == Some(furthest))
+        && first >= most
+    {
+        let holder = candidates.remove(first);
+        candidates.insert(most.saturating_sub(1), holder);
+    }
+    candidates.truncate(most);
 
     let saved = newest.map_or(Cursor::default(), |c| Cursor::boundary(c.iteration));
     // The lowest of the ranks that are furthest.
@@ -105,7 +114,7 @@ mod tests {
     fn members(of: &[(&str, Option<u32>, Option<u64>)]) -> Members {
         let mut members = Members::new(Timeouts::new(Duration::from_secs(10), Duration::from_secs(300)));
         for (n, (id, rank, held)) in (0..).zip(of) {
-            members.attach(Tick(0), StreamId(n), hello(id));
+            members.attach(Tick(0), StreamId(n), hello(id), None);
             members.set_ready(StreamId(n));
             let member = members.get_mut(StreamId(n)).unwrap();
             member.place = rank.map(|rank| Place { generation: Generation(1), rank });
@@ -133,6 +142,16 @@ mod tests {
         ]);
         assert_eq!(names(&members, &plan(&members, 5, None)), ["z", "y", "b", "c", "d"]);
         assert_eq!(names(&members, &plan(&members, 3, None)), ["z", "y", "b"]);
+    }
+
+    #[test]
+    fn one_that_holds_the_furthest_state_always_has_a_place() {
+        let members = members(&[("a", Some(0), Some(1)), ("b", Some(1), None), ("c", None, Some(5))]);
+        let plan = plan(&members, 2, None);
+        assert_eq!(
+            (names(&members, &plan), plan.source),
+            (vec!["a".into(), "c".into()], Source::Peer { rank: 1 })
+        );
     }
 
     #[test]

@@ -112,9 +112,10 @@ impl Ledger {
     /// The manifest of `iteration` could not be written. Returns a checkpoint to commit when another generation has
     /// meanwhile completed the same iteration.
     pub fn commit_failed(&mut self, iteration: u64, reason: String) -> Option<Checkpoint> {
-        self.committing.remove(&iteration)?;
+        let failed = self.committing.remove(&iteration)?;
         let again = self.complete(iteration);
-        if again.is_none() {
+        // What an earlier generation could not commit says nothing about this one.
+        if again.is_none() && failed.generation == self.generation {
             self.failed.insert(iteration, reason);
         }
         again
@@ -139,6 +140,12 @@ impl Ledger {
         self.committed.len() < before
     }
 
+    /// Whether there is a checkpoint with this manifest.
+    #[must_use]
+    pub fn knows(&self, manifest_key: &str) -> bool {
+        self.committed.iter().any(|checkpoint| checkpoint.manifest_key == manifest_key)
+    }
+
     /// Whether a checkpoint of `iteration` or later exists.
     #[must_use]
     pub fn has(&self, iteration: u64) -> bool {
@@ -149,6 +156,12 @@ impl Ledger {
     #[must_use]
     pub fn is_committing(&self, iteration: u64) -> bool {
         self.committing.contains_key(&iteration)
+    }
+
+    /// The checkpoint of `iteration` whose manifest is being written.
+    #[must_use]
+    pub fn committing_of(&self, iteration: u64) -> Option<&Checkpoint> {
+        self.committing.get(&iteration)
     }
 
     /// The checkpoints whose manifests are being written, oldest first.

@@ -29,6 +29,7 @@
 //!     history: vec![],
 //!     checkpoints: vec![],
 //!     ranks_may_live: false,
+//!     from_teacher: false,
 //! });
 //! let mut actions = Vec::new();
 //! core.step(Tick(0), Event::Started, &mut actions);
@@ -81,6 +82,15 @@ pub struct StreamId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u64);
 
+/// Why a checkpoint was not committed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Uncommitted {
+    /// The error.
+    pub reason: String,
+    /// Ranks that reported a shard which is not in the storage, as the coordinator sees it.
+    pub unseen: BTreeSet<u32>,
+}
+
 /// An input of the state machine.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -114,7 +124,14 @@ pub enum Event {
         /// The checkpoint's iteration.
         iteration: u64,
         /// The manifest's key below the run's folder, or why there is no manifest.
-        result: Result<String, String>,
+        result: Result<String, Uncommitted>,
+    },
+    /// The answer to [`Action::Verify`].
+    Verified {
+        /// The manifest's key.
+        manifest_key: String,
+        /// What is wrong with the checkpoint, if something is; or why it could not be read.
+        result: Result<Option<String>, String>,
     },
     /// A client asked for a checkpoint; the answer is [`Action::Answer`].
     CheckpointRequested {
@@ -161,8 +178,13 @@ pub enum Action {
     },
     /// Append to the journal. No later action may be executed before the record is durable.
     Persist(Record),
-    /// Write a checkpoint's manifest; the answer comes as [`Event::CommitAnswered`].
+    /// Check that a checkpoint's shards exist, and write its manifest; the answer comes as [`Event::CommitAnswered`].
     Commit(Checkpoint),
+    /// Read a checkpoint whole, to find out whether it is damaged; the answer comes as [`Event::Verified`].
+    Verify {
+        /// Its manifest's key below the run's folder.
+        manifest_key: String,
+    },
     /// Remove the checkpoints that retention does not keep, and objects that belong to no checkpoint.
     Retain {
         /// Iterations of the checkpoints that are being read or committed.

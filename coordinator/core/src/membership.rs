@@ -52,6 +52,10 @@ pub struct Member {
     pub liveness: Liveness,
     /// Its newest place. Kept when that generation is over, so that ranks stay stable.
     pub place: Option<Place>,
+    /// Whether it has completed an iteration with its peers, as far as this coordinator knows.
+    pub proven: bool,
+    /// Generations in a row that failed with it before they completed an iteration, while others had proven themselves.
+    pub fruitless: u32,
     /// Whether it is known to have taken over the state of its place completely. Until then the cursors of its
     /// heartbeats do not count.
     pub loaded: bool,
@@ -59,6 +63,8 @@ pub struct Member {
     ready: bool,
     /// Why it leaves, once it has announced that.
     leaving: Option<String>,
+    /// Until when it gets no place.
+    barred: Option<Tick>,
     heard: Tick,
     deadline: Tick,
 }
@@ -85,7 +91,7 @@ impl Member {
 
     /// Whether it can be given a place.
     fn is_eligible(&self) -> bool {
-        self.ready && self.leaving.is_none()
+        self.ready && self.leaving.is_none() && self.barred.is_none()
     }
 
     /// Why it leaves, once it has announced that.
@@ -105,6 +111,8 @@ pub struct Members {
     eligible: BTreeSet<StreamId>,
     /// When each member's liveness changes next, soonest first.
     deadlines: BTreeSet<(Tick, StreamId)>,
+    /// Those that get no place, and until when, soonest first.
+    barred: BTreeSet<(Tick, StreamId)>,
 }
 
 impl Members {
@@ -117,15 +125,16 @@ impl Members {
             by_id: BTreeMap::new(),
             eligible: BTreeSet::new(),
             deadlines: BTreeSet::new(),
+            barred: BTreeSet::new(),
         }
     }
 
-    /// Adds a worker.
-    pub fn attach(&mut self, now: Tick, stream: StreamId, hello: Hello) -> &Member {
+    /// Adds a worker. `place` is its place in an earlier generation, where that is known to be its own.
+    pub fn attach(&mut self, now: Tick, stream: StreamId, hello: Hello, place: Option<Place>) -> &Member {
         let deadline = now.after(self.timeouts.unknown_millis);
         self.deadlines.insert((deadline, stream));
         self.by_id.insert(hello.worker.clone(), stream);
-        let (held, place) = (hello.held, hello.place);
+        let held = hello.held;
         let mut member = Member {
             hello,
             held: None,
@@ -136,9 +145,12 @@ impl Members {
             waiting: false,
             liveness: Liveness::Alive,
             place,
+            proven: false,
+            fruitless: 0,
             loaded: held.is_some(),
             ready: false,
             leaving: None,
+            barred: None,
             heard: now,
             deadline,
         };
@@ -167,6 +179,35 @@ impl Members {
         }
     }
 
+    /// A worker gets no place until a moment.
+    pub fn bar(&mut self, stream: StreamId, until: Tick) {
+        if let Some(member) = self.by_stream.get_mut(&stream) {
+            if let Some(before) = member.barred.replace(until) {
+                self.barred.remove(&(before, stream));
+            }
+            self.barred.insert((until, stream));
+            self.eligible.remove(&stream);
+        }
+    }
+
+    /// The next worker whose bar is over, if there is one; it can be given a place again.
+    pub fn released(&mut self, now: Tick) -> Option<StreamId> {
+        let &(_, stream) = self.barred.first().filter(|(until, _)| *until <= now)?;
+        self.release(stream);
+        Some(stream)
+    }
+
+    /// A worker that was barred can be given a place again.
+    pub fn release(&mut self, stream: StreamId) {
+        let Some(member) = self.by_stream.get_mut(&stream) else { return };
+        if let Some(until) = member.barred.take() {
+            self.barred.remove(&(until, stream));
+            if member.is_eligible() {
+                self.eligible.insert(stream);
+            }
+        }
+    }
+
     /// A worker has announced that it leaves.
     pub fn set_leaving(&mut self, stream: StreamId, reason: String) {
         if let Some(member) = self.by_stream.get_mut(&stream) {
@@ -181,6 +222,9 @@ impl Members {
         self.by_id.remove(member.id());
         self.eligible.remove(&stream);
         self.deadlines.remove(&(member.deadline, stream));
+        if let Some(until) = member.barred {
+            self.barred.remove(&(until, stream));
+        }
         Some(member)
     }
 
@@ -196,10 +240,10 @@ impl Members {
         Some((stream, Silence { millis: now.0 - member.heard.0, dead: lease <= now }))
     }
 
-    /// When the liveness of a worker changes next.
+    /// When the liveness of a worker changes next, or one can be given a place again.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Tick> {
-        self.deadlines.first().map(|(deadline, _)| *deadline)
+        [&self.deadlines, &self.barred].into_iter().filter_map(|due| due.first()).map(|(at, _)| *at).min()
     }
 
     /// The stream of a worker.
@@ -251,7 +295,7 @@ mod tests {
     fn silence_makes_unknown_then_dead_and_a_word_makes_alive_again() {
         let mut members = members();
         let stream = StreamId(1);
-        members.attach(Tick(0), stream, hello("a"));
+        members.attach(Tick(0), stream, hello("a"), None);
         assert_eq!(members.next_deadline(), Some(Tick(1000)));
         assert_eq!(members.expired(Tick(999)), None);
         assert_eq!(members.get(stream).unwrap().liveness, Liveness::Alive);
@@ -269,7 +313,7 @@ mod tests {
     fn all_who_are_due_at_once_are_found() {
         let mut members = members();
         for n in 0..5 {
-            members.attach(Tick(n), StreamId(n), hello(&format!("w{n}")));
+            members.attach(Tick(n), StreamId(n), hello(&format!("w{n}")), None);
         }
         let mut dead = Vec::new();
         while let Some((stream, silence)) = members.expired(Tick(10_000)) {

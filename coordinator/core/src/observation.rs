@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Observation {
     /// A coordinator started to run this run.
     Started {
+        /// Its name.
+        coordinator: String,
         /// Iterations that earlier coordinators' generations computed again.
         repeated: u64,
         /// Address at which workers and clients reach it.

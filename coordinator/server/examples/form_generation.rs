@@ -66,6 +66,7 @@ async fn measure(count: usize) {
         run_id: RUN.parse().unwrap(),
         storage: Root::open("memory://").unwrap(),
         resume: Resume::Never,
+        from_teacher: false,
         ranks_may_live: true,
     })
     .await

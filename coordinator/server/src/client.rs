@@ -53,7 +53,7 @@ impl Client {
             .connect_timeout(patience);
         let channel =
             endpoint.connect().await.with_context(|| format!("no coordinator answers at {address}"))?;
-        let coordinator = CoordinatorClient::new(channel).max_decoding_message_size(MAX_STATUS_BYTES);
+        let coordinator = CoordinatorClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         Ok(Self { coordinator, address: address.to_owned() })
     }
 
@@ -71,14 +71,37 @@ impl Client {
         Self::connect(address, CONNECT).await
     }
 
-    /// The run's status.
+    /// The run's status, with all members.
     ///
     /// # Errors
     /// The coordinator does not answer in time.
     pub async fn status(&mut self) -> anyhow::Result<wire::StatusReply> {
-        let asked = tokio::time::timeout(STATUS, self.coordinator.status(wire::StatusRequest {})).await;
-        let reply = asked.with_context(|| format!("the coordinator at {} does not answer", self.address))?;
-        Ok(reply.map_err(|status| self.refused(&status))?.into_inner())
+        let mut whole: Option<wire::StatusReply> = None;
+        loop {
+            let known = whole.as_ref().map_or(0, |status| status.members.len());
+            let request = wire::StatusRequest { first_member: u32::try_from(known)? };
+            let asked = tokio::time::timeout(STATUS, self.coordinator.status(request)).await;
+            let reply =
+                asked.with_context(|| format!("the coordinator at {} does not answer", self.address))?;
+            let mut page = reply.map_err(|status| self.refused(&status))?.into_inner();
+            let ends = page.members.is_empty();
+            if let Some(before) = whole {
+                page.members.splice(0..0, before.members);
+            }
+            // Workers may come and go between two pages: the list is then not exact.
+            if ends || page.members.len() >= page.member_count as usize {
+                return Ok(page);
+            }
+            whole = Some(page);
+        }
+    }
+
+    /// The run's status, with some of its members.
+    ///
+    /// # Errors
+    /// What the coordinator answers instead.
+    pub async fn summary(&mut self) -> Result<wire::StatusReply, tonic::Status> {
+        Ok(self.coordinator.status(wire::StatusRequest { first_member: 0 }).await?.into_inner())
     }
 
     /// Asks for a checkpoint, and waits until it is committed. Returns its iteration.
@@ -103,6 +126,3 @@ impl Client {
         anyhow::anyhow!("the coordinator at {}: {}", self.address, status.message())
     }
 }
-
-/// The status of ten thousand members is larger than any message between coordinator and workers.
-const MAX_STATUS_BYTES: usize = 64 * MAX_MESSAGE_BYTES;

@@ -12,13 +12,14 @@ mod opening;
 mod options;
 mod service;
 mod shell;
+mod storing;
 
 use std::{net::SocketAddr, time::Duration};
 
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{MAX_MESSAGE_BYTES, status::state_name, wire::coordinator_server::CoordinatorServer};
 use tokio::{
-    net::TcpListener,
+    net::TcpSocket,
     sync::{
         mpsc::{self, UnboundedReceiver, UnboundedSender},
         oneshot, watch,
@@ -39,6 +40,8 @@ pub use self::{
 
 /// Events that may wait for the shell; beyond it, streams are read more slowly.
 const INBOX: usize = 4096;
+/// Connections that may wait to be accepted: as many as a large run's workers open at once.
+const BACKLOG: u32 = 4096;
 /// How long workers have to receive their last message when a run ends.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -59,11 +62,18 @@ pub struct Running {
 /// # Errors
 /// See [`StartError`]. No task is left running, and a run that existed is unchanged.
 pub async fn start(options: Options) -> Result<Running, StartError> {
-    // The address first: it fails most cheaply, and no run is created then.
+    // The address first: it fails most cheaply, and no run is created then. Connections are refused until the run is open,
+    // which can take long: what tries to connect learns that there is no coordinator yet.
     let address = options.listen;
     let bind = |source| StartError::Listen { address, source };
-    let listener = TcpListener::bind(address).await.map_err(bind)?;
-    let listening = listener.local_addr().map_err(bind)?;
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    };
+    let socket = socket.map_err(bind)?;
+    socket.set_reuseaddr(true).map_err(bind)?;
+    socket.bind(address).map_err(bind)?;
+    let listening = socket.local_addr().map_err(bind)?;
 
     let timeouts = opening::terms(&options.spec).timeouts;
     let opened = opening::open(options, &address::advertised(listening)).await?;
@@ -77,6 +87,7 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let (farewell, over) = oneshot::channel::<()>();
     let mut shell = Shell::new(opened, clock.clone(), observe);
     shell.start().await?;
+    let listener = socket.listen(BACKLOG).map_err(bind)?;
 
     let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -127,7 +138,7 @@ impl Running {
     /// How far the run is and what is saved, as text.
     pub async fn unfinished(&self) -> String {
         let (reply, answer) = oneshot::channel();
-        let _ = self.control.send(Input::Status(reply));
+        let _ = self.control.send(Input::Status { first_member: 0, reply });
         match answer.await {
             Ok(status) => {
                 let saved = match status.committed_iteration {

@@ -14,6 +14,7 @@ use potstill_spec::RunSpec;
 use potstill_storage::{
     Run, checkpoint::Manifest, digest::sha256_of, journal::Journal, layout, retention::Policy,
 };
+use tonic::Code;
 use uuid::Uuid;
 
 use crate::{
@@ -22,8 +23,9 @@ use crate::{
     options::{Options, Resume},
 };
 
-/// How long another coordinator of the run may take to answer.
+/// How long a connection to another coordinator of the run may take, and its answer.
 const OTHERS: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// A run that is ready to be served.
 pub struct Opened {
@@ -39,7 +41,7 @@ pub struct Opened {
 
 /// Opens a new run, or one to be resumed.
 pub async fn open(options: Options, address: &str) -> Result<Opened, StartError> {
-    let Options { mut spec, run_id, storage, resume, ranks_may_live, .. } = options;
+    let Options { mut spec, run_id, storage, resume, from_teacher, ranks_may_live, .. } = options;
     storage.probe().await?;
     let digest = teacher_digest(&spec).await?;
     spec.teacher.sha256 = digest;
@@ -70,31 +72,35 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     for error in &damaged {
         tracing::error!(%error, "checkpoint is damaged: it is not used");
     }
-    if whole.is_empty() && !damaged.is_empty() {
-        let problem = format!(
-            "none of run {name}'s {} checkpoints can be read; start a new run with another --run-id",
-            damaged.len()
-        );
-        return Err(StartError::NothingToResume { problem });
-    }
     let checkpoint = |manifest: Manifest| CommittedCheckpoint {
         iteration: manifest.iteration,
         manifest_key: layout::manifest_key(manifest.iteration),
     };
     let checkpoints: Vec<_> = whole.into_iter().map(checkpoint).collect();
+    let whole_checkpoints = checkpoints.len();
 
     let (journal, records) = Journal::open(&run).await?;
     let mut history = Vec::with_capacity(records.len());
     for (index, bytes) in records.iter().enumerate() {
         history.push(Record::decode(bytes).map_err(|source| StartError::Record { index, source })?);
     }
+    if let Some(served) = served_at(&history, &name).await {
+        return Err(StartError::Served { run: name, address: served });
+    }
+    let may_live = ranks_may_live && !matches!(history.last(), Some(Record::Ended { .. }));
+    let committed = history.iter().filter(|record| matches!(record, Record::Committed { .. })).count();
+    if whole_checkpoints == 0 && (!damaged.is_empty() || committed > 0) && !from_teacher && !may_live {
+        let problem = format!(
+            "none of the checkpoints of run {name} can be read ({} are damaged, {committed} were committed): restore the files, \
+             start another run with another --run-id, or give --from-teacher to begin this one again from the teacher",
+            damaged.len()
+        );
+        return Err(StartError::NothingToResume { problem });
+    }
     if let Some(Record::Ended { outcome: Outcome::Succeeded { iteration } }) = history.last()
         && *iteration >= spec.distillation.iterations
     {
         return Err(StartError::Complete { run: name, iteration: *iteration });
-    }
-    if let Some(served) = served_at(&history, &name).await {
-        return Err(StartError::Served { run: name, address: served });
     }
     if resume != Resume::Never && checkpoints.is_empty() {
         tracing::warn!("no checkpoint yet: the run starts from the teacher unless a worker brings a state");
@@ -114,6 +120,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
             history,
             checkpoints,
             ranks_may_live,
+            from_teacher,
         },
         retention,
         run,
@@ -156,15 +163,23 @@ async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
     }
 }
 
-/// The address of another coordinator that serves this run, if there is one. If one is missed here, the journal still
-/// stops the second of two writers.
+/// The address of another coordinator that serves this run, if there is one: whatever answers there, even with an error, may
+/// be one. If one is missed here, the journal still stops the second of two writers.
 async fn served_at(history: &[Record], run: &str) -> Option<String> {
     let address = client::newest_address(history)?;
     if matches!(history.last(), Some(Record::Ended { .. })) {
         return None;
     }
-    let asking = async { Client::connect(address, OTHERS).await?.status().await };
-    let reply = tokio::time::timeout(OTHERS, asking).await.ok()?.ok()?;
-    let over = matches!(reply.state(), RunState::Succeeded | RunState::Stopped | RunState::Failed);
-    (reply.run_id == run && !over).then(|| address.to_owned())
+    let mut client = Client::connect(address, OTHERS).await.ok()?;
+    let serves = match tokio::time::timeout(ANSWER, client.summary()).await {
+        Ok(Ok(reply)) => {
+            let over = matches!(reply.state(), RunState::Succeeded | RunState::Stopped | RunState::Failed);
+            reply.run_id == run && !over
+        }
+        // Another program listens there.
+        Ok(Err(status)) => !matches!(status.code(), Code::Unimplemented | Code::Unavailable | Code::Unknown),
+        // Not even an error: it is stopped, or no coordinator.
+        Err(_) => false,
+    };
+    serves.then(|| address.to_owned())
 }

@@ -17,6 +17,8 @@ pub struct Options {
     pub storage: Root,
     /// Whether the run may or must exist.
     pub resume: Resume,
+    /// Whether the run may start from the teacher although none of the checkpoints that it had can be read.
+    pub from_teacher: bool,
     /// Whether workers of an earlier coordinator of this run may be alive; false where they end with their coordinator.
     pub ranks_may_live: bool,
 }

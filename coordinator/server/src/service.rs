@@ -62,7 +62,12 @@ pub enum Input {
         status: Option<Status>,
     },
     /// A client asks for the status.
-    Status(oneshot::Sender<wire::StatusReply>),
+    Status {
+        /// The first member to list.
+        first_member: u32,
+        /// For the answer.
+        reply: oneshot::Sender<wire::StatusReply>,
+    },
     /// A client asks for a checkpoint; the answer is its iteration, or why there is none.
     Checkpoint(oneshot::Sender<Result<u64, String>>),
     /// The run is to save and stop.
@@ -128,10 +133,11 @@ impl Coordinator for Service {
 
     async fn status(
         &self,
-        _request: Request<wire::StatusRequest>,
+        request: Request<wire::StatusRequest>,
     ) -> Result<Response<wire::StatusReply>, Status> {
+        let first_member = request.into_inner().first_member;
         let (reply, answer) = oneshot::channel();
-        self.ask(Input::Status(reply)).await?;
+        self.ask(Input::Status { first_member, reply }).await?;
         answer.await.map(Response::new).map_err(|_| over())
     }
 

@@ -7,14 +7,12 @@ use std::{
 
 use potstill_core::{
     Action, ClientId, Core, Event, StreamId, Tick,
-    ledger::Checkpoint,
     observation::{Observation, Outcome},
     record::Record,
 };
 use potstill_storage::{
     Run,
-    checkpoint::{Manifest, Shard},
-    journal::Journal,
+    journal::{Journal, Seen},
     layout,
     retention::{Policy, Swept},
 };
@@ -24,7 +22,7 @@ use tokio::{
         oneshot,
     },
     task::JoinSet,
-    time::MissedTickBehavior,
+    time::{Instant, MissedTickBehavior},
 };
 
 use crate::{
@@ -32,15 +30,22 @@ use crate::{
     clock::Clock,
     opening::Opened,
     service::{Arrival, Input, Outbox},
+    storing,
 };
 
 /// How long the last sweep may delay the end of a run.
 const LAST_SWEEP: Duration = Duration::from_secs(30);
-/// How often a coordinator checks that no other one has written to the journal.
+/// Members in one answer about the status: so many fit into a message, however long their names are.
+const MEMBERS_AT_ONCE: usize = 200;
+/// A record of the journal that takes longer than this is mentioned in the status.
+const SLOW: Duration = Duration::from_secs(2);
+/// How often a coordinator checks that no other one has written to the journal, and that the journal is still there.
 const WATCH: Duration = Duration::from_secs(10);
 
 /// What ended a wait of the shell.
 enum Happened {
+    Persisted((Journal, Result<(), String>)),
+    Seen(Seen),
     Arrival(Arrival),
     Input(Input),
     Event(Event),
@@ -50,21 +55,33 @@ enum Happened {
 /// See the module's documentation.
 pub struct Shell {
     core: Core,
+    coordinator: String,
     clock: Clock,
     run: Run,
     journal: Journal,
     streams: BTreeMap<StreamId, Outbox>,
-    commits: JoinSet<(u64, Result<String, String>)>,
+    /// Commits and verifications under way; the answers are events.
+    commits: JoinSet<Event>,
+    /// The record that is being written, and since when.
+    persisting: JoinSet<(Journal, Result<(), String>)>,
+    persisting_since: Option<Instant>,
+    /// Actions that wait for it.
+    pending: VecDeque<Action>,
+    /// Events that wait for it, and when they happened.
+    waiting: VecDeque<(Tick, Event)>,
+    segments: JoinSet<Result<(), potstill_storage::Error>>,
+    /// Since when the journal seems to be gone.
+    gone_since: Option<Instant>,
+    /// How long the storage may fail before the run ends.
+    patience: Duration,
     /// The rule for checkpoints to keep, and the sweep under way.
     retention: Policy,
     sweep: JoinSet<()>,
-    watch: JoinSet<Option<u64>>,
+    watch: JoinSet<Seen>,
     /// The clients that wait for a checkpoint.
     clients: BTreeMap<ClientId, oneshot::Sender<Result<u64, String>>>,
     next_client: u64,
     observations: mpsc::UnboundedSender<Observation>,
-    /// Events that result from executing an action.
-    events: VecDeque<Event>,
     outcome: Option<Outcome>,
 }
 
@@ -72,31 +89,47 @@ impl Shell {
     /// A shell around an opened run.
     pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
         let Opened { setup, retention, run, journal } = opened;
+        let patience = Duration::from_millis(setup.terms.timeouts.wait_millis);
+        let coordinator = setup.coordinator.clone();
         Self {
             core: Core::new(setup),
+            coordinator,
             clock,
             run,
             journal,
             streams: BTreeMap::new(),
             commits: JoinSet::new(),
+            persisting: JoinSet::new(),
+            persisting_since: None,
+            pending: VecDeque::new(),
+            waiting: VecDeque::new(),
+            segments: JoinSet::new(),
+            gone_since: None,
+            patience,
             retention,
             sweep: JoinSet::new(),
             watch: JoinSet::new(),
             clients: BTreeMap::new(),
             next_client: 0,
             observations,
-            events: VecDeque::new(),
             outcome: None,
         }
     }
 
     /// Writes this coordinator's first record into the journal, which shows whether it owns the run.
     pub async fn start(&mut self) -> Result<(), StartError> {
-        self.step(self.clock.now(), Event::Started).await;
-        match self.outcome.take() {
-            Some(Outcome::Failed { reason }) => Err(StartError::Journal(reason)),
-            _ => Ok(()),
+        // A start that fails is repeated by those who started it.
+        let patience = std::mem::take(&mut self.patience);
+        self.step(self.clock.now(), Event::Started);
+        while let Some(Ok(persisted)) = self.persisting.join_next().await {
+            self.persisted(persisted);
         }
+        self.patience = patience;
+        if let Some(Outcome::Failed { reason }) = self.outcome.take() {
+            return Err(StartError::Journal(reason));
+        }
+        self.run.put(layout::COORDINATOR, self.coordinator.clone().into()).await?;
+        Ok(())
     }
 
     /// Serves until the run is over.
@@ -113,7 +146,9 @@ impl Shell {
                 let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
                 return outcome;
             }
-            let deadline = self.core.next_deadline().map(|tick| self.clock.instant(tick));
+            // What has happened while a record is written comes before any deadline.
+            let idle = self.persisting.is_empty();
+            let deadline = self.core.next_deadline().filter(|_| idle).map(|tick| self.clock.instant(tick));
             let timer = async {
                 match deadline {
                     Some(deadline) => tokio::time::sleep_until(deadline).await,
@@ -123,85 +158,115 @@ impl Shell {
             let happened = tokio::select! {
                 biased;
                 Some(input) = controls.recv() => Happened::Input(input),
-                Some(Ok((iteration, result))) = self.commits.join_next() => {
-                    Happened::Event(Event::CommitAnswered { iteration, result })
+                Some(Ok(persisted)) = self.persisting.join_next() => Happened::Persisted(persisted),
+                Some(Ok(answer)) = self.commits.join_next() => Happened::Event(answer),
+                Some(Ok(result)) = self.segments.join_next() => {
+                    if let Err(error) = result {
+                        tracing::warn!(%error, "a segment of the journal could not be written");
+                    }
+                    Happened::Nothing
                 }
                 Some(arrival) = inbox.recv() => Happened::Arrival(arrival),
-                Some(Ok(Some(found))) = self.watch.join_next() => match self.journal.watched(found) {
-                    Ok(()) => Happened::Nothing,
-                    Err(error) => Happened::Event(Event::JournalLost { reason: error.to_string() }),
-                },
-                _ = looks.tick(), if self.watch.is_empty() => {
+                Some(Ok(seen)) = self.watch.join_next() => Happened::Seen(seen),
+                // What it would see while a record is being written may be that record.
+                _ = looks.tick(), if self.watch.is_empty() && self.persisting.is_empty() => {
                     self.watch.spawn(self.journal.watch());
                     Happened::Nothing
                 }
                 () = timer => Happened::Event(Event::Timer),
             };
             if let Happened::Arrival(arrival) = happened {
-                self.arrived(arrival).await;
+                self.arrived(arrival);
                 continue;
             }
             // Messages that have arrived are processed before the clock: a worker is not dead while its message waits
             // here, be it behind a journal write that took long.
             for _ in 0..inbox.len() {
                 if let Ok(arrival) = inbox.try_recv() {
-                    self.arrived(arrival).await;
+                    self.arrived(arrival);
                 }
             }
             if let Some(time) = self.clock.deafness() {
                 let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-                self.step(self.clock.now(), Event::Deaf { millis }).await;
+                self.step(self.clock.now(), Event::Deaf { millis });
             }
             match happened {
-                Happened::Input(input) => self.arrived(Arrival { at: self.clock.now(), input }).await,
-                Happened::Event(event) => self.step(self.clock.now(), event).await,
+                Happened::Persisted(persisted) => self.persisted(persisted),
+                // The state of the journal before the record that is now being written.
+                Happened::Seen(_) if !self.persisting.is_empty() => {}
+                Happened::Seen(seen) => match self.journal.watched(seen) {
+                    Ok(()) => self.gone_since = None,
+                    Err(error @ potstill_storage::Error::Vanished { .. }) => self.journal_gone(&error),
+                    Err(error) => self.lose_journal(error.to_string()),
+                },
+                Happened::Input(input) => self.arrived(Arrival { at: self.clock.now(), input }),
+                Happened::Event(event) => self.step(self.clock.now(), event),
                 Happened::Arrival(_) | Happened::Nothing => {}
             }
         }
     }
 
-    async fn arrived(&mut self, Arrival { at, input }: Arrival) {
+    fn arrived(&mut self, Arrival { at, input }: Arrival) {
         match input {
             Input::Attached { stream, hello, outbox } => {
                 self.streams.insert(stream, outbox);
-                self.step(at, Event::Attached { stream, hello }).await;
+                self.step(at, Event::Attached { stream, hello });
             }
-            Input::Received { stream, message } => self.step(at, Event::Received { stream, message }).await,
+            Input::Received { stream, message } => self.step(at, Event::Received { stream, message }),
             Input::Closed { stream, reason, status } => {
                 if let (Some(outbox), Some(status)) = (self.streams.remove(&stream), status) {
                     // Where the queue is full the worker does not read it, so the reason would not be read either.
                     let _ = outbox.try_send(Err(status));
                 }
-                self.step(at, Event::Closed { stream, reason }).await;
+                self.step(at, Event::Closed { stream, reason });
             }
-            Input::Status(reply) => {
+            Input::Status { first_member, reply } => {
+                let mut status = self.core.status();
+                let members = status.members.into_iter().skip(first_member as usize);
+                status.members = members.take(MEMBERS_AT_ONCE).collect();
+                if let Some(since) = self.persisting_since.filter(|since| since.elapsed() >= SLOW) {
+                    let waits = format!(
+                        "waiting for the storage to write the journal, for {:.0} s",
+                        since.elapsed().as_secs_f64()
+                    );
+                    status.reason =
+                        if status.reason.is_empty() { waits } else { format!("{}; {waits}", status.reason) };
+                }
                 // The client may have gone.
-                let _ = reply.send(self.core.status());
+                let _ = reply.send(status);
             }
             Input::Checkpoint(reply) => {
                 let client = ClientId(self.next_client);
                 self.next_client += 1;
                 self.clients.insert(client, reply);
-                self.step(at, Event::CheckpointRequested { client }).await;
+                self.step(at, Event::CheckpointRequested { client });
             }
-            Input::Stop { reason } => self.step(at, Event::StopRequested { reason }).await,
-            Input::Fail { reason } => self.step(at, Event::WorkersUnavailable { reason }).await,
+            Input::Stop { reason } => self.step(at, Event::StopRequested { reason }),
+            Input::Fail { reason } => self.step(at, Event::WorkersUnavailable { reason }),
         }
     }
 
-    /// Feeds an event, and those that result from its actions, to the state machine.
-    async fn step(&mut self, at: Tick, event: Event) {
-        self.events.push_back(event);
-        while let Some(event) = self.events.pop_front() {
-            let mut actions = Vec::new();
-            self.core.step(at, event, &mut actions);
-            for action in actions {
-                if let Err(lost) = self.act(action).await {
-                    // No action after a record may be executed before the record is durable.
-                    self.events.clear();
-                    self.events.push_back(Event::JournalLost { reason: lost });
-                    break;
+    /// An event for the state machine. It waits while a record is being written: what the state machine decides next rests on
+    /// that record.
+    fn step(&mut self, at: Tick, event: Event) {
+        self.waiting.push_back((at, event));
+        self.proceed();
+    }
+
+    /// Executes actions in their order, up to one that waits for the journal, and feeds the events that wait to the state
+    /// machine, at the times at which they happened.
+    fn proceed(&mut self) {
+        while self.persisting.is_empty() {
+            if let Some(action) = self.pending.pop_front() {
+                if let Err(reason) = self.act(action) {
+                    self.lose_journal(reason);
                 }
+            } else if let Some((at, event)) = self.waiting.pop_front() {
+                let mut actions = Vec::new();
+                self.core.step(at, event, &mut actions);
+                self.pending.extend(actions);
+            } else {
+                return;
             }
         }
     }
@@ -210,7 +275,7 @@ impl Shell {
     ///
     /// # Errors
     /// The journal cannot be continued.
-    async fn act(&mut self, action: Action) -> Result<(), String> {
+    fn act(&mut self, action: Action) -> Result<(), String> {
         match action {
             Action::Send { stream, message } => {
                 let Some(outbox) = self.streams.get(&stream) else { return Ok(()) };
@@ -218,14 +283,28 @@ impl Shell {
                 if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message.into())) {
                     self.streams.remove(&stream);
                     let reason = "it does not read its messages".into();
-                    self.events.push_back(Event::Closed { stream, reason });
+                    self.waiting.push_front((self.clock.now(), Event::Closed { stream, reason }));
                 }
             }
             Action::Close { stream } => {
                 self.streams.remove(&stream);
             }
-            Action::Persist(record) => self.persist(&record).await?,
-            Action::Commit(checkpoint) => self.commit(checkpoint),
+            Action::Persist(record) => self.persist(&record)?,
+            Action::Commit(checkpoint) => {
+                let (run, patience) = (self.run.clone(), self.patience);
+                self.commits.spawn(async move {
+                    let iteration = checkpoint.iteration;
+                    let result = storing::commit(run, checkpoint, patience).await;
+                    Event::CommitAnswered { iteration, result }
+                });
+            }
+            Action::Verify { manifest_key } => {
+                let (run, patience) = (self.run.clone(), self.patience);
+                self.commits.spawn(async move {
+                    let result = storing::verify(run, manifest_key.clone(), patience).await;
+                    Event::Verified { manifest_key, result }
+                });
+            }
             Action::Retain { in_use, up_to } => self.retain(in_use, up_to),
             Action::Answer { client, result } => {
                 if let Some(reply) = self.clients.remove(&client) {
@@ -249,24 +328,46 @@ impl Shell {
 }
 
 impl Shell {
-    /// Appends to the journal.
-    ///
-    /// # Errors
-    /// Why the journal cannot be continued.
-    async fn persist(&mut self, record: &Record) -> Result<(), String> {
+    /// Appends to the journal in the background; the actions that follow wait for it.
+    fn persist(&mut self, record: &Record) -> Result<(), String> {
         tracing::debug!(?record, "journal");
         let bytes = record.encode().map_err(|e| format!("the journal's record cannot be written: {e}"))?;
-        self.journal.append(bytes.into()).await.map_err(|error| journal_lost(&error))
+        self.persisting.spawn(storing::append(self.journal.clone(), bytes.into(), self.patience));
+        self.persisting_since = Some(Instant::now());
+        Ok(())
     }
 
-    /// Writes a manifest in the background.
-    fn commit(&mut self, checkpoint: Checkpoint) {
-        let run = self.run.clone();
-        self.commits.spawn(async move {
-            let iteration = checkpoint.iteration;
-            let written = commit(&run, &manifest(checkpoint)).await;
-            (iteration, written.map_err(|error| error.to_string()))
-        });
+    /// The journal has been written, or cannot be.
+    fn persisted(&mut self, (journal, result): (Journal, Result<(), String>)) {
+        (self.journal, self.persisting_since) = (journal, None);
+        match result {
+            Ok(()) => {
+                if self.segments.is_empty()
+                    && let Some(segment) = self.journal.segment()
+                {
+                    self.segments.spawn(segment);
+                }
+                self.proceed();
+            }
+            Err(reason) => self.lose_journal(reason),
+        }
+    }
+
+    /// No action after a record may be executed before the record is durable: those that wait never are.
+    fn lose_journal(&mut self, reason: String) {
+        self.pending.clear();
+        self.waiting.clear();
+        self.step(self.clock.now(), Event::JournalLost { reason });
+    }
+
+    /// The journal seems to have been removed, or its file system is gone. It may come back.
+    fn journal_gone(&mut self, error: &potstill_storage::Error) {
+        let since = *self.gone_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= self.patience {
+            return self.lose_journal(error.to_string());
+        }
+        let left = (self.patience - since.elapsed()).as_secs();
+        tracing::error!(%error, "training goes on, nothing can be saved; the run ends in {left} s unless it comes back");
     }
 
     /// Sweeps in the background, unless the last sweep is still under way: the next one finds the same objects.
@@ -292,39 +393,4 @@ impl Shell {
             }
         });
     }
-}
-
-/// Writes a manifest. If a checkpoint of this iteration exists it is kept, since every generation computes the same
-/// state; a damaged one is set aside first.
-async fn commit(run: &Run, manifest: &Manifest) -> Result<String, potstill_storage::Error> {
-    let refused = match run.commit(manifest).await {
-        Err(error @ potstill_storage::Error::AlreadyExists { .. }) => error,
-        other => return other,
-    };
-    let key = layout::manifest_key(manifest.iteration);
-    if !run.is_damaged(&key).await? {
-        return Ok(key);
-    }
-    tracing::warn!(reason = %refused, "the existing checkpoint is damaged: it is set aside");
-    run.set_aside(manifest.iteration).await?;
-    run.commit(manifest).await
-}
-
-fn journal_lost(error: &potstill_storage::Error) -> String {
-    match error {
-        potstill_storage::Error::Fenced { .. } => error.to_string(),
-        other => format!("the journal cannot be written: {other}"),
-    }
-}
-
-/// A checkpoint in the form in which storage writes it.
-fn manifest(checkpoint: Checkpoint) -> Manifest {
-    let Checkpoint { generation, iteration, shards } = checkpoint;
-    let shard = |s: potstill_proto::wire::ShardReceipt| Shard {
-        rank: s.rank,
-        key: s.key,
-        bytes: s.bytes,
-        sha256: s.sha256,
-    };
-    Manifest::new(iteration, generation.0, shards.into_iter().map(shard).collect())
 }

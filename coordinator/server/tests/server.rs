@@ -2,12 +2,25 @@
 
 #![allow(clippy::unwrap_used)] // A panic here is a failed test.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use futures::stream::BoxStream;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, memory::InMemory, path::Path as ObjectPath,
+};
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{
     PROTOCOL,
-    cursor::Cursor,
+    cursor::{Cursor, Generation},
     message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
     micro_batches::MicroBatches,
     wire::{self, coordinator_client::CoordinatorClient},
@@ -16,9 +29,15 @@ use potstill_server::{
     self as server, Options,
     Resume::{self, Always, Auto, Never},
     Running, StartError,
+    client::Client,
 };
 use potstill_spec::RunSpec;
-use potstill_storage::{Root, RunId, journal::Journal, layout};
+use potstill_storage::{
+    Root, RunId,
+    checkpoint::{Shard, Written},
+    journal::Journal,
+    layout,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::mpsc,
@@ -62,12 +81,18 @@ impl Lab {
             run_id: run_id(),
             storage: self.storage.clone(),
             resume,
+            from_teacher: false,
             ranks_may_live: true,
         }
     }
 
     async fn start(&self, resume: Resume) -> Running {
         server::start(self.options(resume)).await.unwrap()
+    }
+
+    async fn status(&self, running: &Running) -> wire::StatusReply {
+        let mut client = Worker::connect(running.address).await;
+        client.status(wire::StatusRequest { first_member: 0 }).await.unwrap().into_inner()
     }
 
     async fn refused(&self, resume: Resume) -> StartError {
@@ -208,18 +233,18 @@ impl Worker {
 
     async fn saves(&self, lab: &Lab, assignment: &Assignment, iteration: u64) {
         let Assignment { rank, world_size, generation, .. } = *assignment;
-        let key = layout::shard_key(iteration, &self.id, rank, world_size);
+        let key = layout::shard_key(iteration, &generation.store_prefix(), rank, world_size);
         let bytes = bytes::Bytes::from_static(b"state");
-        let shard = lab.storage.run(&run_id()).write_shard(&key, rank, bytes).await.unwrap();
-        self.say(FromWorker::ShardReceipt(wire::ShardReceipt {
-            generation: generation.0,
-            iteration,
-            rank,
-            key: shard.key,
-            bytes: shard.bytes,
-            sha256: shard.sha256,
-        }))
-        .await;
+        let Written { shard, e_tag } =
+            lab.storage.run(&run_id()).write_shard(&key, rank, bytes).await.unwrap();
+        self.receipt(generation, iteration, shard, e_tag).await;
+    }
+
+    async fn receipt(&self, generation: Generation, iteration: u64, shard: Shard, e_tag: Option<String>) {
+        let Shard { rank, key, bytes, sha256 } = shard;
+        let generation = generation.0;
+        let receipt = wire::ShardReceipt { generation, iteration, rank, key, bytes, sha256, e_tag };
+        self.say(FromWorker::ShardReceipt(receipt)).await;
     }
 }
 
@@ -267,8 +292,7 @@ async fn two_workers_train_a_run_to_its_end() {
         .await;
         assert_eq!((totals.iteration, totals.samples, totals.generator_loss), (iteration, SAMPLES, 0.5));
     }
-    let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
-    let status = status.into_inner();
+    let status = lab.status(&running).await;
     assert_eq!(
         (status.state(), status.iteration, status.members.len()),
         (wire::RunState::Training, ITERATIONS, 2)
@@ -411,7 +435,8 @@ async fn bad_streams_end_with_a_reason_and_disturb_no_member() {
 
     // No member was disturbed.
     good.reports(&assignment, 0).await;
-    let status = Worker::connect(running.address).await.status(wire::StatusRequest {}).await.unwrap();
+    let status =
+        Worker::connect(running.address).await.status(wire::StatusRequest { first_member: 0 }).await.unwrap();
     assert_eq!(status.into_inner().generation, assignment.generation.0);
 }
 
@@ -466,7 +491,10 @@ async fn a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
     let run = lab.storage.run(&run_id());
     run.put(&layout::manifest_key(ITERATIONS), "{".into()).await.unwrap();
     let error = lab.refused(Always).await.to_string();
-    assert!(error.contains("nothing to resume") && error.contains("1 checkpoints can be read"), "{error}");
+    assert!(
+        error.contains("nothing to resume") && error.contains("(1 are damaged, 1 were committed)"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -531,6 +559,187 @@ async fn a_run_that_is_being_served_is_not_taken_over() {
     let old = lab.start(Never).await;
     let error = lab.refused(Always).await.to_string();
     assert!(error.contains(&old.address.to_string()) && error.contains("is being served"), "{error}");
+}
+
+// ------------------------------------------------------------------------------------------------ storage
+
+#[tokio::test]
+async fn a_checkpoint_is_committed_only_when_its_shards_are_where_the_coordinator_looks() {
+    let lab = Lab::new(2);
+    let mut running = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
+    let (first, second) = (a.assignment().await, b.assignment().await);
+    for iteration in 0..ITERATIONS {
+        a.reports(&first, iteration).await;
+        b.reports(&second, iteration).await;
+    }
+    // The second one writes to a disk of its own.
+    let elsewhere = Root::open("memory://").unwrap();
+    let key = layout::shard_key(ITERATIONS, &second.generation.store_prefix(), 1, 2);
+    let written = elsewhere.run(&run_id()).write_shard(&key, 1, "state".into()).await.unwrap();
+    b.receipt(second.generation, ITERATIONS, written.shard, written.e_tag).await;
+    a.saves_and_finishes(&lab, &first, ITERATIONS).await;
+    let (success, reason) = b.stopped().await;
+    assert!(!success && reason.contains("worker b (localhost, process 1, cpu)"), "{reason}");
+    assert!(reason.contains("rank-001-of-002.safetensors is damaged: it is missing"), "{reason}");
+    assert_eq!(lab.storage.run(&run_id()).checkpoints().await.unwrap(), [] as [u64; 0]);
+    let failed = observed(&mut running, |observation| match observation {
+        Observation::CheckpointFailed { iteration, reason } => Some((iteration, reason)),
+        _ => None,
+    })
+    .await;
+    assert!(failed.0 == ITERATIONS && failed.1.contains("it is missing"), "{failed:?}");
+    // The other one keeps its state, and saves it again with a worker that sees the storage.
+    let ToWorker::Abandon { generation, .. } = a.next().await else { panic!() };
+    let cursor = Cursor::boundary(ITERATIONS);
+    a.say(FromWorker::CollectiveFailed { generation, cursor, error: "abandoned".into() }).await;
+    let mut c = Worker::attach(&running, "c").await;
+    let (first, second) = (a.assignment().await, c.assignment().await);
+    assert_eq!(first.source, Source::Peer { rank: 0 });
+    a.saves_and_finishes(&lab, &first, ITERATIONS).await;
+    c.saves_and_finishes(&lab, &second, ITERATIONS).await;
+    assert!(c.stopped().await.0);
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+#[tokio::test]
+async fn one_ranks_word_condemns_no_checkpoint() {
+    let mut lab = Lab::new(1);
+    lab.train(Never).await;
+    lab.spec.distillation.iterations = ITERATIONS + 1;
+    let running = lab.start(Always).await;
+    let mut blind = Worker::attach(&running, "blind").await;
+    let Assignment { generation, source, .. } = blind.assignment().await;
+    let Source::Checkpoint { manifest_key } = source else { panic!("{source:?}") };
+    let error = format!("{manifest_key} is missing");
+    blind.say(FromWorker::CheckpointDamaged { generation, manifest_key: manifest_key.clone(), error }).await;
+    let (success, reason) = blind.stopped().await;
+    assert!(!success && reason.contains("does not see the run's storage"), "{reason}");
+    let mut sighted = Worker::attach(&running, "sighted").await;
+    assert_eq!(sighted.assignment().await.source, Source::Checkpoint { manifest_key });
+}
+
+/// A store that fails while it is told to.
+#[derive(Debug)]
+struct Unsteady {
+    inner: InMemory,
+    fails: AtomicBool,
+}
+
+impl std::fmt::Display for Unsteady {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "unsteady")
+    }
+}
+
+impl Unsteady {
+    fn answer(&self) -> object_store::Result<()> {
+        match self.fails.load(Ordering::SeqCst) {
+            // The kind that the store's client does not repeat, so that the test needs no patience.
+            true => Err(object_store::Error::PermissionDenied { path: String::new(), source: "503".into() }),
+            false => Ok(()),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Unsteady {
+    async fn put_opts(
+        &self,
+        location: &ObjectPath,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        self.answer()?;
+        self.inner.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &ObjectPath,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.answer()?;
+        self.inner.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &ObjectPath, options: GetOptions) -> object_store::Result<GetResult> {
+        self.answer()?;
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, object_store::Result<ObjectPath>>,
+    ) -> BoxStream<'static, object_store::Result<ObjectPath>> {
+        self.inner.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> object_store::Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(
+        &self,
+        from: &ObjectPath,
+        to: &ObjectPath,
+        options: CopyOptions,
+    ) -> object_store::Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+#[tokio::test]
+async fn while_the_storage_fails_the_ranks_are_held_and_the_status_says_so() {
+    let mut lab = Lab::new(1);
+    let store = Arc::new(Unsteady { inner: InMemory::new(), fails: AtomicBool::new(false) });
+    lab.storage = Root::in_store(store.clone(), "memory://");
+    let mut running = lab.start(Never).await;
+    let mut a = Worker::attach(&running, "a").await;
+    let first = a.assignment().await;
+    a.reports(&first, 0).await;
+    store.fails.store(true, Ordering::SeqCst);
+    let cursor = Cursor::boundary(1);
+    let generation = first.generation;
+    a.say(FromWorker::CollectiveFailed { generation, cursor, error: "reset".into() }).await;
+    // The next generation cannot be recorded; the status is answered meanwhile.
+    let waits = loop {
+        let status = lab.status(&running).await;
+        if status.reason.contains("waiting for the storage") {
+            break status;
+        }
+    };
+    assert_eq!(waits.members.len(), 1);
+    store.fails.store(false, Ordering::SeqCst);
+    let again = a.assignment().await;
+    assert_eq!((again.generation.0, again.source.clone()), (2, Source::Peer { rank: 0 }));
+    a.reports(&again, 1).await;
+    a.saves_and_finishes(&lab, &again, ITERATIONS).await;
+    assert!(a.stopped().await.0);
+    assert_eq!(running.outcome().await, Outcome::Succeeded { iteration: ITERATIONS });
+}
+
+#[tokio::test]
+async fn the_status_of_many_members_comes_in_pages() {
+    let mut lab = Lab::new(1);
+    lab.spec.cluster.max_workers = 1;
+    let running = lab.start(Never).await;
+    let mut workers = Vec::new();
+    for n in 0..450 {
+        let mut hello = hello(&format!("w{n}"));
+        hello.host = "h".repeat(200);
+        let mut worker = Worker::open(&running, hello.into()).await;
+        assert!(matches!(worker.next().await, ToWorker::Welcome { .. }));
+        workers.push(worker);
+    }
+    let mut client = Client::connect(&running.address.to_string(), Duration::from_secs(5)).await.unwrap();
+    let status = client.status().await.unwrap();
+    let names: BTreeSet<_> = status.members.iter().map(|member| member.worker_id.clone()).collect();
+    assert_eq!((status.members.len(), names.len(), status.member_count), (450, 450, 450));
 }
 
 // ------------------------------------------------------------------------------------------------ a successor

@@ -58,6 +58,7 @@ fn main() {
         storage_url: String::new(),
         history: Vec::new(),
         checkpoints: Vec::new(),
+        from_teacher: false,
         ranks_may_live: false,
     });
 

@@ -35,6 +35,14 @@ pub struct Faults {
     pub stop: u32,
     /// Weight of damage to a checkpoint.
     pub damage: u32,
+    /// Weight of a coordinator that stands still for a while: it hears nothing, and its clock does not run.
+    pub stall: u32,
+    /// Weight of a stranger that attaches, claims what belongs to others, and lies.
+    pub stranger: u32,
+    /// Weight of a worker of another version.
+    pub other_version: u32,
+    /// Share of journal records that take up to two failure timeouts.
+    pub slow_journal: f64,
     /// Share of messages that arrive twice.
     pub twice: f64,
     /// Share of messages that take up to half the failure timeout.
@@ -57,6 +65,10 @@ pub struct Faults {
 pub struct Scenario {
     /// Machines, each of which restarts its one worker when that dies.
     pub slots: usize,
+    /// Further machines, whose storage is another than the coordinator's.
+    pub blind: usize,
+    /// Further machines that reach the coordinator and none of the others.
+    pub cut_off: usize,
     /// With fewer workers than this the run waits.
     pub min_workers: u32,
     /// Workers beyond this number are standby.
@@ -95,6 +107,8 @@ impl Scenario {
     pub fn calm(min_workers: u32, max_workers: u32, spares: usize) -> Self {
         Self {
             slots: max_workers as usize + spares,
+            blind: 0,
+            cut_off: 0,
             min_workers,
             max_workers,
             iterations: 12,
@@ -136,6 +150,9 @@ impl Scenario {
             request: weight(0.6, 4),
             stop: weight(0.05, 1),
             damage: weight(0.3, 2),
+            stall: weight(0.4, 3),
+            stranger: weight(0.3, 3),
+            other_version: weight(0.2, 1),
             ..Faults::default()
         };
         let mut share = |p: f64, most: f64| {
@@ -148,9 +165,13 @@ impl Scenario {
             commit: share(0.3, 0.4),
             lie: share(0.3, 0.3),
             slow: share(0.3, 0.4),
+            slow_journal: share(0.3, 0.2),
             ..faults
         };
         let faults = Faults { every_millis: rng.random_range(150..2500), ..faults };
+        let blind = if rng.random_bool(0.3) { rng.random_range(1..=2) } else { 0 };
+        // Alone it could train, and hold a state that no other worker can take.
+        let cut_off = usize::from(rng.random_bool(0.3) && min_workers > 1 && blind == 0);
         let phase = *[(5, 20), (20, 60), (40, 300)].get(rng.random_range(0..3)).unwrap_or(&(20, 60));
         Self {
             iterations: rng.random_range(4..=30),
@@ -162,8 +183,28 @@ impl Scenario {
             write: (2, rng.random_range(10..500)),
             faults,
             faulty_millis: rng.random_range(2_000..9_000),
+            blind,
+            cut_off,
             ..Self::calm(min_workers, max_workers, spares)
         }
+    }
+
+    /// All machines: the ordinary ones, the blind, the cut-off.
+    #[must_use]
+    pub fn machines(&self) -> usize {
+        self.slots + self.blind + self.cut_off
+    }
+
+    /// Whether the storage of this machine is another than the coordinator's.
+    #[must_use]
+    pub fn is_blind(&self, slot: usize) -> bool {
+        (self.slots..self.slots + self.blind).contains(&slot)
+    }
+
+    /// Whether this machine reaches none of the others.
+    #[must_use]
+    pub fn is_cut_off(&self, slot: usize) -> bool {
+        (self.slots + self.blind..self.machines()).contains(&slot)
     }
 
     /// The terms of its coordinators.
@@ -195,7 +236,10 @@ impl Scenario {
     #[must_use]
     pub fn deadline_millis(&self) -> u64 {
         let iteration = 2 * (self.phase.1 + 10 * self.link.1) + self.write.1;
+        // Each turn without the cut-off one is as long as it takes to see that its ranks hang.
+        let turns = if self.cut_off > 0 { 10 + u64::from(self.max_workers) } else { 0 };
         self.faulty_millis
+            + turns * 7 * self.failure_millis
             + 2 * self.wait_millis
             + 60 * self.failure_millis
             + 4 * self.iterations * iteration

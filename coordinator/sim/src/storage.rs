@@ -77,21 +77,15 @@ impl Storage {
         self.shards.insert((iteration, generation, rank));
     }
 
-    /// Writes a manifest, create-only. A readable one that exists already counts as written: both hold the same state.
-    ///
-    /// # Errors
-    /// There is another one, which cannot be read.
-    pub fn commit(&mut self, checkpoint: &Checkpoint) -> Result<String, String> {
-        let key = manifest_key(checkpoint.iteration);
-        match self.manifests.get(&checkpoint.iteration) {
-            Some(manifest) if manifest.whole => {}
-            Some(_) => return Err(format!("{key} exists, and its shards are damaged")),
-            None => {
-                let manifest = Manifest { checkpoint: checkpoint.clone(), whole: true };
-                self.manifests.insert(checkpoint.iteration, manifest);
-            }
+    /// Writes a manifest, create-only, and returns its key. A whole one that exists already counts as written, since both
+    /// hold the same state; a damaged one is set aside.
+    pub fn commit(&mut self, checkpoint: &Checkpoint) -> String {
+        let iteration = checkpoint.iteration;
+        let exists = self.manifests.get(&iteration).is_some_and(|manifest| manifest.whole);
+        if !exists || self.is_torn(iteration) {
+            self.manifests.insert(iteration, Manifest { checkpoint: checkpoint.clone(), whole: true });
         }
-        Ok(key)
+        manifest_key(iteration)
     }
 
     /// The checkpoints that are complete as far as a listing shows, oldest first.
@@ -129,13 +123,18 @@ impl Storage {
         }
     }
 
+    /// The ranks whose shards of a checkpoint are missing.
+    #[must_use]
+    pub fn unseen(&self, checkpoint: &Checkpoint) -> BTreeSet<u32> {
+        let Checkpoint { generation, iteration, shards } = checkpoint;
+        let missing = |rank: &u32| !self.shards.contains(&(*iteration, generation.0, *rank));
+        shards.iter().map(|shard| shard.rank).filter(missing).collect()
+    }
+
     /// Whether a shard of a manifest is missing.
     #[must_use]
     pub fn is_torn(&self, iteration: u64) -> bool {
-        self.manifests.get(&iteration).is_some_and(|manifest| {
-            let Checkpoint { generation, shards, .. } = &manifest.checkpoint;
-            shards.iter().any(|shard| !self.shards.contains(&(iteration, generation.0, shard.rank)))
-        })
+        self.manifests.get(&iteration).is_some_and(|manifest| !self.unseen(&manifest.checkpoint).is_empty())
     }
 
     /// Removes all but the newest `keep` checkpoints and those in use, and shards that no manifest names, up to an

@@ -22,7 +22,7 @@ use potstill_proto::{
 };
 use potstill_storage::{
     Run,
-    checkpoint::{Manifest, Shard},
+    checkpoint::{Manifest, Written},
     layout,
 };
 use safetensors::{
@@ -173,13 +173,14 @@ impl Share {
             let written = self.write(&run, &key, rank, tell).await;
             faults::point("uploaded", iteration, rank);
             outbox.send(match written {
-                Ok(shard) => FromWorker::ShardReceipt(ShardReceipt {
+                Ok(Written { shard, e_tag }) => FromWorker::ShardReceipt(ShardReceipt {
                     generation: generation.0,
                     iteration,
                     rank,
                     key: shard.key,
                     bytes: shard.bytes,
                     sha256: shard.sha256,
+                    e_tag,
                 }),
                 Err(error) => FromWorker::ShardFailed(ShardFailed {
                     generation: generation.0,
@@ -199,7 +200,7 @@ impl Share {
         key: &str,
         rank: u32,
         copied: oneshot::Sender<()>,
-    ) -> anyhow::Result<Shard> {
+    ) -> anyhow::Result<Written> {
         let iteration = self.iteration;
         let bytes = tokio::task::spawn_blocking(move || {
             let bytes = self.serialise();

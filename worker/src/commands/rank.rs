@@ -3,7 +3,7 @@
 use std::{
     net::{ToSocketAddrs, UdpSocket},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -15,7 +15,7 @@ use potstill_proto::{
     message::{FromWorker, Hello, WorkerId},
 };
 use potstill_spec::RunSpec;
-use potstill_storage::{Root, RunId};
+use potstill_storage::{Root, RunId, layout};
 use tch::Device;
 
 use crate::{
@@ -25,6 +25,9 @@ use crate::{
     training::{Ending, Holding, Job, run_generation},
 };
 use potstill_logging::{LogFormat, chain};
+
+/// How long the coordinator's name may be invisible in the storage.
+const VISIBLE: Duration = Duration::from_secs(10);
 
 /// Exit code of a rank that ends because the run has failed, or because it cannot take part in it: a restart would not
 /// help.
@@ -178,11 +181,36 @@ fn prepare(
         bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
     }
     let spec = RunSpec::from_toml(&terms.specification)?;
-    let run = Root::open(&terms.storage_url)?.run(run_id);
+    let run = Root::open_existing(&terms.storage_url)?.run(run_id);
+    runtime.block_on(same_storage(&run, terms))?;
     Job::load(spec, run, runtime.handle().clone(), device)
 }
 
-/// Reports an error that no other worker could avoid, and waits for the coordinator to end the run.
+/// Checks that this worker sees the coordinator's storage: its name lies there. File systems on a network may show it late.
+async fn same_storage(run: &potstill_storage::Run, terms: &Terms) -> anyhow::Result<()> {
+    let started = Instant::now();
+    loop {
+        let found = run.get(layout::COORDINATOR).await?;
+        if found.as_deref() == Some(terms.coordinator.as_bytes()) {
+            return Ok(());
+        }
+        if started.elapsed() >= VISIBLE {
+            let place = run.describe(layout::COORDINATOR);
+            let problem = match found {
+                Some(_) => format!("{place} names another coordinator"),
+                None => format!("there is no {place}"),
+            };
+            bail!(
+                "this machine does not see the run's storage, {}: {problem}. Give it access to the same storage as the \
+                 coordinator's",
+                terms.storage_url
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Reports an error that this worker cannot avoid, and waits for the coordinator to end the run, or this worker.
 fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) -> anyhow::Result<bool> {
     tracing::error!("{}", chain(&error));
     session.send(FromWorker::Failed { generation, error: chain(&error) });

@@ -20,8 +20,11 @@ use tonic::{Streaming, transport::Endpoint};
 use super::{progress::Progress, retained::Retained};
 use crate::process::lifeline;
 
-/// How long a starting rank tries to reach the coordinator, which may be starting as well.
-const CONNECT_FOR: Duration = Duration::from_secs(30);
+/// How long a starting rank tries to reach the coordinator, which may be starting as well: it hashes the teacher and reads the
+/// journal before it listens. As long as a run waits for workers by default.
+const CONNECT_FOR: Duration = Duration::from_secs(300);
+/// How often a rank that waits for the coordinator says so.
+const SAY: Duration = Duration::from_secs(10);
 /// Timeout of one attempt.
 const ATTEMPT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -40,6 +43,8 @@ pub struct Terms {
     pub collective_timeout: Duration,
     /// How long to continue without a coordinator.
     pub patience: Duration,
+    /// The coordinator's name, which its storage holds too.
+    pub coordinator: String,
 }
 
 /// What the training thread receives.
@@ -212,7 +217,7 @@ impl Link {
     ) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
         let address = &self.address;
         let started = Instant::now();
-        let (mut tries, mut pause) = (0u32, FIRST_PAUSE);
+        let (mut tries, mut pause, mut said) = (0u32, FIRST_PAUSE, Instant::now());
         loop {
             tries += 1;
             let attempt = tokio::time::timeout(ATTEMPT, self.attempt()).await;
@@ -231,6 +236,15 @@ impl Link {
                 );
             }
             tracing::debug!(%address, tries, error = %error.root_cause(), "cannot reach the coordinator yet");
+            if said.elapsed() >= SAY {
+                said = Instant::now();
+                tracing::info!(
+                    error = %error.root_cause(),
+                    "waiting for the coordinator at {address}, which may be starting, for {:.0} s; giving up after {} s",
+                    started.elapsed().as_secs_f64(),
+                    patience.as_secs()
+                );
+            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(longest);
         }
@@ -266,6 +280,7 @@ impl Link {
                 heartbeat_millis,
                 collective_timeout_millis,
                 patience_millis,
+                coordinator,
             } => {
                 let terms = Terms {
                     run_id,
@@ -274,6 +289,7 @@ impl Link {
                     heartbeat: Duration::from_millis(heartbeat_millis),
                     collective_timeout: Duration::from_millis(collective_timeout_millis),
                     patience: Duration::from_millis(patience_millis),
+                    coordinator,
                 };
                 Ok((incoming, terms))
             }

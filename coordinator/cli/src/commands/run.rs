@@ -97,6 +97,9 @@ struct RunArguments {
     #[arg(long, requires = "run_id", value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true,
         default_missing_value = "always", hide_possible_values = true)]
     resume: Option<ResumeWhen>,
+    /// With --resume: begin again from the teacher if none of the checkpoints that the run had can be read
+    #[arg(long, requires = "resume")]
+    from_teacher: bool,
     /// Seconds in which the workers must save after the first Ctrl-C, SIGTERM or SIGUSR1
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u64,
@@ -177,6 +180,7 @@ impl RunArguments {
                 Some(ResumeWhen::Always) => Resume::Always,
                 Some(ResumeWhen::Auto) => Resume::Auto,
             },
+            from_teacher: self.from_teacher,
             listen,
             grace: Duration::from_secs(self.grace),
             log_format: self.log_format,

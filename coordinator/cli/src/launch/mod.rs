@@ -87,6 +87,8 @@ pub struct Job {
     pub storage: Root,
     /// Whether to continue a run that exists.
     pub resume: Resume,
+    /// Whether it may start from the teacher although none of the checkpoints that it had can be read.
+    pub from_teacher: bool,
     /// The address on which it listens for workers.
     pub listen: SocketAddr,
     /// How long the workers have to save when the run is asked to stop.
@@ -119,6 +121,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
             run_id: job.run_id,
             storage: job.storage,
             resume: job.resume,
+            from_teacher: job.from_teacher,
             // The local agent ends with the launcher.
             ranks_may_live: job.agent.is_none(),
         };

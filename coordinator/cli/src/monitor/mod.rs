@@ -18,7 +18,7 @@ use potstill_proto::message::Source;
 use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
-    layout::{manifest_iteration, manifest_key},
+    layout::{self, manifest_iteration, manifest_key},
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
@@ -51,6 +51,8 @@ pub struct Monitor {
     world_size: Option<u32>,
     /// Iterations that were computed again.
     repeated: u64,
+    /// The name of this process's coordinator, once it owns the run.
+    coordinator: Option<String>,
 }
 
 /// The result of a run, for printing.
@@ -87,6 +89,7 @@ impl Monitor {
             ended: None,
             world_size: None,
             repeated: 0,
+            coordinator: None,
         })
     }
 
@@ -103,7 +106,9 @@ impl Monitor {
         self.progress.observe(&observation, Instant::now());
         let wall_seconds = self.wall_seconds();
         match observation {
-            Observation::Started { repeated, .. } => self.repeated = repeated,
+            Observation::Started { coordinator, repeated, .. } => {
+                (self.coordinator, self.repeated) = (Some(coordinator), repeated);
+            }
             Observation::GenerationOpened { world_size, source, repeated, .. } => {
                 self.world_size = Some(world_size);
                 self.repeated = repeated;
@@ -200,6 +205,17 @@ impl Monitor {
     }
 
     async fn save(&self, key: &str, bytes: Vec<u8>) {
+        // Where another coordinator has taken over, the file is its own.
+        if let Some(own) = &self.coordinator {
+            match self.run.get(layout::COORDINATOR).await {
+                Ok(Some(owner)) if owner == own.as_bytes() => {}
+                Ok(_) => {
+                    let place = self.run.describe(key);
+                    return warn!("{place} is not written: another coordinator owns the run");
+                }
+                Err(error) => return warn!(%error, "{} is not written", self.run.describe(key)),
+            }
+        }
         if let Err(error) = self.run.put(key, bytes.into()).await {
             warn!(%error, "cannot write {}", self.run.describe(key));
         }

@@ -2,7 +2,7 @@
 
 use potstill_proto::{
     PROTOCOL,
-    message::{Hello, Request, ToWorker},
+    message::{Hello, Place, Request, ToWorker},
 };
 
 use super::{Actions, Cause, Core, Stage, ending::stop_message, log, send};
@@ -17,8 +17,12 @@ impl Core {
         } else {
             Record::RunStarted { coordinator, run_id: self.run_id.clone(), address }
         }));
-        let (address, resumed) = (self.address.clone(), self.resumed);
-        actions.push(Action::Observe(Observation::Started { repeated: self.repeated, address, resumed }));
+        actions.push(Action::Observe(Observation::Started {
+            coordinator: self.coordinator.clone(),
+            repeated: self.repeated,
+            address: self.address.clone(),
+            resumed: self.resumed,
+        }));
         if let Stage::Gathering(gathering) = &mut self.stage {
             gathering.short_since = self.now;
         }
@@ -42,8 +46,10 @@ impl Core {
             self.lost(old, "it is replaced by its new connection", actions);
             actions.push(Action::Close { stream: old });
         }
-        let (id, place) = (hello.worker.clone(), hello.place);
-        let worker = self.members.attach(self.now, stream, hello).describe();
+        let claimed = hello.place;
+        // A worker may claim any place: only the journal says whose it is.
+        let place = claimed.filter(|place| self.owns(&hello.worker, *place));
+        let worker = self.members.attach(self.now, stream, hello, place).describe();
         send(
             actions,
             stream,
@@ -54,14 +60,16 @@ impl Core {
                 heartbeat_millis: self.terms.timeouts.heartbeat_millis,
                 collective_timeout_millis: self.terms.timeouts.collective_millis,
                 patience_millis: self.terms.timeouts.wait_millis,
+                coordinator: self.coordinator.clone(),
             },
         );
         actions.push(Action::Observe(Observation::Attached { worker }));
-        if let Some(place) = place
-            && !self.came_back(stream, &id, place)
+        let awaited = place.is_some_and(|place| self.came_back(stream, place));
+        if let Some(Place { generation, .. }) = claimed
+            && !awaited
         {
             let reason = "this generation continues without this worker, which was taken for lost".to_owned();
-            send(actions, stream, ToWorker::Abandon { generation: place.generation, reason });
+            send(actions, stream, ToWorker::Abandon { generation, reason });
         }
         self.reattach(actions);
     }
@@ -69,6 +77,11 @@ impl Core {
     /// A worker has loaded what the run reads.
     pub(super) fn ready(&mut self, stream: StreamId, actions: &mut Actions) {
         self.members.set_ready(stream);
+        self.can_be_placed(stream, actions);
+    }
+
+    /// A worker can be given a place from now on.
+    pub(super) fn can_be_placed(&mut self, stream: StreamId, actions: &mut Actions) {
         match &self.stage {
             Stage::Training(_) if self.rank(stream).is_none() => self.welcome_joiners(actions),
             Stage::Gathering(_) => self.recount(actions),
@@ -154,6 +167,12 @@ impl Core {
             return Some(format!(
                 "it was started for run {:?}; this coordinator serves run {:?}",
                 hello.run_id, self.run_id
+            ));
+        }
+        if let Some(held) = hello.held.filter(|held| held.iteration > self.terms.iterations) {
+            return Some(format!(
+                "it claims to hold the state at {held}; the run has {} iterations",
+                self.terms.iterations
             ));
         }
         None

@@ -6,7 +6,7 @@ use potstill_proto::message::{Request, ToWorker};
 
 use super::{Actions, Core, Stage, Training, log, send};
 use crate::{
-    Action, ClientId,
+    Action, ClientId, StreamId, Uncommitted,
     observation::{Observation, Outcome},
     record::Record,
 };
@@ -15,7 +15,7 @@ impl Core {
     pub(super) fn commit_answered(
         &mut self,
         iteration: u64,
-        result: Result<String, String>,
+        result: Result<String, Uncommitted>,
         actions: &mut Actions,
     ) {
         if matches!(self.stage, Stage::Ended(_)) {
@@ -24,6 +24,7 @@ impl Core {
         match result {
             Ok(manifest_key) => {
                 let Some(checkpoint) = self.ledger.committed(iteration, manifest_key.clone()) else { return };
+                self.from_teacher = false;
                 actions.push(Action::Persist(Record::Committed { iteration, manifest_key }));
                 let bytes = checkpoint.bytes();
                 actions.push(Action::Observe(Observation::Committed { iteration, bytes }));
@@ -41,20 +42,52 @@ impl Core {
                 self.answer(&Ok(iteration), actions);
                 self.conclude(actions);
             }
-            Err(reason) => {
-                let reason = format!("the manifest could not be written: {reason}");
+            Err(Uncommitted { reason, unseen }) => {
+                let reason = format!("the checkpoint could not be committed: {reason}");
+                let generation = self.ledger.committing_of(iteration).map(|checkpoint| checkpoint.generation);
+                // Where none is seen, the coordinator's own access may be at fault.
+                let some_seen = !unseen.is_empty() && unseen.len() < self.steps.world_size() as usize;
                 match self.ledger.commit_failed(iteration, reason.clone()) {
                     Some(again) => actions.push(Action::Commit(again)),
+                    None if generation != Some(self.generation) => {
+                        self.observe_failed_checkpoint(iteration, &reason, actions);
+                    }
+                    None if some_seen => self.shards_unseen(iteration, &unseen, &reason, actions),
                     None => self.checkpoint_failed(iteration, reason, actions),
                 }
             }
         }
     }
 
-    pub(super) fn checkpoint_failed(&mut self, iteration: u64, reason: String, actions: &mut Actions) {
-        actions.push(Action::Observe(Observation::CheckpointFailed { iteration, reason: reason.clone() }));
+    /// Some ranks of this generation wrote their shards to a place that is not the run's storage: they are sent away, and
+    /// the others go on, or save again.
+    fn shards_unseen(&mut self, iteration: u64, unseen: &BTreeSet<u32>, reason: &str, actions: &mut Actions) {
+        self.observe_failed_checkpoint(iteration, reason, actions);
+        let is_blind = |stream: &StreamId| self.rank(*stream).is_some_and(|rank| unseen.contains(&rank));
+        let blind: Vec<_> = self.members.iter().map(|(stream, _)| stream).filter(is_blind).collect();
+        for stream in blind {
+            let worker = self.members.get(stream).map(|m| m.describe()).unwrap_or_default();
+            let reason = format!(
+                "worker {worker} wrote its share of the checkpoint of iteration {iteration} to a place that is not the run's \
+                 storage, {}: {reason}",
+                self.storage_url
+            );
+            self.send_away(stream, reason, actions);
+        }
+        // They may have gone by themselves, when nothing was left to do but to commit.
+        if matches!(&self.stage, Stage::Training(training) if training.all_finished()) {
+            self.abandon(format!("iteration {iteration} is saved again: {reason}"), None, actions);
+        }
+    }
+
+    fn observe_failed_checkpoint(&mut self, iteration: u64, reason: &str, actions: &mut Actions) {
+        actions.push(Action::Observe(Observation::CheckpointFailed { iteration, reason: reason.to_owned() }));
         self.answer(&Err(format!("the checkpoint of iteration {iteration} failed: {reason}")), actions);
         self.failures += 1;
+    }
+
+    pub(super) fn checkpoint_failed(&mut self, iteration: u64, reason: String, actions: &mut Actions) {
+        self.observe_failed_checkpoint(iteration, &reason, actions);
         if iteration >= self.terms.iterations {
             self.fail(format!("the last checkpoint, of iteration {iteration}, failed: {reason}"), actions);
         } else if self.terms.stop_after_failures.is_some_and(|most| self.failures == most.get()) {

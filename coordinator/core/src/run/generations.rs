@@ -7,13 +7,31 @@ use potstill_proto::{
     message::{Place, Source, ToWorker},
 };
 
-use super::{Actions, Cause, Core, FAILED_STARTS, Gathering, Settling, Stage, Training, log, seconds, send};
+use super::{
+    Actions, Cause, Core, FAILED_STARTS, Gathering, Settling, Stage, Training, log,
+    newcomers::FAILED_WITH_ALL, seconds, send,
+};
 use crate::{Action, StreamId, Tick, assignment, observation::Observation, record::Record};
+
+/// Why a run does not start from the teacher.
+const NOTHING_TO_CONTINUE: &str = "every checkpoint of this run is damaged or gone, and no worker holds its state: restore \
+     the files, start another run, or resume with --from-teacher to begin this one again from the teacher";
 
 impl Core {
     /// Ends the live generation. `spoken` is the survivor whose report of a failure is the cause, if there is one: it
     /// has reported its cursor already.
     pub(super) fn abandon(&mut self, reason: String, spoken: Option<StreamId>, actions: &mut Actions) {
+        let cause = if spoken.is_none() { Cause::Known } else { Cause::Unexplained };
+        self.abandon_for(cause, reason, spoken, actions);
+    }
+
+    pub(super) fn abandon_for(
+        &mut self,
+        cause: Cause,
+        reason: String,
+        spoken: Option<StreamId>,
+        actions: &mut Actions,
+    ) {
         let Stage::Training(training) = &self.stage else { return };
         let survivors = || training.ranks.iter().copied().filter(|s| self.members.get(*s).is_some());
         let awaiting: BTreeSet<_> = survivors().filter(|s| Some(*s) != spoken).collect();
@@ -23,7 +41,6 @@ impl Core {
         };
         let holders = survivors().filter(holds).collect();
         self.tell_to_abandon(&awaiting, &reason, actions);
-        let cause = if spoken.is_none() { Cause::Known } else { Cause::Unexplained };
         self.stage = Stage::Settling(Settling { awaiting, holders, cause, since: self.now, reason });
     }
 
@@ -72,16 +89,21 @@ impl Core {
         let safe = !settling.holders.is_empty() || self.start.cursor == Cursor::default();
         let patience = match settling.cause {
             Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,
-            Cause::Known | Cause::Unexplained | Cause::Agreed => self.terms.timeouts.dead_millis,
+            Cause::Known | Cause::Unexplained | Cause::Stuck | Cause::Agreed => {
+                self.terms.timeouts.dead_millis
+            }
             // Storage may be slow; a worker that dies meanwhile is noticed.
             Cause::AgreedAndSaving => self.terms.timeouts.wait_millis,
         };
         settling.since.after(patience)
     }
 
-    /// Whether a checkpoint is about to be committed that is further than the state of every member that could
-    /// continue.
-    pub(super) fn awaits_commit(&self) -> bool {
+    /// Whether storage is about to say something that decides where the next generation starts: that a checkpoint is
+    /// damaged or not, or that one is committed that is further than the state of every member that could continue.
+    pub(super) fn awaits_storage(&self) -> bool {
+        if !self.doubted.is_empty() {
+            return true;
+        }
         let Some(iteration) = self.ledger.committing().next_back() else { return false };
         self.members.eligible().all(|(_, member)| member.held < Some(Cursor::boundary(iteration)))
     }
@@ -103,11 +125,15 @@ impl Core {
                 log(actions, format!("worker {} is silent: {silent}", member.describe()));
             }
         }
+        while let Some(stream) = self.members.released(self.now) {
+            self.released(stream, actions);
+        }
+        let gathering = matches!(self.stage, Stage::Gathering(_));
         match &self.stage {
             Stage::Reattaching(_) => self.reattach(actions),
             Stage::Settling(settling) => {
                 let settled = settling.awaiting.is_empty() || self.settled_by(settling) <= self.now;
-                if settled && !self.awaits_commit() {
+                if settled && !self.awaits_storage() {
                     let (reason, cause) = (settling.reason.clone(), settling.cause);
                     self.settled(reason, cause, actions);
                 }
@@ -115,14 +141,17 @@ impl Core {
             Stage::Gathering(gathering) => match gathering.enough_since {
                 Some(since) => {
                     let patient = gathering.patient && self.members.count() < self.terms.max_workers;
-                    if !patient || since.after(self.terms.timeouts.dead_millis) <= self.now {
+                    let due = !patient || since.after(self.terms.timeouts.dead_millis) <= self.now;
+                    if due && gathering.not_before <= self.now {
                         let reason = gathering.reason.clone();
                         self.open(reason, actions);
                     }
                 }
                 None if gathering.short_since.after(self.terms.timeouts.wait_millis) <= self.now => {
+                    let sent_away =
+                        self.sent_away.as_deref().map(|why| format!("; {why}")).unwrap_or_default();
                     let reason = format!(
-                        "{} of the {} workers it needs were attached for {:.1} s ({}): start more workers, lower \
+                        "{} of the {} workers it needs were attached for {:.1} s ({}{sent_away}): start more workers, lower \
                          cluster.min_workers or raise cluster.wait_timeout",
                         self.members.count(),
                         self.terms.min_workers,
@@ -136,6 +165,10 @@ impl Core {
             Stage::Training(_) => self.look_for_hangs(actions),
             Stage::Ended(_) => {}
         }
+        // There may be enough workers already.
+        if !gathering && matches!(self.stage, Stage::Gathering(_)) {
+            self.advance(actions);
+        }
     }
 
     /// All survivors have reported, or their time is over.
@@ -148,6 +181,7 @@ impl Core {
                 short_since: self.now,
                 enough_since: None,
                 patient: false,
+                not_before: self.now,
                 reason: reason.clone(),
             });
             for stream in leaving {
@@ -157,16 +191,35 @@ impl Core {
         if self.await_holders(actions) {
             return;
         }
-        let failed_starts =
-            cause == Cause::Unexplained && self.steps.finished() <= self.start.cursor.iteration;
-        self.failed_starts = if failed_starts { self.failed_starts + 1 } else { 0 };
-        if self.failed_starts >= FAILED_STARTS {
+        let fruitless = matches!(cause, Cause::Unexplained | Cause::Stuck)
+            && self.steps.finished() <= self.start.cursor.iteration;
+        let of_newcomers = fruitless && self.bar_newcomers(&reason, actions);
+        if fruitless && !of_newcomers {
+            if self.failed_starts == 0 {
+                self.failing_since = self.now;
+            }
+            self.failed_starts += 1;
+        } else {
+            self.failed_starts = 0;
+        }
+        let failing_for = self.now.0 - self.failing_since.0;
+        // Each worker has its turn to be left out.
+        let tries = FAILED_STARTS.max(FAILED_WITH_ALL + 2 * self.members.count());
+        if self.failed_starts >= tries && failing_for >= self.terms.timeouts.wait_millis {
             let reason = format!(
-                "{} generations in a row failed before they finished an iteration, although no worker died; check that the \
-                 workers can reach each other. The last failure: {reason}",
-                self.failed_starts
+                "{} generations in a row, for {:.1} s, failed before they finished an iteration, although no worker died; check \
+                 that the workers can reach each other. The last failure: {reason}",
+                self.failed_starts,
+                seconds(failing_for)
             );
-            self.fail(reason, actions);
+            return self.fail(reason, actions);
+        }
+        self.leave_one_out(actions);
+        if self.failed_starts >= FAILED_WITH_ALL && self.members.count() >= self.terms.min_workers {
+            self.gather(reason, actions);
+            if let Stage::Gathering(gathering) = &mut self.stage {
+                gathering.not_before = self.now.after(self.terms.timeouts.dead_millis);
+            }
         } else if self.members.count() >= self.terms.min_workers {
             self.open(reason, actions);
         } else {
@@ -180,7 +233,14 @@ impl Core {
             return self.stop_without_generation(stop, actions);
         }
         let short_since = self.now;
-        self.stage = Stage::Gathering(Gathering { short_since, enough_since: None, patient: false, reason });
+        let not_before = self.now;
+        self.stage = Stage::Gathering(Gathering {
+            short_since,
+            enough_since: None,
+            patient: false,
+            not_before,
+            reason,
+        });
         self.recount(actions);
     }
 
@@ -204,8 +264,12 @@ impl Core {
 
     pub(super) fn waiting_reason(&self, gathering: &Gathering) -> String {
         let (have, timeouts) = (self.members.count(), &self.terms.timeouts);
-        let reason = &gathering.reason;
-        if gathering.enough_since.is_some() {
+        let sent_away = self.sent_away.as_deref().map(|why| format!(" ({why})")).unwrap_or_default();
+        let reason = format!("{}{sent_away}", gathering.reason);
+        if gathering.not_before > self.now {
+            let pause = seconds(gathering.not_before.0 - self.now.0);
+            format!("{reason}: the next generation is tried in {pause:.1} s")
+        } else if gathering.enough_since.is_some() {
             let (most, patience) = (self.terms.max_workers, seconds(timeouts.dead_millis));
             format!(
                 "{reason}: {have} of at most {most} workers; training starts when all are attached or after {patience:.1} s"
@@ -219,6 +283,9 @@ impl Core {
     /// Opens the next generation with all workers that can be given a place.
     fn open(&mut self, reason: String, actions: &mut Actions) {
         let plan = assignment::plan(&self.members, self.terms.max_workers, self.ledger.newest());
+        if plan.source == Source::Fresh && !self.from_teacher {
+            return self.fail(NOTHING_TO_CONTINUE.to_owned(), actions);
+        }
         let world_size = plan.world_size();
         self.generation = self.generation.next();
         self.start = plan.start;
@@ -258,7 +325,7 @@ impl Core {
         let closed = self.steps.open(world_size, plan.start);
         actions.extend(closed.into_iter().map(|totals| Action::Observe(Observation::Iteration(totals))));
         self.ledger.open(generation, world_size);
-        (self.named, self.unsure) = (of_rank, None);
+        (self.named, self.awaited, self.unsure) = (of_rank, false, None);
         actions.push(Action::Observe(Observation::GenerationOpened {
             generation,
             world_size,

@@ -6,7 +6,7 @@
 
 use potstill_proto::message::ToWorker;
 
-use super::{Actions, Core, Stage, seconds, send};
+use super::{Actions, Cause, Core, Stage, seconds, send};
 use crate::{Action, StreamId};
 
 impl Core {
@@ -35,7 +35,7 @@ impl Core {
             && guilty.is_empty()
         {
             let reason = format!("all ranks wait for each other: {}", self.no_progress(*first));
-            return self.abandon(reason, None, actions);
+            return self.abandon_for(Cause::Stuck, reason, None, actions);
         }
         let guilty: Vec<_> = guilty.into_iter().map(|(_, stream, _)| *stream).collect();
         for stream in guilty {

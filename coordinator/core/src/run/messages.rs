@@ -97,7 +97,11 @@ impl Core {
             }
             FromWorker::CheckpointDamaged { generation, manifest_key, error } => {
                 if self.spoken_rank(stream, generation, "a damaged checkpoint", actions).is_some() {
-                    self.checkpoint_damaged(stream, &manifest_key, &error, actions);
+                    if let Some(member) = self.members.get_mut(stream) {
+                        member.hold(Cursor::default());
+                    }
+                    self.checkpoint_doubted(stream, &manifest_key, &error, actions);
+                    self.spoke(stream, Cursor::default());
                 }
             }
             FromWorker::Failed { generation, error } => {
@@ -151,6 +155,11 @@ impl Core {
         match self.steps.report(rank, report) {
             Ok(reported) => {
                 self.reached(stream, Cursor::boundary(iteration + 1));
+                if let Some(member) = self.members.get_mut(stream) {
+                    // Alone it proves nothing.
+                    member.proven |= self.steps.world_size() > 1;
+                    member.fruitless = 0;
+                }
                 match reported {
                     Reported::Incomplete => {}
                     Reported::Finished(totals) => {
@@ -185,25 +194,6 @@ impl Core {
         } else {
             self.checkpoint_failed(iteration, reason, actions);
         }
-    }
-
-    /// The checkpoint that the generation was to start from cannot be read: the one before it is used.
-    fn checkpoint_damaged(
-        &mut self,
-        stream: StreamId,
-        manifest_key: &str,
-        error: &str,
-        actions: &mut Actions,
-    ) {
-        let reason = format!("checkpoint {manifest_key} is damaged: {error}");
-        if self.ledger.mark_damaged(manifest_key) {
-            log(actions, format!("{reason}; it is not used"));
-        }
-        if let Some(member) = self.members.get_mut(stream) {
-            member.hold(Cursor::default());
-        }
-        self.abandon(reason, None, actions);
-        self.spoke(stream, Cursor::default());
     }
 
     fn evaluated(&mut self, report: scores::Evaluation, actions: &mut Actions) {
@@ -261,7 +251,10 @@ impl Core {
         let Some(rank) = rank else {
             // A worker that was taken for lost: what it reports of its own state still counts.
             if let Some(member) = self.members.get_mut(stream)
-                && member.place.is_some_and(|place| place.generation == generation)
+                && [member.place, member.hello.place]
+                    .iter()
+                    .flatten()
+                    .any(|place| place.generation == generation)
             {
                 member.hold(cursor);
             }
@@ -287,9 +280,12 @@ impl Core {
         actions: &mut Actions,
     ) {
         let Some(member) = self.members.get(stream) else { return };
-        let own = member.place.map(|place| place.generation).unwrap_or_default();
-        if generation == Generation::default() || generation == own {
-            let reason = format!("worker {} failed: {error}", member.describe());
+        let place = member.place.map(|place| place.generation);
+        let reason = format!("worker {} failed: {error}", member.describe());
+        let new = !member.proven && self.members.iter().any(|(_, other)| other.proven);
+        if place.is_none() || (new && place == Some(generation)) {
+            self.send_away(stream, reason, actions);
+        } else if place == Some(generation) {
             self.fail(reason, actions);
         } else {
             log(actions, format!("ignored: a failure in {generation}, which is over: {error}"));

@@ -5,6 +5,7 @@ mod ending;
 mod generations;
 mod hangs;
 mod messages;
+mod newcomers;
 mod reattaching;
 mod status;
 #[cfg(test)]
@@ -28,7 +29,8 @@ use crate::{
     terms::Terms,
 };
 
-/// The run fails when this number of generations in a row have failed before they finished an iteration.
+/// The run fails when this number of generations in a row have failed before they finished an iteration, for as long as it
+/// would wait for workers.
 const FAILED_STARTS: u32 = 8;
 
 /// What a coordinator knows of its run when it starts.
@@ -52,6 +54,8 @@ pub struct Setup {
     pub checkpoints: Vec<CommittedCheckpoint>,
     /// Whether ranks of an earlier coordinator may still be at work; false where they end with their coordinator.
     pub ranks_may_live: bool,
+    /// Whether the run may start from the teacher although it has had a checkpoint.
+    pub from_teacher: bool,
 }
 
 /// The coordinator's state machine; see the crate's documentation.
@@ -78,12 +82,23 @@ pub struct Core {
     generation: Generation,
     /// Where it started.
     start: Start,
-    /// Members of the newest generation by rank, until they have been waited for once.
+    /// Members of the newest generation by rank.
     named: Vec<WorkerId>,
+    /// Whether they have been waited for once already.
+    awaited: bool,
+    /// Whether the run may start from the teacher.
+    from_teacher: bool,
+    /// Checkpoints that some workers could not read, and these workers: they are being verified.
+    doubted: BTreeMap<String, BTreeSet<StreamId>>,
+    /// The worker without which the newest generation was tried.
+    left_out: Option<StreamId>,
+    /// Why the newest worker that failed before it had a place was sent away.
+    sent_away: Option<String>,
     /// Why ranks of it that are lost may be alive.
     unsure: Option<String>,
-    /// Generations in a row that ended in a failed collective before they finished an iteration.
+    /// Generations in a row that ended in a failed collective before they finished an iteration, and since when.
     failed_starts: u32,
+    failing_since: Tick,
     stage: Stage,
     steps: Steps,
     /// Iterations that were computed again, over the whole run.
@@ -132,6 +147,8 @@ struct Gathering {
     enough_since: Option<Tick>,
     /// Whether to wait a while for more than `min_workers`: only before the first generation.
     patient: bool,
+    /// No generation is opened before this: the last ones failed.
+    not_before: Tick,
     /// Why there is no generation.
     reason: String,
 }
@@ -153,6 +170,8 @@ struct Settling {
 enum Cause {
     /// A collective failed for a reason not yet known: a death may still be noticed.
     Unexplained,
+    /// No rank makes progress, and all wait for each other.
+    Stuck,
     /// It is known which worker died or makes no progress.
     Known,
     /// Its ranks agreed to yield at a boundary.
@@ -207,6 +226,7 @@ impl Core {
             history,
             checkpoints,
             ranks_may_live,
+            from_teacher,
         } = setup;
         let timeouts = terms.timeouts;
         let teacher_diversity = history.iter().rev().find_map(|record| match record {
@@ -215,6 +235,7 @@ impl Core {
         });
         let mut generation = Generation::default();
         let mut repeated = 0;
+        let was_saved = history.iter().any(|record| matches!(record, Record::Committed { .. }));
         for record in &history {
             if let Record::GenerationOpened { generation: opened, repeats, .. } = record {
                 generation = *opened;
@@ -241,12 +262,19 @@ impl Core {
             generation,
             start,
             named: Vec::new(),
+            awaited: false,
+            from_teacher: from_teacher || !(was_saved || saved > 0),
+            doubted: BTreeMap::new(),
+            left_out: None,
+            sent_away: None,
             unsure: None,
             failed_starts: 0,
+            failing_since: Tick::default(),
             stage: Stage::Gathering(Gathering {
                 short_since: Tick::default(),
                 enough_since: None,
                 patient: true,
+                not_before: Tick::default(),
                 reason: "the run starts".into(),
             }),
             steps: Steps::new(terms.micro_batches, terms.micro_batch, start),
@@ -279,9 +307,13 @@ impl Core {
                 self.unsure = Some(reason);
             }
             Event::CommitAnswered { iteration, result } => self.commit_answered(iteration, result, actions),
+            Event::Verified { manifest_key, result } => self.verified(&manifest_key, result, actions),
             Event::CheckpointRequested { client } => self.checkpoint_requested(client, actions),
             Event::StopRequested { reason } => self.stop_requested(reason, actions),
-            Event::WorkersUnavailable { reason } => self.fail(reason, actions),
+            Event::WorkersUnavailable { reason } => {
+                let cause = self.sent_away.take().unwrap_or(reason);
+                self.fail(cause, actions);
+            }
             Event::JournalLost { reason } => self.journal_lost(reason, actions),
         }
         self.advance(actions);
@@ -295,10 +327,12 @@ impl Core {
             Stage::Training(training) => Some(training.look),
             Stage::Reattaching(reattaching) => Some(self.reattached_by(reattaching)),
             // It waits for an event then.
-            Stage::Settling(_) if self.awaits_commit() => None,
+            Stage::Settling(_) if self.awaits_storage() => None,
             Stage::Settling(settling) => Some(self.settled_by(settling)),
-            Stage::Gathering(Gathering { enough_since: Some(since), .. }) => {
-                Some(since.after(self.terms.timeouts.dead_millis))
+            Stage::Gathering(gathering @ Gathering { enough_since: Some(since), .. }) => {
+                let patient = gathering.patient && self.members.count() < self.terms.max_workers;
+                let due = if patient { since.after(self.terms.timeouts.dead_millis) } else { *since };
+                Some(due.max(gathering.not_before))
             }
             Stage::Gathering(gathering) => Some(gathering.short_since.after(self.terms.timeouts.wait_millis)),
         };

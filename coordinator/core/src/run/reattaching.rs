@@ -24,6 +24,7 @@ impl Core {
         }
         let Some((members, start)) = living else { return };
         let expected: Vec<_> = members.iter().cloned().map(WorkerId).collect();
+        (self.named, self.awaited) = (expected.clone(), true);
         let world_size = u32::try_from(expected.len()).unwrap_or(u32::MAX);
         let saved = self.ledger.newest().map_or(0, |newest| newest.iteration);
         // The ranks keep their reports until a checkpoint covers them, and send them again.
@@ -46,11 +47,12 @@ impl Core {
         let finished = self.steps.finished();
         let saved = self.ledger.newest().map_or(0, |newest| newest.iteration);
         let held = self.members.eligible().filter_map(|(_, member)| member.held).max().unwrap_or_default();
-        if self.named.is_empty() || finished <= saved.max(held.iteration) {
+        if self.awaited || self.named.is_empty() || finished <= saved.max(held.iteration) {
             return false;
         }
         let Some(reason) = self.unsure.take() else { return false };
-        let expected = std::mem::take(&mut self.named);
+        self.awaited = true;
+        let expected = self.named.clone();
         let world_size = u32::try_from(expected.len()).unwrap_or(u32::MAX);
         // What they reported up to here counts already.
         self.start = Start { cursor: Cursor::boundary(finished), exact: false };
@@ -93,16 +95,16 @@ impl Core {
         format!("{here} of the {expected} ranks of {} are back; {left:.1} s are left", self.generation)
     }
 
-    /// A worker came back with the place that the journal gave it.
-    pub(super) fn came_back(&mut self, stream: StreamId, worker: &WorkerId, place: Place) -> bool {
-        let generation = self.generation;
+    /// Whether a place in the newest generation was given to this worker.
+    pub(super) fn owns(&self, worker: &WorkerId, place: Place) -> bool {
+        place.generation == self.generation && self.named.get(place.rank as usize) == Some(worker)
+    }
+
+    /// A worker attached with its own place. Returns whether it is awaited there.
+    pub(super) fn came_back(&mut self, stream: StreamId, place: Place) -> bool {
         let Stage::Reattaching(reattaching) = &mut self.stage else { return false };
-        let is_its_own =
-            place.generation == generation && reattaching.expected.get(place.rank as usize) == Some(worker);
-        if is_its_own {
-            reattaching.here.insert(place.rank, stream);
-        }
-        is_its_own
+        reattaching.here.insert(place.rank, stream);
+        true
     }
 
     /// Continues as soon as all ranks are back, or when the time for that is over.
@@ -117,6 +119,7 @@ impl Core {
             short_since: self.now,
             enough_since: None,
             patient: false,
+            not_before: self.now,
             reason: String::new(),
         });
         let Stage::Reattaching(reattaching) = std::mem::replace(&mut self.stage, empty) else {

@@ -49,6 +49,7 @@ impl Core {
             reason,
             generation: self.generation.0,
             members: self.members.iter().map(member).collect(),
+            member_count: u32::try_from(self.members.iter().count()).unwrap_or(u32::MAX),
             iteration: self.steps.finished(),
             iterations: self.terms.iterations,
             repeated_iterations: self.repeated,

@@ -12,7 +12,7 @@ use potstill_proto::{
 
 use super::{Core, Setup, fixtures::hello};
 use crate::{
-    Action, ClientId, Event, StreamId, Tick,
+    Action, ClientId, Event, StreamId, Tick, Uncommitted,
     ledger::CommittedCheckpoint,
     observation::{Observation, Outcome},
     record::Record,
@@ -46,6 +46,7 @@ fn setup(min: u32, max: u32) -> Setup {
         history: Vec::new(),
         checkpoints: Vec::new(),
         ranks_may_live: true,
+        from_teacher: false,
     }
 }
 
@@ -506,13 +507,23 @@ fn a_failed_collective_that_nothing_explains_is_tried_again_with_all() {
 }
 
 #[test]
-fn collectives_that_never_work_end_the_run() {
+fn collectives_that_never_work_end_the_run_when_it_has_waited_for_long() {
     let mut world = World::training(1, 1);
-    for generation in 1..8 {
-        let actions = world.says(0, collective_failed(generation, 0));
-        assert_eq!(places(&actions), [(0, generation + 1, 0)]);
-    }
-    let reason = failure(&world.says(0, collective_failed(8, 0)));
+    let (since, mut generation) = (world.now, 1);
+    let reason = loop {
+        let mut actions = world.says(0, collective_failed(generation, 0));
+        if outcome(&actions).is_some() {
+            break failure(&actions);
+        }
+        if places(&actions).is_empty() {
+            assert!(generation >= 3, "the first ones are tried again at once");
+            world.pass(DEAD - 1, 1);
+            actions = world.later(1);
+        }
+        generation += 1;
+        assert_eq!(places(&actions), [(0, generation, 0)]);
+    };
+    assert!(world.now - since >= WAIT, "{} ms", world.now - since);
     assert!(reason.contains("8 generations in a row") && reason.contains("reset by peer"), "{reason}");
 }
 
@@ -616,6 +627,90 @@ fn a_newcomer_joins_when_there_is_room_and_stands_by_when_there_is_not() {
 }
 
 #[test]
+fn a_newcomer_that_fails_is_sent_away_and_the_others_go_on() {
+    // While it loads what the run reads.
+    let mut world = World::training(2, 3);
+    world.report(0, 0);
+    world.report(1, 0);
+    world.step(Event::Attached { stream: StreamId(2), hello: hello("w2") });
+    let error = "no such folder".to_owned();
+    let actions = world.says(2, FromWorker::Failed { generation: Generation(0), error: error.clone() });
+    assert!(abandoned(&actions).is_empty() && outcome(&actions).is_none(), "{actions:?}");
+    assert!(matches!(told(&actions)[..], [ToWorker::Stop { success: false, .. }]), "{actions:?}");
+    assert_eq!(world.core.status().members.len(), 2);
+    // In its first generation.
+    world.attach(3);
+    world.yields(0, 1);
+    assert_eq!(world.yields(1, 1).iter().filter(|a| matches!(a, Action::Persist(_))).count(), 1);
+    let actions = world.says(3, FromWorker::Failed { generation: Generation(2), error });
+    assert!(outcome(&actions).is_none(), "{actions:?}");
+    world.says(0, collective_failed(2, 1));
+    assert_eq!(places(&world.says(1, collective_failed(2, 1))), [(0, 3, 0), (1, 3, 1)]);
+}
+
+#[test]
+fn why_workers_failed_before_they_had_a_place_is_said_when_there_are_too_few() {
+    let mut world = World::new(setup(1, 1));
+    world.step(Event::Attached { stream: StreamId(0), hello: hello("w0") });
+    let error = "the teacher has no tensor x".to_owned();
+    assert!(outcome(&world.says(0, FromWorker::Failed { generation: Generation(0), error })).is_none());
+    assert!(world.core.status().reason.contains("no tensor x"), "{}", world.core.status().reason);
+    let actions = world.step(Event::WorkersUnavailable { reason: "the worker agent exited".into() });
+    let reason = failure(&actions);
+    assert!(reason.contains("w0") && reason.contains("no tensor x"), "{reason}");
+}
+
+#[test]
+fn a_newcomer_that_cannot_reach_the_others_is_left_out_for_longer_and_longer() {
+    let mut world = World::training(2, 3);
+    let mut iteration = 0;
+    world.report(0, 0);
+    world.report(1, 0);
+    world.attach(2);
+    let mut pauses = Vec::new();
+    for _ in 0..3 {
+        iteration += 1;
+        world.yields(0, iteration);
+        let placed = places(&world.yields(1, iteration));
+        assert_eq!(placed.iter().map(|(stream, ..)| *stream).collect::<Vec<_>>(), [0, 1, 2]);
+        let generation = world.core.generation.0;
+        // Its group never forms: the ranks wait for each other.
+        let actions = heartbeats(&mut world, 4 * DEAD + DEAD, &[], &[0, 1, 2]);
+        assert_eq!(abandoned(&actions), [0, 1, 2]);
+        let mut actions = Vec::new();
+        for stream in 0..3 {
+            actions.extend(world.says(stream, collective_failed(generation, iteration)));
+        }
+        assert_eq!(places(&actions).iter().map(|(stream, ..)| *stream).collect::<Vec<_>>(), [0, 1]);
+        let named = |a: &Action| matches!(a, Action::Log(text) if text.contains("w2") && text.contains("go on without it"));
+        assert!(actions.iter().any(named), "{actions:?}");
+        world.report(0, iteration);
+        world.report(1, iteration);
+        // The others train on until it can try again.
+        let since = world.now;
+        while requests(&heartbeats(&mut world, DEAD / 10, &[0, 1, 2], &[])).is_empty() {
+            assert!(world.now < since + 100 * DEAD);
+        }
+        pauses.push((world.now - since) / DEAD);
+    }
+    assert!(pauses.windows(2).all(|pair| pair[1] >= 2 * pair[0] - 1), "{pauses:?}");
+}
+
+#[test]
+fn a_worker_cannot_claim_the_place_of_another() {
+    let mut world = World::training(2, 2);
+    let claimed = Hello { place: Some(Place { generation: Generation(1), rank: 1 }), ..hello("stranger") };
+    let actions = world.attach_with(7, claimed);
+    assert_eq!(abandoned(&actions), [7]);
+    let report = report(1, 0, 1, 2);
+    let actions = world.says(7, FromWorker::StepReport(report));
+    assert!(matches!(&actions[..], [Action::Log(text)] if text.starts_with("ignored")), "{actions:?}");
+    let beyond = Hello { held: Some(Cursor::boundary(ITERATIONS + 1)), ..hello("liar") };
+    let actions = world.step(Event::Attached { stream: StreamId(8), hello: beyond });
+    assert!(matches!(told(&actions)[..], [ToWorker::Refused { .. }]), "{actions:?}");
+}
+
+#[test]
 fn a_worker_that_cannot_go_on_ends_the_run() {
     let mut world = World::training(2, 2);
     let error = "the loss is not finite".into();
@@ -680,7 +775,7 @@ fn a_manifest_that_cannot_be_written_ends_a_run_that_stops_there() {
     let mut world = World::training(1, 1);
     world.step(stop());
     world.receipt(0, 2);
-    let result = Err("403".to_owned());
+    let result = Err(Uncommitted { reason: "403".into(), ..Default::default() });
     assert_eq!(outcome(&world.step(Event::CommitAnswered { iteration: 2, result })), None);
     let reason = failure(&world.finish(0, 2));
     assert!(reason.contains("403"), "{reason}");
@@ -752,12 +847,13 @@ fn a_lost_journal_ends_the_coordinator_and_leaves_the_workers_to_its_successor()
 
 // ------------------------------------------------------------------------------------------------ hanging
 
-/// Lets time pass while two workers send heartbeats and only those in `moving` make progress.
+/// Lets time pass while two workers, or as many as are named, send heartbeats and only those in `moving` make progress.
 fn heartbeats(world: &mut World, millis: u64, moving: &[u64], waiting: &[u64]) -> Vec<Action> {
     let (end, mut actions) = (world.now + millis, Vec::new());
+    let count = moving.iter().chain(waiting).max().map_or(2, |last| last + 1).max(2);
     while world.now < end {
         world.now = end.min(world.now + DEAD / 10);
-        for stream in 0..2 {
+        for stream in 0..count {
             let message = FromWorker::Heartbeat {
                 generation: world.core.generation,
                 cursor: Cursor::boundary(1),
@@ -1096,16 +1192,140 @@ fn so_many_failed_checkpoints_in_a_row_end_the_run_if_it_is_so_configured() {
     assert!(reason.contains("2 checkpoints in a row") && reason.contains("503"), "{reason}");
 }
 
-#[test]
-fn a_damaged_checkpoint_is_named_and_the_one_before_it_is_used() {
-    let mut setup = setup(1, 1);
-    let committed = |iteration| CommittedCheckpoint { iteration, manifest_key: format!("m{iteration}") };
-    setup.checkpoints = vec![committed(1), committed(2)];
+/// A run with these checkpoints, whose worker was told to start from the newest of them.
+fn with_checkpoints(iterations: &[u64], workers: u64, from_teacher: bool) -> World {
+    let mut setup = setup(1, u32::try_from(workers).unwrap());
+    let committed = |iteration: &u64| CommittedCheckpoint {
+        iteration: *iteration,
+        manifest_key: format!("m{iteration}"),
+    };
+    setup.checkpoints = iterations.iter().map(committed).collect();
+    setup.from_teacher = from_teacher;
     let mut world = World::new(setup);
-    assert_eq!(source(&world.attach(0)), Source::Checkpoint { manifest_key: "m2".into() });
-    let error = "rank-000: its SHA-256 is x".into();
-    let (generation, manifest_key) = (Generation(1), "m2".into());
-    let actions = world.says(0, FromWorker::CheckpointDamaged { generation, manifest_key, error });
+    for stream in 0..workers {
+        world.attach(stream);
+    }
+    world
+}
+
+fn cannot_read(generation: u64, manifest_key: &str) -> FromWorker {
+    FromWorker::CheckpointDamaged {
+        generation: Generation(generation),
+        manifest_key: manifest_key.into(),
+        error: "rank-000: its SHA-256 is x".into(),
+    }
+}
+
+fn verified(manifest_key: &str, result: Result<Option<String>, String>) -> Event {
+    Event::Verified { manifest_key: manifest_key.into(), result }
+}
+
+#[test]
+fn a_checkpoint_is_damaged_when_the_coordinator_finds_it_so() {
+    let mut world = with_checkpoints(&[1, 2], 1, false);
+    let actions = world.says(0, cannot_read(1, "m2"));
+    assert!(actions.contains(&Action::Verify { manifest_key: "m2".into() }), "{actions:?}");
+    assert!(places(&actions).is_empty());
+    assert!(places(&world.later(MOMENT)).is_empty(), "nothing is decided before the coordinator has read it");
+    let actions = world.step(verified("m2", Ok(Some("rank-000: its SHA-256 is x".into()))));
     assert!(actions.iter().any(|a| matches!(a, Action::Log(text) if text.contains("m2 is damaged"))));
     assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m1".into() });
+}
+
+#[test]
+fn a_worker_that_does_not_see_the_storage_is_sent_away_and_condemns_nothing() {
+    let mut world = with_checkpoints(&[1, 2], 2, false);
+    world.says(1, cannot_read(1, "m2"));
+    world.says(0, collective_failed(1, 0));
+    let actions = world.step(verified("m2", Ok(None)));
+    let stopped = actions.iter().find_map(|action| match action {
+        Action::Send { stream, message: ToWorker::Stop { success: false, reason } } => {
+            Some((stream.0, reason))
+        }
+        _ => None,
+    });
+    let (stream, reason) = stopped.unwrap();
+    assert_eq!(stream, 1);
+    assert!(reason.contains("w1") && reason.contains("does not see the run's storage"), "{reason}");
+    assert_eq!(places(&actions), [(0, 2, 0)]);
+    assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m2".into() });
+}
+
+#[test]
+fn a_worker_that_writes_its_shards_elsewhere_is_sent_away() {
+    let mut world = World::training(2, 2);
+    for iteration in 0..2 {
+        world.report(0, iteration);
+        world.report(1, iteration);
+    }
+    world.receipt(0, 2);
+    assert_eq!(commits(&world.receipt(1, 2)), [2]);
+    let failed = |unseen: &[u32]| Event::CommitAnswered {
+        iteration: 2,
+        result: Err(Uncommitted { reason: "it is missing".into(), unseen: unseen.iter().copied().collect() }),
+    };
+    let actions = world.step(failed(&[1]));
+    let stopped =
+        |a: &Action| matches!(a, Action::Send { stream: StreamId(1), message: ToWorker::Stop { .. } });
+    assert!(actions.iter().any(stopped), "{actions:?}");
+    assert_eq!(places(&world.says(0, collective_failed(1, 2))), [(0, 2, 0)]);
+    // Where no shard is seen, the coordinator's own access may be at fault.
+    let mut world = World::training(2, 2);
+    world.receipt(0, 2);
+    world.receipt(1, 2);
+    let actions = world.step(failed(&[0, 1]));
+    assert!(matches!(actions[..], [Action::Observe(Observation::CheckpointFailed { .. })]), "{actions:?}");
+}
+
+#[test]
+fn at_the_start_each_worker_is_left_out_in_turn() {
+    let mut world = World::training(3, 3);
+    let mut tried = Vec::new();
+    for generation in 1..7 {
+        let ranks: Vec<u64> = (0..3).filter(|n| world.core.rank(StreamId(*n)).is_some()).collect();
+        let mut actions = Vec::new();
+        for stream in &ranks {
+            actions.extend(world.says(*stream, collective_failed(generation, 0)));
+        }
+        if places(&actions).is_empty() {
+            world.pass(DEAD - 1, 3);
+            actions = world.later(1);
+        }
+        tried.push(places(&actions).iter().map(|(stream, ..)| *stream).collect::<Vec<_>>());
+    }
+    assert_eq!(tried[..2], [[0, 1, 2], [0, 1, 2]], "{tried:?}");
+    let left_out: BTreeSet<u64> =
+        tried.iter().flat_map(|placed| (0..3).filter(|n| !placed.contains(n))).collect();
+    assert_eq!(left_out.len(), 3, "{tried:?}");
+}
+
+#[test]
+fn when_no_worker_sees_the_storage_the_run_waits_for_one_that_does() {
+    let mut world = with_checkpoints(&[2], 1, false);
+    world.says(0, cannot_read(1, "m2"));
+    world.step(verified("m2", Ok(None)));
+    assert_eq!(world.core.status().state(), wire::RunState::Waiting);
+    let reason = failure(&world.later(WAIT));
+    assert!(reason.contains("does not see the run's storage"), "{reason}");
+    let mut world = with_checkpoints(&[2], 1, false);
+    world.says(0, cannot_read(1, "m2"));
+    let reason = failure(&world.step(verified("m2", Err("503 Slow Down".into()))));
+    assert!(reason.contains("m2") && reason.contains("503 Slow Down"), "{reason}");
+}
+
+#[test]
+fn a_run_that_had_a_checkpoint_does_not_start_from_the_teacher_unless_it_is_told_to() {
+    let lost = |from_teacher| {
+        let mut world = with_checkpoints(&[2], 1, from_teacher);
+        world.says(0, cannot_read(1, "m2"));
+        world.step(verified("m2", Ok(Some("it is missing".into()))))
+    };
+    let reason = failure(&lost(false));
+    assert!(reason.contains("--from-teacher"), "{reason}");
+    assert_eq!(source(&lost(true)), Source::Fresh);
+    // The same where the journal alone knows of a checkpoint.
+    let mut setup = setup(1, 1);
+    setup.history = vec![Record::Committed { iteration: 2, manifest_key: "m2".into() }];
+    let mut world = World::new(setup);
+    assert!(failure(&world.attach(0)).contains("--from-teacher"));
 }

@@ -6,9 +6,10 @@ use std::{
 };
 
 use potstill_core::{
-    Action, ClientId,
+    Action, ClientId, Event, StreamId,
     ledger::Checkpoint,
     observation::{Observation, Outcome},
+    record::Record,
 };
 use potstill_proto::{
     cursor::{Cursor, Generation},
@@ -16,7 +17,7 @@ use potstill_proto::{
 };
 
 use super::World;
-use crate::{group::Group, process::Process, state::State};
+use crate::{group::Group, state::State};
 
 struct Hashed<'h, H>(&'h mut H);
 
@@ -52,8 +53,59 @@ impl World {
         }
     }
 
-    /// A generation is in the journal: it is newer than all others, its size is allowed, its source holds a complete
-    /// state, and no worker that the coordinator could have heard holds a further one.
+    /// What is lost by the generation that a coordinator has decided to open: a state that is further than its source's, of a
+    /// worker that the coordinator could have heard. While the record is written more can be heard; the next generation
+    /// takes it into account.
+    pub(super) fn lost_step(&self, coordinator: usize, record: &Record) -> Option<String> {
+        let Record::GenerationOpened { generation, members, source, .. } = record else { return None };
+        let start = self.start_of(members, source)?;
+        let waits = |number: usize| {
+            let of_link = |stream: &StreamId| stream.0 == number as u64;
+            self.coordinators[coordinator].waiting.iter().any(|(_, event)| match event {
+                Event::Attached { stream, .. } | Event::Received { stream, .. } => of_link(stream),
+                _ => false,
+            })
+        };
+        for (number, link) in self.links.iter().enumerate() {
+            if link.coordinator != coordinator || !link.open || link.broken {
+                continue;
+            }
+            let of = &self.processes[link.process];
+            let heard = link.up == 0 && link.down == 0 && of.alive && !of.paused && !of.hung;
+            let idle = !of.in_group() && of.leaving.is_none();
+            if let Some(held) = of.held()
+                && heard
+                && idle
+                && held > start
+                && !waits(number)
+            {
+                let process = link.process;
+                return Some(format!(
+                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has reported it, holds \
+                     {held}"
+                ));
+            }
+        }
+        None
+    }
+
+    /// Where a generation starts; `None` where its source holds no complete state.
+    fn start_of(&self, members: &[String], source: &Source) -> Option<Cursor> {
+        match source {
+            Source::Fresh => Some(Cursor::default()),
+            Source::Checkpoint { manifest_key } => match self.storage.read(manifest_key) {
+                Some(manifest) => Some(Cursor::boundary(manifest.checkpoint.iteration)),
+                None => Some(Cursor::default()),
+            },
+            Source::Peer { rank } => {
+                let number: usize = members.get(*rank as usize)?.strip_prefix('w')?.parse().ok()?;
+                self.processes.get(number)?.held()
+            }
+        }
+    }
+
+    /// A generation is in the journal: it is newer than all others, its size is allowed, and its source holds a complete
+    /// state.
     pub(super) fn check_opening(
         &mut self,
         coordinator: usize,
@@ -72,40 +124,9 @@ impl World {
         }
         let numbers: Vec<usize> =
             members.iter().filter_map(|id| id.strip_prefix('w')?.parse().ok()).collect();
-        let start = match source {
-            Source::Fresh => Cursor::default(),
-            Source::Checkpoint { manifest_key } => match self.storage.read(manifest_key) {
-                Some(manifest) => Cursor::boundary(manifest.checkpoint.iteration),
-                None => Cursor::default(),
-            },
-            Source::Peer { rank } => {
-                let source = numbers.get(*rank as usize).map(|number| &self.processes[*number]);
-                match source.and_then(Process::held) {
-                    Some(cursor) => cursor,
-                    None => {
-                        let what = format!("{generation}'s source, rank {rank}, holds no complete state");
-                        return self.breaks(what);
-                    }
-                }
-            }
+        let Some(start) = self.start_of(members, source) else {
+            return self.breaks(format!("the source of {generation} holds no complete state: {source:?}"));
         };
-        for link in self.links.iter().filter(|l| l.coordinator == coordinator && l.open && !l.broken) {
-            let of = &self.processes[link.process];
-            let heard = link.up == 0 && link.down == 0 && of.alive && !of.paused && !of.hung;
-            let idle = !of.in_group() && of.leaving.is_none();
-            if let Some(held) = of.held()
-                && heard
-                && idle
-                && held > start
-            {
-                let process = link.process;
-                let what = format!(
-                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has reported it, holds \
-                     {held}"
-                );
-                return self.breaks(what);
-            }
-        }
         // A run goes back only where its newest state is lost.
         let told = &mut self.coordinators[coordinator].told;
         *told = (*told).min(start.iteration.checked_sub(1));

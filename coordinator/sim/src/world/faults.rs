@@ -1,11 +1,22 @@
 //! Faults, and how they end.
 
 use potstill_core::{ClientId, Event};
-use potstill_proto::message::FromWorker;
+use potstill_proto::{
+    PROTOCOL,
+    cursor::{Cursor, Generation},
+    message::{FromWorker, Hello, Place},
+    wire,
+};
 use rand::RngExt;
 
-use super::{World, happening::Happening};
-use crate::process::Stage;
+use super::{
+    World,
+    happening::{Happening, Up},
+};
+use crate::{
+    process::{Process, Stage},
+    storage::manifest_key,
+};
 
 impl World {
     /// Injects a fault, and plans the next one.
@@ -17,7 +28,7 @@ impl World {
         let next = self.between((1, 2 * faults.every_millis));
         self.plan(next, Happening::Fault);
         type Strike = fn(&mut World);
-        let strikes: [(u32, Strike); 10] = [
+        let strikes: [(u32, Strike); 13] = [
             (faults.crash, Self::crash),
             (faults.pause, Self::pause),
             (faults.hang, Self::hang),
@@ -28,6 +39,9 @@ impl World {
             (faults.request, Self::request),
             (faults.stop, Self::stop),
             (faults.damage, Self::rot),
+            (faults.stall, Self::stall),
+            (faults.stranger, Self::stranger),
+            (faults.other_version, Self::other_version),
         ];
         let sum: u32 = strikes.iter().map(|(weight, _)| weight).sum();
         if sum == 0 {
@@ -157,9 +171,83 @@ impl World {
         self.step(coordinator, Event::StopRequested { reason: "Ctrl-C".into() });
     }
 
-    /// Damages a shard of the newest checkpoint, unless it is the last.
+    /// A coordinator stands still for a while.
+    fn stall(&mut self) {
+        let Some(coordinator) = self.reachable().filter(|c| !self.stands_still(*c)) else { return };
+        let since = self.now;
+        self.coordinators[coordinator].still = Some(since);
+        let millis = self.between((20, 3 * self.scenario.failure_millis));
+        self.plan(millis, Happening::Listens { coordinator, since });
+    }
+
+    /// A stranger claims the place and the state of a rank, and says what that rank could say.
+    fn stranger(&mut self) {
+        let Some(coordinator) = self.reachable() else { return };
+        let rank = self.rng.random_range(0..self.scenario.max_workers);
+        let generation = Generation(self.generation);
+        let iteration = self.rng.random_range(0..=self.scenario.iterations);
+        let process = self.processes.len();
+        // No process answers for it.
+        self.processes.push(Process { alive: false, ..Process::new(usize::MAX) });
+        let link = self.connect(coordinator, process);
+        let held = self.rng.random_bool(0.3).then(|| Cursor::boundary(self.scenario.iterations + 1));
+        let hello = Hello { held, place: Some(Place { generation, rank }), ..self.hello(process) };
+        self.send_up(link, Up::Hello(hello));
+        let (cursor, key) = (Cursor::boundary(iteration), format!("checkpoints/{iteration:012}"));
+        let lies = [
+            FromWorker::StepReport(wire::StepReport {
+                generation: generation.0,
+                iteration,
+                ..wire::StepReport::default()
+            }),
+            FromWorker::ShardReceipt(wire::ShardReceipt {
+                generation: generation.0,
+                iteration,
+                rank,
+                key,
+                bytes: 1,
+                ..wire::ShardReceipt::default()
+            }),
+            FromWorker::CheckpointDamaged {
+                generation,
+                manifest_key: manifest_key(iteration),
+                error: "a lie".to_owned(),
+            },
+            FromWorker::Yielded { generation, cursor },
+            FromWorker::Finished { generation, cursor },
+            FromWorker::CollectiveFailed {
+                generation: Generation(generation.0 + 7),
+                cursor,
+                error: String::new(),
+            },
+            FromWorker::Failed { generation, error: "a lie".to_owned() },
+        ];
+        for lie in lies {
+            if self.rng.random_bool(0.5) {
+                self.send_up(link, Up::Message(lie));
+            }
+        }
+        self.send_up(link, Up::End);
+    }
+
+    fn other_version(&mut self) {
+        let Some(coordinator) = self.reachable() else { return };
+        let process = self.processes.len();
+        self.processes.push(Process { alive: false, ..Process::new(usize::MAX) });
+        let link = self.connect(coordinator, process);
+        let hello = Hello { protocol: PROTOCOL - 1, ..self.hello(process) };
+        self.send_up(link, Up::Hello(hello));
+        self.send_up(link, Up::Message(FromWorker::Ready));
+    }
+
+    /// Damages a shard of the newest checkpoint, unless it is the last or the only one that is whole.
     fn rot(&mut self) {
-        let newest = self.storage.committed().last().map(|checkpoint| checkpoint.iteration);
+        let committed = self.storage.committed();
+        let whole = |iteration: u64| self.storage.manifest(iteration).is_some_and(|manifest| manifest.whole);
+        if committed.iter().filter(|checkpoint| whole(checkpoint.iteration)).count() < 2 {
+            return;
+        }
+        let newest = committed.last().map(|checkpoint| checkpoint.iteration);
         if let Some(iteration) = newest.filter(|iteration| *iteration < self.scenario.iterations) {
             self.storage.damage(iteration);
         }
@@ -171,6 +259,11 @@ impl World {
         for process in 0..self.processes.len() {
             if self.processes[process].alive {
                 self.resume(process);
+            }
+        }
+        for coordinator in 0..self.coordinators.len() {
+            if let Some(since) = self.coordinators[coordinator].still {
+                self.listens(coordinator, since);
             }
         }
         for side in 1..=self.partitions {

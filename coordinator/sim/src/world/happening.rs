@@ -1,6 +1,6 @@
 //! The events of a world.
 
-use potstill_core::ledger::Checkpoint;
+use potstill_core::{Uncommitted, ledger::Checkpoint};
 use potstill_proto::message::{FromWorker, Hello, ToWorker};
 
 use crate::state::State;
@@ -109,7 +109,26 @@ pub enum Happening {
         /// The checkpoint's iteration.
         iteration: u64,
         /// The answer.
-        result: Result<String, String>,
+        result: Result<String, Uncommitted>,
+    },
+    /// A coordinator's record is durable, or its answer is an error.
+    Persisted {
+        /// The coordinator.
+        coordinator: usize,
+    },
+    /// A coordinator has read a checkpoint.
+    Verified {
+        /// The coordinator.
+        coordinator: usize,
+        /// The checkpoint's manifest.
+        manifest_key: String,
+    },
+    /// A coordinator that stood still listens again.
+    Listens {
+        /// The coordinator.
+        coordinator: usize,
+        /// Since when it stood still.
+        since: u64,
     },
     /// A coordinator starts.
     Start,

@@ -96,7 +96,7 @@ impl World {
             faults: 0,
         };
         world.plan(0, Happening::Start);
-        for slot in 0..world.scenario.slots {
+        for slot in 0..world.scenario.machines() {
             world.slots.push(usize::MAX);
             let late = world.between((0, world.scenario.failure_millis / 2));
             world.plan(late, Happening::Boot { slot });
@@ -163,10 +163,21 @@ impl World {
             Happening::Down { link, .. } | Happening::Noticed { link } => {
                 self.process_event(self.links[link].process, what);
             }
+            Happening::Up { link, what } if self.stands_still(self.links[link].coordinator) => {
+                let coordinator = self.links[link].coordinator;
+                self.coordinators[coordinator].deferred.push(Happening::Up { link, what });
+            }
             Happening::Up { link, what } => self.arrives(link, what),
+            Happening::Severed { link } if self.stands_still(self.links[link].coordinator) => {
+                let coordinator = self.links[link].coordinator;
+                self.coordinators[coordinator].deferred.push(Happening::Severed { link });
+            }
             Happening::Severed { link } => self.closed(link, "keepalive timed out"),
             Happening::Timer { coordinator, at } => self.timer(coordinator, at),
             Happening::Watch { coordinator } => self.watches(coordinator),
+            Happening::Persisted { coordinator } => self.persisted(coordinator),
+            Happening::Verified { coordinator, manifest_key } => self.verified(coordinator, manifest_key),
+            Happening::Listens { coordinator, since } => self.listens(coordinator, since),
             Happening::Lands { coordinator, checkpoint, verdict } => {
                 self.lands(coordinator, &checkpoint, verdict);
             }

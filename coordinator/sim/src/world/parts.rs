@@ -1,8 +1,10 @@
 //! The parts of a world besides processes and storage.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
-use potstill_core::{ClientId, Core};
+use potstill_core::{Action, ClientId, Core, Event, Tick, record::Record};
+
+use super::happening::Happening;
 
 /// One coordinator.
 #[derive(Debug)]
@@ -23,6 +25,16 @@ pub(super) struct Coordinator {
     pub(super) generation: Option<u64>,
     /// Whether its last record was answered with an error.
     pub(super) unwritten: bool,
+    /// The record that is being written, and what is lost by it.
+    pub(super) persisting: Option<(Record, Option<String>)>,
+    /// The actions that wait for it, and the events that happen meanwhile, with their times on its clock.
+    pub(super) pending: VecDeque<Action>,
+    pub(super) waiting: VecDeque<(Tick, Event)>,
+    /// Since when it stands still, if it does, and for how long it has in all: its clock does not count that.
+    pub(super) still: Option<u64>,
+    pub(super) deaf: u64,
+    /// What reaches it when it listens again.
+    pub(super) deferred: Vec<Happening>,
 }
 
 /// One stream. Its number is its [`StreamId`] too.

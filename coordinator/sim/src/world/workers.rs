@@ -114,17 +114,7 @@ impl World {
             let backoff = self.between((1, self.scenario.failure_millis / 4));
             return self.plan(backoff, Happening::Reconnect { process });
         };
-        let hello = Hello {
-            protocol: PROTOCOL,
-            worker: Process::id(process),
-            run_id: "run".into(),
-            host: format!("host{}", of.slot),
-            pid: 1,
-            device: "cpu".into(),
-            store_address: format!("host{}:1", of.slot),
-            held: of.counted_on(),
-            place: of.named_place(),
-        };
+        let hello = self.hello(process);
         let mut messages = Vec::new();
         if of.stage != Stage::Booting {
             messages.push(FromWorker::Ready);
@@ -136,6 +126,22 @@ impl World {
         self.send_up(link, Up::Hello(hello));
         for message in messages {
             self.send_up(link, Up::Message(message));
+        }
+    }
+
+    /// The hello of a process.
+    pub(super) fn hello(&self, process: usize) -> Hello {
+        let of = &self.processes[process];
+        Hello {
+            protocol: PROTOCOL,
+            worker: Process::id(process),
+            run_id: "run".into(),
+            host: format!("host{}", of.slot),
+            pid: 1,
+            device: "cpu".into(),
+            store_address: format!("host{}:1", of.slot),
+            held: of.counted_on(),
+            place: of.named_place(),
         }
     }
 
@@ -207,7 +213,16 @@ impl World {
         match self.processes[process].stage {
             Stage::Booting => {
                 self.processes[process].enter(Stage::Idle);
-                self.says(process, FromWorker::Ready);
+                // A blind one sees that its storage is another; or its file system is unmounted only afterwards.
+                let blind = self.scenario.is_blind(self.processes[process].slot);
+                let message = match blind && self.rng.random_bool(0.5) {
+                    true => FromWorker::Failed {
+                        generation: Generation(0),
+                        error: "its storage is another than the coordinator's".to_owned(),
+                    },
+                    false => FromWorker::Ready,
+                };
+                self.says(process, message);
             }
             Stage::Loading => self.loaded(process),
             Stage::Computing => {
@@ -259,6 +274,10 @@ impl World {
     /// delay.
     pub(super) fn completes(&mut self, generation: u64) {
         let Some(group) = self.groups.get_mut(&generation) else { return };
+        let alone = group.members.len() == 1;
+        if !alone && group.members.iter().any(|m| self.scenario.is_cut_off(self.processes[*m].slot)) {
+            return;
+        }
         let mut sides = group.members.iter().map(|m| self.processes[*m].side);
         let first = sides.next();
         let whole = group.arrived.len() == group.members.len() && group.gone.is_empty();
@@ -384,7 +403,8 @@ impl World {
         let state = match &place.source {
             Source::Fresh => State::FRESH,
             Source::Checkpoint { manifest_key } => {
-                match self.storage.read(manifest_key).filter(|manifest| manifest.whole) {
+                let blind = self.scenario.is_blind(self.processes[process].slot);
+                match self.storage.read(manifest_key).filter(|manifest| manifest.whole && !blind) {
                     Some(manifest) => manifest.state(),
                     None => {
                         self.is_gone(process);
@@ -484,7 +504,12 @@ impl World {
         let ok = last || self.calm || !self.chance(self.scenario.faults.shard);
         let key = format!("checkpoints/{iteration:012}/g{generation}/rank-{rank:05}");
         let message = if ok {
-            self.storage.write_shard(iteration, generation, rank);
+            // A generation of blind ranks alone is not modelled: what it computes could be saved nowhere.
+            let blind = |p: &usize| self.scenario.is_blind(self.processes[*p].slot);
+            let sighted = self.groups.get(&generation).is_some_and(|group| !group.members.iter().all(blind));
+            if !(sighted && blind(&process)) {
+                self.storage.write_shard(iteration, generation, rank);
+            }
             let sha256 = format!("{:016x}", state.lineage);
             FromWorker::ShardReceipt(wire::ShardReceipt {
                 generation,
@@ -493,6 +518,7 @@ impl World {
                 key,
                 bytes: 1,
                 sha256,
+                e_tag: None,
             })
         } else {
             let error = "503 Slow Down".to_owned();
