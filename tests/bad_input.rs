@@ -4,7 +4,7 @@
 
 use std::{net::TcpListener, path::Path, process::Command};
 
-use potstill_tests::{Cluster, binary, repository, text};
+use potstill_tests::{Cluster, Process, binary, repository, text};
 
 /// Launches with input that must be rejected and returns the message.
 fn refused(cluster: &Cluster, sets: &[&str], flags: &[&str]) -> String {
@@ -257,14 +257,13 @@ fn resume() {
 #[test]
 fn a_coordinator_that_is_not_there() {
     // Bound, then closed: no process listens there.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let coordinator = format!("http://{address}");
-    let output = Command::new(binary("potstill-worker"))
-        .args(["rank", "--coordinator", &coordinator, "--run-id", "r"])
-        .output()
-        .unwrap();
-    assert!(!output.status.success());
-    says(&text(&output.stderr), &[&coordinator, "tried", "refused"]);
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let mut rank = Command::new(binary("potstill-worker"));
+    rank.args(["rank", "--insecure", "--coordinator", &address, "--run-id", "r"]);
+    let mut rank = Process::start(rank);
+    // It may be starting, so that it is waited for.
+    let waiting = rank.until(&["waiting for the coordinator"]);
+    says(&waiting, &[&address, "refused", "giving up after"]);
 }
 
 #[test]

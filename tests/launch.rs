@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use nix::sys::signal::Signal;
-use potstill_tests::{Cluster, Process, free_port, kill, relative_difference, text, worker_pid};
+use potstill_tests::{Cluster, Process, kill, relative_difference, text, worker_pid};
 
 #[test]
 fn a_finished_run_leaves_scores_pictures_and_metrics() {
@@ -96,12 +96,11 @@ fn signals_save_and_resume_goes_on_bit_by_bit() {
 #[test]
 fn a_signal_to_an_agent_saves_its_ranks_leave_and_resume_goes_on_bit_by_bit() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     let mut served =
-        Process::start(cluster.unscored("serve", "preempted", 2, &ENDLESS, &["--listen", &listen]));
+        Process::start(cluster.unscored("serve", "preempted", 2, &ENDLESS, &["--listen", listen]));
     served.until(&["coordinator started"]);
-    let agent = Process::start(Cluster::agent("preempted", port, 2));
+    let agent = Process::start(cluster.agent("preempted", 2));
     served.until(&["iteration", "images/s"]);
     agent.signal(Signal::SIGUSR1);
     let (code, log) = agent.end();
@@ -122,15 +121,14 @@ fn a_signal_to_an_agent_saves_its_ranks_leave_and_resume_goes_on_bit_by_bit() {
 #[test]
 fn status_says_who_is_there_and_what_a_run_waits_for() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     let sets = ["distillation.iterations=100000", "checkpoint.every=2"];
-    let mut served = Process::start(cluster.unscored("serve", "asked", 2, &sets, &["--listen", &listen]));
+    let mut served = Process::start(cluster.unscored("serve", "asked", 2, &sets, &["--listen", listen]));
     let ask = |flags: &[&str]| text(&cluster.about("status", "asked").args(flags).output().unwrap().stdout);
     let status = || serde_json::from_str::<serde_json::Value>(&ask(&["--json"])).unwrap();
     served.until(&["coordinator started"]);
 
-    let first = Process::start(Cluster::agent("asked", port, 1));
+    let first = Process::start(cluster.agent("asked", 1));
     let pid = worker_pid(&served.until(&["worker attached"]));
     served.until(&["waiting for workers", "1 of 2 workers"]);
     let waiting = status();
@@ -146,7 +144,7 @@ fn status_says_who_is_there_and_what_a_run_waits_for() {
         assert!(said.contains(words), "{words}: {said}");
     }
 
-    let second = Process::start(Cluster::agent("asked", port, 1));
+    let second = Process::start(cluster.agent("asked", 1));
     let lost = worker_pid(&served.until(&["worker attached"]));
     served.until(&["checkpoint committed"]);
     let training = status();

@@ -132,8 +132,7 @@ impl Lab {
         let serve = cluster.unscored("serve", "cut", 2, &given, &["--listen", &listen]);
         let mut served = Process::start(net.on("c", &serve));
         served.until(&["coordinator started"]);
-        let url = format!("http://{COORDINATOR}:{PORT}");
-        let agents = ["a", "b"].map(|host| Process::start(net.on(host, &Cluster::agent_at("cut", &url, 1))));
+        let agents = ["a", "b"].map(|host| Process::start(net.on(host, &cluster.agent("cut", 1))));
         served.until(&["generation opened", "world_size=2"]);
         served.until(&["images/s"]);
         Self { net, cluster, sets, iterations, served, agents }

@@ -10,7 +10,7 @@ use nix::{
     sys::{signal::Signal, stat::Mode},
     unistd::mkfifo,
 };
-use potstill_tests::{Cluster, Process, free_port, kill, text, worker_pid};
+use potstill_tests::{Cluster, Process, kill, lacks, text, worker_pid};
 
 /// A short run that saves once before its end.
 const SHORT: [&str; 2] = ["distillation.iterations=8", "checkpoint.every=4"];
@@ -51,6 +51,34 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
             cluster.assert_same_end(&run, "undisturbed", 8);
         }
     }
+}
+
+/// As NCCL leaves a collective that is aborted: complete, with a part of its result, and without an error.
+#[test]
+fn a_reduction_that_was_cut_short_is_never_applied() {
+    let cluster = Cluster::default();
+    cluster.unscored("launch", "undisturbed", 2, &SHORT, &[]).output().unwrap();
+    for rank in [0, 1] {
+        let run = format!("torn-{rank}");
+        let mut command = cluster.unscored("launch", &run, 2, &SHORT, &[]);
+        dies(&mut command, &cluster, "tear", "reduced", 3, rank);
+        let output = command.output().unwrap();
+        let log = text(&output.stderr);
+        assert!(output.status.success(), "{log}");
+        assert!(log.contains("generation=2") && log.contains("the group was aborted"), "{log}");
+        cluster.assert_same_end(&run, "undisturbed", 8);
+    }
+}
+
+#[test]
+fn a_rank_that_dies_again_and_again_before_it_works_ends_the_run_with_the_reason() {
+    let cluster = Cluster::default();
+    let mut command = cluster.unscored("launch", "doomed", 2, &SHORT, &[]);
+    command.env("POTSTILL_FAULT", "die:forward:0:1:");
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("times in a row before it completed an iteration"), "{log}");
 }
 
 #[test]
@@ -143,16 +171,15 @@ fn when_all_die_the_last_checkpoint_lives_on() {
 #[test]
 fn a_coordinator_may_die_and_its_workers_go_on() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     let sets = ["distillation.iterations=150", "checkpoint.every=50"];
     let serve = |flags: &[&str]| {
-        let flags: Vec<_> = ["--listen", &listen].into_iter().chain(flags.iter().copied()).collect();
+        let flags: Vec<_> = ["--listen", listen].into_iter().chain(flags.iter().copied()).collect();
         cluster.unscored("serve", "led", 2, &sets, &flags)
     };
     let mut first = Process::start(serve(&[]));
     first.until(&["coordinator started"]);
-    let agent = Process::start(Cluster::agent("led", port, 2));
+    let agent = Process::start(cluster.agent("led", 2));
     first.until(&["images/s"]);
 
     // While it is alive, another coordinator is rejected.
@@ -190,12 +217,11 @@ const PAUSE: Duration = Duration::from_secs(5);
 #[expect(clippy::disallowed_methods, reason = "the length of the pause is what is tested")]
 fn a_coordinator_that_is_stopped_for_a_while_loses_no_worker() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     let sets = ["distillation.iterations=150", "checkpoint.every=1000", "cluster.failure_timeout=1s"];
-    let mut serve = Process::start(cluster.unscored("serve", "stopped", 2, &sets, &["--listen", &listen]));
+    let mut serve = Process::start(cluster.unscored("serve", "stopped", 2, &sets, &["--listen", listen]));
     serve.until(&["coordinator started"]);
-    let agent = Process::start(Cluster::agent("stopped", port, 2));
+    let agent = Process::start(cluster.agent("stopped", 2));
     serve.until(&["images/s"]);
     serve.signal(Signal::SIGSTOP);
     std::thread::sleep(PAUSE);
@@ -212,19 +238,18 @@ fn a_coordinator_that_is_stopped_for_a_while_loses_no_worker() {
 #[test]
 fn a_rank_and_the_coordinator_may_die_together() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     let sets = ["distillation.iterations=80", "checkpoint.every=1000", "cluster.failure_timeout=2s"];
-    let mut first = Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", &listen]));
+    let mut first = Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", listen]));
     first.until(&["coordinator started"]);
-    let agent = Process::start(Cluster::agent("both", port, 2));
+    let agent = Process::start(cluster.agent("both", 2));
     let pid = worker_pid(&first.until(&["worker attached"]));
     first.until(&["images/s"]);
     first.signal(Signal::SIGKILL);
     kill(pid, Signal::SIGKILL);
     assert_eq!(first.end().0, None);
     let successor =
-        Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", &listen, "--resume"]));
+        Process::start(cluster.unscored("serve", "both", 2, &sets, &["--listen", listen, "--resume"]));
     let (code, log) = successor.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("state_from=\"rank ") || log.contains("state_from=rank "), "{log}");
@@ -236,8 +261,7 @@ fn a_rank_and_the_coordinator_may_die_together() {
 #[test]
 fn workers_come_and_go_and_change_nothing() {
     let cluster = Cluster::default();
-    let port = free_port();
-    let listen = format!("127.0.0.1:{port}");
+    let listen = "127.0.0.1:0";
     // Six micro-batches: one, two and three workers share them.
     let sets = [
         "distillation.iterations=160",
@@ -247,9 +271,9 @@ fn workers_come_and_go_and_change_nothing() {
         "cluster.min_workers=1",
         "cluster.failure_timeout=2s",
     ];
-    let mut served = Process::start(cluster.unscored("serve", "elastic", 3, &sets, &["--listen", &listen]));
+    let mut served = Process::start(cluster.unscored("serve", "elastic", 3, &sets, &["--listen", listen]));
     served.until(&["coordinator started"]);
-    let agent = || Process::start(Cluster::agent("elastic", port, 1));
+    let agent = || Process::start(cluster.agent("elastic", 1));
     let first = agent();
     served.until(&["generation opened", "world_size=1"]);
     let second = agent();
@@ -306,6 +330,88 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
     assert!(log.contains("state_from=checkpoints/000000000004/manifest.json"), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &whole, &[]).output().unwrap();
     assert_eq!(cluster.checkpoint("damaged", 12), cluster.checkpoint("undisturbed", 12));
+}
+
+/// The folder of the last checkpoint is a file: no shard can be written there.
+fn unwritable(cluster: &Cluster, run: &str, iteration: u64) -> std::path::PathBuf {
+    let folder = cluster.run(run).join("checkpoints");
+    std::fs::create_dir_all(&folder).unwrap();
+    let blocked = folder.join(format!("{iteration:012}"));
+    std::fs::write(&blocked, "no folder").unwrap();
+    blocked
+}
+
+#[test]
+fn the_last_checkpoint_waits_for_a_storage_that_fails() {
+    let cluster = Cluster::default();
+    let blocked = unwritable(&cluster, "waits", 8);
+    let mut launched = Process::start(cluster.unscored("launch", "waits", 2, &SHORT, &[]));
+    launched.until(&["the last checkpoint cannot be written"]);
+    std::fs::remove_file(blocked).unwrap();
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &SHORT, &[]).output().unwrap();
+    cluster.assert_same_end("waits", "undisturbed", 8);
+}
+
+#[test]
+fn a_state_that_cannot_be_saved_is_rescued_and_the_run_goes_on_from_there() {
+    let cluster = Cluster::default();
+    let elsewhere = Cluster::default();
+    let halves = ["distillation.iterations=6", "checkpoint.every=100", "cluster.wait_timeout=10s"];
+    let whole = ["distillation.iterations=8", "checkpoint.every=100", "cluster.wait_timeout=10s"];
+    unwritable(&cluster, "rescued", 6);
+    let folder = elsewhere.storage().display().to_string();
+    let flags = ["--rescue-dir", &folder];
+    let output = cluster.unscored("launch", "rescued", 2, &halves, &flags).output().unwrap();
+    let log = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert_eq!(log.matches("the state is rescued").count(), 1, "one rank of the machine does it: {log}");
+    let resumed = elsewhere.unscored("launch", "rescued", 2, &whole, &["--resume"]).output().unwrap();
+    let log = text(&resumed.stderr);
+    assert!(resumed.status.success(), "{log}");
+    assert!(log.contains("state_from=checkpoints/000000000006/manifest.json"), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &whole, &[]).output().unwrap();
+    assert_eq!(elsewhere.checkpoint("rescued", 8), cluster.checkpoint("undisturbed", 8));
+}
+
+/// Two agents, of which one sees another file system where the storage is.
+#[test]
+fn a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_without_it() {
+    let name = "a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_without_it";
+    let possible = Command::new("unshare").args(["--mount", "true"]).output();
+    if !possible.is_ok_and(|output| output.status.success()) {
+        return lacks("root", name, "mount namespaces cannot be made");
+    }
+    let (cluster, elsewhere) = (Cluster::default(), Cluster::default());
+    let listen = "127.0.0.1:0";
+    let halves = ["distillation.iterations=4", "checkpoint.every=4", "cluster.min_workers=1"];
+    let whole = ["distillation.iterations=8", "checkpoint.every=4", "cluster.min_workers=1"];
+    cluster.finish("seen", 1, &halves, &[]);
+    let flags = ["--listen", listen, "--resume"];
+    let mut serve = Process::start(cluster.unscored("serve", "seen", 2, &whole, &flags));
+    serve.until(&["coordinator started"]);
+    let invitation = elsewhere.storage().join("invitation");
+    let mut invite = cluster.about("invite", "seen");
+    invite.args(["--role", "worker", "--output"]).arg(&invitation);
+    assert!(invite.status().unwrap().success());
+    let mut blind = Command::new("unshare");
+    blind
+        .args(["--mount", "sh", "-c", "mount -t tmpfs none \"$0\" && exec \"$@\""])
+        .arg(cluster.storage())
+        .arg(potstill_tests::binary("potstill"))
+        .args(["agent", "--run-id", "seen", "--ranks", "1", "--threads", "1", "--join"])
+        .arg(&invitation);
+    let blind = Process::start(blind);
+    let lost = serve.until(&["worker lost", "does not see the run's storage"]);
+    assert!(lost.contains("there is no object below"), "{lost}");
+    assert_eq!(blind.end().0, Some(1));
+    let sighted = Process::start(cluster.agent("seen", 1));
+    let (code, log) = serve.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("state_from=checkpoints/000000000004/manifest.json"), "{log}");
+    assert!(!log.contains("is damaged"), "{log}");
+    assert_eq!(sighted.end().0, Some(0));
 }
 
 #[test]

@@ -163,19 +163,13 @@ impl Cluster {
         log
     }
 
-    /// `potstill agent` for a coordinator on this machine.
+    /// `potstill agent`, which finds the run's coordinator in the storage.
     #[must_use]
-    pub fn agent(run: &str, port: u16, ranks: u32) -> Command {
-        Self::agent_at(run, &format!("http://127.0.0.1:{port}"), ranks)
-    }
-
-    /// `potstill agent` for a coordinator at any address.
-    #[must_use]
-    pub fn agent_at(run: &str, coordinator: &str, ranks: u32) -> Command {
+    pub fn agent(&self, run: &str, ranks: u32) -> Command {
         let mut command = Command::new(binary("potstill"));
         command
-            .args(["agent", "--coordinator", coordinator, "--run-id", run])
-            .args(["--ranks", &ranks.to_string(), "--threads", "1"])
+            .args(["agent", "--run-id", run, "--ranks", &ranks.to_string(), "--threads", "1", "--storage"])
+            .arg(self.storage())
             .stdin(Stdio::null());
         command
     }

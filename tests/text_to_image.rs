@@ -262,20 +262,19 @@ fn sharded_workers_join_without_a_step_lost() {
     let studio = Studio::new("sd15");
     let sets = ["distillation.iterations=60", "memory.shard_optimizer=true", "checkpoint.every=1000"];
     studio.succeed("undisturbed", 2, &sets, &[]);
-    let port = potstill_tests::free_port();
     let mut serve = Command::new(binary("potstill"));
     serve
         .arg("serve")
         .arg(&studio.config)
-        .args(["--workers", "2", "--run-id", "joined", "--listen", &format!("127.0.0.1:{port}"), "--storage"])
+        .args(["--workers", "2", "--run-id", "joined", "--listen", "127.0.0.1:0", "--storage"])
         .arg(studio.cluster.storage())
         .args(sets.iter().flat_map(|set| ["--set", set]))
         .args(["--set", "cluster.min_workers=1", "--set", "cluster.failure_timeout=2s"]);
     let mut serve = Process::start(serve);
     serve.until(&["waiting"]);
-    let first = Process::start(Cluster::agent("joined", port, 1));
+    let first = Process::start(studio.cluster.agent("joined", 1));
     serve.until(&["generation=1"]);
-    let second = Process::start(Cluster::agent("joined", port, 1));
+    let second = Process::start(studio.cluster.agent("joined", 1));
     let (code, log) = serve.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("world_size=2"), "{log}");

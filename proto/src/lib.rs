@@ -19,8 +19,8 @@ pub mod wire {
 }
 
 /// Version of the protocol. A worker with another version is refused at its hello.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
-/// The largest gRPC message that either side accepts, in bytes. The largest regular one is a `Welcome` with a run
-/// specification of a few kilobytes; tensors are never sent in these messages.
+/// The largest gRPC message that either side accepts, in bytes. The largest regular ones are a page of the status
+/// and, with thousands of ranks on CPUs, a rank's addresses; tensors are never sent in these messages.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;

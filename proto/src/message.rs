@@ -24,6 +24,58 @@ pub struct Malformed {
     pub problem: String,
 }
 
+/// Bytes of the longest key of an object, of the longest other name, and characters of the longest texts that are kept whole.
+const KEY: usize = 1024;
+const NAME: usize = 255;
+const PROSE: usize = 8192;
+const PHRASE: usize = 200;
+
+/// A name from outside, such as an id or a host.
+fn name(message: &'static str, field: &str, value: String) -> Result<String, Malformed> {
+    bounded(message, field, value, NAME)
+}
+
+/// An object's key from outside.
+fn key(message: &'static str, field: &str, value: String) -> Result<String, Malformed> {
+    bounded(message, field, value, KEY)
+}
+
+fn bounded(message: &'static str, field: &str, value: String, most: usize) -> Result<String, Malformed> {
+    if value.len() > most {
+        return malformed(message, format!("{field} has {} bytes; {most} are accepted", value.len()));
+    }
+    match value.chars().find(|c| c.is_control()) {
+        Some(found) => malformed(message, format!("{field} has the character {}", found.escape_default())),
+        None => Ok(value),
+    }
+}
+
+/// A text from outside, for logs, terminals and pages: without control characters, of bounded length.
+#[must_use]
+pub fn prose(value: &str) -> String {
+    shown(value, PROSE)
+}
+
+fn shown(value: &str, most: usize) -> String {
+    let mut kept = String::new();
+    for (count, c) in value.chars().enumerate() {
+        if count == most {
+            kept.push('…');
+            break;
+        }
+        match c.is_control() || is_invisible(c) {
+            true => kept.extend(c.escape_default()),
+            false => kept.push(c),
+        }
+    }
+    kept
+}
+
+/// Characters that change how the text around them is shown: those of bidirectional text, and line separators.
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 fn malformed<T>(message: &'static str, problem: impl Into<String>) -> Result<T, Malformed> {
     Err(Malformed { message, problem: problem.into() })
 }
@@ -53,8 +105,6 @@ pub struct Hello {
     pub pid: u32,
     /// `cpu` or `cuda:<index>`.
     pub device: String,
-    /// `host:port` of its own TCPStore server.
-    pub store_address: String,
     /// The cursor of the state that it holds completely; `None` for a fresh process.
     pub held: Option<Cursor>,
     /// Its newest place; `None` for a fresh process. It may have left that generation since.
@@ -169,8 +219,6 @@ pub struct Assignment {
     pub rank: u32,
     /// The number of ranks.
     pub world_size: u32,
-    /// TCPStore of rank 0's worker.
-    pub store_address: String,
     /// Its micro-batches of every iteration.
     pub micro_batches: MicroBatches,
     /// Where the state comes from.
@@ -298,11 +346,30 @@ impl From<Hello> for wire::WorkerMessage {
                 host: hello.host,
                 pid: hello.pid,
                 device: hello.device,
-                store_address: hello.store_address,
                 held: hello.held.map(Into::into),
                 place: hello.place.map(|p| wire::Place { generation: p.generation.0, rank: p.rank }),
+                worker_secret: Vec::new(),
             })),
         }
+    }
+}
+
+/// A hello with the secret that proves its worker's id.
+#[must_use]
+pub fn proven(hello: Hello, secret: &[u8]) -> wire::WorkerMessage {
+    let mut message = wire::WorkerMessage::from(hello);
+    if let Some(wire::worker_message::Kind::Hello(hello)) = &mut message.kind {
+        hello.worker_secret = secret.to_vec();
+    }
+    message
+}
+
+/// The secret in a hello; empty in any other message.
+#[must_use]
+pub fn secret(message: &wire::WorkerMessage) -> &[u8] {
+    match &message.kind {
+        Some(wire::worker_message::Kind::Hello(hello)) => &hello.worker_secret,
+        _ => &[],
     }
 }
 
@@ -313,12 +380,8 @@ impl TryFrom<wire::WorkerMessage> for Hello {
         let Some(wire::worker_message::Kind::Hello(hello)) = message.kind else {
             return malformed("stream", "its first message is not a Hello");
         };
-        if hello.worker_id.is_empty() || hello.worker_id.len() > 128 {
-            return malformed("Hello", "worker_id must have 1 to 128 characters");
-        }
-        if hello.store_address.rsplit_once(':').is_none_or(|(_, p)| p.parse::<u16>().is_err()) {
-            let problem = format!("store_address {:?} is not host:port", hello.store_address);
-            return malformed("Hello", problem);
+        if hello.worker_id.is_empty() {
+            return malformed("Hello", "worker_id must not be empty");
         }
         let held = match hello.held {
             None => None,
@@ -326,12 +389,11 @@ impl TryFrom<wire::WorkerMessage> for Hello {
         };
         Ok(Self {
             protocol: hello.protocol,
-            worker: WorkerId(hello.worker_id),
-            run_id: hello.run_id,
-            host: hello.host,
+            worker: WorkerId(name("Hello", "worker_id", hello.worker_id)?),
+            run_id: name("Hello", "run_id", hello.run_id)?,
+            host: name("Hello", "host", hello.host)?,
             pid: hello.pid,
-            device: hello.device,
-            store_address: hello.store_address,
+            device: name("Hello", "device", hello.device)?,
             held,
             place: hello.place.map(|p| Place { generation: Generation(p.generation), rank: p.rank }),
         })
@@ -395,11 +457,12 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
         };
         Ok(match kind {
             Kind::Hello(_) => return malformed("Hello", "a stream has only one"),
+            Kind::StoreRequest(_) => return malformed("StoreRequest", "it is none of the run's messages"),
             Kind::Heartbeat(m) => FromWorker::Heartbeat {
                 generation: Generation(m.generation),
                 cursor: cursor("Heartbeat", m.cursor)?,
                 progress: m.progress,
-                activity: m.activity,
+                activity: shown(&m.activity, PHRASE),
                 waiting: m.waiting,
             },
             Kind::Ready(_) => FromWorker::Ready,
@@ -410,12 +473,23 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
                     evaluation.or_else(|problem: String| malformed("EvaluationReport", problem))?,
                 )
             }
-            Kind::ShardReceipt(receipt) => FromWorker::ShardReceipt(receipt),
-            Kind::ShardFailed(failure) => FromWorker::ShardFailed(failure),
+            Kind::ShardReceipt(mut receipt) => {
+                receipt.key = key("ShardReceipt", "key", receipt.key)?;
+                receipt.e_tag = receipt.e_tag.map(|tag| key("ShardReceipt", "e_tag", tag)).transpose()?;
+                if receipt.sha256.len() != 64 || !receipt.sha256.bytes().all(|c| c.is_ascii_hexdigit()) {
+                    return malformed("ShardReceipt", "sha256 must have 64 hexadecimal digits");
+                }
+                FromWorker::ShardReceipt(receipt)
+            }
+            Kind::ShardFailed(mut failure) => {
+                failure.key = key("ShardFailed", "key", failure.key)?;
+                failure.error = prose(&failure.error);
+                FromWorker::ShardFailed(failure)
+            }
             Kind::CollectiveFailed(m) => FromWorker::CollectiveFailed {
                 generation: Generation(m.generation),
                 cursor: cursor("CollectiveFailed", m.cursor)?,
-                error: m.error,
+                error: prose(&m.error),
             },
             Kind::Yielded(m) => FromWorker::Yielded {
                 generation: Generation(m.generation),
@@ -423,15 +497,17 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
             },
             Kind::CheckpointDamaged(m) => FromWorker::CheckpointDamaged {
                 generation: Generation(m.generation),
-                manifest_key: m.manifest_key,
-                error: m.error,
+                manifest_key: key("CheckpointDamaged", "manifest_key", m.manifest_key)?,
+                error: prose(&m.error),
             },
-            Kind::Leaving(m) => FromWorker::Leaving { reason: m.reason },
+            Kind::Leaving(m) => FromWorker::Leaving { reason: prose(&m.reason) },
             Kind::Finished(m) => FromWorker::Finished {
                 generation: Generation(m.generation),
                 cursor: cursor("Finished", m.cursor)?,
             },
-            Kind::Failed(m) => FromWorker::Failed { generation: Generation(m.generation), error: m.error },
+            Kind::Failed(m) => {
+                FromWorker::Failed { generation: Generation(m.generation), error: prose(&m.error) }
+            }
         })
     }
 }
@@ -463,7 +539,6 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 generation: a.generation.0,
                 rank: a.rank,
                 world_size: a.world_size,
-                store_address: a.store_address,
                 first_micro_batch: a.micro_batches.first,
                 micro_batches: a.micro_batches.count,
                 evaluate_teacher: a.evaluate_teacher,
@@ -533,7 +608,6 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     generation: Generation(m.generation),
                     rank: m.rank,
                     world_size: m.world_size,
-                    store_address: m.store_address,
                     micro_batches: MicroBatches { first: m.first_micro_batch, count: m.micro_batches },
                     source,
                     evaluate_teacher: m.evaluate_teacher,
@@ -556,12 +630,15 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
             Kind::Stop(m) => ToWorker::Stop { success: m.success, reason: m.reason },
             Kind::Refused(m) => ToWorker::Refused { reason: m.reason },
             Kind::Restart(m) => ToWorker::Restart { reason: m.reason },
+            Kind::StoreReply(_) => return malformed("StoreReply", "it is none of the run's messages"),
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -575,7 +652,6 @@ mod tests {
             host: "h".into(),
             pid: 5,
             device: "cpu".into(),
-            store_address: "127.0.0.1:80".into(),
             held: Some(cursor),
             place: Some(Place { generation, rank: 4 }),
         };
@@ -600,7 +676,6 @@ mod tests {
                 generation,
                 rank: 1,
                 world_size: 2,
-                store_address: "a:1".into(),
                 micro_batches: MicroBatches { first: 2, count: 3 },
                 source,
                 evaluate_teacher: true,
@@ -624,7 +699,40 @@ mod tests {
         let error = FromWorker::try_from(heartbeat.clone()).unwrap_err();
         assert_eq!(error.to_string(), "malformed Heartbeat: no cursor");
         assert!(Hello::try_from(heartbeat).is_err());
-        let hello = of(Some(Kind::Hello(wire::Hello { worker_id: "w".into(), ..Default::default() })));
-        assert!(Hello::try_from(hello).unwrap_err().to_string().contains("host:port"));
+        let nameless = of(Some(Kind::Hello(wire::Hello::default())));
+        assert!(Hello::try_from(nameless).unwrap_err().to_string().contains("worker_id"));
+        let receipt = wire::ShardReceipt { sha256: "short".into(), ..Default::default() };
+        let error = FromWorker::try_from(of(Some(Kind::ShardReceipt(receipt)))).unwrap_err();
+        assert!(error.to_string().contains("64 hexadecimal digits"), "{error}");
+    }
+
+    #[test]
+    fn names_from_outside_are_short_and_plain() {
+        let hello = |host: String| {
+            let hello = wire::Hello { worker_id: "w".into(), host, ..Default::default() };
+            Hello::try_from(wire::WorkerMessage { kind: Some(wire::worker_message::Kind::Hello(hello)) })
+        };
+        assert!(hello("node-1.example".into()).is_ok());
+        for bad in ["x".repeat(NAME + 1), "a\nERROR forged line".into(), "\u{1b}[2J".into()] {
+            assert!(hello(bad.clone()).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn texts_from_outside_cannot_forge_lines_or_move_the_cursor() {
+        assert_eq!(prose("a\nb\u{1b}[31m\u{202e}c"), "a\\nb\\u{1b}[31m\\u{202e}c");
+        assert_eq!(prose("déjà vu 漢字"), "déjà vu 漢字");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_becomes_one_line_of_bounded_length(text: String) {
+            let long = text.repeat(200);
+            for text in [text, long] {
+                let kept = prose(&text);
+                prop_assert!(kept.chars().all(|c| !c.is_control()));
+                prop_assert!(kept.chars().count() <= 10 * PROSE + 1);
+            }
+        }
     }
 }

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -111,19 +110,16 @@ class Chaos:
         self.iterations = iterations
         self.faults: Counter[str] = Counter()
         self.paused: dict[int, float] = {}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
         self.storage_faults = f"seed={seed},{STORAGE_FAULTS}"
         self.coordinator = self.serve()
-        agent = ["agent", "--coordinator", f"http://127.0.0.1:{self.port}", "--run-id", RUN, "--threads", "1"]
+        agent = ["agent", "--storage", str(self.lab.folder), "--run-id", RUN, "--threads", "1"]
         self.agents = [
             lab.start("agent", *agent, "--ranks", str(WORLD), "--spares", "1", faults=self.storage_faults)
         ]
 
     def serve(self) -> subprocess.Popen:
         arguments = self.lab.run_arguments("serve", RUN, self.iterations)
-        listen = ["--listen", f"127.0.0.1:{self.port}", "--resume=auto"]
+        listen = ["--listen", "127.0.0.1:0", "--resume=auto"]
         return self.lab.start("coordinator", *arguments, *listen, faults=self.storage_faults)
 
     def holders(self, status: dict) -> list[dict]:

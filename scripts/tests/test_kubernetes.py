@@ -52,16 +52,26 @@ class Kubernetes(unittest.TestCase):
         (listened,) = self.container("Deployment")["ports"]
         self.assertEqual(port["targetPort"], listened["name"])
         self.assertIn(f"--listen=0.0.0.0:{listened['containerPort']}", self.container("Deployment")["args"])
-        address = f"--coordinator=http://{service['metadata']['name']}:{port['port']}"
+        address = f"--coordinator={service['metadata']['name']}:{port['port']}"
         self.assertIn(address, self.container("Job")["args"])
 
     def test_pods_live_longer_than_their_grace_and_storage_and_run_agree(self):
-        runs = set()
+        runs, storages = set(), set()
         for kind in ("Deployment", "Job"):
             options = dict(option.lstrip("-").split("=", 1) for option in self.container(kind)["args"])
             self.assertGreater(self.pod(kind)["spec"]["terminationGracePeriodSeconds"], int(options["grace"]))
             runs.add(options["run-id"])
-        self.assertEqual(len(runs), 1)
+            storages.add(options["storage"])
+        self.assertEqual((len(runs), len(storages)), (1, 1))
+
+    def test_only_agents_are_let_in(self):
+        policies = [document for document in self.documents if document["kind"] == "NetworkPolicy"]
+        guarded = [policy["spec"]["podSelector"]["matchLabels"] for policy in policies]
+        for kind in ("Deployment", "Job"):
+            self.assertIn(self.pod(kind)["metadata"]["labels"], guarded)
+        for policy in policies:
+            ((source,),) = [rule["from"] for rule in policy["spec"]["ingress"]]
+            self.assertEqual(source["podSelector"]["matchLabels"], self.pod("Job")["metadata"]["labels"])
 
     def test_the_programs_know_these_options(self):
         for kind, subcommand in (("Deployment", "serve"), ("Job", "agent")):

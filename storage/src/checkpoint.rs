@@ -29,6 +29,9 @@ pub struct Manifest {
     version: u32,
     /// Completed iterations.
     pub iteration: u64,
+    /// Whether the fake-score phase of the next iteration is done too: in an emergency a state is saved as it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fake_score_done: bool,
     /// The generation that wrote it.
     pub generation: u64,
     /// One shard of each rank; together they hold each tensor once.
@@ -45,7 +48,7 @@ impl Manifest {
     /// The manifest of a checkpoint whose shards are all durable.
     #[must_use]
     pub fn new(iteration: u64, generation: u64, shards: Vec<Shard>) -> Self {
-        Self { version: VERSION, iteration, generation, shards }
+        Self { version: VERSION, iteration, fake_score_done: false, generation, shards }
     }
 }
 

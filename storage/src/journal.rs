@@ -88,6 +88,12 @@ impl Journal {
         }
     }
 
+    /// The number of records.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.next
+    }
+
     /// Writes the next record.
     ///
     /// # Errors

@@ -1,10 +1,11 @@
 //! Keys below a run's folder. Numbers are padded with zeros, so that the order of keys is that of the numbers.
 
-/// The frozen specification.
+/// The specification, as the newest coordinator serves it: what decides the result is frozen with the run.
 pub const SPECIFICATION: &str = "run.toml";
-/// The name of the coordinator that owns the run. It tells a worker that its storage is the coordinator's, and a
-/// coordinator that another one has taken over.
-pub const COORDINATOR: &str = "coordinator";
+/// The key that lets workers and users in.
+pub const JOIN_KEY: &str = "join.key";
+/// The folder of the coordinators' objects.
+pub const COORDINATORS: &str = "coordinators";
 /// The folder of the journal.
 pub const JOURNAL: &str = "journal";
 /// The folder of the checkpoints.
@@ -21,6 +22,19 @@ pub fn journal_key(sequence: u64) -> String {
 pub fn journal_sequence(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
     digits.parse().ok().filter(|&sequence| journal_key(sequence) == key)
+}
+
+/// The object of the coordinator whose first record is followed by record `sequence` of the journal.
+#[must_use]
+pub fn coordinator_key(sequence: u64) -> String {
+    format!("{COORDINATORS}/{sequence:020}.json")
+}
+
+/// Whether it is the key of a coordinator's object.
+#[must_use]
+pub fn is_coordinator_key(key: &str) -> bool {
+    let number = key.strip_prefix(COORDINATORS).and_then(|k| k.strip_prefix('/')?.strip_suffix(".json"));
+    number.and_then(|digits| digits.parse().ok()).is_some_and(|sequence| coordinator_key(sequence) == key)
 }
 
 /// The folder of the journal's segments.

@@ -1,7 +1,9 @@
 //! The object storage of runs, used by the coordinator and by its workers.
 //!
 //! ```text
-//! <root>/runs/<run>/run.toml                                                   the frozen specification
+//! <root>/runs/<run>/run.toml                                                   the specification
+//! <root>/runs/<run>/join.key                                                   what lets workers and users in
+//! <root>/runs/<run>/coordinators/<20 digits>.json                              where each coordinator is or was
 //! <root>/runs/<run>/journal/<20 digits>.json                                   create-only records
 //! <root>/runs/<run>/journal-segments/<12 digits>.jsonl                         a thousand of them in one object
 //! <root>/runs/<run>/checkpoints/<12 digits>/<unique>/rank-003-of-008.safetensors
@@ -30,6 +32,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod coordinators;
 pub mod digest;
 mod error;
 mod faults;

@@ -1,6 +1,7 @@
 //! `potstill status`: what a run is doing, from its coordinator, or from its journal where there is no coordinator.
 
 use comfy_table::{Table, presets};
+use potstill_access::Locator;
 use potstill_core::{observation::Outcome, record::Record};
 use potstill_proto::{
     cursor::Cursor,
@@ -57,11 +58,17 @@ pub struct MemberStatus {
     pub liveness: String,
 }
 
-/// Asks a run's coordinator, or reads its journal.
+/// Asks a run's coordinator; where it does not answer, reads the journal, if the storage is known.
 ///
 /// # Errors
 /// The run cannot be read.
-pub async fn of(run: &Run) -> anyhow::Result<RunStatus> {
+pub async fn of(locator: &Locator) -> anyhow::Result<RunStatus> {
+    let asked = async { Client::of(locator).await?.status().await }.await;
+    let (error, run) = match (asked, locator) {
+        (Ok(reply), _) => return Ok(reply.into()),
+        (Err(error), Locator::Storage { run, .. }) => (error, run),
+        (Err(error), _) => return Err(error),
+    };
     let history = client::history(run).await?;
     anyhow::ensure!(
         !history.is_empty(),
@@ -77,14 +84,8 @@ pub async fn of(run: &Run) -> anyhow::Result<RunStatus> {
         };
         return Ok(from_journal(run, &history, state, reason));
     }
-    let asked = async { Client::of(run).await?.status().await }.await;
-    Ok(match asked {
-        Ok(reply) => reply.into(),
-        Err(error) => {
-            let reason = format!("{error:#}; --resume continues the run");
-            from_journal(run, &history, "unreachable", reason)
-        }
-    })
+    let reason = format!("{error:#}; --resume continues the run");
+    Ok(from_journal(run, &history, "unreachable", reason))
 }
 
 fn from_journal(run: &Run, history: &[Record], state: &str, reason: String) -> RunStatus {

@@ -220,9 +220,10 @@ fn a_coordinator_alone_says_how_workers_attach_and_stops_when_asked() {
     let folder = Folder::new();
     let mut command = folder.potstill("exit 0");
     command.args(["serve", "run.toml", "--workers", "1", "--run-id", "r", "--listen", "127.0.0.1:0"]);
+    command.args(["--storage", "."]);
     let mut child = command.spawn().unwrap();
     let mut served = Launched { stderr: BufReader::new(child.stderr.take().unwrap()), child };
-    served.wait_for("potstill agent --coordinator http://127.0.0.1:");
+    served.wait_for("potstill agent --storage file://");
     served.send(Signal::SIGTERM);
     let (code, rest) = served.end();
     assert_eq!(code, Some(1), "nothing was saved, so there is nothing to resume: {rest}");

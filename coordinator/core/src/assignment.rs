@@ -78,20 +78,16 @@ impl Plan {
     /// Each rank's assignment, in the order of ranks.
     pub fn assignments(
         &self,
-        members: &Members,
         generation: Generation,
         micro_batches: u32,
         evaluate_teacher: bool,
     ) -> impl Iterator<Item = (StreamId, Assignment)> {
         let world_size = self.world_size();
-        let first = self.ranks.first().and_then(|stream| members.get(*stream));
-        let store_address = first.map(|m| m.hello.store_address.clone()).unwrap_or_default();
         (0u32..).zip(&self.ranks).map(move |(rank, stream)| {
             let assignment = Assignment {
                 generation,
                 rank,
                 world_size,
-                store_address: store_address.clone(),
                 micro_batches: MicroBatches::share(micro_batches, rank, world_size),
                 source: self.source.clone(),
                 evaluate_teacher,
@@ -178,14 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn assignments_share_the_micro_batches_and_the_first_ranks_store() {
+    fn assignments_share_the_micro_batches() {
         let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
         let plan = plan(&members, 2, None);
-        let assigned: Vec<_> = plan.assignments(&members, Generation(4), 5, true).collect();
+        let assigned: Vec<_> = plan.assignments(Generation(4), 5, true).collect();
         let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
         for (_, a) in &assigned {
-            assert_eq!(a.store_address, hello("a").store_address);
             assert_eq!((a.generation, a.world_size, a.evaluate_teacher), (Generation(4), 2, true));
         }
     }

@@ -12,6 +12,7 @@
 //! let mut core = Core::new(Setup {
 //!     coordinator: "c1".into(),
 //!     address: "host:7070".into(),
+//!     certificate: None,
 //!     run_id: "demo".into(),
 //!     terms: Terms {
 //!         iterations: 100,

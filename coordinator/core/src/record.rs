@@ -25,6 +25,9 @@ pub enum Record {
         /// Address at which it can be reached.
         #[serde(default)]
         address: String,
+        /// SHA-256 of its TLS certificate; none where it serves without TLS.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        certificate: Option<String>,
     },
     /// A coordinator took the run over.
     Resumed {
@@ -37,6 +40,9 @@ pub enum Record {
         /// Address at which it can be reached.
         #[serde(default)]
         address: String,
+        /// SHA-256 of its TLS certificate; none where it serves without TLS.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        certificate: Option<String>,
     },
     /// A generation exists; written before any member is told of it.
     GenerationOpened {
@@ -154,8 +160,19 @@ mod tests {
         let scores = Scores { fid: Some(1.5), samples: 3, ..Scores::default() };
         let evaluation = Evaluation { generation: Generation(2), iteration: 4, of_teacher: true, scores };
         for record in [
-            Record::RunStarted { coordinator: "c".into(), run_id: "r".into(), address: "a:1".into() },
-            Record::Resumed { coordinator: "c".into(), iteration: 3, iterations: 9, address: "a:1".into() },
+            Record::RunStarted {
+                coordinator: "c".into(),
+                run_id: "r".into(),
+                address: "a:1".into(),
+                certificate: Some("ab".into()),
+            },
+            Record::Resumed {
+                coordinator: "c".into(),
+                iteration: 3,
+                iterations: 9,
+                address: "a:1".into(),
+                certificate: Some("ab".into()),
+            },
             Record::GenerationOpened {
                 generation: Generation(2),
                 members: vec!["a".into()],

@@ -1,6 +1,6 @@
 //! Measures how long a generation takes to form: many workers attach at once over gRPC, and each waits for its place.
 //!
-//! `form_generation [WORKERS…]` starts a coordinator in this process and all workers' streams in a child process, a hundred to
+//! `form_generation [--insecure] [WORKERS…]` starts a coordinator in this process and all workers' streams in a child process, a hundred to
 //! a connection, and prints for each number of workers the seconds from the first attach to the last assignment, and the
 //! coordinator's own CPU time. Then a tenth of the workers is lost, and the next generation is timed too.
 
@@ -13,18 +13,19 @@ use std::{
 };
 
 use futures::future::join_all;
+use potstill_access::{Authorized, Invitation, Patience, WorkerSecret};
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation},
-    message::{FromWorker, Hello, ToWorker, WorkerId},
+    message::{FromWorker, Hello, ToWorker, WorkerId, proven},
     wire::{self, coordinator_client::CoordinatorClient},
 };
-use potstill_server::{self as server, Options, Resume};
+use potstill_server::{self as server, Options, Resume, Security};
 use potstill_spec::RunSpec;
 use potstill_storage::Root;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Channel};
+use tonic::Streaming;
 
 /// Streams on one connection: what HTTP/2 servers commonly allow at a time.
 const STREAMS: usize = 100;
@@ -33,19 +34,21 @@ const RUN: &str = "form";
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    if let [flag, address, workers] = &arguments[..]
+    if let [flag, invitation, workers] = &arguments[..]
         && flag == "--workers-at"
     {
-        return runtime.block_on(attach_all(address, workers.parse().unwrap()));
+        return runtime.block_on(attach_all(invitation, workers.parse().unwrap()));
     }
-    let counts: Vec<usize> = arguments.iter().map(|count| count.parse().unwrap()).collect();
+    let insecure = arguments.first().is_some_and(|first| first == "--insecure");
+    let counts: Vec<usize> =
+        arguments.iter().skip(usize::from(insecure)).map(|count| count.parse().unwrap()).collect();
     println!("{:>8}  {:>12}  {:>14}  {:>12}", "workers", "first, s", "after loss, s", "CPU, s");
     for count in counts {
-        runtime.block_on(measure(count));
+        runtime.block_on(measure(count, insecure));
     }
 }
 
-async fn measure(count: usize) {
+async fn measure(count: usize, insecure: bool) {
     let folder = std::env::temp_dir().join(format!("potstill-form-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let weights = folder.join("teacher.safetensors");
@@ -67,6 +70,7 @@ async fn measure(count: usize) {
         storage: Root::open("memory://").unwrap(),
         resume: Resume::Never,
         from_teacher: false,
+        security: if insecure { Security::Insecure } else { Security::Own },
         ranks_may_live: true,
     })
     .await
@@ -74,7 +78,7 @@ async fn measure(count: usize) {
 
     let before = cpu_seconds();
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--workers-at", &running.address.to_string(), &count.to_string()])
+        .args(["--workers-at", &running.invitation.to_text(), &count.to_string()])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -102,20 +106,20 @@ struct Worker {
 }
 
 impl Worker {
-    async fn attach(mut client: CoordinatorClient<Channel>, index: usize) -> Self {
+    async fn attach(mut client: CoordinatorClient<Authorized>, index: usize) -> Self {
         let (outgoing, messages) = mpsc::channel(8);
+        let name = format!("w{index:06}");
         let hello = Hello {
             protocol: PROTOCOL,
-            worker: WorkerId(format!("w{index:06}")),
+            worker: WorkerId(WorkerSecret::id_of(name.as_bytes())),
             run_id: RUN.into(),
             host: "host".into(),
             pid: 1,
             device: "cuda:0".into(),
-            store_address: "127.0.0.1:1".into(),
             held: None,
             place: None,
         };
-        outgoing.send(hello.into()).await.unwrap();
+        outgoing.send(proven(hello, name.as_bytes())).await.unwrap();
         outgoing.send(FromWorker::Ready.into()).await.unwrap();
         let incoming = client.attach(ReceiverStream::new(messages)).await.unwrap().into_inner();
         Self { outgoing, incoming }
@@ -152,10 +156,11 @@ impl Worker {
     }
 }
 
-async fn attach_all(address: &str, count: usize) {
+async fn attach_all(invitation: &str, count: usize) {
     let connections = count.div_ceil(STREAMS);
-    let url = format!("http://{address}");
-    let clients = join_all((0..connections).map(|_| CoordinatorClient::connect(url.clone()))).await;
+    let invitation = Invitation::parse(invitation, "the command line").unwrap();
+    let patience = Patience { connect: Duration::from_secs(60), keep_alive: None };
+    let clients = join_all((0..connections).map(|_| invitation.connect(patience))).await;
     let clients: Vec<_> = clients.into_iter().map(Result::unwrap).collect();
 
     let started = Instant::now();

@@ -1,6 +1,14 @@
 //! The addresses of a coordinator, for this machine and for others.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use nix::ifaddrs::getifaddrs;
+
+/// Addresses that lead nowhere (RFC 5737, RFC 3849): the route to them is the default route.
+const ELSEWHERE: [(IpAddr, &str); 2] = [
+    (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), "0.0.0.0:0"),
+    (IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), "[::]:0"),
+];
 
 /// The address at which this machine reaches a coordinator that listens on `address`.
 #[must_use]
@@ -14,14 +22,38 @@ pub fn local(mut address: SocketAddr) -> SocketAddr {
     address
 }
 
-/// The address for other machines, as far as this one knows it: with its host name.
+/// The address for other machines, as far as this one knows it. Not by the host's name, which often stands for a loopback
+/// address on the host itself, and for nothing on others.
 #[must_use]
 pub fn advertised(address: SocketAddr) -> String {
-    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    match host {
-        Some(host) if address.ip().is_unspecified() => format!("{host}:{}", address.port()),
-        _ => address.to_string(),
+    if !address.ip().is_unspecified() {
+        return address.to_string();
     }
+    let takes = |ip: &IpAddr| address.is_ipv6() || ip.is_ipv4();
+    let routed = ELSEWHERE.into_iter().filter_map(|(target, from)| routed(target, from));
+    let ip = routed.chain(interfaces()).find(takes);
+    ip.map_or_else(|| local(address).to_string(), |ip| SocketAddr::new(ip, address.port()).to_string())
+}
+
+/// This machine's address on the route to `target`. No packet is sent.
+fn routed(target: IpAddr, from: &str) -> Option<IpAddr> {
+    let socket = UdpSocket::bind(from).ok()?;
+    socket.connect((target, 9)).ok()?;
+    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
+}
+
+/// The addresses of this machine's interfaces that other machines may reach.
+fn interfaces() -> impl Iterator<Item = IpAddr> {
+    let all = getifaddrs().into_iter().flatten();
+    all.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+    })
+    .filter(|ip| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+    })
 }
 
 #[cfg(test)]
@@ -39,6 +71,13 @@ mod tests {
     #[test]
     fn workers_are_told_an_address_that_they_can_use() {
         assert_eq!(advertised("10.0.0.1:7070".parse().unwrap()), "10.0.0.1:7070");
-        assert!(!advertised("0.0.0.0:7070".parse().unwrap()).starts_with("0.0.0.0"));
+        for listened in ["0.0.0.0:7070", "[::]:7070"] {
+            let told: SocketAddr = advertised(listened.parse().unwrap()).parse().unwrap();
+            assert!(!told.ip().is_unspecified());
+            assert_eq!(told.port(), 7070);
+        }
+        assert!(advertised("0.0.0.0:7070".parse().unwrap()).parse::<SocketAddr>().unwrap().is_ipv4());
+        let alone = interfaces().next().is_none();
+        assert!(alone || !advertised("0.0.0.0:7070".parse().unwrap()).starts_with("127."));
     }
 }

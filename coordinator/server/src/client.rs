@@ -1,28 +1,17 @@
-//! Finds a run's coordinator, by the address that it wrote into the journal, and sends it requests.
+//! Sends requests to a run's coordinator, and reads its journal.
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+use potstill_access::{Authorized, Invitation, Locator, Patience};
 use potstill_core::record::Record;
-use potstill_proto::{MAX_MESSAGE_BYTES, wire, wire::coordinator_client::CoordinatorClient};
+use potstill_proto::{wire, wire::coordinator_client::CoordinatorClient};
 use potstill_storage::{Run, journal::Journal};
-use tonic::transport::{Channel, Endpoint};
 
 /// Timeout of a connection to a coordinator.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Timeout of a request for the status.
 const STATUS: Duration = Duration::from_secs(10);
-
-/// Where the newest coordinator of a run listens or listened, as `host:port`.
-#[must_use]
-pub fn newest_address(history: &[Record]) -> Option<&str> {
-    history.iter().rev().find_map(|record| match record {
-        Record::RunStarted { address, .. } | Record::Resumed { address, .. } => {
-            Some(address.as_str()).filter(|address| !address.is_empty())
-        }
-        _ => None,
-    })
-}
 
 /// The journal of a run.
 ///
@@ -38,37 +27,29 @@ pub async fn history(run: &Run) -> anyhow::Result<Vec<Record>> {
 
 /// A connection to a run's coordinator.
 pub struct Client {
-    coordinator: CoordinatorClient<Channel>,
+    coordinator: CoordinatorClient<Authorized>,
     address: String,
 }
 
 impl Client {
-    /// Connects to `host:port`.
+    /// Connects.
     ///
     /// # Errors
-    /// No process listens there.
-    pub async fn connect(address: &str, patience: Duration) -> anyhow::Result<Self> {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))
-            .with_context(|| format!("{address:?} is not an address; expected host:port"))?
-            .connect_timeout(patience);
-        let channel =
-            endpoint.connect().await.with_context(|| format!("no coordinator answers at {address}"))?;
-        let coordinator = CoordinatorClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { coordinator, address: address.to_owned() })
+    /// No coordinator with the invitation's certificate listens there.
+    pub async fn connect(invitation: &Invitation, patience: Duration) -> anyhow::Result<Self> {
+        let address = invitation.address.clone();
+        let patience = Patience { connect: patience, keep_alive: None };
+        let coordinator = invitation.connect(patience).await;
+        let coordinator = coordinator.with_context(|| format!("no coordinator answers at {address}"))?;
+        Ok(Self { coordinator, address })
     }
 
     /// Connects to the coordinator of a run.
     ///
     /// # Errors
     /// The run cannot be read or has no coordinator, or its coordinator does not answer.
-    pub async fn of(run: &Run) -> anyhow::Result<Self> {
-        let history = history(run).await?;
-        if let Some(Record::Ended { .. }) = history.last() {
-            bail!("run {} is over", run.id());
-        }
-        let address = newest_address(&history)
-            .with_context(|| format!("run {} has no coordinator in {}", run.id(), run.describe("journal")))?;
-        Self::connect(address, CONNECT).await
+    pub async fn of(locator: &Locator) -> anyhow::Result<Self> {
+        Self::connect(&locator.find().await?, CONNECT).await
     }
 
     /// The run's status, with all members.

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use potstill_access::AccessError;
 use potstill_core::record::Unreadable;
 use potstill_spec::layers::LayerError;
 
@@ -16,6 +17,12 @@ pub enum StartError {
         /// The system's error.
         source: std::io::Error,
     },
+    /// The certificate cannot be used.
+    #[error("the coordinator's certificate: {0}")]
+    Certificate(String),
+    /// A secret cannot be made or read.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The storage cannot be used.
     #[error("storage: {0}")]
     Storage(#[from] potstill_storage::Error),
@@ -102,6 +109,7 @@ impl StartError {
     pub fn is_of_usage(&self) -> bool {
         match self {
             Self::Listen { .. }
+            | Self::Certificate(_)
             | Self::Teacher { .. }
             | Self::OtherTeacher { .. }
             | Self::RunExists { .. }
@@ -110,7 +118,7 @@ impl StartError {
             | Self::Differs { .. }
             | Self::Complete { .. }
             | Self::Specification(_) => true,
-            Self::Storage(_) | Self::Record { .. } | Self::Journal(_) => false,
+            Self::Access(_) | Self::Storage(_) | Self::Record { .. } | Self::Journal(_) => false,
         }
     }
 }

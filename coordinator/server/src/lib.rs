@@ -1,21 +1,27 @@
 //! The gRPC coordinator: serves workers, keeps the journal, and drives the state machine of `potstill-core`.
 //!
+//! - `identity` is its certificate, and `listener` accepts connections with it;
 //! - `opening` brings the run's folder, its journal and the state machine together;
 //! - `service` turns streams into events;
+//! - `rendezvous` holds the keys and values through which the ranks of a generation find each other;
 //! - `shell` is the one task that owns the state machine and executes its actions.
 
 pub mod address;
 pub mod client;
 mod clock;
 mod error;
+mod identity;
+mod listener;
 mod opening;
 mod options;
+mod rendezvous;
 mod service;
 mod shell;
 mod storing;
 
 use std::{net::SocketAddr, time::Duration};
 
+use potstill_access::{Invitation, Role};
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{MAX_MESSAGE_BYTES, status::state_name, wire::coordinator_server::CoordinatorServer};
 use tokio::{
@@ -26,15 +32,17 @@ use tokio::{
     },
     task::JoinSet,
 };
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::ReceiverStream;
 
 use self::{
     clock::Clock,
+    identity::Identity,
     service::{Input, Service},
     shell::Shell,
 };
 pub use self::{
     error::StartError,
+    identity::Security,
     options::{Options, Resume},
 };
 
@@ -49,6 +57,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub struct Running {
     /// The address on which it listens.
     pub address: SocketAddr,
+    /// What a worker on this machine connects with.
+    pub invitation: Invitation,
     /// Its observations, in order; the last is [`Observation::Ended`].
     pub observations: UnboundedReceiver<Observation>,
     control: UnboundedSender<Input>,
@@ -76,7 +86,18 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let listening = socket.local_addr().map_err(bind)?;
 
     let timeouts = opening::terms(&options.spec).timeouts;
-    let opened = opening::open(options, &address::advertised(listening)).await?;
+    let identity = Identity::of(&options.security)?;
+    let run_id = options.run_id.to_string();
+    let fingerprint = identity.as_ref().map(|identity| identity.fingerprint);
+    let opened = opening::open(options, &address::advertised(listening), fingerprint).await?;
+    let key = opened.join_key.clone();
+    let here = address::local(listening).to_string();
+    let invitation = match (fingerprint, &key) {
+        (Some(certificate), Some(key)) => {
+            Invitation::to(&run_id, &here, certificate, key.token(Role::Worker))
+        }
+        _ => Invitation::insecure(&run_id, &here),
+    };
 
     // As between two heartbeats: a shorter pause of the coordinator makes no worker look silent.
     let clock = Clock::start(Duration::from_millis(timeouts.heartbeat_millis.max(50)));
@@ -89,21 +110,27 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     shell.start().await?;
     let listener = socket.listen(BACKLOG).map_err(bind)?;
 
-    let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender))
+    let (accepted, connections) = mpsc::channel(1);
+    let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender, key))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     // Keepalive ends connections to machines that vanished: after the worker's own timeout, whose reason is clearer, and so
     // late that a coordinator that was stopped for a while keeps its connections.
     let dead = Duration::from_millis(timeouts.dead_millis);
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(dead))
         .http2_keepalive_timeout(Some(dead.saturating_mul(6)))
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), async {
             let _ = over.await;
         });
     let mut tasks = JoinSet::new();
+    tasks.spawn(listener::accept(
+        listener,
+        identity.map(|identity| identity.tls),
+        accepted,
+        listener::room(),
+    ));
     tasks.spawn(clock.keep());
     tasks.spawn(async move {
         let mut server = std::pin::pin!(server);
@@ -120,7 +147,7 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
         };
         decide.send_replace(Some(outcome));
     });
-    Ok(Running { address: listening, observations, control, outcome, _tasks: tasks })
+    Ok(Running { address: listening, invitation, observations, control, outcome, _tasks: tasks })
 }
 
 impl Running {
@@ -135,8 +162,8 @@ impl Running {
         let _ = self.control.send(Input::Fail { reason });
     }
 
-    /// How far the run is and what is saved, as text.
-    pub async fn unfinished(&self) -> String {
+    /// How far the run is and what is saved, as text; and whether there is a checkpoint.
+    pub async fn unfinished(&self) -> (String, bool) {
         let (reply, answer) = oneshot::channel();
         let _ = self.control.send(Input::Status { first_member: 0, reply });
         match answer.await {
@@ -146,9 +173,11 @@ impl Running {
                     None => "there is no checkpoint".to_owned(),
                 };
                 let state = state_name(status.state());
-                format!("{saved}, the run has done {} ({state} {})", status.iteration, status.reason)
+                let text =
+                    format!("{saved}, the run has done {} ({state} {})", status.iteration, status.reason);
+                (text, status.committed_iteration.is_some())
             }
-            Err(_) => "the coordinator's task has ended".to_owned(),
+            Err(_) => ("the coordinator's task has ended".to_owned(), false),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use potstill_access::{AccessError, Fingerprint, JoinKey, Locator, Role};
 use potstill_core::{
     Setup,
     ledger::CommittedCheckpoint,
@@ -18,7 +19,7 @@ use tonic::Code;
 use uuid::Uuid;
 
 use crate::{
-    client::{self, Client},
+    client::Client,
     error::StartError,
     options::{Options, Resume},
 };
@@ -33,6 +34,11 @@ pub struct Opened {
     pub setup: Setup,
     /// Its rule for the checkpoints to keep.
     pub retention: Policy,
+    /// Its specification, where it is resumed with other values than those in its folder, of those that do not decide its
+    /// result.
+    pub changed_specification: Option<String>,
+    /// What lets callers in; none where everybody is let in.
+    pub join_key: Option<JoinKey>,
     /// The run's folder.
     pub run: Run,
     /// Its journal, positioned after the newest record.
@@ -40,7 +46,11 @@ pub struct Opened {
 }
 
 /// Opens a new run, or one to be resumed.
-pub async fn open(options: Options, address: &str) -> Result<Opened, StartError> {
+pub async fn open(
+    options: Options,
+    address: &str,
+    certificate: Option<Fingerprint>,
+) -> Result<Opened, StartError> {
     let Options { mut spec, run_id, storage, resume, from_teacher, ranks_may_live, .. } = options;
     storage.probe().await?;
     let digest = teacher_digest(&spec).await?;
@@ -49,6 +59,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     let name = run_id.to_string();
     let specification = spec.to_toml()?;
 
+    let mut changed = false;
     match (resume, run.specification().await?) {
         (Resume::Never, Some(_)) => return Err(StartError::RunExists { run: name }),
         (Resume::Never | Resume::Auto, None) => {
@@ -66,8 +77,13 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
             if !differences.is_empty() {
                 return Err(StartError::Differs { run: name, differences });
             }
+            changed = frozen != specification;
         }
     }
+    let join_key = match certificate {
+        Some(_) => Some(join_key(&run).await?),
+        None => None,
+    };
     let (whole, damaged) = run.survey().await?;
     for error in &damaged {
         tracing::error!(%error, "checkpoint is damaged: it is not used");
@@ -84,7 +100,7 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
     for (index, bytes) in records.iter().enumerate() {
         history.push(Record::decode(bytes).map_err(|source| StartError::Record { index, source })?);
     }
-    if let Some(served) = served_at(&history, &name).await {
+    if let Some(served) = served_at(&run, &history).await {
         return Err(StartError::Served { run: name, address: served });
     }
     let may_live = ranks_may_live && !matches!(history.last(), Some(Record::Ended { .. }));
@@ -109,10 +125,12 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
         Policy { keep_last: spec.checkpoint.keep_last.bound(), keep_every: spec.checkpoint.keep_every };
     let storage_url = storage.url().to_owned();
     let coordinator = Uuid::new_v4().to_string();
+    let changed_specification = changed.then(|| specification.clone());
     Ok(Opened {
         setup: Setup {
             coordinator,
             address: address.to_owned(),
+            certificate: certificate.map(|certificate| certificate.to_string()),
             run_id: name,
             terms: terms(&spec),
             specification,
@@ -123,9 +141,26 @@ pub async fn open(options: Options, address: &str) -> Result<Opened, StartError>
             from_teacher,
         },
         retention,
+        changed_specification,
+        join_key,
         run,
         journal,
     })
+}
+
+/// The run's join key, which its first coordinator makes.
+async fn join_key(run: &Run) -> Result<JoinKey, StartError> {
+    if run.join_key().await?.is_none() {
+        run.keep_join_key(&JoinKey::generate()?.to_text()).await?;
+    }
+    let unusable = |problem: &str| AccessError::Unusable {
+        place: run.describe(layout::JOIN_KEY),
+        problem: problem.to_owned(),
+    };
+    let text = run.join_key().await?.ok_or_else(|| unusable("it was removed"))?;
+    let key = JoinKey::parse(&text)
+        .ok_or_else(|| unusable("it is no join key; remove it, and the coordinator makes another"))?;
+    Ok(key)
 }
 
 /// The part of the specification that the coordinator needs.
@@ -165,21 +200,24 @@ async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
 
 /// The address of another coordinator that serves this run, if there is one: whatever answers there, even with an error, may
 /// be one. If one is missed here, the journal still stops the second of two writers.
-async fn served_at(history: &[Record], run: &str) -> Option<String> {
-    let address = client::newest_address(history)?;
-    if matches!(history.last(), Some(Record::Ended { .. })) {
+async fn served_at(run: &Run, history: &[Record]) -> Option<String> {
+    if matches!(history.last(), None | Some(Record::Ended { .. })) {
         return None;
     }
-    let mut client = Client::connect(address, OTHERS).await.ok()?;
+    let locator = Locator::Storage { run: run.clone(), role: Role::Viewer, address: None, insecure: true };
+    let invitation = locator.find().await.ok()?;
+    let address = invitation.address.clone();
+    // Where another program listens, this fails: it has another certificate.
+    let mut client = Client::connect(&invitation, OTHERS).await.ok()?;
     let serves = match tokio::time::timeout(ANSWER, client.summary()).await {
         Ok(Ok(reply)) => {
             let over = matches!(reply.state(), RunState::Succeeded | RunState::Stopped | RunState::Failed);
-            reply.run_id == run && !over
+            reply.run_id == run.id().to_string() && !over
         }
         // Another program listens there.
         Ok(Err(status)) => !matches!(status.code(), Code::Unimplemented | Code::Unavailable | Code::Unknown),
         // Not even an error: it is stopped, or no coordinator.
         Err(_) => false,
     };
-    serves.then(|| address.to_owned())
+    serves.then_some(address)
 }

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 
+use crate::Security;
+
 /// What a coordinator serves and where it listens.
 pub struct Options {
     /// Address to listen on; port 0 takes a free one.
@@ -19,6 +21,8 @@ pub struct Options {
     pub resume: Resume,
     /// Whether the run may start from the teacher although none of the checkpoints that it had can be read.
     pub from_teacher: bool,
+    /// How it shows who it is, and whom it lets in.
+    pub security: Security,
     /// Whether workers of an earlier coordinator of this run may be alive; false where they end with their coordinator.
     pub ranks_may_live: bool,
 }

@@ -8,15 +8,16 @@ use std::{
 };
 
 use futures::Stream;
+use potstill_access::{JoinKey, Role, WorkerSecret, bearer};
 use potstill_core::{StreamId, Tick};
 use potstill_proto::{
-    message::{FromWorker, Hello, Malformed},
-    wire::{self, coordinator_server::Coordinator},
+    message::{FromWorker, Hello, Malformed, prose, secret},
+    wire::{self, coordinator_server::Coordinator, worker_message::Kind},
 };
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::clock::Clock;
+use crate::{clock::Clock, listener::Peer};
 
 /// How long a new stream may take to send its hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -51,6 +52,13 @@ pub enum Input {
         stream: StreamId,
         /// The message.
         message: FromWorker,
+    },
+    /// A worker asks for its generation's keys and values.
+    Store {
+        /// Its stream.
+        stream: StreamId,
+        /// The operation.
+        request: wire::StoreRequest,
     },
     /// A stream has ended.
     Closed {
@@ -87,12 +95,40 @@ pub struct Service {
     clock: Clock,
     inbox: mpsc::Sender<Arrival>,
     streams: AtomicU64,
+    /// What lets callers in; none where everybody is let in.
+    key: Option<JoinKey>,
 }
 
 impl Service {
     /// A service that reports to `inbox`.
-    pub fn new(clock: Clock, inbox: mpsc::Sender<Arrival>) -> Self {
-        Self { clock, inbox, streams: AtomicU64::new(0) }
+    pub fn new(clock: Clock, inbox: mpsc::Sender<Arrival>, key: Option<JoinKey>) -> Self {
+        Self { clock, inbox, streams: AtomicU64::new(0), key }
+    }
+
+    /// Lets a call in whose token is that of one of these roles.
+    fn admit<T>(&self, request: &Request<T>, roles: &[Role]) -> Result<(), Status> {
+        if let Some(key) = &self.key {
+            let value = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+            let role = value.and_then(bearer).and_then(|token| key.role_of(token));
+            match role {
+                Some(role) if roles.contains(&role) => {}
+                Some(role) => {
+                    let allowed: Vec<_> = roles.iter().map(|role| role.name()).collect();
+                    let problem =
+                        format!("the token is of a {role}; this takes one of a {}", allowed.join(" or "));
+                    return Err(Status::permission_denied(problem));
+                }
+                None => {
+                    return Err(Status::unauthenticated(
+                        "the call carries no token of this run's join key: give --storage, or an invitation of this run",
+                    ));
+                }
+            }
+        }
+        if let Some(peer) = request.extensions().get::<Peer>() {
+            peer.let_in();
+        }
+        Ok(())
     }
 
     async fn ask(&self, input: Input) -> Result<(), Status> {
@@ -109,7 +145,9 @@ impl Coordinator for Service {
         &self,
         request: Request<Streaming<wire::WorkerMessage>>,
     ) -> Result<Response<Answers>, Status> {
-        let peer = request.remote_addr().map_or_else(|| "unknown address".to_owned(), |a| a.to_string());
+        self.admit(&request, &[Role::Worker])?;
+        let peer = request.extensions().get::<Peer>();
+        let peer = peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.address.to_string());
         let (outbox, answers) = mpsc::channel(OUTBOX);
         let (open, over) = oneshot::channel();
         let mut reader = Reader {
@@ -135,6 +173,7 @@ impl Coordinator for Service {
         &self,
         request: Request<wire::StatusRequest>,
     ) -> Result<Response<wire::StatusReply>, Status> {
+        self.admit(&request, &Role::ALL)?;
         let first_member = request.into_inner().first_member;
         let (reply, answer) = oneshot::channel();
         self.ask(Input::Status { first_member, reply }).await?;
@@ -143,8 +182,9 @@ impl Coordinator for Service {
 
     async fn checkpoint(
         &self,
-        _request: Request<wire::CheckpointRequest>,
+        request: Request<wire::CheckpointRequest>,
     ) -> Result<Response<wire::CheckpointReply>, Status> {
+        self.admit(&request, &[Role::Operator])?;
         let (reply, answer) = oneshot::channel();
         self.ask(Input::Checkpoint(reply)).await?;
         let iteration = answer.await.map_err(|_| over())?.map_err(Status::failed_precondition)?;
@@ -155,7 +195,8 @@ impl Coordinator for Service {
         &self,
         request: Request<wire::CancelRequest>,
     ) -> Result<Response<wire::CancelReply>, Status> {
-        self.ask(Input::Stop { reason: request.into_inner().reason }).await?;
+        self.admit(&request, &[Role::Operator])?;
+        self.ask(Input::Stop { reason: prose(&request.into_inner().reason) }).await?;
         Ok(Response::new(wire::CancelReply {}))
     }
 }
@@ -202,6 +243,9 @@ impl Reader {
         self.tell(Input::Attached { stream, hello, outbox }).await;
         let (reason, status) = loop {
             match self.messages.message().await {
+                Ok(Some(wire::WorkerMessage { kind: Some(Kind::StoreRequest(request)) })) => {
+                    self.tell(Input::Store { stream, request }).await;
+                }
                 Ok(Some(message)) => match FromWorker::try_from(message) {
                     Ok(message) => self.tell(Input::Received { stream, message }).await,
                     Err(error) => break (error.to_string(), Some(malformed(&error))),
@@ -216,7 +260,15 @@ impl Reader {
     async fn hello(&mut self) -> Result<Hello, Status> {
         let first = self.messages.message().await?;
         let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its Hello"))?;
-        Hello::try_from(first).map_err(|error| malformed(&error))
+        let id = WorkerSecret::id_of(secret(&first));
+        let hello = Hello::try_from(first).map_err(|error| malformed(&error))?;
+        if hello.worker.0 != id {
+            return Err(Status::permission_denied(format!(
+                "worker_id {} does not belong to its secret",
+                hello.worker
+            )));
+        }
+        Ok(hello)
     }
 
     async fn tell(&self, input: Input) {

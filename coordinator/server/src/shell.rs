@@ -10,8 +10,13 @@ use potstill_core::{
     observation::{Observation, Outcome},
     record::Record,
 };
+use potstill_proto::{
+    message::ToWorker,
+    wire::{CoordinatorMessage, coordinator_message::Kind},
+};
 use potstill_storage::{
     Run,
+    coordinators::Coordinator,
     journal::{Journal, Seen},
     layout,
     retention::{Policy, Swept},
@@ -29,6 +34,7 @@ use crate::{
     StartError,
     clock::Clock,
     opening::Opened,
+    rendezvous::Rendezvous,
     service::{Arrival, Input, Outbox},
     storing,
 };
@@ -55,11 +61,13 @@ enum Happened {
 /// See the module's documentation.
 pub struct Shell {
     core: Core,
-    coordinator: String,
+    announced: Coordinator,
+    changed_specification: Option<String>,
     clock: Clock,
     run: Run,
     journal: Journal,
     streams: BTreeMap<StreamId, Outbox>,
+    rendezvous: Rendezvous,
     /// Commits and verifications under way; the answers are events.
     commits: JoinSet<Event>,
     /// The record that is being written, and since when.
@@ -88,16 +96,22 @@ pub struct Shell {
 impl Shell {
     /// A shell around an opened run.
     pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
-        let Opened { setup, retention, run, journal } = opened;
+        let Opened { setup, retention, changed_specification, run, journal, .. } = opened;
         let patience = Duration::from_millis(setup.terms.timeouts.wait_millis);
-        let coordinator = setup.coordinator.clone();
+        let announced = Coordinator {
+            name: setup.coordinator.clone(),
+            address: setup.address.clone(),
+            certificate: setup.certificate.clone(),
+        };
         Self {
             core: Core::new(setup),
-            coordinator,
+            announced,
+            changed_specification,
             clock,
             run,
             journal,
             streams: BTreeMap::new(),
+            rendezvous: Rendezvous::default(),
             commits: JoinSet::new(),
             persisting: JoinSet::new(),
             persisting_since: None,
@@ -128,7 +142,10 @@ impl Shell {
         if let Some(Outcome::Failed { reason }) = self.outcome.take() {
             return Err(StartError::Journal(reason));
         }
-        self.run.put(layout::COORDINATOR, self.coordinator.clone().into()).await?;
+        self.run.announce(&self.journal, &self.announced).await?;
+        if let Some(text) = self.changed_specification.take() {
+            self.run.put(layout::SPECIFICATION, text.into()).await?;
+        }
         Ok(())
     }
 
@@ -213,7 +230,15 @@ impl Shell {
                 self.step(at, Event::Attached { stream, hello });
             }
             Input::Received { stream, message } => self.step(at, Event::Received { stream, message }),
+            Input::Store { stream, request } => {
+                for (stream, reply) in self.rendezvous.ask(stream, request) {
+                    let reply = CoordinatorMessage { kind: Some(Kind::StoreReply(reply)) };
+                    self.send(stream, reply);
+                }
+                self.proceed();
+            }
             Input::Closed { stream, reason, status } => {
+                self.rendezvous.leave(stream);
                 if let (Some(outbox), Some(status)) = (self.streams.remove(&stream), status) {
                     // Where the queue is full the worker does not read it, so the reason would not be read either.
                     let _ = outbox.try_send(Err(status));
@@ -278,15 +303,14 @@ impl Shell {
     fn act(&mut self, action: Action) -> Result<(), String> {
         match action {
             Action::Send { stream, message } => {
-                let Some(outbox) = self.streams.get(&stream) else { return Ok(()) };
                 tracing::debug!(stream = stream.0, ?message, "send");
-                if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message.into())) {
-                    self.streams.remove(&stream);
-                    let reason = "it does not read its messages".into();
-                    self.waiting.push_front((self.clock.now(), Event::Closed { stream, reason }));
+                if let ToWorker::Assignment(assignment) = &message {
+                    self.rendezvous.admit(stream, assignment.generation);
                 }
+                self.send(stream, message.into());
             }
             Action::Close { stream } => {
+                self.rendezvous.leave(stream);
                 self.streams.remove(&stream);
             }
             Action::Persist(record) => self.persist(&record)?,
@@ -328,6 +352,17 @@ impl Shell {
 }
 
 impl Shell {
+    /// Queues a message for a worker, if its stream is there. A worker that does not read its messages is lost.
+    fn send(&mut self, stream: StreamId, message: CoordinatorMessage) {
+        let Some(outbox) = self.streams.get(&stream) else { return };
+        if let Err(TrySendError::Full(_)) = outbox.try_send(Ok(message)) {
+            self.streams.remove(&stream);
+            self.rendezvous.leave(stream);
+            let reason = "it does not read its messages".into();
+            self.waiting.push_front((self.clock.now(), Event::Closed { stream, reason }));
+        }
+    }
+
     /// Appends to the journal in the background; the actions that follow wait for it.
     fn persist(&mut self, record: &Record) -> Result<(), String> {
         tracing::debug!(?record, "journal");

@@ -17,18 +17,19 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, memory::InMemory, path::Path as ObjectPath,
 };
+use potstill_access::{Authorized, Invitation, Locator, Patience, Role, WorkerSecret};
 use potstill_core::observation::{Observation, Outcome};
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation},
-    message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId},
+    message::{Assignment, FromWorker, Hello, Place, Request, Source, ToWorker, WorkerId, proven},
     micro_batches::MicroBatches,
-    wire::{self, coordinator_client::CoordinatorClient},
+    wire::{self, coordinator_client::CoordinatorClient, worker_message::Kind},
 };
 use potstill_server::{
     self as server, Options,
     Resume::{self, Always, Auto, Never},
-    Running, StartError,
+    Running, Security, StartError,
     client::Client,
 };
 use potstill_spec::RunSpec;
@@ -82,6 +83,7 @@ impl Lab {
             storage: self.storage.clone(),
             resume,
             from_teacher: false,
+            security: Security::Own,
             ranks_may_live: true,
         }
     }
@@ -91,8 +93,17 @@ impl Lab {
     }
 
     async fn status(&self, running: &Running) -> wire::StatusReply {
-        let mut client = Worker::connect(running.address).await;
+        let mut client = connect(&running.invitation).await;
         client.status(wire::StatusRequest { first_member: 0 }).await.unwrap().into_inner()
+    }
+
+    /// What the storage says of the coordinator.
+    fn locator(&self, role: Role) -> Locator {
+        Locator::Storage { run: self.storage.run(&run_id()), role, address: None, insecure: false }
+    }
+
+    async fn connect_as(&self, role: Role) -> CoordinatorClient<Authorized> {
+        connect(&self.locator(role).find().await.unwrap()).await
     }
 
     async fn refused(&self, resume: Resume) -> StartError {
@@ -128,6 +139,10 @@ fn run_id() -> RunId {
     "test-run".parse().unwrap()
 }
 
+async fn connect(invitation: &Invitation) -> CoordinatorClient<Authorized> {
+    invitation.connect(Patience { connect: Duration::from_secs(10), keep_alive: None }).await.unwrap()
+}
+
 /// A worker that computes nothing.
 struct Worker {
     id: String,
@@ -136,13 +151,9 @@ struct Worker {
 }
 
 impl Worker {
-    async fn connect(address: SocketAddr) -> CoordinatorClient<tonic::transport::Channel> {
-        CoordinatorClient::connect(format!("http://{address}")).await.unwrap()
-    }
-
     /// Opens a stream and sends `first`.
     async fn open(running: &Running, first: wire::WorkerMessage) -> Self {
-        let mut client = Self::connect(running.address).await.max_encoding_message_size(usize::MAX);
+        let mut client = connect(&running.invitation).await.max_encoding_message_size(usize::MAX);
         let (outgoing, messages) = mpsc::channel(64);
         outgoing.send(first).await.unwrap();
         let incoming = client.attach(ReceiverStream::new(messages)).await.unwrap().into_inner();
@@ -150,7 +161,7 @@ impl Worker {
     }
 
     async fn attach(running: &Running, id: &str) -> Self {
-        let mut worker = Self::open(running, hello(id).into()).await;
+        let mut worker = Self::open(running, said(hello(id), id)).await;
         worker.id = id.into();
         match worker.next().await {
             ToWorker::Welcome { specification, .. } => {
@@ -168,7 +179,7 @@ impl Worker {
         let mut hello = hello(id);
         hello.held = Some(Cursor::boundary(iteration));
         hello.place = Some(Place { generation: place.generation, rank: place.rank });
-        let mut worker = Self::open(running, hello.into()).await;
+        let mut worker = Self::open(running, said(hello, id)).await;
         worker.id = id.into();
         assert!(matches!(worker.next().await, ToWorker::Welcome { .. }));
         worker.say(FromWorker::Ready).await;
@@ -248,15 +259,19 @@ impl Worker {
     }
 }
 
-fn hello(id: &str) -> Hello {
+/// A hello with its proof: a worker's secret is its name here.
+fn said(hello: Hello, name: &str) -> wire::WorkerMessage {
+    proven(hello, name.as_bytes())
+}
+
+fn hello(name: &str) -> Hello {
     Hello {
         protocol: PROTOCOL,
-        worker: WorkerId(id.into()),
+        worker: WorkerId(WorkerSecret::id_of(name.as_bytes())),
         run_id: run_id().to_string(),
         host: "localhost".into(),
         pid: 1,
         device: "cpu".into(),
-        store_address: "127.0.0.1:1".into(),
         held: None,
         place: None,
     }
@@ -319,7 +334,8 @@ async fn a_worker_that_dies_is_replaced_in_a_new_generation() {
     drop(b);
     let ToWorker::Abandon { generation, reason } = a.next().await else { panic!() };
     assert_eq!(generation, first.generation);
-    assert!(reason.contains("worker b (localhost, process 1, cpu), rank 1 is lost"), "{reason}");
+    let lost = format!("worker {} (localhost, process 1, cpu), rank 1 is lost", WorkerSecret::id_of(b"b"));
+    assert!(reason.contains(&lost), "{reason}");
     let error = "connection reset".into();
     a.say(FromWorker::CollectiveFailed { generation, cursor: Cursor::boundary(1), error }).await;
 
@@ -399,7 +415,6 @@ async fn a_silent_worker_is_given_up() {
 
 #[tokio::test]
 async fn bad_streams_end_with_a_reason_and_disturb_no_member() {
-    use wire::worker_message::Kind;
     let lab = Lab::new(1);
     let running = lab.start(Never).await;
     let mut good = Worker::attach(&running, "good").await;
@@ -435,9 +450,7 @@ async fn bad_streams_end_with_a_reason_and_disturb_no_member() {
 
     // No member was disturbed.
     good.reports(&assignment, 0).await;
-    let status =
-        Worker::connect(running.address).await.status(wire::StatusRequest { first_member: 0 }).await.unwrap();
-    assert_eq!(status.into_inner().generation, assignment.generation.0);
+    assert_eq!(lab.status(&running).await.generation, assignment.generation.0);
 }
 
 #[tokio::test]
@@ -446,10 +459,116 @@ async fn a_worker_of_another_run_is_refused() {
     let running = lab.start(Never).await;
     let mut stranger = hello("a");
     stranger.run_id = "another".into();
-    let mut worker = Worker::open(&running, stranger.into()).await;
+    let mut worker = Worker::open(&running, said(stranger, "a")).await;
     let ToWorker::Refused { reason } = worker.next().await else { panic!() };
     assert!(reason.contains("\"another\""), "{reason}");
     assert!(worker.ending().await.is_none());
+}
+
+// ------------------------------------------------------------------------------------------------ who is let in
+
+#[tokio::test]
+async fn each_role_may_do_its_part_and_strangers_nothing() {
+    let lab = Lab::new(1);
+    let running = lab.start(Never).await;
+    let known = lab.locator(Role::Viewer).find().await.unwrap();
+    let (mut stranger, mut forged) = (known.clone(), known.clone());
+    stranger.token = None;
+    forged.token = Some(format!("operator.{}", "0".repeat(64)));
+    let worker = running.invitation.clone();
+    let operator = lab.locator(Role::Operator).find().await.unwrap();
+    let code = |result: Result<(), Status>| result.err().map(|status| status.code());
+    use Code::{FailedPrecondition, PermissionDenied, Unauthenticated};
+    for (invitation, status, checkpoint) in [
+        (&stranger, Some(Unauthenticated), Some(Unauthenticated)),
+        (&forged, Some(Unauthenticated), Some(Unauthenticated)),
+        (&known, None, Some(PermissionDenied)),
+        (&worker, None, Some(PermissionDenied)),
+        // It is let in; nothing is training that could be saved.
+        (&operator, None, Some(FailedPrecondition)),
+    ] {
+        let mut client = connect(invitation).await;
+        let asked = client.status(wire::StatusRequest { first_member: 0 }).await;
+        assert_eq!(code(asked.map(drop)), status, "{invitation:?}");
+        let asked = client.checkpoint(wire::CheckpointRequest {}).await;
+        assert_eq!(code(asked.map(drop)), checkpoint, "{invitation:?}");
+        if invitation != &operator {
+            let asked = client.cancel(wire::CancelRequest { reason: String::new() }).await;
+            assert_eq!(code(asked.map(drop)), checkpoint, "{invitation:?}");
+        }
+        let attached = client.attach(tokio_stream::pending()).await.map(drop);
+        assert_eq!(code(attached).is_none(), invitation == &worker, "{invitation:?}");
+    }
+    assert_eq!(lab.status(&running).await.member_count, 0);
+}
+
+#[tokio::test]
+async fn a_coordinator_with_another_certificate_is_not_spoken_to() {
+    let (lab, other) = (Lab::new(1), Lab::new(1));
+    let (running, elsewhere) = (lab.start(Never).await, other.start(Never).await);
+    let mut confused = running.invitation.clone();
+    confused.address.clone_from(&elsewhere.invitation.address);
+    let patience = Patience { connect: Duration::from_secs(10), keep_alive: None };
+    let error = confused.connect(patience).await.unwrap_err().to_string();
+    assert!(error.contains("another certificate"), "{error}");
+}
+
+#[tokio::test]
+async fn a_worker_cannot_take_another_ones_id() {
+    let lab = Lab::new(1);
+    let running = lab.start(Never).await;
+    let mut a = Worker::attach(&running, "a").await;
+    let assignment = a.assignment().await;
+    let mut thief = Worker::open(&running, proven(hello("a"), b"another secret")).await;
+    let status = thief.ending().await.unwrap();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    a.reports(&assignment, 0).await;
+    assert_eq!(lab.status(&running).await.member_count, 1);
+}
+
+#[tokio::test]
+async fn a_site_may_give_its_certificate_or_do_without_tls() {
+    let lab = Lab::new(1);
+    let folder = tempfile::tempdir().unwrap();
+    let files = ["certificate.pem", "key.pem"].map(|name| folder.path().join(name));
+    let made = rcgen::generate_simple_self_signed(["coordinator.site".to_owned()]).unwrap();
+    std::fs::write(&files[0], made.cert.pem()).unwrap();
+    std::fs::write(&files[1], made.signing_key.serialize_pem()).unwrap();
+    let [certificate, key] = files;
+    let site = Security::Site { certificate: certificate.clone(), key: key.clone() };
+    let running = server::start(Options { security: site, ..lab.options(Never) }).await.unwrap();
+    lab.status(&running).await;
+    lab.connect_as(Role::Viewer).await;
+    drop(running);
+
+    let wrong = Security::Site { certificate: key, key: certificate };
+    let error = server::start(Options { security: wrong, ..lab.options(Always) }).await.err().unwrap();
+    assert!(matches!(error, StartError::Certificate(_)) && error.is_of_usage(), "{error}");
+
+    let open = Options { security: Security::Insecure, ..lab.options(Always) };
+    let running = server::start(open).await.unwrap();
+    lab.status(&running).await;
+    let error = lab.locator(Role::Viewer).find().await.unwrap_err().to_string();
+    assert!(error.contains("--insecure"), "{error}");
+}
+
+#[tokio::test]
+async fn ranks_find_each_other_through_their_streams() {
+    let lab = Lab::new(2);
+    let running = lab.start(Never).await;
+    let (mut a, mut b) = (Worker::attach(&running, "a").await, Worker::attach(&running, "b").await);
+    let generation = a.assignment().await.generation.0;
+    b.assignment().await;
+    let mut request = wire::StoreRequest { generation, id: 1, keys: vec!["x".into()], ..Default::default() };
+    request.set_operation(wire::StoreOperation::Get);
+    a.say(wire::WorkerMessage { kind: Some(Kind::StoreRequest(request.clone())) }).await;
+    request.set_operation(wire::StoreOperation::Set);
+    request.value = b"value".to_vec();
+    b.say(wire::WorkerMessage { kind: Some(Kind::StoreRequest(request)) }).await;
+    let reply = a.incoming.message().await.unwrap().unwrap().kind;
+    let value = b"value".to_vec();
+    let expected = wire::StoreReply { id: 1, value, ..Default::default() };
+    assert_eq!(reply, Some(wire::coordinator_message::Kind::StoreReply(expected)));
 }
 
 // ------------------------------------------------------------------------------------------------ starting
@@ -467,6 +586,8 @@ async fn a_run_that_exists_is_only_continued_on_request() {
 
     lab.spec.distillation.iterations = ITERATIONS + 1;
     assert_eq!(lab.train(Always).await, Outcome::Succeeded { iteration: ITERATIONS + 1 });
+    let served = lab.storage.run(&run_id()).specification().await.unwrap().unwrap();
+    assert_eq!(RunSpec::from_toml(&served).unwrap().distillation.iterations, ITERATIONS + 1);
 }
 
 #[tokio::test]
@@ -580,7 +701,10 @@ async fn a_checkpoint_is_committed_only_when_its_shards_are_where_the_coordinato
     b.receipt(second.generation, ITERATIONS, written.shard, written.e_tag).await;
     a.saves_and_finishes(&lab, &first, ITERATIONS).await;
     let (success, reason) = b.stopped().await;
-    assert!(!success && reason.contains("worker b (localhost, process 1, cpu)"), "{reason}");
+    assert!(
+        !success && reason.contains(&format!("worker {} (localhost", WorkerSecret::id_of(b"b"))),
+        "{reason}"
+    );
     assert!(reason.contains("rank-001-of-002.safetensors is damaged: it is missing"), "{reason}");
     assert_eq!(lab.storage.run(&run_id()).checkpoints().await.unwrap(), [] as [u64; 0]);
     let failed = observed(&mut running, |observation| match observation {
@@ -730,13 +854,14 @@ async fn the_status_of_many_members_comes_in_pages() {
     let running = lab.start(Never).await;
     let mut workers = Vec::new();
     for n in 0..450 {
-        let mut hello = hello(&format!("w{n}"));
+        let name = format!("w{n}");
+        let mut hello = hello(&name);
         hello.host = "h".repeat(200);
-        let mut worker = Worker::open(&running, hello.into()).await;
+        let mut worker = Worker::open(&running, said(hello, &name)).await;
         assert!(matches!(worker.next().await, ToWorker::Welcome { .. }));
         workers.push(worker);
     }
-    let mut client = Client::connect(&running.address.to_string(), Duration::from_secs(5)).await.unwrap();
+    let mut client = Client::of(&lab.locator(Role::Viewer)).await.unwrap();
     let status = client.status().await.unwrap();
     let names: BTreeSet<_> = status.members.iter().map(|member| member.worker_id.clone()).collect();
     assert_eq!((status.members.len(), names.len(), status.member_count), (450, 450, 450));
@@ -778,7 +903,7 @@ async fn workers_come_back_to_a_successor_and_nothing_changes() {
 async fn a_checkpoint_on_demand_is_answered_when_it_exists() {
     let lab = Lab::new(1);
     let mut running = lab.start(Never).await;
-    let mut client = Worker::connect(running.address).await;
+    let mut client = lab.connect_as(Role::Operator).await;
     let refused = client.checkpoint(wire::CheckpointRequest {}).await.unwrap_err();
     assert!(refused.message().contains("nothing is training"), "{refused:?}");
 
@@ -790,7 +915,7 @@ async fn a_checkpoint_on_demand_is_answered_when_it_exists() {
     a.saves(&lab, &assignment, 1).await;
     assert_eq!(asking.await.unwrap().unwrap().into_inner().iteration, 1);
 
-    let mut client = Worker::connect(running.address).await;
+    let mut client = lab.connect_as(Role::Operator).await;
     client.cancel(wire::CancelRequest { reason: "enough".into() }).await.unwrap();
     let what = loop {
         if let ToWorker::Request { what, .. } = a.next().await {

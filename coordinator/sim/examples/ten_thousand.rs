@@ -31,7 +31,6 @@ fn hello(number: u64) -> Hello {
         host: format!("host{number}"),
         pid: 1,
         device: "cpu".into(),
-        store_address: format!("host{number}:1"),
         held: None,
         place: None,
     }
@@ -52,6 +51,7 @@ fn main() {
     let mut core = Core::new(Setup {
         coordinator: "c0".into(),
         address: "c0:1".into(),
+        certificate: None,
         run_id: "run".into(),
         terms: scenario.terms(),
         specification: String::new(),

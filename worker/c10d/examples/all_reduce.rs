@@ -12,7 +12,7 @@ use std::process::{self, Child, ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use potstill_c10d::{Backend, ProcessGroup, ReduceOp, TcpStore};
+use potstill_c10d::{Backend, ProcessGroup, ReduceOp, Store};
 use tch::{Device, Kind, Tensor};
 
 /// Bytes of a tensor, and how many operations are timed.
@@ -20,8 +20,8 @@ const PLAN: [(i64, usize); 3] = [(4 << 10, 4000), (4 << 20, 200), (64 << 20, 24)
 /// Timeout of each operation.
 const PATIENCE: Duration = Duration::from_secs(60);
 const HOST: &str = "127.0.0.1";
-/// In the second process's environment: the port of the first one's store.
-const PORT: &str = "POTSTILL_EXAMPLE_PORT";
+/// In the second process's environment: the file in which the two meet.
+const STORE: &str = "POTSTILL_EXAMPLE_STORE";
 
 /// The second process; it is killed when this value is dropped.
 struct Second {
@@ -39,17 +39,15 @@ impl Drop for Second {
 
 fn main() -> Result<(), Box<dyn Error>> {
     tch::set_num_threads(1);
-    if let Ok(port) = env::var(PORT) {
+    if let Ok(file) = env::var(STORE) {
         end_with_parent();
-        let store = TcpStore::connect(HOST, port.parse()?, PATIENCE)?;
-        return measure(&store, 1).map(drop);
+        return measure(&Store::in_file(file.as_ref(), PATIENCE)?, 1).map(drop);
     }
 
-    let store = TcpStore::serve(HOST, 0, PATIENCE)?;
-    let mut child = Command::new(env::current_exe()?)
-        .env(PORT, store.port().to_string())
-        .stdin(Stdio::piped())
-        .spawn()?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("store");
+    let store = Store::in_file(&file, PATIENCE)?;
+    let mut child = Command::new(env::current_exe()?).env(STORE, &file).stdin(Stdio::piped()).spawn()?;
     let lifeline = child.stdin.take();
     let mut second = Second { child, _lifeline: lifeline };
     let medians = measure(&store, 0)?;
@@ -78,9 +76,9 @@ fn end_with_parent() {
 }
 
 /// The median time of an operation, for each size.
-fn measure(store: &TcpStore, rank: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
+fn measure(store: &Store, rank: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
     let backend = Backend::Gloo { host: HOST.to_owned() };
-    let group = ProcessGroup::new(&backend, &store.prefix("all_reduce")?, rank, 2, PATIENCE)?;
+    let group = ProcessGroup::new(&backend, store, rank, 2, PATIENCE)?;
     PLAN.into_iter().map(|(bytes, operations)| median(&group, bytes, operations)).collect()
 }
 

@@ -7,10 +7,11 @@
 #include <c10/util/Logging.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/distributed/c10d/FileStore.hpp>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include <dlfcn.h>
@@ -20,6 +21,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <thread>
 
@@ -29,7 +31,108 @@ using potstill::load_cuda;
 using potstill::open_library;
 using std::chrono::milliseconds;
 
+extern "C" {
+
+struct potstill_bytes {
+  const uint8_t* data;
+  size_t length;
+};
+
+// One operation on a store that Rust implements. Which fields count depends on the operation: see `ffi.rs`.
+struct potstill_store_call {
+  uint8_t operation;
+  const potstill_bytes* keys;
+  size_t key_count;
+  potstill_bytes value;
+  potstill_bytes expected;
+  int64_t amount;
+  int64_t timeout_ms;
+};
+
+// Where Rust leaves the bytes that an operation returns.
+struct potstill_sink {
+  std::vector<uint8_t> bytes;
+};
+
+typedef bool potstill_store_call_fn(const void* context, const potstill_store_call* call, int64_t* number,
+                                    potstill_sink* sink, potstill_error* error);
+typedef void potstill_store_end_fn(const void* context);
+}
+
 namespace {
+
+// A store that Rust implements. Its copies share what is behind it, which Rust guards.
+class CallbackStore final : public c10d::Store {
+ public:
+  CallbackStore(potstill_store_call_fn* call, std::shared_ptr<const void> context, milliseconds timeout)
+      : Store(timeout), call_(call), context_(std::move(context)) {}
+
+  c10::intrusive_ptr<Store> clone() override {
+    return c10::make_intrusive<CallbackStore>(call_, context_, timeout_);
+  }
+
+  void set(const std::string& key, const std::vector<uint8_t>& value) override {
+    potstill_store_call call = about(SET);
+    call.value = bytes(value);
+    ask({key}, call);
+  }
+
+  std::vector<uint8_t> get(const std::string& key) override { return ask({key}, about(GET)).second; }
+
+  int64_t add(const std::string& key, int64_t value) override {
+    potstill_store_call call = about(ADD);
+    call.amount = value;
+    return ask({key}, call).first;
+  }
+
+  std::vector<uint8_t> compareSet(const std::string& key, const std::vector<uint8_t>& expected,
+                                  const std::vector<uint8_t>& desired) override {
+    potstill_store_call call = about(COMPARE_SET);
+    call.expected = bytes(expected);
+    call.value = bytes(desired);
+    return ask({key}, call).second;
+  }
+
+  bool deleteKey(const std::string& key) override { return ask({key}, about(DELETE)).first != 0; }
+
+  bool check(const std::vector<std::string>& keys) override { return ask(keys, about(CHECK)).first != 0; }
+
+  int64_t getNumKeys() override { return ask({}, about(COUNT)).first; }
+
+  void wait(const std::vector<std::string>& keys) override { ask(keys, about(WAIT)); }
+
+  void wait(const std::vector<std::string>& keys, const milliseconds& timeout) override {
+    potstill_store_call call = about(WAIT);
+    call.timeout_ms = timeout.count();
+    ask(keys, call);
+  }
+
+ private:
+  enum Operation : uint8_t { SET, GET, ADD, COMPARE_SET, DELETE, CHECK, WAIT, COUNT };
+
+  potstill_store_call about(Operation operation) const {
+    return {operation, nullptr, 0, {nullptr, 0}, {nullptr, 0}, 0, timeout_.count()};
+  }
+
+  static potstill_bytes bytes(const std::vector<uint8_t>& value) { return {value.data(), value.size()}; }
+
+  std::pair<int64_t, std::vector<uint8_t>> ask(const std::vector<std::string>& keys, potstill_store_call call) const {
+    std::vector<potstill_bytes> views;
+    for (const auto& key : keys) {
+      views.push_back({reinterpret_cast<const uint8_t*>(key.data()), key.size()});
+    }
+    call.keys = views.data();
+    call.key_count = views.size();
+    int64_t number = 0;
+    potstill_sink sink;
+    potstill_error error{};
+    TORCH_CHECK(!call_(context_.get(), &call, &number, &sink, &error), error.text);
+    return {number, std::move(sink.bytes)};
+  }
+
+  potstill_store_call_fn* call_;
+  std::shared_ptr<const void> context_;
+};
 
 // c10d's own Gloo group ignores abort(): a peer that is stopped, not dead, holds a collective until its
 // timeout. Failing the connections, as gloo itself does after a timeout, ends every operation on them at
@@ -112,29 +215,47 @@ struct potstill_reducer {
   c10d::Reducer reducer;
 };
 
-bool potstill_store_open(const char* host, uint16_t port, bool serve, int64_t timeout_ms, potstill_store** out,
-                         uint16_t* bound_port, potstill_error* error) {
+bool potstill_store_alone(int64_t timeout_ms, potstill_store** out, potstill_error* error) {
   return failed(error, [&] {
     // Every use starts with a store. Without this, libtorch would ignore TORCH_CPP_LOG_LEVEL.
     c10::initLogging();
-    c10d::TCPStoreOptions options;
-    options.port = port;
-    options.isServer = serve;
-    options.waitWorkers = false;
-    options.timeout = milliseconds(timeout_ms);
-    auto store = c10::make_intrusive<c10d::TCPStore>(host, options);
-    *bound_port = store->getPort();
+    auto store = c10::make_intrusive<c10d::HashStore>();
+    store->setTimeout(milliseconds(timeout_ms));
     *out = new potstill_store{std::move(store)};
   });
 }
 
+bool potstill_store_file(const char* path, int64_t timeout_ms, potstill_store** out, potstill_error* error) {
+  return failed(error, [&] {
+    c10::initLogging();
+    // No number of processes: who made the file removes it.
+    auto store = c10::make_intrusive<c10d::FileStore>(path, -1);
+    store->setTimeout(milliseconds(timeout_ms));
+    *out = new potstill_store{std::move(store)};
+  });
+}
+
+bool potstill_store_of(potstill_store_call_fn* call, potstill_store_end_fn* end, const void* context, int64_t timeout_ms,
+                       potstill_store** out, potstill_error* error) {
+  return failed(error, [&] {
+    std::shared_ptr<const void> held(context, end);
+    c10::initLogging();
+    *out = new potstill_store{
+        c10::make_intrusive<CallbackStore>(call, std::move(held), milliseconds(timeout_ms))};
+  });
+}
+
+void potstill_sink_write(potstill_sink* sink, const uint8_t* bytes, size_t length) {
+  sink->bytes.assign(bytes, bytes + length);
+}
+
 bool potstill_store_prefix(const potstill_store* store, const char* prefix, potstill_store** out, potstill_error* error) {
   return failed(error, [&] {
-    // A connection of its own: a group that still waits for its peers holds its connection's lock, and must not block
-    // the next generation.
-    auto connection = store->store->clone();
-    connection->setTimeout(store->store->getTimeout());
-    *out = new potstill_store{c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(connection))};
+    // A copy of its own: a group that still waits for its peers may hold its store's lock, and must not block the next
+    // generation.
+    auto copy = store->store->clone();
+    copy->setTimeout(store->store->getTimeout());
+    *out = new potstill_store{c10::make_intrusive<c10d::PrefixStore>(prefix, std::move(copy))};
   });
 }
 
@@ -256,9 +377,13 @@ bool potstill_work_wait(const potstill_work* work, int64_t timeout_ms, bool* com
           *completed = false;
           return;
         }
-        std::this_thread::sleep_for(milliseconds(1));
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
       }
       work->work->wait();
+      // An operation that was aborted completes too: only its exception tells.
+      if (auto exception = work->work->exception()) {
+        std::rethrow_exception(exception);
+      }
     } else {
       try {
         work->work->wait(milliseconds(timeout_ms));

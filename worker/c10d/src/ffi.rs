@@ -2,7 +2,7 @@
 //! true when they failed and then have written the reason to `error`; only otherwise have they written the
 //! out-parameters.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 use std::marker::{PhantomData, PhantomPinned};
 
 pub use potstill_torch_ext::shim::ErrorText;
@@ -24,16 +24,57 @@ pub type Group = Opaque<GroupTag>;
 pub type Work = Opaque<WorkTag>;
 pub type Reducer = Opaque<ReducerTag>;
 
+pub struct SinkTag;
+/// Where the bytes go that an operation on a store returns.
+pub type Sink = Opaque<SinkTag>;
+
+/// Bytes that the caller owns. `data` may be null where there are none.
+#[repr(C)]
+pub struct Bytes {
+    pub data: *const u8,
+    pub length: usize,
+}
+
+/// One operation on a store that Rust implements.
+#[repr(C)]
+pub struct StoreCall {
+    /// 0 set, 1 get, 2 add, 3 compare and set, 4 delete, 5 check, 6 wait, 7 count.
+    pub operation: u8,
+    pub keys: *const Bytes,
+    pub key_count: usize,
+    pub value: Bytes,
+    pub expected: Bytes,
+    pub amount: i64,
+    pub timeout_ms: i64,
+}
+
+pub type StoreCallFn = unsafe extern "C" fn(
+    context: *const c_void,
+    call: *const StoreCall,
+    number: *mut i64,
+    sink: *mut Sink,
+    error: *mut ErrorText,
+) -> bool;
+pub type StoreEndFn = unsafe extern "C" fn(context: *const c_void);
+
 unsafe extern "C" {
-    pub fn potstill_store_open(
-        host: *const c_char,
-        port: u16,
-        serve: bool,
+    pub fn potstill_store_alone(timeout_ms: i64, out: *mut *mut Store, error: *mut ErrorText) -> bool;
+    pub fn potstill_store_file(
+        path: *const c_char,
         timeout_ms: i64,
         out: *mut *mut Store,
-        bound_port: *mut u16,
         error: *mut ErrorText,
     ) -> bool;
+    /// Takes `context` over: it calls `end` once when nothing uses it any more, also when it fails.
+    pub fn potstill_store_of(
+        call: StoreCallFn,
+        end: StoreEndFn,
+        context: *const c_void,
+        timeout_ms: i64,
+        out: *mut *mut Store,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_sink_write(sink: *mut Sink, bytes: *const u8, length: usize);
     pub fn potstill_store_prefix(
         store: *const Store,
         prefix: *const c_char,

@@ -4,14 +4,17 @@ use std::ffi::{CString, c_int};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use potstill_torch_ext::shim::call;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, ErrorKind, Member, milliseconds};
 use crate::ffi;
 use crate::store::Store;
+
+/// How often a wait on a device looks for an abort.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// The NCCL part of the shim, a shared library; empty where it was built without NCCL.
 static NCCL_LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libpotstill_nccl.so"));
@@ -71,6 +74,8 @@ struct Inner {
     issued: Mutex<u64>,
     aborted: AtomicBool,
     failed: AtomicBool,
+    /// The timeout of each operation.
+    timeout: Duration,
 }
 
 // SAFETY: c10d's groups are bound to no thread. Issuing is serialized by `issued`; `abort` may run beside it,
@@ -111,7 +116,7 @@ impl ProcessGroup {
             return Err(invalid("the rank must be less than the world size".to_owned()));
         }
         let (c_rank, c_world) = (to_c_int(rank).map_err(invalid)?, to_c_int(world).map_err(invalid)?);
-        let timeout = milliseconds(timeout);
+        let (bound, timeout) = (timeout, milliseconds(timeout));
         let mut raw = ptr::null_mut();
         let (device, outcome) = match backend {
             Backend::Gloo { host } => {
@@ -158,6 +163,7 @@ impl ProcessGroup {
             issued: Mutex::new(0),
             aborted: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            timeout: bound,
         };
         Ok(ProcessGroup { inner: Arc::new(inner) })
     }
@@ -254,6 +260,38 @@ impl ProcessGroup {
             // SAFETY: the group is alive during the call.
             unsafe { ffi::potstill_barrier(group, out, error) }
         })
+    }
+
+    /// Whether the results of all operations that were issued so far may be used: they are complete, none has failed, and
+    /// the group was not aborted. To be called after they were waited for, and before anything that lasts is made of them.
+    ///
+    /// With Gloo a wait that succeeds says as much, unless the group was aborted. With NCCL a wait only orders the current
+    /// CUDA stream: an operation that [`abort`](Self::abort) or c10d's watchdog ends leaves a part of its result, and no
+    /// error. So another operation follows the others on their stream, and the host waits for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Aborted`]; the failure of an operation; [`ErrorKind::Timeout`].
+    pub fn settle(&self) -> Result<(), Error> {
+        if matches!(self.inner.device, Device::Cuda(_)) && self.inner.member.world > 1 {
+            let token = Tensor::f_zeros([1], (Kind::Float, self.inner.device))
+                .map_err(|error| self.failure("settle", error.to_string()))?;
+            let work = self.all_reduce(&token, ReduceOp::Max)?;
+            let started = Instant::now();
+            while !work.wait_for(LOOK)? {
+                self.ensure_not_aborted()?;
+                if started.elapsed() >= self.inner.timeout {
+                    return Err(self.failure("settle", format!("timed out after {:?}", self.inner.timeout)));
+                }
+            }
+        }
+        self.ensure_not_aborted()
+    }
+
+    fn ensure_not_aborted(&self) -> Result<(), Error> {
+        match self.inner.aborted.load(Ordering::Acquire) {
+            true => Err(self.failure("settle", "the group was aborted".to_owned())),
+            false => Ok(()),
+        }
     }
 
     /// Ends every operation in flight, here at once and on the peers as soon as they notice: each fails with

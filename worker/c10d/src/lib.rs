@@ -9,13 +9,13 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use potstill_c10d::{Backend, ProcessGroup, ReduceOp, TcpStore};
+//! use potstill_c10d::{Backend, ProcessGroup, ReduceOp, Store};
 //! use tch::{Device, Kind, Tensor};
 //!
 //! # fn main() -> Result<(), potstill_c10d::Error> {
 //! let timeout = Duration::from_secs(30);
-//! let store = TcpStore::serve("127.0.0.1", 0, timeout)?;
-//! // The other rank does the same with rank 1 and `TcpStore::connect("127.0.0.1", port, timeout)`.
+//! let store = Store::in_file("/tmp/group".as_ref(), timeout)?;
+//! // The other rank, on this machine, does the same with rank 1.
 //! let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
 //! let group = ProcessGroup::new(&backend, &store.prefix("g1")?, 0, 2, timeout)?;
 //! let tensor = Tensor::ones([4], (Kind::Float, Device::Cpu));
@@ -33,4 +33,4 @@ mod store;
 pub use error::{Error, ErrorKind, Member};
 pub use group::{Backend, ProcessGroup, ReduceOp, Work};
 pub use reducer::{Reducer, ReducerOptions};
-pub use store::{Store, TcpStore};
+pub use store::{Answer, KeyValues, Operation, Store};

@@ -2,10 +2,8 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::{LONG, Seat, run, seat};
-use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, TcpStore};
+use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, Store};
 use tch::{Device, Kind, Tensor};
 
 /// Not a test by itself: the scenarios of child processes.
@@ -88,7 +86,7 @@ fn wrong_tensors(seat: &Seat) {
     }
     assert_eq!(kind(group.broadcast(&matrix, 1)), ErrorKind::InvalidInput);
     assert_eq!(kind(seat.try_join("g2", 2, 2, LONG)), ErrorKind::InvalidInput);
-    assert_eq!(kind(TcpStore::connect("a\0b", 1, LONG)), ErrorKind::InvalidInput);
+    assert_eq!(kind(Store::in_file("a\0b".as_ref(), LONG)), ErrorKind::InvalidInput);
 }
 
 #[test]
@@ -105,14 +103,6 @@ fn nccl(seat: &Seat) {
     let store = seat.store.prefix("g1").expect("a prefix");
     let error = ProcessGroup::new(&Backend::Nccl { device: 0 }, &store, 0, 1, LONG).expect_err("refused");
     assert_eq!(error.kind, ErrorKind::Unavailable, "{error}");
-}
-
-#[test]
-fn a_store_that_is_not_there_is_an_error_value() {
-    // Of a server that has ended.
-    let port = TcpStore::serve("127.0.0.1", 0, LONG).expect("a store").port();
-    let error = TcpStore::connect("127.0.0.1", port, Duration::from_millis(300)).expect_err("refused");
-    assert!(matches!(error.kind, ErrorKind::Timeout | ErrorKind::PeerLost), "{error}");
 }
 
 fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorKind {

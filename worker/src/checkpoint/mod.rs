@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -16,7 +16,7 @@ use bytes::Bytes;
 use potstill_distill::state::{GENERATOR_EMA, Part, State};
 use potstill_models::{Denoiser, Entry};
 use potstill_proto::{
-    cursor::Generation,
+    cursor::{Cursor, Generation, Phase},
     message::FromWorker,
     wire::{ShardFailed, ShardReceipt},
 };
@@ -34,6 +34,9 @@ use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
 use crate::{process::faults, session::Outbox};
 use potstill_logging::chain;
+
+/// The pause between two attempts to write the last checkpoint.
+const PAUSE: Duration = Duration::from_secs(2);
 
 /// A tensor of the state, in the memory that training uses.
 struct Piece {
@@ -156,7 +159,9 @@ impl Share {
     }
 
     /// Copies the share, writes the copy, and reports the receipt or the failure to the coordinator, all in the
-    /// background: training may continue, but must not change the state before [`Save::wait_for_copy`] returns.
+    /// background: training may continue, but must not change the state before [`Save::wait_for_copy`] returns. While the
+    /// storage fails, it tries again for `patience`.
+    #[allow(clippy::too_many_arguments, reason = "each names a part of the shard's key or where it goes")]
     pub fn save(
         self,
         runtime: &Handle,
@@ -165,12 +170,13 @@ impl Share {
         rank: u32,
         world_size: u32,
         outbox: Outbox,
+        patience: Duration,
     ) -> Save {
         let (tell, copied) = oneshot::channel();
         let iteration = self.iteration;
         let task = async move {
             let key = shard_key(iteration, generation, rank, world_size);
-            let written = self.write(&run, &key, rank, tell).await;
+            let written = self.write(&run, &key, rank, tell, patience).await;
             faults::point("uploaded", iteration, rank);
             outbox.send(match written {
                 Ok(Written { shard, e_tag }) => FromWorker::ShardReceipt(ShardReceipt {
@@ -200,6 +206,7 @@ impl Share {
         key: &str,
         rank: u32,
         copied: oneshot::Sender<()>,
+        patience: Duration,
     ) -> anyhow::Result<Written> {
         let iteration = self.iteration;
         let bytes = tokio::task::spawn_blocking(move || {
@@ -210,7 +217,20 @@ impl Share {
             bytes
         })
         .await??;
-        Ok(run.write_shard(key, rank, bytes).await?)
+        let deadline = Instant::now() + patience;
+        loop {
+            match run.write_shard(key, rank, bytes.clone()).await {
+                Err(error) if Instant::now() + PAUSE < deadline => {
+                    tracing::error!(
+                        %error,
+                        "the last checkpoint cannot be written: the state is held, trying again for {:.0} s",
+                        (deadline - Instant::now()).as_secs_f64()
+                    );
+                    tokio::time::sleep(PAUSE).await;
+                }
+                answer => return Ok(answer?),
+            }
+        }
     }
 
     /// The share as a safetensors file: a header, and a copy of the state's values.
@@ -243,6 +263,36 @@ impl Share {
     }
 }
 
+/// Writes a state that every rank holds whole, as it is, with its specification, as a run of its own, unless another rank has
+/// done so. Returns the manifest's place.
+///
+/// # Errors
+/// The storage's error.
+pub async fn rescue(
+    run: &Run,
+    specification: &str,
+    state: &State,
+    cursor: Cursor,
+    generation: Generation,
+    writer: &str,
+) -> anyhow::Result<Option<String>> {
+    run.freeze(specification).await?;
+    let claim = format!("rescue/{:012}-{:?}", cursor.iteration, cursor.phase);
+    match run.create(&claim, writer.to_owned().into()).await {
+        Err(potstill_storage::Error::AlreadyExists { .. }) => return Ok(None),
+        other => other?,
+    }
+    let bytes = Share::of(state, cursor.iteration, 0, 1, Staging::default()).serialise()?;
+    let attempt = format!("rescue-{}", generation.store_prefix());
+    let key = layout::shard_key(cursor.iteration, &attempt, 0, 1);
+    let Written { shard, .. } = run.write_shard(&key, 0, bytes).await?;
+    let fake_score_done = cursor.phase == Phase::Generator;
+    let mut manifest = Manifest::new(cursor.iteration, generation.0, vec![shard]);
+    manifest.fake_score_done = fake_score_done;
+    let key = run.commit(&manifest).await?;
+    Ok(Some(run.describe(&key)))
+}
+
 /// The key of a rank's shard below the run's folder.
 pub fn shard_key(iteration: u64, generation: Generation, rank: u32, world_size: u32) -> String {
     layout::shard_key(iteration, &generation.store_prefix(), rank, world_size)
@@ -256,13 +306,15 @@ fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
     start..a.end.min(b.end).max(start)
 }
 
-/// Fills `state`, or the slices that it holds, from the checkpoint with this manifest; returns its iteration.
+/// Fills `state`, or the slices that it holds, from the checkpoint with this manifest; returns its cursor.
 ///
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
-pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<u64> {
+pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<Cursor> {
     let manifest = run.resumable_manifest(manifest_key).await?;
-    fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await
+    let iteration = fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await?;
+    let phase = if manifest.fake_score_done { Phase::Generator } else { Phase::FakeScore };
+    Ok(Cursor { iteration, phase })
 }
 
 /// Fills `network` with the averaged generator of the checkpoint with this manifest; returns the checkpoint's

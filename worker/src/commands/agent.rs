@@ -3,7 +3,12 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    process::{Child, Command, ExitCode, ExitStatus, Stdio},
+    ffi::OsStr,
+    io::{Read, Write},
+    net::IpAddr,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::PathBuf,
+    process::{Command, ExitCode, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{self, RecvTimeoutError},
@@ -19,15 +24,19 @@ use nix::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+use potstill_access::Locator;
+
 use crate::{
     commands::rank::{self, Service},
-    process::device::Choice,
+    process::{device::Choice, network},
 };
 use potstill_logging::chain;
 
 /// A rank that dies more often than this within [`WINDOW`] is not restarted: its failure is permanent.
 const RESTARTS: usize = 20;
 const WINDOW: Duration = Duration::from_secs(60);
+/// Nor one that has died this number of times in a row without completing an iteration, however long each life was.
+const FRUITLESS: usize = 10;
 
 /// Exit code of an agent whose ranks have saved and ended because it was asked to stop; they can be started again.
 /// EX_TEMPFAIL of sysexits.h, like the exit code of `potstill launch` after a save.
@@ -63,6 +72,16 @@ pub struct Arguments {
     /// Seconds in which the ranks must save and end after SIGTERM or SIGUSR1.
     #[arg(long, default_value_t = 30)]
     grace: u64,
+    /// Folder of this machine for a state that cannot be saved otherwise: when the run fails or its coordinator is lost, a rank
+    /// whose state is newer than the newest checkpoint writes it there, as a run that --resume continues.
+    #[arg(long)]
+    rescue_dir: Option<PathBuf>,
+    /// Network interface for the exchange between ranks, as in ib0; by default the one on the route to the coordinator.
+    #[arg(long, conflicts_with = "address")]
+    interface: Option<String>,
+    /// The same, as an address of this machine.
+    #[arg(long)]
+    address: Option<IpAddr>,
 }
 
 /// The ranks of this machine.
@@ -84,40 +103,58 @@ enum News {
 }
 
 pub fn main(arguments: &Arguments) -> ExitCode {
-    arguments.service.enter();
-    keep_ranks(arguments).unwrap_or_else(|error| {
+    let entered = arguments.service.enter();
+    entered.and_then(|locator| keep_ranks(arguments, &locator)).unwrap_or_else(|error| {
         tracing::error!("{}", chain(&error));
         ExitCode::FAILURE
     })
 }
 
-fn keep_ranks(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCode> {
     let service = &arguments.service;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.ranks).max(1));
     let program =
         std::env::current_exe().context("cannot find this program's own file to start ranks from")?;
 
+    let address = match &arguments.interface {
+        Some(name) => Some(network::address_of(name).context("--interface")?),
+        None => arguments.address,
+    };
+    let interface = address.map(network::interface_with).transpose().context("--address")?;
+
     let (tell, news) = mpsc::channel();
     listen_for_signals(tell.clone())?;
     let ranks = Shared::default();
     let slots = arguments.ranks + arguments.spares;
+    let invitation = match locator {
+        Locator::Fixed(invitation) if service.join.is_some() => Some(format!("{}\n", invitation.to_text())),
+        _ => None,
+    };
     for slot in 0..slots {
         let mut command = Command::new(&program);
         command
             .arg("rank")
-            .args(["--coordinator", &service.coordinator, "--run-id", &service.run_id])
+            .args(service.forwarded())
             .args(["--threads", &threads.to_string(), "--lifeline"])
             .args(["--device", arguments.device.as_argument(), "--slot", &slot.to_string()])
             .args(["--log-format", service.log_format.name()])
+            .args(
+                arguments
+                    .rescue_dir
+                    .iter()
+                    .flat_map(|folder| [OsStr::new("--rescue-dir"), folder.as_os_str()]),
+            )
+            .args(address.iter().flat_map(|address| ["--address".to_owned(), address.to_string()]))
+            // NCCL finds its interface by this variable; "=" stands for this name alone.
+            .envs(interface.iter().map(|name| ("NCCL_SOCKET_IFNAME", format!("={name}"))))
             // Otherwise libtorch's OpenMP pool would be sized before the rank sets its number of threads.
             .env("OMP_NUM_THREADS", threads.to_string())
-            .envs(ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied())
-            .stdin(Stdio::piped());
-        let (tell, ranks) = (tell.clone(), Arc::clone(&ranks));
+            .envs(ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied());
+        let (tell, ranks, invitation) = (tell.clone(), Arc::clone(&ranks), invitation.clone());
         // The thread that spawns must live as long as the child: the kernel's death signal refers to it.
         std::thread::spawn(move || {
-            let result = supervise(slot, command, &ranks);
+            let result = supervise(slot, command, invitation.as_deref(), &ranks);
             let _ = tell.send(News::Ended { slot, result });
         });
     }
@@ -200,9 +237,19 @@ fn lock(ranks: &Shared) -> std::sync::MutexGuard<'_, Ranks> {
 
 /// Runs one rank until it ends by itself. True: it was told to stop. False: it reported a failure that no restart would
 /// repair.
-fn supervise(slot: u32, mut command: Command, ranks: &Shared) -> anyhow::Result<bool> {
-    let mut deaths = VecDeque::new();
+fn supervise(
+    slot: u32,
+    mut command: Command,
+    invitation: Option<&str>,
+    ranks: &Shared,
+) -> anyhow::Result<bool> {
+    let (mut deaths, mut fruitless) = (VecDeque::new(), 0);
     loop {
+        // The rank's lifeline, through which it tells that it works.
+        let (mut own, its) = UnixStream::pair().context("cannot make a socket pair")?;
+        own.set_nonblocking(true).context("its socket")?;
+        own.write_all(invitation.unwrap_or_default().as_bytes()).context("its socket")?;
+        command.stdin(OwnedFd::from(its));
         let mut child = {
             let mut ranks = lock(ranks);
             if ranks.leaving {
@@ -212,12 +259,21 @@ fn supervise(slot: u32, mut command: Command, ranks: &Shared) -> anyhow::Result<
             ranks.living.insert(slot, Pid::from_raw(i32::try_from(child.id()).context("its process id")?));
             child
         };
-        let status = wait(&mut child)?;
+        // The command holds its end until it is given another one.
+        command.stdin(Stdio::null());
+        let status = child.wait().context("cannot wait for the rank process")?;
         lock(ranks).living.remove(&slot);
         match status.code() {
             Some(0) => return Ok(true),
             Some(code) if code == i32::from(rank::LEFT_IN_FAILURE) => return Ok(false),
             _ => {}
+        }
+        let worked = own.read(&mut [0]).is_ok_and(|bytes| bytes > 0);
+        fruitless = if worked { 0 } else { fruitless + 1 };
+        if fruitless >= FRUITLESS {
+            bail!(
+                "died {fruitless} times in a row before it completed an iteration, last with {status}; it is not restarted"
+            );
         }
         let now = Instant::now();
         deaths.push_back(now);
@@ -233,12 +289,4 @@ fn supervise(slot: u32, mut command: Command, ranks: &Shared) -> anyhow::Result<
         }
         tracing::warn!(slot, %status, deaths = deaths.len(), "rank process died; restarting it");
     }
-}
-
-/// Waits without closing the child's stdin, which is its lifeline ([`Child::wait`] would close it).
-fn wait(child: &mut Child) -> anyhow::Result<ExitStatus> {
-    let held = child.stdin.take();
-    let status = child.wait().context("cannot wait for the rank process")?;
-    drop(held);
-    Ok(status)
 }

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_c10d::{Backend, ProcessGroup, Store};
 use potstill_logging::print;
 use potstill_models::Denoiser;
 use potstill_proto::scores::Scores;
@@ -113,9 +113,12 @@ pub struct Arguments {
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
-    /// Set for the processes that the first one starts: rank, and port of its store
-    #[arg(long, hide = true, num_args = 2, value_names = ["RANK", "PORT"])]
-    join: Option<Vec<u16>>,
+    /// Set for the processes that the first one starts: their rank
+    #[arg(long, hide = true, requires = "store", value_name = "RANK")]
+    join: Option<u32>,
+    /// Set for these processes: the file through which they find each other
+    #[arg(long, hide = true, value_name = "FILE")]
+    store: Option<PathBuf>,
     /// Set for these processes: the sub-folder of --resume-dir
     #[arg(long, hide = true, value_name = "FOLDER")]
     kept: Option<PathBuf>,
@@ -280,14 +283,11 @@ fn digest(model: &Model) -> anyhow::Result<String> {
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.workers).max(1));
-    let (rank, port) = match arguments.join.as_deref() {
-        Some([rank, port]) => {
-            lifeline::hold();
-            (*rank, Some(*port))
-        }
-        _ => (0, None),
-    };
-    let device = arguments.device.device(rank.into())?;
+    let rank = arguments.join.unwrap_or_default();
+    if arguments.join.is_some() {
+        lifeline::hold();
+    }
+    let device = arguments.device.device(rank as usize)?;
     tch::set_num_threads(threads as i32);
 
     let subject = Subject::load(&arguments, device)?;
@@ -352,13 +352,12 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
 
     // Only now, when all arguments have been checked: the other processes load the same files.
-    let store = match port {
-        Some(port) => TcpStore::connect(HOST, port, PATIENCE)?,
-        None => TcpStore::serve(HOST, 0, PATIENCE)?,
-    };
-    if port.is_none() {
+    let meeting = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let file = arguments.store.clone().unwrap_or_else(|| meeting.path().join("store"));
+    let store = Store::in_file(&file, PATIENCE)?;
+    if arguments.join.is_none() {
         for rank in 1..arguments.workers {
-            supervise(start(rank, store.port(), threads, kept.as_deref())?);
+            supervise(start(rank, &file, threads, kept.as_deref())?);
         }
     }
     let backend = match device {
@@ -366,7 +365,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         _ => Backend::Gloo { host: HOST.to_owned() },
     };
     let world = arguments.workers as usize;
-    let group = ProcessGroup::new(&backend, &store.prefix("evaluate")?, rank.into(), world, PATIENCE)?;
+    let group = ProcessGroup::new(&backend, &store, rank as usize, world, PATIENCE)?;
     let bar = progress(&spec, evaluator.kept_samples(), rank)?;
     let tell = |what| match what {
         Scoring::Sampled(images) => bar.inc(images),
@@ -391,7 +390,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// A progress bar over samples, on the first process's terminal, with the time for those that are still to be made.
-fn progress(spec: &EvaluationSpec, there: u64, rank: u16) -> anyhow::Result<ProgressBar> {
+fn progress(spec: &EvaluationSpec, there: u64, rank: u32) -> anyhow::Result<ProgressBar> {
     if rank != 0 {
         return Ok(ProgressBar::hidden());
     }
@@ -404,11 +403,12 @@ fn progress(spec: &EvaluationSpec, there: u64, rank: u16) -> anyhow::Result<Prog
 }
 
 /// Starts another process with the same arguments; it ends when this one does.
-fn start(rank: u32, port: u16, threads: u32, kept: Option<&Path>) -> anyhow::Result<Child> {
+fn start(rank: u32, store: &Path, threads: u32, kept: Option<&Path>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("cannot find this program")?;
     Command::new(program)
         .args(std::env::args_os().skip(1))
-        .args(["--join", &rank.to_string(), &port.to_string()])
+        .args(["--join", &rank.to_string()])
+        .args([OsStr::new("--store"), store.as_os_str()])
         .args(kept.into_iter().flat_map(|folder| [OsStr::new("--kept"), folder.as_os_str()]))
         .env("OMP_NUM_THREADS", threads.to_string())
         .stdin(Stdio::piped())

@@ -266,7 +266,7 @@ fn gib(bytes: u64) -> f64 {
 mod tests {
     use std::{rc::Rc, time::Duration};
 
-    use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+    use potstill_c10d::{Backend, ProcessGroup, Store};
     use potstill_distill::{
         condition::Conditions,
         counters::{Counters, Network},
@@ -317,9 +317,9 @@ mod tests {
     /// ranks: the threads of collectives free their memory at a time of their own.
     fn measured(spec: &RunSpec, world: usize) -> u64 {
         let timeout = Duration::from_secs(60);
-        let store = TcpStore::serve("127.0.0.1", 0, timeout).unwrap();
+        let store = Store::alone(timeout).unwrap();
         let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
-        let alone = ProcessGroup::new(&backend, &store.prefix("plan").unwrap(), 0, 1, timeout).unwrap();
+        let alone = ProcessGroup::new(&backend, &store, 0, 1, timeout).unwrap();
         let meter = MemoryMeter::start(Device::Cpu).unwrap();
         let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };

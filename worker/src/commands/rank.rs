@@ -1,17 +1,19 @@
 //! `rank`: one worker process with one device.
 
 use std::{
-    net::{ToSocketAddrs, UdpSocket},
+    ffi::{OsStr, OsString},
+    net::IpAddr,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
 use clap::Args;
-use potstill_c10d::TcpStore;
+use potstill_access::{Invitation, Locator, Role, WorkerSecret};
 use potstill_proto::{
     PROTOCOL,
-    cursor::Generation,
+    cursor::{Cursor, Generation},
     message::{FromWorker, Hello, WorkerId},
 };
 use potstill_spec::RunSpec;
@@ -19,9 +21,11 @@ use potstill_storage::{Root, RunId, layout};
 use tch::Device;
 
 use crate::{
+    checkpoint,
     process::device::{self, Choice},
     process::lifeline,
-    session::{Session, Terms},
+    process::network,
+    session::{self, Session, Terms},
     training::{Ending, Holding, Job, run_generation},
 };
 use potstill_logging::{LogFormat, chain};
@@ -36,12 +40,22 @@ pub const LEFT_IN_FAILURE: u8 = 70;
 /// Arguments about the run and the log: the same for an agent.
 #[derive(Args)]
 pub struct Service {
-    /// Address of the coordinator, as in http://10.0.0.1:7070.
-    #[arg(long)]
-    pub coordinator: String,
     /// Name of the run.
     #[arg(long)]
     pub run_id: String,
+    /// Storage of runs, in which the coordinator's address, its certificate and the join key lie: a folder or a URL.
+    #[arg(long, required_unless_present_any = ["join", "insecure"])]
+    pub storage: Option<String>,
+    /// File with an invitation (potstill invite), for a machine that sees the storage under another name than the coordinator;
+    /// - reads it from the first line of standard input.
+    #[arg(long, conflicts_with = "storage")]
+    pub join: Option<PathBuf>,
+    /// Address of the coordinator, if another than the one that it states, as HOST:PORT.
+    #[arg(long, conflicts_with = "join")]
+    pub coordinator: Option<String>,
+    /// Accept a coordinator that serves without TLS and without a key, at --coordinator or as the storage has it.
+    #[arg(long, conflicts_with = "join")]
+    pub insecure: bool,
     /// End when standard input is closed: set by the process that starts this one and holds the other end of the pipe.
     #[arg(long)]
     pub lifeline: bool,
@@ -51,12 +65,48 @@ pub struct Service {
 }
 
 impl Service {
-    /// Starts logging, and watches the lifeline.
-    pub fn enter(&self) {
+    /// The arguments with which an agent's ranks find the coordinator.
+    pub fn forwarded(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut add = |name: &str, value: Option<&OsStr>| {
+            if let Some(value) = value {
+                arguments.extend([name.into(), value.into()]);
+            }
+        };
+        add("--run-id", Some(self.run_id.as_ref()));
+        add("--storage", self.storage.as_ref().map(AsRef::as_ref));
+        add("--join", self.join.as_ref().map(AsRef::as_ref));
+        add("--coordinator", self.coordinator.as_ref().map(AsRef::as_ref));
+        arguments.extend(self.insecure.then(|| "--insecure".into()));
+        arguments
+    }
+
+    /// Starts logging, reads an invitation from standard input where it is there, and watches the lifeline.
+    ///
+    /// # Errors
+    /// The invitation is not acceptable, or the storage's URL, or the run's name.
+    pub fn enter(&self) -> anyhow::Result<Locator> {
         self.log_format.start();
+        let from_input = self.join.as_deref() == Some(Path::new("-"));
+        let line = from_input.then(lifeline::first_line).transpose();
         if self.lifeline {
             lifeline::hold();
         }
+        let run_id: RunId = self.run_id.parse()?;
+        if let Some(line) = line.context("standard input")? {
+            return Ok(Locator::Fixed(Invitation::parse(&line, "standard input")?));
+        }
+        Ok(match (&self.join, &self.storage, &self.coordinator) {
+            (Some(file), _, _) => Locator::File(file.clone()),
+            (None, Some(storage), address) => Locator::Storage {
+                run: Root::open_existing(storage).context("--storage")?.run(&run_id),
+                role: Role::Worker,
+                address: address.clone(),
+                insecure: self.insecure,
+            },
+            (None, None, Some(address)) => Locator::Fixed(Invitation::insecure(&self.run_id, address)),
+            (None, None, None) => bail!("--insecure needs --coordinator or --storage"),
+        })
     }
 }
 
@@ -73,12 +123,19 @@ pub struct Arguments {
     /// Index among the ranks of this machine, from 0.
     #[arg(long, default_value_t = 0)]
     slot: usize,
+    /// See the agent's option.
+    #[arg(long)]
+    rescue_dir: Option<PathBuf>,
+    /// Address of this machine for the exchange between ranks; by default the one on the route to the coordinator.
+    #[arg(long)]
+    address: Option<IpAddr>,
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    arguments.service.enter();
-    let device = match arguments.device.device(arguments.slot) {
-        Ok(device) => device,
+    let locator = arguments.service.enter();
+    let checked = locator.and_then(|locator| Ok((locator, arguments.device.device(arguments.slot)?)));
+    let (locator, device) = match checked {
+        Ok(checked) => checked,
         Err(error) => {
             tracing::error!("{}", chain(&error));
             return Ok(ExitCode::from(LEFT_IN_FAILURE));
@@ -89,7 +146,14 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
 
     // The coordinator ended it, not a crash: the agent must not restart it.
-    match serve(&arguments.service, &runtime, device) {
+    match serve(
+        &arguments.service,
+        locator,
+        &runtime,
+        device,
+        arguments.rescue_dir.as_deref(),
+        arguments.address,
+    ) {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
         Err(error) => {
@@ -100,24 +164,35 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 }
 
 /// Attaches and works until told to stop. True: the run succeeded, or saved when it was asked to stop.
-fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -> anyhow::Result<bool> {
+fn serve(
+    service: &Service,
+    locator: Locator,
+    runtime: &tokio::runtime::Runtime,
+    device: Device,
+    rescue_dir: Option<&Path>,
+    address: Option<IpAddr>,
+) -> anyhow::Result<bool> {
     // Entered, so that the session can start its tasks.
     let _entered = runtime.enter();
     let run_id: RunId = service.run_id.parse()?;
-    let host = address_towards(&service.coordinator)?;
-    let store = TcpStore::serve(&host, 0, Duration::from_secs(30)).context("this worker's own TCPStore")?;
+    let invitation = runtime.block_on(session::found(&locator))?;
+    let host = match address {
+        Some(address) => address,
+        None => network::address_towards(&invitation.address)?,
+    };
+    let host = host.to_string();
+    let secret = WorkerSecret::generate()?;
     let hello = Hello {
         protocol: PROTOCOL,
-        worker: WorkerId(uuid::Uuid::new_v4().to_string()),
+        worker: WorkerId(secret.id()),
         run_id: run_id.to_string(),
         host: nix::unistd::gethostname().map(|h| h.to_string_lossy().into_owned()).unwrap_or_default(),
         pid: std::process::id(),
         device: device::name(device),
-        store_address: format!("{host}:{}", store.port()),
         held: None,
         place: None,
     };
-    let (mut session, terms) = runtime.block_on(Session::attach(&service.coordinator, hello))?;
+    let (mut session, terms) = runtime.block_on(Session::attach(locator, hello, secret))?;
     let job = match prepare(&terms, &run_id, runtime, device) {
         Ok(job) => job,
         Err(error) => return give_up(&mut session, Generation::default(), error),
@@ -125,6 +200,23 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
     session.send(FromWorker::Ready);
 
     let mut holding = Holding::default();
+    let ended = work(&job, &mut session, &mut holding, &host, &terms);
+    if let Some(folder) = rescue_dir
+        && !matches!(ended, Ok(true))
+    {
+        rescue(folder, &job, &session, &holding, &terms, runtime);
+    }
+    ended
+}
+
+/// Works in one generation after another until told to stop. True: the run succeeded, or saved when it was asked to stop.
+fn work(
+    job: &Job,
+    session: &mut Session,
+    holding: &mut Holding,
+    host: &str,
+    terms: &Terms,
+) -> anyhow::Result<bool> {
     let mut saving = None;
     loop {
         let orders = session.wait()?;
@@ -135,12 +227,12 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
         // Several messages may have followed an interrupted generation; only the newest assignment counts.
         while let Some(assignment) = session.orders()?.assignment.take() {
             let ending = run_generation(
-                &job,
-                &mut session,
-                &mut holding,
+                job,
+                session,
+                holding,
                 &mut saving,
                 &assignment,
-                &host,
+                host,
                 terms.collective_timeout,
             );
             let (generation, cursor) = (assignment.generation, holding.cursor);
@@ -161,13 +253,49 @@ fn serve(service: &Service, runtime: &tokio::runtime::Runtime, device: Device) -
                     session.progress.set_activity("waiting for an assignment");
                     session.send(FromWorker::CollectiveFailed { generation, cursor, error });
                 }
-                Err(error) => return give_up(&mut session, generation, error),
+                Err(error) => return give_up(session, generation, error),
             }
         }
         if let Some((success, reason)) = session.orders()?.stop.take() {
             tracing::info!(success, reason, "leaving");
             return Ok(success);
         }
+    }
+}
+
+/// Writes the state that this rank holds, if no checkpoint has it, to a folder of this machine.
+fn rescue(
+    folder: &Path,
+    job: &Job,
+    session: &Session,
+    holding: &Holding,
+    terms: &Terms,
+    runtime: &tokio::runtime::Runtime,
+) {
+    let (cursor, saved) = (holding.cursor, session.outbox().saved());
+    let Some(state) = holding.state.as_ref().filter(|_| cursor > Cursor::boundary(saved)) else { return };
+    if job.spec().memory.shard_optimizer {
+        return tracing::error!(
+            "nothing is rescued: with memory.shard_optimizer no rank holds the whole state"
+        );
+    }
+    tracing::info!(%cursor, folder = %folder.display(), "rescuing the state");
+    let rescued = || -> anyhow::Result<Option<String>> {
+        let root = Root::open(&folder.display().to_string())?;
+        let run = root.run(&terms.run_id.parse()?);
+        let generation = session.progress.loaded();
+        let writer = uuid::Uuid::new_v4().to_string();
+        runtime.block_on(checkpoint::rescue(&run, &terms.specification, state, cursor, generation, &writer))
+    };
+    match rescued() {
+        Ok(Some(place)) => tracing::info!(
+            %cursor,
+            "the state is rescued: {place}. To go on with it, launch or serve with --storage {} --run-id {} --resume",
+            folder.display(),
+            terms.run_id
+        ),
+        Ok(None) => tracing::info!(%cursor, "another rank of this machine rescues this state"),
+        Err(error) => tracing::error!(%cursor, "the state cannot be rescued: {}", chain(&error)),
     }
 }
 
@@ -190,15 +318,15 @@ fn prepare(
 async fn same_storage(run: &potstill_storage::Run, terms: &Terms) -> anyhow::Result<()> {
     let started = Instant::now();
     loop {
-        let found = run.get(layout::COORDINATOR).await?;
-        if found.as_deref() == Some(terms.coordinator.as_bytes()) {
+        let found = run.coordinator().await?;
+        if found.as_ref().is_some_and(|found| found.name == terms.coordinator) {
             return Ok(());
         }
         if started.elapsed() >= VISIBLE {
-            let place = run.describe(layout::COORDINATOR);
+            let place = run.describe(layout::COORDINATORS);
             let problem = match found {
-                Some(_) => format!("{place} names another coordinator"),
-                None => format!("there is no {place}"),
+                Some(_) => format!("the newest object below {place} names another coordinator"),
+                None => format!("there is no object below {place}"),
             };
             bail!(
                 "this machine does not see the run's storage, {}: {problem}. Give it access to the same storage as the \
@@ -216,22 +344,4 @@ fn give_up(session: &mut Session, generation: Generation, error: anyhow::Error) 
     session.send(FromWorker::Failed { generation, error: chain(&error) });
     while session.wait()?.stop.is_none() {}
     Ok(false)
-}
-
-/// This machine's address in the network of the coordinator, where peers can reach it too.
-fn address_towards(coordinator: &str) -> anyhow::Result<String> {
-    let authority = coordinator.split("://").last().unwrap_or(coordinator).trim_end_matches('/');
-    let target = authority
-        .to_socket_addrs()
-        .with_context(|| format!("{coordinator:?} is not a reachable address; expected http://host:port"))?
-        .next()
-        .with_context(|| format!("{coordinator:?} has no address"))?;
-    if target.ip().is_loopback() {
-        return Ok(target.ip().to_string());
-    }
-    // No packet is sent: connecting a UDP socket only chooses the route.
-    let unspecified = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let socket = UdpSocket::bind(unspecified)?;
-    socket.connect(target).with_context(|| format!("no route to the coordinator at {coordinator}"))?;
-    Ok(socket.local_addr()?.ip().to_string())
 }

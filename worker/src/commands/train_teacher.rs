@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_c10d::{Backend, ProcessGroup, Store};
 use potstill_distill::{
     adam::{Adam, AdamSettings},
     ema,
@@ -294,9 +294,9 @@ fn learning_rate(t: &Training, iteration: u64) -> f64 {
 fn score(evaluator: &Evaluator, teacher: &dyn Denoiser) -> anyhow::Result<Scores> {
     let host = "127.0.0.1";
     let patience = Duration::from_secs(30);
-    let store = TcpStore::serve(host, 0, patience)?;
+    let store = Store::alone(patience)?;
     let backend = Backend::Gloo { host: host.to_owned() };
-    let group = ProcessGroup::new(&backend, &store.prefix("scores")?, 0, 1, patience)?;
+    let group = ProcessGroup::new(&backend, &store, 0, 1, patience)?;
     Ok(evaluator.score(Sampler::Teacher(teacher), &group, |_| {})??)
 }
 

@@ -1,8 +1,8 @@
 //! Fault injection, for tests of recovery: a rank dies, hangs or is delayed at a chosen point of a chosen iteration.
 //!
 //! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. The fault happens in the first process that
-//! reaches the point as that rank: the one that can create the file. `hold:…` waits until the file, a named pipe, is
-//! written to. Release builds do not support it.
+//! reaches the point as that rank: the one that can create the file, or each, where no file is named. `hold:…` waits
+//! until the file, a named pipe, is written to. `tear:reduced:…` cuts a reduction short. Release builds do not support it.
 
 use std::{fs::OpenOptions, sync::OnceLock, thread};
 
@@ -15,6 +15,7 @@ enum Kind {
     Die,
     Hang,
     Hold,
+    Tear,
 }
 
 struct Fault {
@@ -27,21 +28,13 @@ struct Fault {
 
 /// A point in the training loop at which a fault can be injected.
 pub fn point(name: &str, iteration: u64, rank: u32) {
-    static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
-    if !cfg!(debug_assertions) {
-        return;
-    }
-    let Some(fault) = FAULT.get_or_init(wanted) else { return };
-    if fault.point != name || fault.iteration != iteration || fault.rank != rank {
-        return;
-    }
-    let first = || OpenOptions::new().write(true).create_new(true).open(&fault.file).is_ok();
+    let Some(fault) = at(name, iteration, rank) else { return };
     match fault.kind {
-        Kind::Die if first() => {
+        Kind::Die if fault.is_first() => {
             tracing::warn!(name, iteration, "dying because of {VARIABLE}");
             lifeline::end_now();
         }
-        Kind::Hang if first() => {
+        Kind::Hang if fault.is_first() => {
             tracing::warn!(name, iteration, "hanging because of {VARIABLE}");
             loop {
                 thread::park();
@@ -53,7 +46,28 @@ pub fn point(name: &str, iteration: u64, rank: u32) {
                 tracing::error!(%error, "{VARIABLE}: {} cannot be read", fault.file);
             }
         }
-        Kind::Die | Kind::Hang => {}
+        Kind::Die | Kind::Hang | Kind::Tear => {}
+    }
+}
+
+/// Whether the reduction that has just ended is to be cut short: its result is then to be another, and the group aborted.
+pub fn tears(name: &str, iteration: u64, rank: u32) -> bool {
+    at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Tear) && fault.is_first())
+}
+
+/// The fault at this point, if there is one.
+fn at(name: &str, iteration: u64, rank: u32) -> Option<&'static Fault> {
+    static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
+    if !cfg!(debug_assertions) {
+        return None;
+    }
+    let fault = FAULT.get_or_init(wanted).as_ref()?;
+    (fault.point == name && fault.iteration == iteration && fault.rank == rank).then_some(fault)
+}
+
+impl Fault {
+    fn is_first(&self) -> bool {
+        self.file.is_empty() || OpenOptions::new().write(true).create_new(true).open(&self.file).is_ok()
     }
 }
 
@@ -67,6 +81,7 @@ fn wanted() -> Option<Fault> {
                 "die" => Kind::Die,
                 "hang" => Kind::Hang,
                 "hold" => Kind::Hold,
+                "tear" => Kind::Tear,
                 _ => return None,
             },
             point: next()?,
@@ -76,7 +91,7 @@ fn wanted() -> Option<Fault> {
         })
     })();
     if fault.is_none() {
-        tracing::error!("{VARIABLE}={text:?} is not die|hang|hold:point:iteration:rank:file; ignored");
+        tracing::error!("{VARIABLE}={text:?} is not die|hang|hold|tear:point:iteration:rank:file; ignored");
     }
     fault
 }

@@ -6,18 +6,19 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use potstill_access::{AccessError, Invitation, Locator, Patience, WorkerSecret};
 use potstill_c10d::ProcessGroup;
+use potstill_logging::chain;
 use potstill_proto::{
-    MAX_MESSAGE_BYTES,
     cursor::Generation,
-    message::{FromWorker, Hello, Place, Source, ToWorker},
-    wire::{self, coordinator_client::CoordinatorClient},
+    message::{FromWorker, Hello, Place, Source, ToWorker, proven},
+    wire,
 };
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{Code, Status, Streaming};
 
-use super::{progress::Progress, retained::Retained};
+use super::{progress::Progress, rendezvous::Calls, retained::Retained};
 use crate::process::lifeline;
 
 /// How long a starting rank tries to reach the coordinator, which may be starting as well: it hashes the teacher and reads the
@@ -74,10 +75,17 @@ impl Outbox {
         }
     }
 
+    /// Sends a request for keys and values; false where there is no stream.
+    pub fn ask(&self, request: wire::StoreRequest) -> bool {
+        let message = wire::WorkerMessage { kind: Some(wire::worker_message::Kind::StoreRequest(request)) };
+        self.lock().stream.as_ref().is_some_and(|stream| stream.send(message).is_ok())
+    }
+
     /// Starts a stream: sends a hello, and all messages that a new coordinator may not have received.
     fn begin(
         &self,
         mut hello: Hello,
+        secret: &WorkerSecret,
         progress: &Progress,
     ) -> anyhow::Result<UnboundedReceiverStream<wire::WorkerMessage>> {
         let (sender, messages) = unbounded_channel();
@@ -85,12 +93,17 @@ impl Outbox {
         hello.place = outgoing.retained.place;
         hello.held = progress.held().filter(|_| outgoing.retained.keeps_state(progress.loaded()));
         let closed = "the stream closed before the hello";
-        sender.send(hello.into()).context(closed)?;
+        sender.send(proven(hello, secret.bytes())).context(closed)?;
         for message in outgoing.retained.messages() {
             sender.send(message.clone().into()).context(closed)?;
         }
         outgoing.stream = Some(sender);
         Ok(UnboundedReceiverStream::new(messages))
+    }
+
+    /// The newest checkpoint that this rank was told of.
+    pub fn saved(&self) -> u64 {
+        self.lock().retained.saved
     }
 
     fn heard(&self, message: &ToWorker) {
@@ -100,7 +113,10 @@ impl Outbox {
                 let keeps_state = a.source == Source::Peer { rank: a.rank };
                 retained.assigned(Place { generation: a.generation, rank: a.rank }, keeps_state);
             }
-            ToWorker::Committed { iteration } => retained.committed(*iteration),
+            ToWorker::Committed { iteration } => {
+                retained.committed(*iteration);
+                retained.saved = retained.saved.max(*iteration);
+            }
             _ => {}
         }
     }
@@ -131,11 +147,13 @@ fn abort_if_called_away(entered: &Entered, message: &ToWorker) {
 
 /// One rank's connection to the coordinators of its run.
 pub struct Link {
-    pub address: String,
+    pub locator: Locator,
     pub hello: Hello,
+    pub secret: WorkerSecret,
     pub outbox: Outbox,
     pub progress: Arc<Progress>,
     pub entered: Entered,
+    pub calls: Calls,
 }
 
 impl Link {
@@ -144,7 +162,13 @@ impl Link {
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.
     pub async fn attach(&self) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
-        self.retry(CONNECT_FOR, LONGEST_PAUSE).await
+        retry(CONNECT_FOR, LONGEST_PAUSE, || async {
+            self.attempt().await.map_err(|failure| match failure {
+                Failure::Refused(error) => Failure::Final(error),
+                other => other,
+            })
+        })
+        .await
     }
 
     /// Forwards messages, and reconnects whenever the stream is lost, until the run is over for this rank or no
@@ -160,12 +184,13 @@ impl Link {
                 Some(lost) => lost,
                 None => return,
             };
+            self.calls.lost();
             tracing::warn!(
                 reason = lost,
                 "lost the coordinator; training continues while reconnecting to it or its successor"
             );
             let longest = terms.heartbeat.clamp(FIRST_PAUSE, LONGEST_PAUSE);
-            match self.retry(terms.patience, longest).await {
+            match retry(terms.patience, longest, || self.attempt()).await {
                 Ok((stream, _)) => {
                     tracing::info!("reattached to a coordinator");
                     incoming = stream;
@@ -175,6 +200,18 @@ impl Link {
                     return;
                 }
             }
+        }
+    }
+
+    /// Ends the requests for keys and values of the generation that `message` ends for this rank.
+    fn end_what_waits(&self, message: &ToWorker) {
+        match message {
+            ToWorker::Abandon { generation, .. } => self.calls.leave(*generation),
+            ToWorker::Assignment(assignment) => {
+                self.calls.leave(Generation(assignment.generation.0.saturating_sub(1)));
+            }
+            ToWorker::Stop { .. } => self.calls.lost(),
+            _ => {}
         }
     }
 
@@ -192,6 +229,10 @@ impl Link {
                     return Some(format!("the stream to the coordinator failed: {}", status.message()));
                 }
             };
+            if let Some(wire::coordinator_message::Kind::StoreReply(reply)) = message.kind {
+                self.calls.answer(reply);
+                continue;
+            }
             let message = match ToWorker::try_from(message) {
                 Ok(message) => message,
                 Err(error) => return Some(error.to_string()),
@@ -201,6 +242,7 @@ impl Link {
                 lifeline::end_now();
             }
             self.outbox.heard(&message);
+            self.end_what_waits(&message);
             abort_if_called_away(&self.entered, &message);
             let over = matches!(message, ToWorker::Stop { .. } | ToWorker::Refused { .. });
             if inbound.send(Inbound::Message(message)).is_err() || over {
@@ -209,69 +251,22 @@ impl Link {
         }
     }
 
-    /// Attaches, with repeated attempts for `patience`.
-    async fn retry(
-        &self,
-        patience: Duration,
-        longest: Duration,
-    ) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
-        let address = &self.address;
-        let started = Instant::now();
-        let (mut tries, mut pause, mut said) = (0u32, FIRST_PAUSE, Instant::now());
-        loop {
-            tries += 1;
-            let attempt = tokio::time::timeout(ATTEMPT, self.attempt()).await;
-            let error = match attempt {
-                Ok(Ok(attached)) => return Ok(attached),
-                Ok(Err(Failure::Final(error))) => return Err(error),
-                Ok(Err(Failure::Passing(error))) => error,
-                Err(_) => anyhow::anyhow!("no answer within {} s", ATTEMPT.as_secs()),
-            };
-            if started.elapsed() + pause >= patience {
-                bail!(
-                    "cannot reach the coordinator at {address}: tried {tries} times in {:.0} s, last: {}. Check that it is running \
-                     there, and that this machine can reach it over the network",
-                    started.elapsed().as_secs_f64(),
-                    error.root_cause()
-                );
-            }
-            tracing::debug!(%address, tries, error = %error.root_cause(), "cannot reach the coordinator yet");
-            if said.elapsed() >= SAY {
-                said = Instant::now();
-                tracing::info!(
-                    error = %error.root_cause(),
-                    "waiting for the coordinator at {address}, which may be starting, for {:.0} s; giving up after {} s",
-                    started.elapsed().as_secs_f64(),
-                    patience.as_secs()
-                );
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
-        }
-    }
-
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {
-        let address = &self.address;
-        let endpoint = Endpoint::from_shared(address.to_owned())
-            .with_context(|| format!("{address:?} is not an address; expected http://host:port"))
-            .map_err(Failure::Final)?
-            .connect_timeout(ATTEMPT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE.0)
-            .keep_alive_timeout(KEEP_ALIVE.1)
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|error| Failure::Passing(error.into()))?;
-        let mut client = CoordinatorClient::new(channel)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let outgoing = self.outbox.begin(self.hello.clone(), &self.progress).map_err(Failure::Passing)?;
+        let invitation = self.locator.find().await?;
+        let address = &invitation.address;
+        let mut client =
+            invitation.connect(Patience { connect: ATTEMPT, keep_alive: Some(KEEP_ALIVE) }).await?;
+        let outgoing =
+            self.outbox.begin(self.hello.clone(), &self.secret, &self.progress).map_err(Failure::Passing)?;
         let lost = || format!("the coordinator at {address} closed the stream before its welcome");
-        let welcomed = async {
-            let mut incoming = client.attach(outgoing).await.with_context(lost)?.into_inner();
-            let first = incoming.message().await.with_context(lost)?.with_context(lost)?;
-            anyhow::Ok((incoming, first))
+        let failed = |status: Status| {
+            let refused = matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
+            let error = anyhow::anyhow!("{}: {}", lost(), status.message());
+            if refused { Failure::Refused(error) } else { Failure::Passing(error) }
         };
-        let (incoming, first) = welcomed.await.map_err(Failure::Passing)?;
+        let mut incoming = client.attach(outgoing).await.map_err(failed)?.into_inner();
+        let first = incoming.message().await.map_err(failed)?;
+        let first = first.with_context(lost).map_err(Failure::Passing)?;
         match ToWorker::try_from(first).map_err(|error| Failure::Final(error.into()))? {
             ToWorker::Welcome {
                 run_id,
@@ -303,10 +298,65 @@ impl Link {
     }
 }
 
+/// Where the run's coordinator is, with repeated attempts: it may be starting.
+///
+/// # Errors
+/// It cannot be found, however long one waits, or was not.
+pub async fn found(locator: &Locator) -> anyhow::Result<Invitation> {
+    retry(CONNECT_FOR, LONGEST_PAUSE, || async { Ok(locator.find().await?) }).await
+}
+
+/// Repeats an attempt for `patience`, with pauses up to `longest`.
+async fn retry<T, F: Future<Output = Result<T, Failure>>>(
+    patience: Duration,
+    longest: Duration,
+    attempt: impl Fn() -> F,
+) -> anyhow::Result<T> {
+    let started = Instant::now();
+    let (mut tries, mut pause, mut said) = (0u32, FIRST_PAUSE, Instant::now());
+    loop {
+        tries += 1;
+        let error = match tokio::time::timeout(ATTEMPT, attempt()).await {
+            Ok(Ok(attached)) => return Ok(attached),
+            Ok(Err(Failure::Final(error))) => return Err(error),
+            Ok(Err(Failure::Passing(error) | Failure::Refused(error))) => error,
+            Err(_) => anyhow::anyhow!("no answer within {} s", ATTEMPT.as_secs()),
+        };
+        if started.elapsed() + pause >= patience {
+            bail!(
+                "cannot reach the coordinator: tried {tries} times in {:.0} s, last: {}. Check that it is running, and that this \
+                 machine can reach it over the network",
+                started.elapsed().as_secs_f64(),
+                chain(&error)
+            );
+        }
+        tracing::debug!(tries, error = %chain(&error), "cannot reach the coordinator yet");
+        if said.elapsed() >= SAY {
+            said = Instant::now();
+            tracing::info!(
+                error = %chain(&error),
+                "waiting for the coordinator, which may be starting, for {:.0} s; giving up after {} s",
+                started.elapsed().as_secs_f64(),
+                patience.as_secs()
+            );
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
+}
+
 /// Why an attempt to attach failed.
 enum Failure {
     /// Another attempt may succeed.
     Passing(anyhow::Error),
+    /// The token was not accepted. Another attempt may succeed where the coordinator has just been replaced.
+    Refused(anyhow::Error),
     /// No further attempt can succeed.
     Final(anyhow::Error),
+}
+
+impl From<AccessError> for Failure {
+    fn from(error: AccessError) -> Self {
+        if error.may_pass() { Self::Passing(error.into()) } else { Self::Final(error.into()) }
+    }
 }

@@ -11,11 +11,13 @@
 mod link;
 mod orders;
 mod progress;
+mod rendezvous;
 mod retained;
 
 use std::sync::{Arc, mpsc};
 
 use anyhow::{Context, bail};
+use potstill_access::{Locator, WorkerSecret};
 use potstill_c10d::ProcessGroup;
 use potstill_proto::{
     cursor::Generation,
@@ -23,9 +25,12 @@ use potstill_proto::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::link::{Entered, Inbound, Link};
+use self::{
+    link::{Entered, Inbound, Link},
+    rendezvous::{Calls, GenerationStore},
+};
 pub use self::{
-    link::{Outbox, Terms},
+    link::{Outbox, Terms, found},
     orders::Orders,
     progress::Progress,
 };
@@ -36,6 +41,7 @@ pub struct Session {
     outbox: Outbox,
     orders: Orders,
     entered: Entered,
+    calls: Calls,
     pub progress: Arc<Progress>,
 }
 
@@ -45,14 +51,21 @@ impl Session {
     ///
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.
-    pub async fn attach(address: &str, hello: Hello) -> anyhow::Result<(Self, Terms)> {
+    pub async fn attach(
+        locator: Locator,
+        hello: Hello,
+        secret: WorkerSecret,
+    ) -> anyhow::Result<(Self, Terms)> {
         let (outbox, progress, entered) = (Outbox::default(), Arc::<Progress>::default(), Entered::default());
+        let calls = Calls::default();
         let link = Link {
-            address: address.to_owned(),
+            locator,
             hello,
+            secret,
             outbox: outbox.clone(),
             progress: Arc::clone(&progress),
             entered: Arc::clone(&entered),
+            calls: calls.clone(),
         };
         let (incoming, terms) = link.attach().await?;
         let (inbound, inbox) = mpsc::channel();
@@ -77,7 +90,12 @@ impl Session {
             tracing::info!("{name}: leaving at the next boundary");
             leaving.send(FromWorker::Leaving { reason: name.to_owned() });
         });
-        Ok((Self { inbox, outbox, orders: Orders::default(), entered, progress }, terms))
+        Ok((Self { inbox, outbox, orders: Orders::default(), entered, calls, progress }, terms))
+    }
+
+    /// The keys and values through which the ranks of a generation find each other.
+    pub fn store(&self, generation: Generation) -> GenerationStore {
+        GenerationStore { outbox: self.outbox.clone(), calls: self.calls.clone(), generation }
     }
 
     /// The rank has joined a group: from now on an order to leave its generation aborts the group.

@@ -15,6 +15,8 @@ pub struct Retained {
     pub place: Option<Place>,
     /// Whether the rank holds the state from which that place's generation starts, or a later one.
     is_source: bool,
+    /// The newest checkpoint that it was told of.
+    pub saved: u64,
     messages: Vec<FromWorker>,
 }
 

@@ -11,7 +11,7 @@ use potstill_proto::{
 
 use super::{Member, interruption::Interruption, obey_orders, step::Totals};
 use crate::{
-    process::faults,
+    process::{faults, lifeline},
     training::control_lane::{Flags, Lane},
 };
 
@@ -93,10 +93,15 @@ impl Member<'_> {
             fake_score_loss_scale: fake_score.loss_scale,
             generator_loss_scale: generator.loss_scale,
         }));
+        lifeline::worked();
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         faults::point("reported", iteration, self.assignment.rank);
         // Read only now: the iteration is complete and reported, even if the group fails.
-        Ok(self.session.progress.while_waiting(|| lane.read())?)
+        let group = &self.trainer.group;
+        Ok(self.session.progress.while_waiting(|| {
+            let flags = lane.read()?;
+            group.settle().map(|()| flags)
+        })?)
     }
 
     /// Ends the run when too many iterations in a row had gradients that were not finite, or no sample that was finite.

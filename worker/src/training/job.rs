@@ -150,6 +150,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// The run's specification.
+    pub fn spec(&self) -> &RunSpec {
+        &self.spec
+    }
+
     /// Loads the files that the run reads.
     ///
     /// # Errors

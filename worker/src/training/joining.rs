@@ -1,9 +1,12 @@
 //! The start of a generation: joins the group and takes over the state from the assignment's source.
 
-use std::{sync::mpsc, thread, time::Duration};
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
-use anyhow::Context;
-use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_c10d::{Backend, ProcessGroup, Store};
 use potstill_distill::state::{Slice, State};
 use potstill_proto::{
     cursor::Cursor,
@@ -36,21 +39,15 @@ pub(super) fn join(
     host: &str,
     timeout: Duration,
 ) -> Result<ProcessGroup, Interruption> {
-    let (store_host, store_port) = assignment
-        .store_address
-        .rsplit_once(':')
-        .and_then(|(h, p)| Some((h.to_owned(), p.parse::<u16>().ok()?)))
-        .with_context(|| format!("{:?} is not host:port", assignment.store_address))?;
     let backend = match job.recipe.settings.device {
         Device::Cuda(device) => Backend::Nccl { device },
         _ => Backend::Gloo { host: host.to_owned() },
     };
-    let prefix = assignment.generation.store_prefix();
+    let store = Arc::new(session.store(assignment.generation));
     let (rank, world_size) = (assignment.rank as usize, assignment.world_size as usize);
     let (joined, joining) = mpsc::channel();
     thread::spawn(move || {
-        let group = TcpStore::connect(&store_host, store_port, timeout)
-            .and_then(|store| store.prefix(&prefix))
+        let group = Store::of(store, timeout)
             .and_then(|store| ProcessGroup::new(&backend, &store, rank, world_size, timeout));
         let _ = joined.send(group);
     });
@@ -86,8 +83,8 @@ pub(super) fn obtain_state(
             let fitting = held.state.filter(|state| state.layout().slice == slice);
             let mut state = fitting.unwrap_or_else(|| job.first_state(slice));
             let restoring = checkpoint::restore(&job.run, manifest_key, &mut state);
-            let iteration = match job.runtime.block_on(session.progress.while_busy(restoring)) {
-                Ok(iteration) => iteration,
+            let cursor = match job.runtime.block_on(session.progress.while_busy(restoring)) {
+                Ok(cursor) => cursor,
                 Err(error) => {
                     return Err(match error.downcast_ref() {
                         Some(potstill_storage::Error::Damaged { .. }) => {
@@ -98,7 +95,7 @@ pub(super) fn obtain_state(
                 }
             };
             session.progress.while_waiting(|| transfer::publish(group, &mut state))?;
-            Ok((state, Cursor::boundary(iteration)))
+            Ok((state, cursor))
         }
         Source::Peer { rank } => {
             session.progress.set_activity("taking the state from a peer");

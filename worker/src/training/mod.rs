@@ -68,6 +68,8 @@ struct Member<'a> {
     assignment: &'a Assignment,
     trainer: Trainer<'a>,
     saving: &'a mut Option<Save>,
+    /// How long the last save may wait for a storage that fails.
+    patience: Duration,
     non_finite_streak: u32,
 }
 
@@ -144,7 +146,8 @@ fn take_part(
         &progress,
         state,
     )?;
-    let mut member = Member { job, session, assignment, trainer, saving, non_finite_streak: 0 };
+    let patience = job.spec.cluster.wait_timeout;
+    let mut member = Member { job, session, assignment, trainer, saving, patience, non_finite_streak: 0 };
     member.work(state, &mut holding.cursor)
 }
 
@@ -173,9 +176,10 @@ impl Member<'_> {
             }
             if last || stop {
                 self.finish_saving()?;
-                self.save(state, cursor.iteration);
+                // Nothing but this save is left to do, so it waits for a storage that fails.
+                self.save(state, cursor.iteration, self.patience);
             } else if save {
-                self.save(state, cursor.iteration);
+                self.save(state, cursor.iteration, Duration::ZERO);
             }
             if last {
                 self.draw(state)?;
@@ -196,7 +200,7 @@ impl Member<'_> {
 
     /// Starts to save this rank's shard. At most one save is under way, so that memory is bounded: while the previous
     /// one still runs, this one is skipped, and training continues.
-    fn save(&mut self, state: &State, iteration: u64) {
+    fn save(&mut self, state: &State, iteration: u64, patience: Duration) {
         let a = self.assignment;
         if self.saving.as_ref().is_some_and(|saving| !saving.is_over()) {
             let error = "skipped: the previous checkpoint is still being written; save less often".to_owned();
@@ -211,7 +215,8 @@ impl Member<'_> {
         let share = Share::of(state, iteration, a.rank, a.world_size, self.job.staging.clone());
         let (runtime, run) = (&self.job.runtime, self.job.run.clone());
         let outbox = self.session.outbox();
-        *self.saving = Some(share.save(runtime, run, a.generation, a.rank, a.world_size, outbox));
+        let save = share.save(runtime, run, a.generation, a.rank, a.world_size, outbox, patience);
+        *self.saving = Some(save);
         faults::point("snapshot", iteration, a.rank);
     }
 

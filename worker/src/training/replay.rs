@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use potstill_c10d::{Backend, ProcessGroup, TcpStore};
+use potstill_c10d::{Backend, ProcessGroup, Store};
 use potstill_distill::{
     counters::{Counters, Network},
     draws::{Draw, Draws, RealDraw},
@@ -468,9 +468,9 @@ fn replay(recording: &Recording) -> Vec<String> {
         Layout::PLAIN,
     );
     let patience = Duration::from_secs(60);
-    let store = TcpStore::serve("127.0.0.1", 0, patience).unwrap();
+    let store = Store::alone(patience).unwrap();
     let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
-    let group = ProcessGroup::new(&backend, &store.prefix("replay").unwrap(), 0, 1, patience).unwrap();
+    let group = ProcessGroup::new(&backend, &store, 0, 1, patience).unwrap();
     let (progress, micro_batches) = (Progress::default(), 0..spec.micro_batches());
     let trainer =
         Trainer::new(&recipe, teacher.as_ref(), &draws, group, micro_batches, &progress, &state).unwrap();

@@ -238,6 +238,10 @@ impl<'a> Trainer<'a> {
         seconds.compute += started.elapsed().saturating_sub(exposed).as_secs_f64();
         let step = Instant::now();
         faults::point("reduced", iteration, self.rank);
+        if faults::tears("reduced", iteration, self.rank) {
+            let _ = flat.g_mul_scalar_(3.0);
+            self.group.abort()?;
+        }
         if loss_scale != 1.0 {
             let _ = flat.g_mul_scalar_(loss_scale.recip());
         }
@@ -267,6 +271,8 @@ impl<'a> Trainer<'a> {
             let clip = optimizer.clip(network);
             let gradient = gradient.clipped_slice(clip, |numbers| self.sum_over_slices(numbers))?;
             let images = settings.schedule.images_seen(iteration);
+            // A reduction that was cut short changes nothing.
+            self.group.settle()?;
             state.step(network, &gradient, &optimizer.adam(network, images));
         }
         self.reduction(network).clear()?;
@@ -281,7 +287,10 @@ impl<'a> Trainer<'a> {
                 Network::FakeScore => &state.fake_score,
                 Network::Generator => &state.generator,
             };
-            self.progress.while_waiting(|| transfer::gather_weights(&self.group, trained))?;
+            self.progress.while_waiting(|| {
+                transfer::gather_weights(&self.group, trained)?;
+                self.group.settle()
+            })?;
             state.torn = false;
             seconds.communication += gathering.elapsed().as_secs_f64();
         }

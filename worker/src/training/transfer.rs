@@ -27,6 +27,7 @@ pub fn broadcast(
     for work in works {
         work.wait(None)?;
     }
+    group.settle()?;
     for (part, values) in state.parts().iter().zip(&travelling) {
         if part.values.device() != values.device() {
             no_grad(|| part.values.shallow_clone().copy_(values));
@@ -61,6 +62,7 @@ pub fn gather_average(group: &ProcessGroup, state: &State) -> Result<Tensor, Err
     let own = all.narrow(0, width * slice.rank as i64, width);
     no_grad(|| own.narrow(0, 0, average.size()[0]).copy_(&average));
     group.all_gather_into(&all, &own)?.wait(None)?;
+    group.settle()?;
     Ok(all.narrow(0, 0, numel))
 }
 
@@ -144,7 +146,7 @@ pub fn publish(group: &ProcessGroup, state: &mut State) -> Result<(), Error> {
         gather_weights(group, &state.generator)?;
         gather_weights(group, &state.fake_score)?;
     }
-    Ok(())
+    group.settle()
 }
 
 fn numbers(cursor: Cursor) -> [i64; 2] {

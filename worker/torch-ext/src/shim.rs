@@ -9,6 +9,18 @@ pub struct ErrorText {
     pub text: [c_char; 2048],
 }
 
+impl ErrorText {
+    /// Writes a text, truncated where it is too long.
+    pub fn write(&mut self, text: &str) {
+        let room = self.text.len() - 1;
+        let bytes = text.bytes().filter(|byte| *byte != 0).take(room);
+        self.text.fill(0);
+        for (to, byte) in self.text.iter_mut().zip(bytes) {
+            *to = byte as c_char;
+        }
+    }
+}
+
 /// Runs one function of a shim, and turns its outcome into a result.
 ///
 /// # Errors

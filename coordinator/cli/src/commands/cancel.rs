@@ -2,20 +2,16 @@
 
 use std::process::ExitCode;
 
+use potstill_access::Role;
 use potstill_logging::print;
-use potstill_server::client::Client;
 
-use super::run_name::{RunName, runtime};
+use super::run_name::{AskedRun, runtime};
 
 /// Sends the request and prints how to resume the run.
-pub fn cancel(run: &RunName) -> anyhow::Result<ExitCode> {
-    let run = run.open()?;
+pub fn cancel(asked: &AskedRun) -> anyhow::Result<ExitCode> {
     let reason = "potstill cancel".to_owned();
-    runtime()?.block_on(async { Client::of(&run).await?.cancel(reason).await })?;
-    print(format_args!(
-        "run {} saves and stops; to resume it, start it with --run-id {} --resume",
-        run.id(),
-        run.id()
-    ));
+    runtime()?.block_on(async { asked.connect(Role::Operator).await?.cancel(reason).await })?;
+    let run = &asked.name.run;
+    print(format_args!("run {run} saves and stops; to resume it, start it with --run-id {run} --resume"));
     Ok(ExitCode::SUCCESS)
 }

@@ -4,13 +4,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use potstill_access::{Locator, Role};
 use potstill_logging::print;
-use potstill_server::client::Client;
 use potstill_storage::{Root, layout};
 
 use super::{
     exit::NOT_GOOD,
-    run_name::{RunName, runtime},
+    run_name::{AskedRun, RunName, runtime},
 };
 use crate::checkpoints;
 
@@ -25,7 +25,7 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 pub enum Checkpoint {
     /// Save a checkpoint now, and wait until it is committed
-    Save(RunName),
+    Save(AskedRun),
     /// List a run's checkpoints, without reading their shards
     List(ListArguments),
     /// Read every shard of a run's checkpoints and compare the checksums
@@ -70,10 +70,13 @@ impl Checkpoint {
     }
 }
 
-fn save(run: &RunName) -> anyhow::Result<ExitCode> {
-    let run = run.open()?;
-    let iteration = runtime()?.block_on(async { Client::of(&run).await?.checkpoint().await })?;
-    print(format_args!("{}", run.describe(&layout::manifest_key(iteration))));
+fn save(asked: &AskedRun) -> anyhow::Result<ExitCode> {
+    let iteration = runtime()?.block_on(async { asked.connect(Role::Operator).await?.checkpoint().await })?;
+    let place = match asked.locator(Role::Operator)? {
+        Locator::Storage { run, .. } => run.describe(&layout::manifest_key(iteration)),
+        Locator::File(_) | Locator::Fixed(_) => layout::manifest_key(iteration),
+    };
+    print(format_args!("{place}"));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,6 +4,7 @@ mod cancel;
 mod checkpoint;
 mod exit;
 mod handed_on;
+mod invite;
 mod report;
 mod run;
 mod run_name;
@@ -17,9 +18,10 @@ use self::{
     checkpoint::Checkpoint,
     exit::{complain, ended},
     handed_on::HandedOn,
+    invite::InviteArguments,
     report::{AFTER_REPORT_HELP, ReportArguments},
     run::{AFTER_HELP, Launch, Serve},
-    run_name::RunName,
+    run_name::AskedRun,
     status::StatusArguments,
 };
 use crate::launch::Exit;
@@ -49,7 +51,9 @@ enum Command {
     #[command(subcommand)]
     Checkpoint(Checkpoint),
     /// Save a checkpoint and stop the run; --resume continues it
-    Cancel(RunName),
+    Cancel(AskedRun),
+    /// Write an invitation: what a machine that does not see the run's storage needs to reach the coordinator
+    Invite(InviteArguments),
     /// Start the workers of one machine, and restart those that die (potstill-worker)
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
@@ -74,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Report(arguments) => return ended(arguments.write()),
         Command::Status(arguments) => return ended(arguments.show()),
         Command::Checkpoint(command) => return ended(command.main()),
+        Command::Invite(arguments) => return ended(arguments.write()),
         Command::Cancel(run) => return ended(cancel::cancel(&run)),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),

@@ -11,7 +11,7 @@ use anyhow::Context;
 use chrono::{DateTime, Utc};
 use clap::{Args, ValueEnum};
 use potstill_logging::{LogFormat, chain};
-use potstill_server::Resume;
+use potstill_server::{Resume, Security};
 use potstill_spec::RunSpec;
 use potstill_storage::Root;
 
@@ -50,13 +50,17 @@ pub struct Launch {
     /// Address on which the coordinator listens; port 0 takes a free port
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
+    /// Folder for a state that cannot be saved otherwise: when the run fails while a worker holds a state that is newer than the
+    /// newest checkpoint, the worker writes it there, as a run that --resume continues
+    #[arg(long, value_name = "FOLDER")]
+    rescue_dir: Option<PathBuf>,
 }
 
 impl Launch {
     /// Runs it until it has ended.
     pub fn main(self) -> ExitCode {
-        let Self { run, threads, spares, device, listen } = self;
-        run.run(listen, &Workers::Local { threads, spares, device })
+        let Self { run, threads, spares, device, listen, rescue_dir } = self;
+        run.run(listen, Security::Own, &Workers::Local { threads, spares, device, rescue_dir })
     }
 }
 
@@ -67,12 +71,26 @@ pub struct Serve {
     /// Address on which the coordinator listens for workers
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
     listen: SocketAddr,
+    /// The site's certificate for the coordinator, with those that follow it, PEM [default: one that is made at the start]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+    /// The private key of --tls-certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
+    /// Serve without TLS and without a key: whoever reaches the port can read, cancel and falsify the run
+    #[arg(long, conflicts_with = "tls_certificate")]
+    insecure: bool,
 }
 
 impl Serve {
     /// Serves until the run has ended.
     pub fn main(self) -> ExitCode {
-        self.run.run(self.listen, &Workers::Elsewhere)
+        let security = match (self.tls_certificate, self.tls_key) {
+            (Some(certificate), Some(key)) => Security::Site { certificate, key },
+            _ if self.insecure => Security::Insecure,
+            _ => Security::Own,
+        };
+        self.run.run(self.listen, security, &Workers::Elsewhere)
     }
 }
 
@@ -83,9 +101,10 @@ struct RunArguments {
     /// Number of workers: sets cluster.min_workers and cluster.max_workers, unless --set sets them
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     workers: u32,
-    /// Storage of runs: a folder, or file://, s3://, gs://, az://. The run is in `runs/<run id>/` below it
-    #[arg(long, value_name = "URL", default_value = ".")]
-    storage: String,
+    /// Storage of runs: a folder, or file://, s3://, gs://, az://. The run is in `runs/<run id>/` below it. By default launch
+    /// uses the current folder; serve has no default, since every worker's machine must see the same storage
+    #[arg(long, value_name = "URL")]
+    storage: Option<String>,
     /// Name of the run [default: the run file's name and the time, as in digits-20260131-120000]
     #[arg(long, value_name = "NAME")]
     run_id: Option<String>,
@@ -126,16 +145,16 @@ fn run(job: Job) -> Result<Exit, LaunchError> {
 /// The source of a run's workers.
 enum Workers {
     /// An agent on this machine.
-    Local { threads: Option<u32>, spares: u32, device: String },
+    Local { threads: Option<u32>, spares: u32, device: String, rescue_dir: Option<PathBuf> },
     /// Agents on other machines.
     Elsewhere,
 }
 
 impl RunArguments {
     /// Coordinates the run until it has ended.
-    fn run(self, listen: SocketAddr, from: &Workers) -> ExitCode {
+    fn run(self, listen: SocketAddr, security: Security, from: &Workers) -> ExitCode {
         let format = self.log_format;
-        let ended = match self.job(listen, from) {
+        let ended = match self.job(listen, security, from) {
             Ok(job) => run(job).map_err(|error| (error.exit(), error.into())),
             Err(error) => Err((Exit::Usage, error)),
         };
@@ -152,7 +171,7 @@ impl RunArguments {
     }
 
     /// Checks everything that can be checked before anything is written.
-    fn job(self, listen: SocketAddr, from: &Workers) -> anyhow::Result<Job> {
+    fn job(self, listen: SocketAddr, security: Security, from: &Workers) -> anyhow::Result<Job> {
         let workers = self.workers;
         let mut sets =
             vec![format!("cluster.min_workers={workers}"), format!("cluster.max_workers={workers}")];
@@ -160,13 +179,25 @@ impl RunArguments {
         let spec = RunSpec::load(&self.config, &sets)?;
         let run_id = self.run_id.unwrap_or_else(|| default_run_id(&self.config, Utc::now()));
         let run_id = run_id.parse().context("--run-id")?;
+        let storage = match (self.storage, from) {
+            (Some(storage), _) => storage,
+            (None, Workers::Local { .. }) => ".".to_owned(),
+            (None, Workers::Elsewhere) => {
+                anyhow::bail!("--storage is missing: name a storage that the machines of all workers see")
+            }
+        };
         let agent = match from {
-            Workers::Local { threads, spares, device } => Some(AgentPlan {
+            Workers::Local { threads, spares, device, rescue_dir } => Some(AgentPlan {
                 program: worker::find()?,
                 ranks: workers,
                 spares: *spares,
                 device: device.clone(),
                 threads: *threads,
+                rescue_dir: rescue_dir
+                    .as_ref()
+                    .map(std::path::absolute)
+                    .transpose()
+                    .context("--rescue-dir")?,
             }),
             Workers::Elsewhere => None,
         };
@@ -174,7 +205,7 @@ impl RunArguments {
             spec,
             run_id,
             // Last: it creates the folder.
-            storage: Root::open(&self.storage).context("--storage")?,
+            storage: Root::open(&storage).context("--storage")?,
             resume: match self.resume {
                 None => Resume::Never,
                 Some(ResumeWhen::Always) => Resume::Always,
@@ -182,6 +213,7 @@ impl RunArguments {
             },
             from_teacher: self.from_teacher,
             listen,
+            security,
             grace: Duration::from_secs(self.grace),
             log_format: self.log_format,
             agent,

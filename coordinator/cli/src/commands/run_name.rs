@@ -1,7 +1,12 @@
-//! The arguments that name the run of a command.
+//! The arguments that name the run of a command, and its coordinator.
+
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use potstill_access::{Locator, Role};
+use potstill_core::record::Record;
+use potstill_server::client::{Client, history};
 use potstill_storage::{Root, Run};
 
 #[derive(Debug, Args)]
@@ -20,6 +25,58 @@ impl RunName {
     /// The storage cannot be opened, or the name is not a valid run id.
     pub fn open(&self) -> anyhow::Result<Run> {
         Ok(Root::open_existing(&self.storage).context("--storage")?.run(&self.run.parse()?))
+    }
+}
+
+/// A run whose coordinator is asked. Its address, its certificate and the join key are read from the storage.
+#[derive(Debug, Args)]
+pub struct AskedRun {
+    #[command(flatten)]
+    pub name: RunName,
+    /// File with an invitation (potstill invite), for a machine that does not see the run's storage
+    #[arg(long, value_name = "FILE", conflicts_with = "storage")]
+    join: Option<PathBuf>,
+    /// Address of the coordinator, if another than the one that it states, as HOST:PORT
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "join")]
+    coordinator: Option<String>,
+    /// Accept a coordinator that serves without TLS and without a key
+    #[arg(long)]
+    insecure: bool,
+}
+
+impl AskedRun {
+    /// Finds its coordinator, to be asked as `role`.
+    ///
+    /// # Errors
+    /// As for [`RunName::open`].
+    pub fn locator(&self, role: Role) -> anyhow::Result<Locator> {
+        Ok(match &self.join {
+            Some(file) => Locator::File(file.clone()),
+            None => Locator::Storage {
+                run: self.name.open()?,
+                role,
+                address: self.coordinator.clone(),
+                insecure: self.insecure,
+            },
+        })
+    }
+
+    /// Connects to its coordinator, as `role`.
+    ///
+    /// # Errors
+    /// The run is over, or its coordinator cannot be found or does not answer.
+    pub async fn connect(&self, role: Role) -> anyhow::Result<Client> {
+        let locator = self.locator(role)?;
+        let error = match Client::of(&locator).await {
+            Ok(client) => return Ok(client),
+            Err(error) => error,
+        };
+        if let Locator::Storage { run, .. } = &locator
+            && let Some(Record::Ended { .. }) = history(run).await?.last()
+        {
+            anyhow::bail!("run {} is over", run.id());
+        }
+        Err(error)
     }
 }
 

@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use potstill_access::Role;
 
-use super::run_name::{RunName, runtime};
+use super::run_name::{AskedRun, runtime};
 use crate::status;
 use potstill_logging::print;
 
@@ -12,7 +13,7 @@ use potstill_logging::print;
 #[derive(Debug, Args)]
 pub struct StatusArguments {
     #[command(flatten)]
-    run: RunName,
+    run: AskedRun,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -21,8 +22,8 @@ pub struct StatusArguments {
 impl StatusArguments {
     /// Prints the status.
     pub fn show(self) -> anyhow::Result<ExitCode> {
-        let run = self.run.open()?;
-        let status = runtime()?.block_on(status::of(&run))?;
+        let locator = self.run.locator(Role::Viewer)?;
+        let status = runtime()?.block_on(status::of(&locator))?;
         if self.json {
             print(format_args!("{}", serde_json::to_string_pretty(&status)?));
         } else {

@@ -1,14 +1,13 @@
 //! The worker agent as a child of the launcher.
 //!
 //! However the launcher ends, the agent does not outlive it. Its stdin is a pipe whose other end only the launcher
-//! holds: when that closes, the agent ends itself. On Linux it also asks the kernel for a signal on its parent's death;
+//! holds, through which it gets the invitation: when that closes, the agent ends itself. On Linux it also asks the kernel for a signal on its parent's death;
 //! the kernel takes the *thread* that spawned it for its parent, so that thread runs until the agent has ended.
 //!
 //! It has a process group of its own, so the terminal's Ctrl-C reaches only the launcher, which asks the run to stop.
 
 use std::{
     io::{self, Write},
-    net::SocketAddr,
     os::{fd::AsFd, unix::process::CommandExt},
     path::PathBuf,
     process::{ChildStdin, Command, ExitStatus, Stdio},
@@ -27,6 +26,7 @@ use tokio::{
     time::timeout,
 };
 
+use potstill_access::Invitation;
 use potstill_logging::LogFormat;
 
 use crate::monitor::screen::Screen;
@@ -44,18 +44,22 @@ pub struct AgentPlan {
     pub device: String,
     /// Threads of each rank; if none, the agent chooses.
     pub threads: Option<u32>,
+    /// Folder for a state that cannot be saved otherwise.
+    pub rescue_dir: Option<PathBuf>,
 }
 
 impl AgentPlan {
-    fn command(&self, coordinator: SocketAddr, run_id: &str, format: LogFormat) -> Command {
+    fn command(&self, run_id: &str, format: LogFormat) -> Command {
         let mut command = Command::new(&self.program);
         command
             .arg("agent")
-            .args(["--coordinator", &format!("http://{coordinator}")])
-            .args(["--run-id", run_id])
+            .args(["--join", "-", "--run-id", run_id])
             .args(["--ranks", &self.ranks.to_string(), "--spares", &self.spares.to_string()])
             .args(["--device", &self.device, "--log-format", format.name()])
             .arg("--lifeline");
+        if let Some(folder) = &self.rescue_dir {
+            command.arg("--rescue-dir").arg(folder);
+        }
         if let Some(threads) = self.threads {
             command.args(["--threads", &threads.to_string()]);
         }
@@ -67,7 +71,7 @@ impl AgentPlan {
 #[derive(Debug)]
 pub struct Agent {
     group: Pid,
-    /// Held, never written to: the agent ends when this closes.
+    /// Held after the invitation was written to it: the agent ends when this closes.
     _lifeline: Option<ChildStdin>,
     exit: oneshot::Receiver<io::Result<ExitStatus>>,
     exited: Option<String>,
@@ -81,12 +85,11 @@ impl Agent {
     /// When the system refuses to start it.
     pub async fn start(
         plan: &AgentPlan,
-        coordinator: SocketAddr,
-        run_id: &str,
+        invitation: &Invitation,
         format: LogFormat,
         screen: &Screen,
     ) -> io::Result<Self> {
-        let mut command = plan.command(coordinator, run_id, format);
+        let mut command = plan.command(&invitation.run_id, format);
         command.stdin(Stdio::piped()).process_group(0);
         let output = if screen.has_bar() {
             let (reader, writer) = io::pipe()?;
@@ -118,7 +121,11 @@ impl Agent {
                 }
             }
         })?;
-        let (pid, lifeline) = start.await.map_err(io::Error::other)??;
+        let (pid, mut lifeline) = start.await.map_err(io::Error::other)??;
+        if let Some(lifeline) = &mut lifeline {
+            // Where the agent has ended already, its exit is what is reported.
+            let _ = writeln!(lifeline, "{}", invitation.to_text());
+        }
         let group = Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?);
         Ok(Self { group, _lifeline: lifeline, exit, exited: None, output })
     }

@@ -9,10 +9,7 @@ use agent::{Agent, AgentPlan};
 use anyhow::Context;
 use potstill_core::observation::{Observation, Outcome};
 use potstill_logging::LogFormat;
-use potstill_server::{
-    Options, Resume, Running, StartError,
-    address::{advertised, local},
-};
+use potstill_server::{Options, Resume, Running, Security, StartError, address::advertised};
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId};
 use tokio::{
@@ -25,8 +22,9 @@ use worker::WorkerError;
 
 use crate::monitor::{Ending, Monitor, screen::Screen};
 
-/// How long an agent may take to end after the run's end.
+/// How long an agent may take to end after the run's end; longer where its ranks may have a state to rescue.
 const LEAVING: Duration = Duration::from_secs(10);
+const RESCUING: Duration = Duration::from_secs(600);
 
 /// How the command ended, as its exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +89,8 @@ pub struct Job {
     pub from_teacher: bool,
     /// The address on which it listens for workers.
     pub listen: SocketAddr,
+    /// How it shows who it is, and whom it lets in.
+    pub security: Security,
     /// How long the workers have to save when the run is asked to stop.
     pub grace: Duration,
     /// Format of log lines.
@@ -107,7 +107,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     let mut signals = Signals::new().context("cannot listen for signals")?;
     let screen = Screen::new(job.log_format);
     let run_id = job.run_id.to_string();
-    let run = job.storage.run(&job.run_id);
+    let (insecure, storage) = (job.security == Security::Insecure, job.storage.url().to_owned());
     let starting = async {
         if let Some(plan) = &job.agent {
             worker::check(&plan.program, job.spec.to_toml().map_err(StartError::from)?).await?;
@@ -122,6 +122,7 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
             storage: job.storage,
             resume: job.resume,
             from_teacher: job.from_teacher,
+            security: job.security,
             // The local agent ends with the launcher.
             ranks_may_live: job.agent.is_none(),
         };
@@ -133,18 +134,22 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     };
 
     let mut agent = None;
+    let address = advertised(running.address);
     match &job.agent {
         Some(plan) => {
-            let address = local(running.address);
-            info!(run = %run_id, %address, ranks = plan.ranks, "starting the workers");
-            match Agent::start(plan, address, &run_id, job.log_format, &screen).await {
+            let invitation = &running.invitation;
+            info!(run = %run_id, address = invitation.address, ranks = plan.ranks, "starting the workers");
+            match Agent::start(plan, invitation, job.log_format, &screen).await {
                 Ok(started) => agent = Some(started),
                 Err(error) => running.fail(format!("cannot start {}: {error}", plan.program.display())),
             }
         }
+        None if insecure => warn!(
+            "serving at {address} without TLS and without a key: whoever reaches this port can read, cancel and falsify the run. \
+             Workers attach with: potstill agent --insecure --coordinator {address} --run-id {run_id} --ranks N"
+        ),
         None => info!(
-            "workers attach with: potstill agent --coordinator http://{} --run-id {run_id} --ranks N",
-            advertised(running.address)
+            "serving at {address}; workers attach with: potstill agent --storage {storage} --run-id {run_id} --ranks N"
         ),
     }
 
@@ -156,10 +161,10 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
         Ended::As(outcome) => outcome,
         Ended::SecondSignal => return Ok(interrupted(&mut agent, &screen).await),
         Ended::Late => {
-            let unfinished = running.unfinished().await;
+            // As the coordinator knows it: the storage may not answer.
+            let (unfinished, resumable) = running.unfinished().await;
             interrupted(&mut agent, &screen).await;
             error!("not saved within {} s: {unfinished}", job.grace.as_secs());
-            let resumable = run.checkpoints().await.is_ok_and(|checkpoints| !checkpoints.is_empty());
             return Ok(if resumable { Exit::Stopped } else { Exit::Failed });
         }
     };
@@ -167,7 +172,8 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
     let closing = async {
         running.outcome().await;
         if let Some(agent) = &mut agent {
-            agent.leave(LEAVING).await;
+            let rescues = job.agent.as_ref().is_some_and(|plan| plan.rescue_dir.is_some());
+            agent.leave(if rescues { RESCUING } else { LEAVING }).await;
         }
         let report = reporting.await.context("the monitor's task ended early")?;
         anyhow::Ok(report.finish(&outcome).await)

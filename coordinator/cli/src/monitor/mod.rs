@@ -18,7 +18,7 @@ use potstill_proto::message::Source;
 use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
-    layout::{self, manifest_iteration, manifest_key},
+    layout::{manifest_iteration, manifest_key},
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
@@ -207,8 +207,8 @@ impl Monitor {
     async fn save(&self, key: &str, bytes: Vec<u8>) {
         // Where another coordinator has taken over, the file is its own.
         if let Some(own) = &self.coordinator {
-            match self.run.get(layout::COORDINATOR).await {
-                Ok(Some(owner)) if owner == own.as_bytes() => {}
+            match self.run.coordinator().await {
+                Ok(Some(owner)) if owner.name == *own => {}
                 Ok(_) => {
                     let place = self.run.describe(key);
                     return warn!("{place} is not written: another coordinator owns the run");
@@ -230,6 +230,7 @@ mod tests {
         scores::Subject::{Student, Teacher},
     };
     use potstill_storage::Root;
+    use potstill_storage::{coordinators::Coordinator, journal::Journal};
     use serde_json::Value;
     use tokio::sync::mpsc;
 
@@ -329,6 +330,34 @@ mod tests {
         assert_eq!(summary["teacher"]["fid"], 3.0);
         assert!(summary["wall_seconds"].as_f64().unwrap() > wall_before);
         assert!(summary["student"]["fid"].is_null());
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_has_lost_the_run_writes_nothing() {
+        let (_folder, root) = root();
+        let run = root.run(&"r".parse().unwrap());
+        run.put(METRICS, "the successor's".into()).await.unwrap();
+        let started = |coordinator: &str| Observation::Started {
+            coordinator: coordinator.to_owned(),
+            repeated: 0,
+            address: String::new(),
+            resumed: false,
+        };
+        let observations = |coordinator| {
+            let mut observations = vec![started(coordinator), generation(Source::Fresh)];
+            observations.push(Observation::Evaluated(evaluation(Student, 0, 300.0)));
+            observations.extend(iterations(0..20));
+            observations
+        };
+        let owner = Coordinator { name: "successor".into(), address: String::new(), certificate: None };
+        let (journal, _) = Journal::open(&run).await.unwrap();
+        run.announce(&journal, &owner).await.unwrap();
+        let lost = Outcome::Failed { reason: "another coordinator has taken over".into() };
+        attempt(&root, false, observations("old"), lost).await;
+        assert_eq!(read(&root, METRICS).await.unwrap(), b"the successor's");
+        assert!(read(&root, CURVES).await.is_none());
+        attempt(&root, false, observations("successor"), Outcome::Succeeded { iteration: 20 }).await;
+        assert_eq!(rows(&root).await.len(), 3);
     }
 
     #[tokio::test]

@@ -11,11 +11,18 @@ use crate::{Action, StreamId, observation::Observation, record::Record};
 impl Core {
     pub(super) fn started(&mut self, actions: &mut Actions) {
         let (coordinator, address) = (self.coordinator.clone(), self.address.clone());
+        let certificate = self.certificate.clone();
         actions.push(Action::Persist(if self.resumed {
             let iteration = self.steps.finished();
-            Record::Resumed { coordinator, iteration, iterations: self.terms.iterations, address }
+            Record::Resumed {
+                coordinator,
+                iteration,
+                iterations: self.terms.iterations,
+                address,
+                certificate,
+            }
         } else {
-            Record::RunStarted { coordinator, run_id: self.run_id.clone(), address }
+            Record::RunStarted { coordinator, run_id: self.run_id.clone(), address, certificate }
         }));
         actions.push(Action::Observe(Observation::Started {
             coordinator: self.coordinator.clone(),

@@ -334,7 +334,7 @@ impl Core {
             reason,
         }));
         for (stream, assignment) in
-            plan.assignments(&self.members, generation, self.terms.micro_batches, self.evaluate_teacher)
+            plan.assignments(generation, self.terms.micro_batches, self.evaluate_teacher)
         {
             send(actions, stream, ToWorker::Assignment(assignment));
         }

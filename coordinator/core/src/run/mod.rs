@@ -40,6 +40,8 @@ pub struct Setup {
     pub coordinator: String,
     /// Address at which it can be reached.
     pub address: String,
+    /// SHA-256 of its TLS certificate; none where it serves without TLS.
+    pub certificate: Option<String>,
     /// The run's name.
     pub run_id: String,
     /// The part of its specification that the coordinator needs.
@@ -63,6 +65,7 @@ pub struct Setup {
 pub struct Core {
     coordinator: String,
     address: String,
+    certificate: Option<String>,
     run_id: String,
     specification: String,
     storage_url: String,
@@ -219,6 +222,7 @@ impl Core {
         let Setup {
             coordinator,
             address,
+            certificate,
             run_id,
             terms,
             specification,
@@ -247,6 +251,7 @@ impl Core {
         let mut core = Self {
             coordinator,
             address,
+            certificate,
             run_id,
             specification,
             storage_url,
@@ -358,7 +363,6 @@ pub(crate) mod fixtures {
             host: "host".into(),
             pid: 7,
             device: "cpu".into(),
-            store_address: format!("{id}:1"),
             held: None,
             place: None,
         }

@@ -39,6 +39,7 @@ fn setup(min: u32, max: u32) -> Setup {
     Setup {
         coordinator: "c".into(),
         address: "here:1".into(),
+        certificate: None,
         run_id: "run".into(),
         terms,
         specification: "toml".into(),
@@ -332,7 +333,12 @@ fn too_few_workers_for_too_long_ends_the_run() {
 fn generations_go_on_from_the_journal() {
     let mut setup = setup(1, 1);
     setup.history = vec![
-        Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
+        Record::RunStarted {
+            coordinator: "b".into(),
+            run_id: "run".into(),
+            address: String::new(),
+            certificate: None,
+        },
         Record::GenerationOpened {
             generation: Generation(6),
             members: vec!["old".into()],
@@ -910,7 +916,12 @@ fn a_rank_that_makes_progress_is_left_alone() {
 /// The journal after `world`'s coordinator opened its first generation.
 fn journal(members: u64) -> Vec<Record> {
     vec![
-        Record::RunStarted { coordinator: "b".into(), run_id: "run".into(), address: String::new() },
+        Record::RunStarted {
+            coordinator: "b".into(),
+            run_id: "run".into(),
+            address: String::new(),
+            certificate: None,
+        },
         Record::GenerationOpened {
             generation: Generation(6),
             members: (0..members).map(|n| format!("w{n}")).collect(),

@@ -44,6 +44,7 @@ impl World {
         let core = Core::new(Setup {
             coordinator: format!("c{number}"),
             address: format!("c{number}:1"),
+            certificate: None,
             run_id: "run".into(),
             terms: self.scenario.terms(),
             specification: String::new(),

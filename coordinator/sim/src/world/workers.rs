@@ -139,7 +139,6 @@ impl World {
             host: format!("host{}", of.slot),
             pid: 1,
             device: "cpu".into(),
-            store_address: format!("host{}:1", of.slot),
             held: of.counted_on(),
             place: of.named_place(),
         }

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use potstill_c10d::{Backend, Error, ProcessGroup, TcpStore};
+use potstill_c10d::{Backend, Error, ProcessGroup, Store};
 
 /// Long enough for a slow machine; no scenario waits until it is over.
 pub const LONG: Duration = Duration::from_secs(60);
@@ -30,20 +30,21 @@ impl Drop for Rank {
     }
 }
 
-/// The store's server, and the ranks that join there.
+/// The ranks, and the folder of the store in which they meet.
 pub struct Cluster {
     pub ranks: Vec<Rank>,
-    _store: TcpStore,
+    _folder: tempfile::TempDir,
 }
 
 /// Starts `world` processes, each of which runs `scenario`.
 pub fn launch(scenario: &str, world: usize) -> Cluster {
-    let store = TcpStore::serve("127.0.0.1", 0, LONG).expect("a store");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("store");
     let ranks = (0..world)
         .map(|rank| {
             let mut child = Command::new(env::current_exe().expect("this binary"))
                 .args(["--exact", "rank", "--nocapture", "--test-threads=1"])
-                .env(SCENARIO, format!("{scenario} {rank} {world} {}", store.port()))
+                .env(SCENARIO, format!("{scenario} {rank} {world} {}", file.display()))
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
@@ -53,12 +54,13 @@ pub fn launch(scenario: &str, world: usize) -> Cluster {
             Rank { child, stdin, stdout }
         })
         .collect();
-    Cluster { ranks, _store: store }
+    Cluster { ranks, _folder: folder }
 }
 
 /// Starts `world` processes that run `scenario`, and expects all of them to succeed.
 pub fn run(scenario: &str, world: usize) {
-    for rank in launch(scenario, world).ranks {
+    let mut cluster = launch(scenario, world);
+    for rank in cluster.ranks.drain(..) {
         rank.finish();
     }
 }
@@ -100,7 +102,7 @@ impl Rank {
 pub struct Seat {
     pub rank: usize,
     pub world: usize,
-    pub store: TcpStore,
+    pub store: Store,
 }
 
 /// In a child process: its scenario and its rank. `None` in the test itself.
@@ -109,8 +111,7 @@ pub fn seat() -> Option<(String, Seat)> {
     let words: Vec<_> = line.split(' ').collect();
     let number = |index: usize| words[index].parse::<usize>().expect("a number");
     tch::set_num_threads(1);
-    let port = u16::try_from(number(3)).expect("a port");
-    let store = TcpStore::connect("127.0.0.1", port, LONG).expect("the store");
+    let store = Store::in_file(words[3].as_ref(), LONG).expect("the store");
     Some((words[0].to_owned(), Seat { rank: number(1), world: number(2), store }))
 }
 

@@ -1,0 +1,141 @@
+//! Where the coordinators of a run are: one object for each that has taken the run over, in their order, and the run's join key.
+
+use std::{fs, io::Write, os::unix::fs::OpenOptionsExt};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{Error, Run, journal::Journal, layout};
+
+/// A coordinator, as its object tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coordinator {
+    /// Its name. It tells a worker that its storage is the coordinator's, and a coordinator that another one has taken over.
+    pub name: String,
+    /// `host:port`, for other machines.
+    pub address: String,
+    /// SHA-256 of its TLS certificate, hexadecimal; absent where it serves without TLS and lets everybody in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<String>,
+}
+
+impl Run {
+    /// Writes the object of the coordinator that has just written its first record into the journal: a later coordinator's
+    /// object comes after it, whenever each is written.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub async fn announce(&self, journal: &Journal, coordinator: &Coordinator) -> Result<(), Error> {
+        let text =
+            serde_json::to_vec_pretty(coordinator).map_err(|e| self.unusable(layout::COORDINATORS, e))?;
+        self.create(&layout::coordinator_key(journal.length()), text.into()).await
+    }
+
+    /// The run's newest coordinator, which may have ended; `None` when there was none.
+    ///
+    /// # Errors
+    /// The store's error; [`Error::Damaged`].
+    pub async fn coordinator(&self) -> Result<Option<Coordinator>, Error> {
+        let keys = self.list(layout::COORDINATORS).await?.into_iter().map(|(key, _)| key);
+        let Some(newest) = keys.filter(|key| layout::is_coordinator_key(key)).last() else { return Ok(None) };
+        let Some(bytes) = self.get(&newest).await? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| self.unusable(&newest, e))
+    }
+
+    /// The run's join key, as text; `None` when it has none.
+    ///
+    /// # Errors
+    /// The store's error; [`Error::Damaged`] when it is not UTF-8.
+    pub async fn join_key(&self) -> Result<Option<String>, Error> {
+        let Some(bytes) = self.get(layout::JOIN_KEY).await? else { return Ok(None) };
+        let text = String::from_utf8(bytes.into()).map_err(|e| self.unusable(layout::JOIN_KEY, e))?;
+        Ok(Some(text.trim().to_owned()))
+    }
+
+    /// Writes the run's join key, unless it has one. In a folder only the user who writes it can read it.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub async fn keep_join_key(&self, key: &str) -> Result<(), Error> {
+        let text = Bytes::from(format!("{key}\n"));
+        let written = match self.root().folder() {
+            Some(_) => self.create_secret(layout::JOIN_KEY, &text),
+            None => self.create(layout::JOIN_KEY, text).await,
+        };
+        match written {
+            Err(Error::AlreadyExists { .. }) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Creates a file that nobody else can read, at once with its whole content.
+    fn create_secret(&self, key: &str, content: &[u8]) -> Result<(), Error> {
+        let place = std::path::PathBuf::from(self.describe(key));
+        let written = || {
+            let folder = place.parent().unwrap_or(&place);
+            fs::create_dir_all(folder)?;
+            let draft = folder.join(format!(".{}", Uuid::new_v4()));
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
+            let linked = file
+                .write_all(content)
+                .and_then(|()| file.sync_all())
+                .and_then(|()| fs::hard_link(&draft, &place));
+            fs::remove_file(&draft)?;
+            linked
+        };
+        written().map_err(|source| match source.kind() {
+            std::io::ErrorKind::AlreadyExists => Error::AlreadyExists { place: place.display().to_string() },
+            _ => Error::Store {
+                operation: "write",
+                place: place.display().to_string(),
+                source: object_store::Error::Generic { store: "LocalFileSystem", source: source.into() },
+            },
+        })
+    }
+
+    fn unusable(&self, key: &str, problem: impl std::fmt::Display) -> Error {
+        Error::Damaged { place: self.describe(key), problem: problem.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::Root;
+
+    fn coordinator(name: &str) -> Coordinator {
+        Coordinator { name: name.into(), address: "host:1".into(), certificate: Some("ab".into()) }
+    }
+
+    #[tokio::test]
+    async fn a_coordinator_that_announces_itself_late_hides_no_later_one() {
+        let run = Root::open("memory:///").unwrap().run(&"r".parse().unwrap());
+        assert_eq!(run.coordinator().await.unwrap(), None);
+        let (mut journal, _) = Journal::open(&run).await.unwrap();
+        journal.append("first".into()).await.unwrap();
+        let late = journal.clone();
+        journal.append("second".into()).await.unwrap();
+        run.announce(&journal, &coordinator("second")).await.unwrap();
+        run.announce(&late, &coordinator("first")).await.unwrap();
+        assert_eq!(run.coordinator().await.unwrap(), Some(coordinator("second")));
+    }
+
+    #[tokio::test]
+    async fn the_join_key_is_written_once_and_only_its_writer_can_read_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for root in [Root::open(folder.path().to_str().unwrap()).unwrap(), Root::open("memory:///").unwrap()]
+        {
+            let run = root.run(&"r".parse().unwrap());
+            assert_eq!(run.join_key().await.unwrap(), None);
+            run.keep_join_key("one").await.unwrap();
+            run.keep_join_key("two").await.unwrap();
+            assert_eq!(run.join_key().await.unwrap().as_deref(), Some("one"));
+        }
+        let mode = fs::metadata(folder.path().join("runs/r/join.key")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(fs::read_dir(folder.path().join("runs/r")).unwrap().count(), 1);
+    }
+}

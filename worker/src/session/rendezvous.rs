@@ -1,0 +1,149 @@
+//! The keys and values of a generation, as the coordinator keeps them: each operation is a request on the stream. What waits
+//! is ended at once when the stream is lost or when the rank is called away.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    time::Duration,
+};
+
+use potstill_c10d::{Answer, KeyValues, Operation};
+use potstill_proto::{
+    cursor::Generation,
+    wire::{StoreOperation, StoreReply, StoreRequest},
+};
+
+use super::link::Outbox;
+
+/// The requests of this rank that wait for their replies.
+#[derive(Clone, Default)]
+pub struct Calls(Arc<Mutex<Waiting>>);
+
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    calls: HashMap<u64, (Generation, mpsc::Sender<Result<StoreReply, String>>)>,
+}
+
+impl Calls {
+    /// A reply has arrived.
+    pub fn answer(&self, reply: StoreReply) {
+        if let Some((_, waiting)) = self.lock().calls.remove(&reply.id) {
+            // It may have given up.
+            let _ = waiting.send(Ok(reply));
+        }
+    }
+
+    /// Ends all requests: the stream is lost.
+    pub fn lost(&self) {
+        self.end(|_| true, "the coordinator was lost while the group formed");
+    }
+
+    /// Ends the requests of generations before `generation`, and its own where it was called off.
+    pub fn leave(&self, up_to: Generation) {
+        self.end(|generation| generation <= up_to, "the generation was called off");
+    }
+
+    fn end(&self, which: impl Fn(Generation) -> bool, reason: &str) {
+        self.lock().calls.retain(|_, (generation, waiting)| {
+            let ends = which(*generation);
+            if ends {
+                let _ = waiting.send(Err(reason.to_owned()));
+            }
+            !ends
+        });
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
+        // A thread that panicked leaves consistent data: every change is a single insertion or removal.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The keys and values of one generation.
+pub struct GenerationStore {
+    pub(super) outbox: Outbox,
+    pub(super) calls: Calls,
+    pub(super) generation: Generation,
+}
+
+impl KeyValues for GenerationStore {
+    fn execute(&self, operation: Operation<'_>, patience: Duration) -> Result<Answer, String> {
+        let (mut request, kind) = request(&operation);
+        let (tell, told) = mpsc::channel();
+        {
+            let mut waiting = self.calls.lock();
+            waiting.next += 1;
+            request.id = waiting.next;
+            waiting.calls.insert(request.id, (self.generation, tell));
+        }
+        let id = request.id;
+        request.generation = self.generation.0;
+        if !self.outbox.ask(request) {
+            self.calls.lock().calls.remove(&id);
+            // NCCL looks now and then for a key that a failing rank sets.
+            return match kind {
+                StoreOperation::Check => Ok(Answer::Number(0)),
+                _ => Err("there is no connection to the coordinator".to_owned()),
+            };
+        }
+        let reply = told.recv_timeout(patience).map_err(|_| {
+            self.calls.lock().calls.remove(&id);
+            format!(
+                "timed out after {:.1} s: {operation:?} in generation {}",
+                patience.as_secs_f64(),
+                self.generation
+            )
+        })??;
+        if !reply.error.is_empty() {
+            return Err(reply.error);
+        }
+        Ok(match kind {
+            StoreOperation::Get | StoreOperation::CompareSet => Answer::Value(reply.value),
+            StoreOperation::Add | StoreOperation::Delete | StoreOperation::Check | StoreOperation::Count => {
+                Answer::Number(reply.number)
+            }
+            StoreOperation::Set | StoreOperation::Wait | StoreOperation::Unspecified => Answer::Done,
+        })
+    }
+}
+
+/// The request for an operation, and its kind.
+fn request(operation: &Operation<'_>) -> (StoreRequest, StoreOperation) {
+    let mut request = StoreRequest::default();
+    let one = |key: &str| vec![key.to_owned()];
+    let all = |keys: &[&str]| keys.iter().map(|&key| key.to_owned()).collect();
+    let kind = match operation {
+        Operation::Set { key, value } => {
+            (request.keys, request.value) = (one(key), value.to_vec());
+            StoreOperation::Set
+        }
+        Operation::Get { key } => {
+            request.keys = one(key);
+            StoreOperation::Get
+        }
+        Operation::Add { key, amount } => {
+            (request.keys, request.amount) = (one(key), *amount);
+            StoreOperation::Add
+        }
+        Operation::CompareSet { key, expected, value } => {
+            (request.keys, request.expected, request.value) = (one(key), expected.to_vec(), value.to_vec());
+            StoreOperation::CompareSet
+        }
+        Operation::Delete { key } => {
+            request.keys = one(key);
+            StoreOperation::Delete
+        }
+        Operation::Check { keys } => {
+            request.keys = all(keys);
+            StoreOperation::Check
+        }
+        Operation::Wait { keys } => {
+            request.keys = all(keys);
+            StoreOperation::Wait
+        }
+        Operation::Count => StoreOperation::Count,
+    };
+    request.set_operation(kind);
+    (request, kind)
+}
