@@ -2,6 +2,7 @@
 //!
 //! The binaries are in the target folder beside the tests: `cargo build --workspace` makes them.
 
+pub mod fuzz;
 pub mod tiny_model;
 
 use std::{

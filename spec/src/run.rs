@@ -141,6 +141,9 @@ impl RunSpec {
         self.evaluation.validate(reads, &mut problems);
         let micro_batches = distillation.global_batch.checked_div(distillation.micro_batch);
         self.cluster.validate(micro_batches, &mut problems);
+        if let Ok(value) = toml::Value::try_from(self) {
+            refuse_secrets(&value, "", &mut problems);
+        }
         problems.into_result()
     }
 
@@ -196,6 +199,35 @@ fn compare(a: &serde_json::Value, b: &serde_json::Value, path: &str, found: &mut
         _ if a != b => found.push(format!("{path}: {a} there, {b} here")),
         _ => {}
     }
+}
+
+/// Refuses URLs that hold credentials: the specification is stored with the run and sent to every worker. The URL itself is
+/// not part of the message.
+fn refuse_secrets(value: &toml::Value, key: &str, problems: &mut Problems) {
+    match value {
+        toml::Value::String(text) => problems.require(!holds_secret(text), || {
+            format!(
+                "{key} is a URL with a password, or with a query, which may hold a key or a signature: it would be stored with \
+                 the run. Leave it out, and give credentials in the environment"
+            )
+        }),
+        toml::Value::Array(values) => values.iter().for_each(|value| refuse_secrets(value, key, problems)),
+        toml::Value::Table(table) => {
+            for (name, value) in table {
+                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                refuse_secrets(value, &key, problems);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Whether a text is a URL with a password or a query.
+fn holds_secret(text: &str) -> bool {
+    let Some((_, rest)) = text.split_once("://") else { return false };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
+    user.contains(':') || rest.contains('?')
 }
 
 #[cfg(test)]
@@ -337,5 +369,22 @@ mod tests {
         }
         spec.evaluation = EvaluationSpec { prompts_column: Some("x".into()), ..EvaluationSpec::default() };
         assert!(spec.validate().unwrap_err().to_string().contains("prompts_column"));
+    }
+
+    #[test]
+    fn urls_with_credentials_are_refused_and_not_repeated() {
+        for url in
+            ["s3://key:secret@bucket/x", "az://container/x?sv=2024&sig=secret", "https://h/x?token=secret"]
+        {
+            let mut spec = RunSpec::default();
+            spec.evaluation.reference = Some(url.into());
+            let error = spec.validate().unwrap_err().to_string();
+            assert!(error.contains("evaluation.reference is a URL with a password"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+        for harmless in ["az://container@account/x", "s3://bucket/a:b@c", "/folder/what?/x", "s3://bucket/x"]
+        {
+            assert!(!holds_secret(harmless), "{harmless}");
+        }
     }
 }

@@ -13,6 +13,41 @@ use crate::{Error, RunId, faults, patience::asked};
 /// Environment variables with these prefixes configure the cloud stores, as with those stores' own tools.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
 
+/// A location for messages: of a URL neither password, query nor fragment.
+pub(crate) fn shown(location: &str) -> String {
+    match Url::parse(location) {
+        Ok(mut url) if location.contains("://") => {
+            // Both fail for URLs that cannot have them.
+            let _ = url.set_password(None);
+            url.set_query(None);
+            url.set_fragment(None);
+            let unchanged = url.as_str() == location || url.as_str() == format!("{location}/");
+            if unchanged { location.to_owned() } else { url.to_string() }
+        }
+        Ok(_) | Err(_) if !location.contains("://") => location.to_owned(),
+        // Not readable as a URL, so that the credentials in it cannot be told from the rest.
+        _ => location
+            .split(['?', '#'])
+            .next()
+            .unwrap_or_default()
+            .rsplit('@')
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
+    }
+}
+
+/// Refuses a URL with credentials: locations are stored with the run, sent to workers and shown.
+fn without_credentials(location: &str, url: &Url) -> Result<(), Error> {
+    if url.password().is_none() && url.query().is_none() {
+        return Ok(());
+    }
+    let problem = "it has a password or a query, where credentials would be saved and shown; give them in the environment \
+                   variables that the store's own tools take"
+        .to_owned();
+    Err(Error::BadUrl { url: shown(location), problem })
+}
+
 /// The folder that holds all runs.
 #[derive(Clone, Debug)]
 pub struct Root {
@@ -49,7 +84,7 @@ impl Root {
         let local = location.strip_prefix("file://").unwrap_or(location);
         if !local.contains("://") && !std::path::Path::new(local).is_dir() {
             let problem = "there is no such folder".to_owned();
-            return Err(Error::BadUrl { url: location.to_owned(), problem });
+            return Err(Error::BadUrl { url: shown(location), problem });
         }
         Self::open(location)
     }
@@ -62,7 +97,7 @@ impl Root {
         location: &str,
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, Error> {
-        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         if !location.contains("://") {
             return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
         }
@@ -73,8 +108,7 @@ impl Root {
             return Self::local(folder, location);
         }
         let (store, prefix) = Self::open_store(location, variables)?;
-        // Without what may follow: a query can hold credentials. In az:// the user name before the host may be the
-        // container.
+        // In az:// the user name before the host may be the container.
         let container = match (url.scheme(), url.username()) {
             ("az", name) if !name.is_empty() => format!("{name}@"),
             _ => String::new(),
@@ -89,10 +123,11 @@ impl Root {
         location: &str,
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<(Arc<dyn ObjectStore>, Path), Error> {
-        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         // The cloud clients use the process's own TLS provider; an error means that one is installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
+        without_credentials(location, &url)?;
         let scheme = url.scheme();
         // object_store supports more schemes, but in some of them part of the location is where `url` does not keep it.
         if !["s3", "gs", "az", "memory"].contains(&scheme) {
@@ -107,7 +142,7 @@ impl Root {
     }
 
     fn local(folder: PathBuf, location: &str) -> Result<Self, Error> {
-        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         std::fs::create_dir_all(&folder)
             .map_err(|e| bad(format!("cannot create {}: {e}", folder.display())))?;
         let folder = folder.canonicalize().map_err(|e| bad(e.to_string()))?;

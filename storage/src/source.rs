@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::{
     Error,
-    root::{Root, environment},
+    root::{Root, environment, shown},
 };
 
 /// One object, or a folder of objects, on a local path or in an object store. It is never written to.
@@ -27,7 +27,7 @@ impl Source {
     /// # Errors
     /// The location is not one of these, or a local path does not exist.
     pub fn open(location: &str) -> Result<Self, Error> {
-        let bad = |problem: String| Error::BadUrl { url: location.to_owned(), problem };
+        let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         let local = match location.strip_prefix("file://") {
             Some(path) => Some(PathBuf::from(path)),
             None if !location.contains("://") => Some(PathBuf::from(location)),

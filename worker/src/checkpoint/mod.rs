@@ -382,7 +382,7 @@ async fn fill(
             let count = shape.iter().product::<i64>();
             let fits = match piece {
                 None => shape == entry.shape,
-                Some(_) => shape.len() == 1 && first >= 0 && first + count <= entry.numel(),
+                Some(_) => shape.len() == 1 && first >= 0 && first <= entry.numel() - count,
             };
             ensure!(
                 fits && count <= wanted.elements && view.dtype() == Dtype::F32,

@@ -3,6 +3,8 @@
 
 mod dataset;
 mod formats;
+#[cfg(test)]
+mod fuzz;
 mod images;
 pub mod pairs;
 pub mod prompt_file;

@@ -95,7 +95,7 @@ fn from_parquet(bytes: Bytes, column: &str) -> anyhow::Result<Read> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use parquet::{
@@ -113,7 +113,7 @@ mod tests {
         read_prompts(path.to_str().unwrap(), "prompt")
     }
 
-    fn parquet_file() -> Vec<u8> {
+    pub fn parquet_file() -> Vec<u8> {
         let schema = "message m { required binary prompt (UTF8); required int64 label; }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let mut bytes = Vec::new();

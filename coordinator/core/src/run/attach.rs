@@ -37,7 +37,7 @@ impl Core {
         self.recount(actions);
     }
 
-    pub(super) fn attached(&mut self, stream: StreamId, hello: Hello, actions: &mut Actions) {
+    pub(super) fn attached(&mut self, stream: StreamId, mut hello: Hello, actions: &mut Actions) {
         if let Some(reason) = self.refusal(&hello) {
             log(actions, format!("worker {} is refused: {reason}", hello.worker));
             send(actions, stream, ToWorker::Refused { reason });
@@ -52,6 +52,16 @@ impl Core {
         if let Some(old) = self.members.stream_of(&hello.worker) {
             self.lost(old, "it is replaced by its new connection", actions);
             actions.push(Action::Close { stream: old });
+        }
+        // Not refused: another coordinator may have taken over and given it a place.
+        if let Some(held) = hello.held.take_if(|_| !self.placed.contains(&hello.worker)) {
+            log(
+                actions,
+                format!(
+                    "worker {} says that it holds the state at {held}; it is not believed, since the journal never gave it a place",
+                    hello.worker
+                ),
+            );
         }
         let claimed = hello.place;
         // A worker may claim any place: only the journal says whose it is.

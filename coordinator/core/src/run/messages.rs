@@ -65,6 +65,16 @@ impl Core {
             FromWorker::ShardReceipt(receipt) => {
                 let generation = Generation(receipt.generation);
                 if let Some(rank) = self.spoken_rank(stream, generation, "a shard's receipt", actions) {
+                    let (iteration, last) = (receipt.iteration, self.terms.iterations);
+                    if iteration > last {
+                        let worker = self.members.get(stream).map(|m| m.id().to_string()).unwrap_or_default();
+                        return log(
+                            actions,
+                            format!(
+                                "ignored: a receipt of iteration {iteration} of {last} from worker {worker}"
+                            ),
+                        );
+                    }
                     match self.ledger.receipt(rank, receipt) {
                         Ok(complete) => actions.extend(complete.map(Action::Commit)),
                         Err(reason) => log(actions, format!("ignored: {reason}")),

@@ -87,6 +87,8 @@ pub struct Core {
     start: Start,
     /// Members of the newest generation by rank.
     named: Vec<WorkerId>,
+    /// The workers that have ever had a place: no other one holds a state of this run.
+    placed: BTreeSet<WorkerId>,
     /// Whether they have been waited for once already.
     awaited: bool,
     /// Whether the run may start from the teacher.
@@ -240,10 +242,12 @@ impl Core {
         let mut generation = Generation::default();
         let mut repeated = 0;
         let was_saved = history.iter().any(|record| matches!(record, Record::Committed { .. }));
+        let mut placed = BTreeSet::new();
         for record in &history {
-            if let Record::GenerationOpened { generation: opened, repeats, .. } = record {
+            if let Record::GenerationOpened { generation: opened, members, repeats, .. } = record {
                 generation = *opened;
                 repeated += repeats;
+                placed.extend(members.iter().cloned().map(WorkerId));
             }
         }
         let saved = checkpoints.last().map_or(0, |checkpoint| checkpoint.iteration);
@@ -267,6 +271,7 @@ impl Core {
             generation,
             start,
             named: Vec::new(),
+            placed,
             awaited: false,
             from_teacher: from_teacher || !(was_saved || saved > 0),
             doubted: BTreeMap::new(),

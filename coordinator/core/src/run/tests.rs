@@ -359,14 +359,17 @@ fn generations_go_on_from_the_journal() {
 
 #[test]
 fn a_worker_that_brings_state_is_the_source() {
-    let mut world = World::new(setup(2, 2));
-    let mut brings = hello("z");
+    let mut setup = setup(2, 2);
+    setup.history = journal(1);
+    setup.ranks_may_live = false;
+    let mut world = World::new(setup);
+    let mut brings = hello("w0");
     let cursor = Cursor { iteration: 3, phase: Phase::Generator };
     brings.held = Some(cursor);
-    world.attach(0);
+    world.attach(1);
     let actions = world.attach_with(9, brings);
     // It comes first among those that had no rank.
-    assert_eq!(places(&actions), [(9, 1, 0), (0, 1, 1)]);
+    assert_eq!(places(&actions), [(9, 7, 0), (1, 7, 1)]);
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
 }
 
@@ -711,9 +714,25 @@ fn a_worker_cannot_claim_the_place_of_another() {
     let report = report(1, 0, 1, 2);
     let actions = world.says(7, FromWorker::StepReport(report));
     assert!(matches!(&actions[..], [Action::Log(text)] if text.starts_with("ignored")), "{actions:?}");
-    let beyond = Hello { held: Some(Cursor::boundary(ITERATIONS + 1)), ..hello("liar") };
+}
+
+#[test]
+fn a_state_that_a_worker_cannot_hold_is_not_believed() {
+    let mut world = World::training(2, 2);
+    let beyond = Hello { held: Some(Cursor::boundary(ITERATIONS + 1)), ..hello("w1") };
     let actions = world.step(Event::Attached { stream: StreamId(8), hello: beyond });
     assert!(matches!(told(&actions)[..], [ToWorker::Refused { .. }]), "{actions:?}");
+    // It never had a place, so that no state of this run can be its own.
+    let never = Hello { held: Some(Cursor::boundary(ITERATIONS)), ..hello("liar") };
+    world.attach_with(9, never);
+    assert_eq!(world.core.members.get(StreamId(9)).unwrap().held, None);
+    for iteration in 0..2 {
+        for stream in 0..2 {
+            world.report(stream, iteration);
+        }
+    }
+    let actions = world.receipt(0, ITERATIONS + 1);
+    assert!(matches!(&actions[..], [Action::Log(text)] if text.starts_with("ignored")), "{actions:?}");
 }
 
 #[test]

@@ -190,11 +190,14 @@ impl World {
         // No process answers for it.
         self.processes.push(Process { alive: false, ..Process::new(usize::MAX) });
         let link = self.connect(coordinator, process);
-        let held = self.rng.random_bool(0.3).then(|| Cursor::boundary(self.scenario.iterations + 1));
+        let claimed = self.rng.random_range(1..=self.scenario.iterations + 1);
+        let held = self.rng.random_bool(0.5).then_some(Cursor::boundary(claimed));
         let hello = Hello { held, place: Some(Place { generation, rank }), ..self.hello(process) };
         self.send_up(link, Up::Hello(hello));
         let (cursor, key) = (Cursor::boundary(iteration), format!("checkpoints/{iteration:012}"));
         let lies = [
+            // Once it is ready it would be given a place, and its state to the others.
+            FromWorker::Ready,
             FromWorker::StepReport(wire::StepReport {
                 generation: generation.0,
                 iteration,
