@@ -118,6 +118,15 @@ struct Lab {
 
 impl Lab {
     fn start(net: Net, iterations: u64, micro_batch: u32) -> Self {
+        let (cluster, sets, served) = Self::serve(&net, iterations, micro_batch);
+        let agents = ["a", "b"].map(|host| Process::start(net.on(host, &cluster.agent("cut", 1))));
+        let mut lab = Self { net, cluster, sets, iterations, served, agents };
+        lab.served.until(&["generation opened", "world_size=2"]);
+        lab.served.until(&["images/s"]);
+        lab
+    }
+
+    fn serve(net: &Net, iterations: u64, micro_batch: u32) -> (Cluster, Vec<String>, Process) {
         let cluster = Cluster::default();
         let sets = vec![
             format!("distillation.iterations={iterations}"),
@@ -132,10 +141,7 @@ impl Lab {
         let serve = cluster.unscored("serve", "cut", 2, &given, &["--listen", &listen]);
         let mut served = Process::start(net.on("c", &serve));
         served.until(&["coordinator started"]);
-        let agents = ["a", "b"].map(|host| Process::start(net.on(host, &cluster.agent("cut", 1))));
-        served.until(&["generation opened", "world_size=2"]);
-        served.until(&["images/s"]);
-        Self { net, cluster, sets, iterations, served, agents }
+        (cluster, sets, served)
     }
 
     /// Waits for the end, and compares with a run that nothing has disturbed.
@@ -190,6 +196,27 @@ fn workers_cut_off_from_each_other_say_so_and_go_on_when_they_meet_again() {
     lab.served.until(&["generation abandoned", "all ranks wait for each other"]);
     lab.served.until(&["generation opened", "generation=2", "world_size=2"]);
     lab.net.heal("b");
+    lab.ends_like_an_undisturbed_run();
+}
+
+#[test]
+fn a_newcomer_that_cannot_reach_the_others_is_named_and_costs_them_nothing() {
+    let test = "a_newcomer_that_cannot_reach_the_others_is_named_and_costs_them_nothing";
+    let Some(net) = Net::new(test) else { return };
+    let iterations = 350;
+    let (cluster, sets, mut served) = Lab::serve(&net, iterations, 8);
+    net.cut("b", &[A]);
+    let start = |host| Process::start(net.on(host, &cluster.agent("cut", 1)));
+    let first = start("a");
+    served.until(&["generation opened", "world_size=1"]);
+    served.until(&["images/s"]);
+    let second = start("b");
+    // Alone, the first has not shown either that it can reach others.
+    served.until(&["the next one is tried without worker"]);
+    served.until(&["generation opened", "world_size=1", "repeated=0"]);
+    net.heal("b");
+    served.until(&["generation opened", "world_size=2"]);
+    let lab = Lab { net, cluster, sets, iterations, served, agents: [first, second] };
     lab.ends_like_an_undisturbed_run();
 }
 

@@ -56,16 +56,21 @@ def missing() -> list[str]:
     has = {
         "azurite": (VENV / "azurite" / "node_modules" / ".bin" / "azurite-blob").exists() or shutil.which("azurite-blob"),
         "slurm": root and all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch", "scontrol"))),
+        "root": root and shutil.which("unshare") and works("unshare", "--mount", "true"),
         "namespaces": root and shutil.which("nft") and namespaces(),
         "chromium": any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
     }
     return [name for name, there in has.items() if not there]
 
 
+def works(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def namespaces() -> bool:
     """Whether network namespaces can be made: root in a container may not."""
     name = f"potstill-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode == 0
+    made = works("ip", "netns", "add", name)
     if made:
         subprocess.run(["ip", "netns", "delete", name], check=False)
     return made

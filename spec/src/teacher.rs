@@ -15,7 +15,8 @@ pub struct TeacherSpec {
     /// file that names it.
     pub weights: Option<PathBuf>,
     /// A text-to-image model instead: a folder in the layout of diffusers (Stable Diffusion 1.x, 2.x, SDXL), as a path, a
-    /// URL of an object store, or the name of a repository on the Hugging Face hub.
+    /// URL of an object store, or a repository on the Hugging Face hub at a commit, as owner/name@commit with the commit's 40
+    /// digits.
     pub model: Option<String>,
     /// Height and width of that model's images, in pixels; by default those it was trained on.
     pub image_size: Option<[u32; 2]>,
@@ -41,9 +42,50 @@ impl TeacherSpec {
              teacher.model, but not both"
                 .into()
         });
+        let model = self.model.as_deref().unwrap_or_default();
+        problems.require(!is_on_the_hub(model) || is_pinned(model), || {
+            format!(
+                "teacher.model is {model:?}: a repository on the hub can change, so name a commit of it, as owner/name@ and the \
+                 commit's 40 digits"
+            )
+        });
         problems.require(
             self.image_size.is_none_or(|sides| self.model.is_some() && sides.iter().all(|side| *side > 0)),
             || "teacher.image_size is height and width of a text-to-image model's images".into(),
         );
+    }
+}
+
+/// Whether it is written as a repository's name; folders that exist are absolute paths here.
+fn is_on_the_hub(model: &str) -> bool {
+    let part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['/', '\\', ':']);
+    model.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
+}
+
+fn is_pinned(model: &str) -> bool {
+    let commit = model.rsplit_once('@').map_or("", |(_, commit)| commit);
+    commit.len() == 40 && commit.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repository_on_the_hub_is_named_with_a_commit() {
+        let problems = |model: &str| {
+            let mut problems = Problems::default();
+            TeacherSpec { model: Some(model.into()), ..TeacherSpec::default() }.validate(&mut problems);
+            problems.into_result().err().map(|error| error.to_string())
+        };
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        for pinned in
+            [&format!("owner/name@{commit}"), "/models/sd15", "s3://bucket/model", "./model", "model"]
+        {
+            assert_eq!(problems(pinned), None, "{pinned}");
+        }
+        for open in ["owner/name", "owner/name@main", "owner/name@0123456"] {
+            assert!(problems(open).is_some_and(|said| said.contains("40 digits")), "{open}");
+        }
     }
 }

@@ -43,12 +43,13 @@ pub struct Service {
     /// Name of the run.
     #[arg(long)]
     pub run_id: String,
-    /// Storage of runs, in which the coordinator's address, its certificate and the join key lie: a folder or a URL.
+    /// Storage of runs as this machine sees it, in which the coordinator's address, its certificate and the join key lie: a
+    /// folder or a URL.
     #[arg(long, required_unless_present_any = ["join", "insecure"])]
     pub storage: Option<String>,
-    /// File with an invitation (potstill invite), for a machine that sees the storage under another name than the coordinator;
-    /// - reads it from the first line of standard input.
-    #[arg(long, conflicts_with = "storage")]
+    /// File with an invitation (potstill invite), for a machine that may not read the join key; - reads it from the first line
+    /// of standard input. Without --storage, the storage is where the coordinator has it.
+    #[arg(long)]
     pub join: Option<PathBuf>,
     /// Address of the coordinator, if another than the one that it states, as HOST:PORT.
     #[arg(long, conflicts_with = "join")]
@@ -193,7 +194,8 @@ fn serve(
         place: None,
     };
     let (mut session, terms) = runtime.block_on(Session::attach(locator, hello, secret))?;
-    let job = match prepare(&terms, &run_id, runtime, device) {
+    let storage = service.storage.as_deref().unwrap_or(&terms.storage_url);
+    let job = match prepare(&terms, storage, &run_id, runtime, device) {
         Ok(job) => job,
         Err(error) => return give_up(&mut session, Generation::default(), error),
     };
@@ -301,6 +303,7 @@ fn rescue(
 
 fn prepare(
     terms: &Terms,
+    storage: &str,
     run_id: &RunId,
     runtime: &tokio::runtime::Runtime,
     device: Device,
@@ -309,7 +312,7 @@ fn prepare(
         bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
     }
     let spec = RunSpec::from_toml(&terms.specification)?;
-    let run = Root::open_existing(&terms.storage_url)?.run(run_id);
+    let run = Root::open_existing(storage)?.run(run_id);
     runtime.block_on(same_storage(&run, terms))?;
     Job::load(spec, run, runtime.handle().clone(), device)
 }

@@ -101,9 +101,15 @@ impl Outbox {
         Ok(UnboundedReceiverStream::new(messages))
     }
 
-    /// The newest checkpoint that this rank was told of.
+    /// The newest checkpoint that this rank was told of or has loaded.
     pub fn saved(&self) -> u64 {
         self.lock().retained.saved
+    }
+
+    /// This rank has loaded the checkpoint of this iteration.
+    pub fn has_loaded(&self, iteration: u64) {
+        let retained = &mut self.lock().retained;
+        retained.saved = retained.saved.max(iteration);
     }
 
     fn heard(&self, message: &ToWorker) {

@@ -81,11 +81,7 @@ impl KeyValues for GenerationStore {
         request.generation = self.generation.0;
         if !self.outbox.ask(request) {
             self.calls.lock().calls.remove(&id);
-            // NCCL looks now and then for a key that a failing rank sets.
-            return match kind {
-                StoreOperation::Check => Ok(Answer::Number(0)),
-                _ => Err("there is no connection to the coordinator".to_owned()),
-            };
+            return unanswered(kind, "there is no connection to the coordinator".to_owned());
         }
         let reply = told.recv_timeout(patience).map_err(|_| {
             self.calls.lock().calls.remove(&id);
@@ -96,7 +92,7 @@ impl KeyValues for GenerationStore {
             )
         })??;
         if !reply.error.is_empty() {
-            return Err(reply.error);
+            return unanswered(kind, reply.error);
         }
         Ok(match kind {
             StoreOperation::Get | StoreOperation::CompareSet => Answer::Value(reply.value),
@@ -105,6 +101,15 @@ impl KeyValues for GenerationStore {
             }
             StoreOperation::Set | StoreOperation::Wait | StoreOperation::Unspecified => Answer::Done,
         })
+    }
+}
+
+/// NCCL looks now and then for a key that a failing rank sets, also after the group has formed, when the coordinator may have
+/// been replaced: there is no such key then.
+fn unanswered(kind: StoreOperation, error: String) -> Result<Answer, String> {
+    match kind {
+        StoreOperation::Check => Ok(Answer::Number(0)),
+        _ => Err(error),
     }
 }
 

@@ -95,6 +95,7 @@ pub(super) fn obtain_state(
                 }
             };
             session.progress.while_waiting(|| transfer::publish(group, &mut state))?;
+            session.outbox().has_loaded(cursor.iteration);
             Ok((state, cursor))
         }
         Source::Peer { rank } => {

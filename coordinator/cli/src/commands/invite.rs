@@ -41,11 +41,11 @@ impl InviteArguments {
             Invited::Viewer => Role::Viewer,
         };
         let run = self.run.open()?;
-        let locator = Locator::Storage { run, role, address: self.coordinator, insecure: true };
+        let locator = Locator::Storage { run, role, address: self.coordinator, insecure: false };
         let invitation = runtime()?.block_on(locator.find())?;
         invitation.write(&self.output)?;
         print(format_args!(
-            "{}: --join {} reaches run {} at {} as {role}, until its coordinator is started again",
+            "{}: --join {} reaches run {} at {} as {role}, as long as its coordinator has the certificate that it has now",
             self.output.display(),
             self.output.display(),
             invitation.run_id,
