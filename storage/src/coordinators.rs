@@ -38,7 +38,8 @@ impl Run {
     /// The store's error; [`Error::Damaged`].
     pub async fn coordinator(&self) -> Result<Option<Coordinator>, Error> {
         let keys = self.list(layout::COORDINATORS).await?.into_iter().map(|(key, _)| key);
-        let Some(newest) = keys.filter(|key| layout::is_coordinator_key(key)).last() else { return Ok(None) };
+        let newest = keys.rev().find(|key| layout::is_coordinator_key(key));
+        let Some(newest) = newest else { return Ok(None) };
         let Some(bytes) = self.get(&newest).await? else { return Ok(None) };
         serde_json::from_slice(&bytes).map(Some).map_err(|e| self.unusable(&newest, e))
     }

@@ -192,7 +192,7 @@ async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
     assert!(error.to_string().contains(&format!("{place} is damaged")), "{error}");
 
     let orphan = layout::shard_key(15, "g1", 0, 2);
-    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap().shard;
+    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
     let policy = Policy { keep_last: Some(1), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
     assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });

@@ -136,7 +136,7 @@ async fn old_checkpoints_and_orphans_go() {
         commit(&run, iteration, &[10, 20, 30]).await;
     }
     let orphan = layout::shard_key(35, "g1", 0, 2);
-    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap().shard;
+    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
     assert_eq!(run.checkpoints().await.unwrap(), [10, 20, 30, 40, 50]);
     let policy = Policy { keep_last: Some(2), keep_every: NonZeroU64::new(20) };
     let swept = run.sweep(policy, &BTreeSet::new(), 50).await.unwrap();
