@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
-"""Train on the digits while ranks and the coordinator are killed and paused at random and the storage misbehaves, and compare the result
-with an undisturbed run's. Exits with 1 if anything was lost, repeated or changed.
+"""Train on the digits while ranks and the coordinator are killed and paused at random, hosts are cut off, workers that cannot work join, and
+the storage misbehaves, and compare the result with an undisturbed run's. Exits with 1 if anything was lost, repeated or changed.
+
+Four ranks and two spares of two agents; where namespaces can be made (root, iproute2, nftables), coordinator and agents are on hosts of
+their own.
 
     scripts/bench/chaos.py --minutes 2 --seed 0
 """
@@ -21,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import prepare
+from hosts import Hosts
 
 prepare.python()
 
@@ -30,15 +34,19 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = prepare.ROOT
 POTSTILL = prepare.PROGRAMS / "potstill"
 RUN = "chaos"
-# Always two ranks: the sum of two numbers does not depend on their order, so the result must be bit-identical.
-WORLD = 2
+WORLD = 4
+# Each host of an agent has half of the ranks, and a spare.
+AGENTS = ["a", "b"]
 SETTINGS = {
     "distillation.global_batch": 32,
-    "distillation.micro_batch": 16,
+    "distillation.micro_batch": 8,
     "checkpoint.every": 20,
-    "cluster.failure_timeout": "2s",
+    "cluster.failure_timeout": "3s",
     "cluster.wait_timeout": "120s",
 }
+# Kinds of faults, and how often each is drawn. Cuts need hosts of their own.
+FAULTS = {"kill": 5, "pause": 2, "coordinator": 2, "kill and coordinator": 1, "stop coordinator": 1, "bad joiner": 1}
+CUTS = {"cut from coordinator": 1, "cut from peers": 1}
 # The rates of storage faults while faults are injected.
 STORAGE_FAULTS = "error=0.02,delay=0.05,lost=0.02"
 
@@ -51,20 +59,22 @@ def settings(iterations: int) -> list[str]:
 class Lab:
     """Storage, a run file without evaluation, and the started processes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, hosts: Hosts):
         self.folder = folder
+        self.hosts = hosts
         self.config = folder / "chaos.toml"
         teacher = ROOT / "configs" / "digits" / "teacher.safetensors"
         self.config.write_text(f"[teacher]\nweights = {json.dumps(str(teacher))}\n")
         self.processes: list[subprocess.Popen] = []
 
-    def start(self, name: str, *arguments: str, faults: str | None = None) -> subprocess.Popen:
+    def start(self, name: str, *arguments: str, host: str | None = None, faults: str | None = None) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if faults:
             environment["POTSTILL_STORAGE_FAULTS"] = faults
+        command = [str(POTSTILL), *arguments]
         with open(self.folder / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
-                [str(POTSTILL), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+                self.hosts.on(host, command) if host else command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
             )
         self.processes.append(process)
         return process
@@ -77,11 +87,12 @@ class Lab:
 
     def run_arguments(self, subcommand: str, run: str, iterations: int) -> list[str]:
         storage = ["--storage", str(self.folder), "--run-id", run]
-        return [subcommand, str(self.config), "--workers", str(WORLD), *storage, *settings(iterations)]
+        workers = ["--workers", str(WORLD), "--set", "cluster.min_workers=1"]
+        return [subcommand, str(self.config), *workers, *storage, *settings(iterations)]
 
     def status(self) -> dict | None:
         command = [str(POTSTILL), "status", RUN, "--storage", str(self.folder), "--json"]
-        output = subprocess.run(command, capture_output=True, text=True, check=False)
+        output = subprocess.run(self.hosts.on("c", command), capture_output=True, text=True, check=False)
         return json.loads(output.stdout) if output.returncode == 0 else None
 
     def checkpoint(self, run: str, iteration: int) -> dict[str, torch.Tensor]:
@@ -112,27 +123,62 @@ class Chaos:
         self.paused: dict[int, float] = {}
         self.storage_faults = f"seed={seed},{STORAGE_FAULTS}"
         self.coordinator = self.serve()
-        agent = ["agent", "--storage", str(self.lab.folder), "--run-id", RUN, "--threads", "1"]
-        self.agents = [
-            lab.start("agent", *agent, "--ranks", str(WORLD), "--spares", "1", faults=self.storage_faults)
-        ]
+        # Until when a host is cut off.
+        self.cuts: dict[str, float] = {}
+        self.stopped: float | None = None
+        self.joiner: tuple[subprocess.Popen, float] | None = None
+        self.agents = [self.agent(host, str(self.lab.folder), spares=1) for host in AGENTS]
+
+    def agent(self, host: str, storage: str, spares: int = 0, join: Path | None = None) -> subprocess.Popen:
+        arguments = ["agent", "--storage", storage, "--run-id", RUN, "--threads", "1", "--spares", str(spares)]
+        ranks = WORLD // len(AGENTS) if spares else 1
+        invited = ["--join", str(join)] if join else []
+        name = f"agent-{host}" if spares else "joiner"
+        return self.lab.start(name, *arguments, "--ranks", str(ranks), *invited, host=host, faults=self.storage_faults)
 
     def serve(self) -> subprocess.Popen:
         arguments = self.lab.run_arguments("serve", RUN, self.iterations)
-        listen = ["--listen", "127.0.0.1:0", "--resume=auto"]
-        return self.lab.start("coordinator", *arguments, *listen, faults=self.storage_faults)
+        listen = ["--listen", f"{self.lab.hosts.address('c')}:0", "--resume=auto"]
+        return self.lab.start("coordinator", *arguments, *listen, host="c", faults=self.storage_faults)
+
+    def join_badly(self) -> None:
+        """Starts a worker that sees another storage, or one that reaches the coordinator and not its peers."""
+        blind = not self.lab.hosts.separate or self.random.random() < 0.5
+        invitation = None
+        storage = str(self.lab.folder)
+        if blind:
+            storage = tempfile.mkdtemp(dir=self.lab.folder)
+            invitation = self.lab.folder / "invitation.json"
+            command = [str(POTSTILL), "invite", RUN, "--role", "worker", "--storage", str(self.lab.folder)]
+            if subprocess.run([*command, "--output", str(invitation)], capture_output=True, check=False).returncode != 0:
+                return
+        # Host d is cut off from a and b from the start.
+        self.joiner = (self.agent("d", storage, join=invitation), time.monotonic() + self.random.uniform(5.0, 25.0))
 
     def holders(self, status: dict) -> list[dict]:
         return [member for member in status["members"] if member["rank"] is not None]
 
-    def wake(self, all_ranks: bool = False) -> None:
+    def wake(self, all_faults: bool = False) -> None:
+        """Ends the faults whose time is over, or all of them."""
+        now = time.monotonic()
         for pid, until in list(self.paused.items()):
-            if all_ranks or until <= time.monotonic():
+            if all_faults or until <= now:
                 del self.paused[pid]
                 try:
                     os.kill(pid, signal.SIGCONT)
                 except ProcessLookupError:
                     pass
+        for host, until in list(self.cuts.items()):
+            if all_faults or until <= now:
+                del self.cuts[host]
+                self.lab.hosts.heal(host)
+        if self.stopped is not None and (all_faults or self.stopped <= now):
+            self.stopped = None
+            self.coordinator.send_signal(signal.SIGCONT)
+        if self.joiner is not None and (all_faults or self.joiner[1] <= now):
+            self.joiner[0].kill()
+            self.joiner[0].wait()
+            self.joiner = None
 
     def disturb(self) -> None:
         """Injects one fault, if at least one rank that holds the state survives it."""
@@ -140,21 +186,37 @@ class Chaos:
         if status is None or status["state"] != "training":
             return
         holders = self.holders(status)
-        kind = self.random.choices(["kill", "pause", "coordinator", "kill and coordinator"], [5, 2, 2, 1])[0]
+        kinds = FAULTS | (CUTS if self.lab.hosts.separate else {})
+        kind = self.random.choices(list(kinds), list(kinds.values()))[0]
         able = [m["pid"] for m in holders if m["liveness"] == "alive" and m["pid"] not in self.paused]
         # A rank that has just joined may not have taken over the state yet.
         cursors = [int(re.findall(r"\d+", m["cursor"])[0]) for m in holders]
-        settled = len(able) == WORLD and min(cursors) + 1 >= max(cursors) >= max(status["iteration"], 1)
-        if kind != "coordinator" and (not settled or self.paused):
+        settled = len(able) >= 2 and min(cursors) + 1 >= max(cursors) >= max(status["iteration"], 1)
+        quiet = not self.paused and not self.cuts and self.stopped is None
+        if not quiet or (kind not in ("coordinator", "stop coordinator", "bad joiner") and not settled):
+            return
+        # Where both hosts have a rank that holds the state, one of them may be cut off.
+        if kind in CUTS and (len(able) < WORLD or status["generation"] == 0):
+            return
+        if kind == "bad joiner" and self.joiner is not None:
             return
         self.faults[kind] += 1
+        for_a_while = time.monotonic() + self.random.uniform(0.2, 6.0)
         if kind == "pause":
             pid = self.random.choice(able)
             os.kill(pid, signal.SIGSTOP)
-            self.paused[pid] = time.monotonic() + self.random.uniform(0.2, 4.0)
+            self.paused[pid] = for_a_while
+        elif kind == "stop coordinator":
+            self.coordinator.send_signal(signal.SIGSTOP)
+            self.stopped = for_a_while
+        elif kind == "bad joiner":
+            self.join_badly()
+        elif kind in CUTS:
+            self.lab.hosts.cut("b", ["c"] if kind == "cut from coordinator" else ["a"])
+            self.cuts["b"] = for_a_while + 4.0
         if "kill" in kind:
             os.kill(self.random.choice(able), signal.SIGKILL)
-        if "coordinator" in kind:
+        if kind.endswith("coordinator") and kind not in CUTS and kind != "stop coordinator":
             self.coordinator.kill()
             self.coordinator.wait()
             time.sleep(self.random.uniform(0.0, 3.0))
@@ -174,7 +236,7 @@ class Chaos:
                 status = self.lab.status() or {}
                 at = f"iteration {status.get('iteration')}/{self.iterations}, generation {status.get('generation')}"
                 print(f"  {at}, faults: {dict(self.faults)}", flush=True)
-        self.wake(all_ranks=True)
+        self.wake(all_faults=True)
         if self.coordinator.returncode != 0:
             raise Lost(f"the coordinator ended with {self.coordinator.returncode}")
         for agent in self.agents:
@@ -227,19 +289,23 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare.programs()
     folder = Path(tempfile.mkdtemp(prefix="potstill-chaos-"))
-    lab = Lab(folder)
+    hosts = Hosts(["c", *AGENTS, "d"])
+    if hosts.separate:
+        hosts.cut("d", AGENTS)
+    lab = Lab(folder, hosts)
     failed = True
     try:
         # The speed of this machine: the disturbed run gets as many iterations as an undisturbed one completes in half
         # its time.
-        trial = Lab(folder)
+        trial = Lab(folder, hosts)
         (folder / "trial").mkdir()
         trial.folder = folder / "trial"
         seconds = (undisturbed(trial, 60) - 2.0) / 60
         iterations = max(40, int(arguments.minutes * 60 * 0.5 / max(seconds, 1e-3)))
         print(f"{iterations} iterations undisturbed …", flush=True)
         quiet = undisturbed(lab, iterations)
-        print(f"the same with faults, seed {arguments.seed} …", flush=True)
+        where = "on hosts of their own" if hosts.separate else "on one host"
+        print(f"the same with faults, seed {arguments.seed}, {where} …", flush=True)
         started = time.monotonic()
         chaos = Chaos(lab, iterations, arguments.seed)
         chaos.run(patience=20 * quiet + 300)
@@ -256,6 +322,7 @@ def main() -> None:
         print(f"LOST: {lost}; logs in {folder}", file=sys.stderr)
     finally:
         lab.end()
+        hosts.remove()
         if not failed and not arguments.keep:
             subprocess.run(["rm", "-r", str(folder)], check=True)
     sys.exit(1 if failed else 0)

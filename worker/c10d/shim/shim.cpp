@@ -14,14 +14,19 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
+#include <dirent.h>
 #include <dlfcn.h>
+#include <linux/filter.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string_view>
 #include <thread>
 
@@ -171,6 +176,54 @@ struct File {
   ~File() { close(descriptor); }
 };
 
+// The sockets of this process that listen.
+std::set<int> listening() {
+  std::set<int> found;
+  if (DIR* folder = opendir("/proc/self/fd")) {
+    while (const dirent* entry = readdir(folder)) {
+      int descriptor = std::atoi(entry->d_name);
+      int listens = 0;
+      socklen_t length = sizeof listens;
+      if (getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length) == 0 && listens != 0) {
+        found.insert(descriptor);
+      }
+    }
+    closedir(folder);
+  }
+  return found;
+}
+
+// A Gloo device and the socket on which it listens. Gloo accepts whatever connects for as long as the device lives, and
+// keeps a descriptor of each.
+struct Device {
+  std::shared_ptr<gloo::transport::Device> device;
+  std::set<int> sockets;
+
+  static Device create(const char* host) {
+    // One at a time, so that the socket that is new is the device's.
+    static std::mutex one;
+    std::lock_guard<std::mutex> guard(one);
+    std::set<int> before = listening();
+    Device made{c10d::ProcessGroupGloo::createDeviceForHostname(host), {}};
+    for (int descriptor : listening()) {
+      if (before.count(descriptor) == 0) {
+        made.sockets.insert(descriptor);
+      }
+    }
+    return made;
+  }
+
+  // Once all peers are connected nothing else may connect: the kernel drops what arrives. Where it does not support that,
+  // strangers cost descriptors.
+  void close_door() const {
+    sock_filter nothing = BPF_STMT(BPF_RET | BPF_K, 0);
+    sock_fprog filter{1, &nothing};
+    for (int descriptor : sockets) {
+      setsockopt(descriptor, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter);
+    }
+  }
+};
+
 potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
   TORCH_CHECK(length > 0, "unavailable: this program was built without NCCL");
   load_cuda();
@@ -273,8 +326,10 @@ bool potstill_group_gloo(const potstill_store* store, int rank, int world, int64
     TORCH_CHECK(transport == nullptr || std::string_view(transport).substr(0, 3) == "TCP",
                 "GLOO_DEVICE_TRANSPORT must be TCP or TCP_TLS");
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
-    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(host));
+    Device device = Device::create(host);
+    options->devices.push_back(device.device);
     auto backend = c10::make_intrusive<AbortableGloo>(store->store, rank, world, options);
+    device.close_door();
     auto group = c10::make_intrusive<c10d::ProcessGroup>(store->store, rank, world);
     group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
     group->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::GLOO, backend);

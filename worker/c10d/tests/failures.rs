@@ -24,6 +24,7 @@ fn rank() {
             "timeout" => timeout(&seat),
             "no_peer_joins" => no_peer_joins(&seat),
             "waiting_beside" => waiting_beside(&seat),
+            "strangers" => strangers(&seat),
             other => panic!("no scenario {other}"),
         },
     }
@@ -247,4 +248,42 @@ fn waiting_beside(seat: &Seat) {
         let group = seat.join(&format!("g{generation}"), LONG);
         group.barrier().expect("issued").wait(None).expect("barrier");
     }
+}
+
+#[test]
+fn strangers_cannot_connect_to_a_group_that_has_formed() {
+    run("strangers", 2);
+}
+
+fn strangers(seat: &Seat) {
+    let group = seat.join("g1", LONG);
+    let barrier = || group.barrier().expect("issued").wait(None).expect("barrier");
+    barrier();
+    let descriptors = || std::fs::read_dir("/proc/self/fd").expect("descriptors").count();
+    let before = descriptors();
+    // Every socket of this process that listens: state 0A of the kernel's table.
+    let inodes: Vec<String> = std::fs::read_dir("/proc/self/fd")
+        .expect("descriptors")
+        .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.display().to_string()))
+        .collect();
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("the kernel's table");
+    let ports: Vec<u16> = table
+        .lines()
+        .skip(1)
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let own = inodes.contains(&format!("socket:[{}]", fields[9]));
+            (fields[3] == "0A" && own).then(|| u16::from_str_radix(&fields[1][9..], 16).expect("a port"))
+        })
+        .collect();
+    assert!(!ports.is_empty(), "Gloo listens");
+    for port in ports {
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        for _ in 0..3 {
+            let error = std::net::TcpStream::connect_timeout(&address, Duration::from_millis(50));
+            assert!(error.is_err(), "a stranger has connected to port {port}");
+        }
+    }
+    assert_eq!(descriptors(), before);
+    barrier();
 }
