@@ -44,6 +44,20 @@ impl Run {
         serde_json::from_slice(&bytes).map(Some).map_err(|e| self.unusable(&newest, e))
     }
 
+    /// Whether a coordinator of this name has announced itself in this storage, whether or not another one came after it.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub async fn has_coordinator(&self, name: &str) -> Result<bool, Error> {
+        for (key, _) in self.list(layout::COORDINATORS).await?.into_iter().rev() {
+            let Some(bytes) = self.get(&key).await? else { continue };
+            if serde_json::from_slice::<Coordinator>(&bytes).is_ok_and(|found| found.name == name) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The run's join key, as text; `None` when it has none.
     ///
     /// # Errors
@@ -122,6 +136,9 @@ mod tests {
         run.announce(&journal, &coordinator("second")).await.unwrap();
         run.announce(&late, &coordinator("first")).await.unwrap();
         assert_eq!(run.coordinator().await.unwrap(), Some(coordinator("second")));
+        for (name, known) in [("first", true), ("second", true), ("third", false)] {
+            assert_eq!(run.has_coordinator(name).await.unwrap(), known);
+        }
     }
 
     #[tokio::test]

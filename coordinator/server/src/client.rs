@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use potstill_access::{Authorized, Invitation, Locator, Patience};
 use potstill_core::record::Record;
 use potstill_proto::{wire, wire::coordinator_client::CoordinatorClient};
@@ -49,7 +49,15 @@ impl Client {
     /// # Errors
     /// The run cannot be read or has no coordinator, or its coordinator does not answer.
     pub async fn of(locator: &Locator) -> anyhow::Result<Self> {
-        Self::connect(&locator.find().await?, CONNECT).await
+        let invitation = locator.find().await?;
+        let mut client = Self::connect(&invitation, CONNECT).await?;
+        if invitation.certificate.is_none() {
+            // No certificate shows that it is this run's coordinator.
+            let served = client.summary().await.map_err(|status| client.refused(&status))?.run_id;
+            let (address, run) = (&invitation.address, &invitation.run_id);
+            ensure!(served == *run, "the coordinator at {address} serves run {served}, not {run}");
+        }
+        Ok(client)
     }
 
     /// The run's status, with all members.

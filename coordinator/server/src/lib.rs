@@ -107,8 +107,9 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let (decide, outcome) = watch::channel(None);
     let (farewell, over) = oneshot::channel::<()>();
     let mut shell = Shell::new(opened, clock.clone(), observe);
-    shell.start().await?;
+    // Before the first record: another process may have begun to listen. What connects waits for that record.
     let listener = socket.listen(BACKLOG).map_err(bind)?;
+    shell.start().await?;
 
     let (accepted, connections) = mpsc::channel(1);
     let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender, key))

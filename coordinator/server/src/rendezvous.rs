@@ -13,6 +13,10 @@ use potstill_proto::{
 const ROOM: usize = 256 << 20;
 /// Bytes of a key.
 const KEY: usize = 1024;
+/// Keys of a request: a rank waits for those of all ranks at once.
+const KEYS: usize = 1 << 14;
+/// Bytes that an entry takes beside its key and value.
+const ENTRY: usize = 100;
 /// Requests of one worker that wait. A worker has a few threads, and each has one request at a time.
 const WAITING: usize = 64;
 
@@ -30,9 +34,10 @@ pub struct Rendezvous {
 #[derive(Debug)]
 struct Waiting {
     id: u64,
-    keys: Vec<String>,
-    /// Whether the first key's value is the answer.
-    reads: bool,
+    /// Those that have not existed yet.
+    missing: Vec<String>,
+    /// The key whose value is the answer.
+    reads: Option<String>,
 }
 
 /// Replies, and who gets them.
@@ -86,6 +91,9 @@ impl Rendezvous {
         if let Some(key) = keys.iter().find(|key| key.len() > KEY) {
             return Err(format!("a key of {} bytes; {KEY} are accepted", key.len()));
         }
+        if keys.len() > KEYS {
+            return Err(format!("{} keys in a request; {KEYS} are accepted", keys.len()));
+        }
         let key =
             || keys.first().cloned().ok_or_else(|| format!("{} without a key", operation.as_str_name()));
         let number = |number: i64| StoreReply { number, ..StoreReply::default() };
@@ -96,16 +104,16 @@ impl Rendezvous {
                 StoreReply::default()
             }
             StoreOperation::Get | StoreOperation::Wait => {
-                key()?;
-                let reads = operation == StoreOperation::Get;
-                if !keys.iter().all(there) {
+                let reads = Some(key()?).filter(|_| operation == StoreOperation::Get);
+                let missing: Vec<String> = keys.iter().filter(|key| !there(key)).cloned().collect();
+                if !missing.is_empty() {
                     if waiting.len() == WAITING {
                         return Err(format!("{WAITING} requests of this worker wait already"));
                     }
-                    waiting.push(Waiting { id, keys, reads });
+                    waiting.push(Waiting { id, missing, reads });
                     return Ok(None);
                 }
-                let value = self.values.get(&keys[0]).filter(|_| reads).cloned().unwrap_or_default();
+                let value = reads.and_then(|key| self.values.get(&key).cloned()).unwrap_or_default();
                 StoreReply { value, ..StoreReply::default() }
             }
             StoreOperation::Add => {
@@ -136,7 +144,7 @@ impl Rendezvous {
             StoreOperation::Delete => {
                 let key = key()?;
                 let removed = self.values.remove(&key);
-                self.bytes -= removed.as_ref().map_or(0, |value| key.len() + value.len());
+                self.bytes -= removed.as_ref().map_or(0, |value| size(&key, value));
                 number(i64::from(removed.is_some()))
             }
             StoreOperation::Check => number(i64::from(keys.iter().all(there))),
@@ -148,8 +156,8 @@ impl Rendezvous {
     }
 
     fn put(&mut self, key: String, value: Vec<u8>) -> Result<(), String> {
-        let before = self.values.get(&key).map_or(0, |value| key.len() + value.len());
-        let bytes = self.bytes - before + key.len() + value.len();
+        let before = self.values.get(&key).map_or(0, |value| size(&key, value));
+        let bytes = self.bytes - before + size(&key, &value);
         if bytes > ROOM {
             return Err(format!("the keys and values of a generation have room for {ROOM} bytes"));
         }
@@ -163,18 +171,23 @@ impl Rendezvous {
         let Self { members, values, .. } = self;
         let mut replies = Vec::new();
         for (stream, waiting) in members {
-            waiting.retain(|request| {
-                if !request.keys.iter().all(|key| values.contains_key(key)) {
+            waiting.retain_mut(|request| {
+                request.missing.retain(|key| !values.contains_key(key));
+                if !request.missing.is_empty() {
                     return true;
                 }
-                let value = request.keys.first().filter(|_| request.reads).and_then(|key| values.get(key));
-                let value = value.cloned().unwrap_or_default();
+                let value =
+                    request.reads.as_ref().and_then(|key| values.get(key).cloned()).unwrap_or_default();
                 replies.push((*stream, StoreReply { id: request.id, value, ..StoreReply::default() }));
                 false
             });
         }
         replies
     }
+}
+
+fn size(key: &str, value: &[u8]) -> usize {
+    ENTRY + key.len() + value.len()
 }
 
 #[cfg(test)]
@@ -244,7 +257,7 @@ mod tests {
         assert_eq!(number(&mut rendezvous, StoreOperation::Check, &["n", "d"]), 0);
         assert_eq!(number(&mut rendezvous, StoreOperation::Delete, &["n"]), 1);
         assert_eq!(number(&mut rendezvous, StoreOperation::Delete, &["n"]), 0);
-        assert_eq!((rendezvous.bytes, rendezvous.values.len()), ("csecond".len(), 1));
+        assert_eq!((rendezvous.bytes, rendezvous.values.len()), (size("c", b"second"), 1));
     }
 
     #[test]

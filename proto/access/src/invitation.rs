@@ -96,6 +96,9 @@ impl Invitation {
                 "it is in version {found} of the format; this Potstill reads version {VERSION}"
             )));
         }
+        if invitation.certificate.is_some() != invitation.token.is_some() {
+            return Err(unusable("it has a token without a certificate, or the other way around".to_owned()));
+        }
         Ok(invitation)
     }
 
@@ -111,6 +114,13 @@ impl Invitation {
     /// # Errors
     /// [`AccessError::Unusable`]: the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), AccessError> {
+        let unusable = |problem: &str| AccessError::Unusable {
+            place: path.display().to_string(),
+            problem: problem.to_owned(),
+        };
+        if fs::symlink_metadata(path).is_ok_and(|there| !there.is_file()) {
+            return Err(unusable("it is there and is no file"));
+        }
         let draft = path.with_extension(format!("{}.part", std::process::id()));
         let written = || {
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;

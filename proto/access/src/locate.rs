@@ -39,7 +39,11 @@ impl Locator {
                 let text = tokio::fs::read_to_string(path)
                     .await
                     .map_err(|e| AccessError::Unusable { place: place.clone(), problem: e.to_string() })?;
-                Invitation::parse(&text, &place)
+                let invitation = Invitation::parse(&text, &place)?;
+                match invitation.certificate {
+                    Some(_) => Ok(invitation),
+                    None => Err(AccessError::Insecure { address: invitation.address }),
+                }
             }
             Self::Storage { run, role, address, insecure } => {
                 let Some(coordinator) = run.coordinator().await? else {

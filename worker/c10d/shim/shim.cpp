@@ -19,6 +19,7 @@
 #include <linux/filter.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -176,16 +177,19 @@ struct File {
   ~File() { close(descriptor); }
 };
 
-// The sockets of this process that listen.
-std::set<int> listening() {
-  std::set<int> found;
+// The sockets of this process that listen: their descriptors, and what tells a socket from another one that has had the same
+// descriptor.
+std::set<std::pair<int, ino_t>> listening() {
+  std::set<std::pair<int, ino_t>> found;
   if (DIR* folder = opendir("/proc/self/fd")) {
     while (const dirent* entry = readdir(folder)) {
       int descriptor = std::atoi(entry->d_name);
       int listens = 0;
       socklen_t length = sizeof listens;
-      if (getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length) == 0 && listens != 0) {
-        found.insert(descriptor);
+      struct stat status;
+      if (getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length) == 0 && listens != 0 &&
+          fstat(descriptor, &status) == 0) {
+        found.insert({descriptor, status.st_ino});
       }
     }
     closedir(folder);
@@ -203,11 +207,11 @@ struct Device {
     // One at a time, so that the socket that is new is the device's.
     static std::mutex one;
     std::lock_guard<std::mutex> guard(one);
-    std::set<int> before = listening();
+    auto before = listening();
     Device made{c10d::ProcessGroupGloo::createDeviceForHostname(host), {}};
-    for (int descriptor : listening()) {
-      if (before.count(descriptor) == 0) {
-        made.sockets.insert(descriptor);
+    for (const auto& socket : listening()) {
+      if (before.count(socket) == 0) {
+        made.sockets.insert(socket.first);
       }
     }
     return made;
@@ -298,8 +302,8 @@ bool potstill_store_of(potstill_store_call_fn* call, potstill_store_end_fn* end,
   });
 }
 
-void potstill_sink_write(potstill_sink* sink, const uint8_t* bytes, size_t length) {
-  sink->bytes.assign(bytes, bytes + length);
+bool potstill_sink_write(potstill_sink* sink, const uint8_t* bytes, size_t length, potstill_error* error) {
+  return failed(error, [&] { sink->bytes.assign(bytes, bytes + length); });
 }
 
 bool potstill_store_prefix(const potstill_store* store, const char* prefix, potstill_store** out, potstill_error* error) {

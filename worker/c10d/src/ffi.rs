@@ -74,7 +74,12 @@ unsafe extern "C" {
         out: *mut *mut Store,
         error: *mut ErrorText,
     ) -> bool;
-    pub fn potstill_sink_write(sink: *mut Sink, bytes: *const u8, length: usize);
+    pub fn potstill_sink_write(
+        sink: *mut Sink,
+        bytes: *const u8,
+        length: usize,
+        error: *mut ErrorText,
+    ) -> bool;
     pub fn potstill_store_prefix(
         store: *const Store,
         prefix: *const c_char,

@@ -101,7 +101,7 @@ impl ProcessGroup {
     /// of the group.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`] when a peer did not join, [`ErrorKind::PeerLost`] when one, or the store, has ended,
+    /// [`ErrorKind::Timeout`] when a peer did not join, [`ErrorKind::PeerLost`] when one has ended, the store's error,
     /// [`ErrorKind::Unavailable`] for NCCL without CUDA, without a GPU, or in a program built without it.
     pub fn new(
         backend: &Backend,

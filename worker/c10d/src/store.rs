@@ -168,9 +168,8 @@ unsafe extern "C" fn execute(
             false
         }
         Ok(Answer::Value(bytes)) => {
-            // SAFETY: the shim copies the bytes during this call.
-            unsafe { ffi::potstill_sink_write(sink, bytes.as_ptr(), bytes.len()) };
-            false
+            // SAFETY: the shim copies the bytes during this call; the others are its own.
+            unsafe { ffi::potstill_sink_write(sink, bytes.as_ptr(), bytes.len(), error) }
         }
         Err(text) => {
             // SAFETY: memory of the shim.

@@ -25,7 +25,7 @@ use crate::{
     process::device::{self, Choice},
     process::lifeline,
     process::network,
-    session::{self, Session, Terms},
+    session::{Session, Terms},
     training::{Ending, Holding, Job, run_generation},
 };
 use potstill_logging::{LogFormat, chain};
@@ -176,12 +176,6 @@ fn serve(
     // Entered, so that the session can start its tasks.
     let _entered = runtime.enter();
     let run_id: RunId = service.run_id.parse()?;
-    let invitation = runtime.block_on(session::found(&locator))?;
-    let host = match address {
-        Some(address) => address,
-        None => network::address_towards(&invitation.address)?,
-    };
-    let host = host.to_string();
     let secret = WorkerSecret::generate()?;
     let hello = Hello {
         protocol: PROTOCOL,
@@ -194,6 +188,12 @@ fn serve(
         place: None,
     };
     let (mut session, terms) = runtime.block_on(Session::attach(locator, hello, secret))?;
+    // Only now: the connection shows that the coordinator's address can be resolved and reached.
+    let host = match address {
+        Some(address) => address,
+        None => network::address_towards(&terms.address)?,
+    };
+    let host = host.to_string();
     let storage = service.storage.as_deref().unwrap_or(&terms.storage_url);
     let job = match prepare(&terms, storage, &run_id, runtime, device) {
         Ok(job) => job,
@@ -321,16 +321,12 @@ fn prepare(
 async fn same_storage(run: &potstill_storage::Run, terms: &Terms) -> anyhow::Result<()> {
     let started = Instant::now();
     loop {
-        let found = run.coordinator().await?;
-        if found.as_ref().is_some_and(|found| found.name == terms.coordinator) {
+        if run.has_coordinator(&terms.coordinator).await? {
             return Ok(());
         }
         if started.elapsed() >= VISIBLE {
             let place = run.describe(layout::COORDINATORS);
-            let problem = match found {
-                Some(_) => format!("the newest object below {place} names another coordinator"),
-                None => format!("there is no object below {place}"),
-            };
+            let problem = format!("no object below {place} names the coordinator");
             bail!(
                 "this machine does not see the run's storage, {}: {problem}. Give it access to the same storage as the \
                  coordinator's",

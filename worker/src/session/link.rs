@@ -1,24 +1,22 @@
 //! The stream itself: connects, sends the hello, forwards messages, and reconnects when the stream is lost.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use potstill_access::{AccessError, Invitation, Locator, Patience, WorkerSecret};
+use potstill_access::{AccessError, Locator, Patience, WorkerSecret};
 use potstill_c10d::ProcessGroup;
 use potstill_logging::chain;
 use potstill_proto::{
     cursor::Generation,
-    message::{FromWorker, Hello, Place, Source, ToWorker, proven},
+    message::{Hello, ToWorker},
     wire,
 };
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use super::{progress::Progress, rendezvous::Calls, retained::Retained};
+use super::{outbox::Outbox, progress::Progress, rendezvous::Calls};
 use crate::process::lifeline;
 
 /// How long a starting rank tries to reach the coordinator, which may be starting as well: it hashes the teacher and reads the
@@ -26,8 +24,11 @@ use crate::process::lifeline;
 const CONNECT_FOR: Duration = Duration::from_secs(300);
 /// How often a rank that waits for the coordinator says so.
 const SAY: Duration = Duration::from_secs(10);
-/// Timeout of one attempt.
-const ATTEMPT: Duration = Duration::from_secs(5);
+/// Timeout of a connection with its handshake.
+const CONNECTION: Duration = Duration::from_secs(5);
+/// Timeout of one attempt: the storage in which the coordinator is looked up may be slow, and a coordinator that writes its
+/// journal there answers when it has written.
+const ATTEMPT: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A connection that is silent for the first of these is probed, and given up without an answer within the second: long
@@ -46,91 +47,14 @@ pub struct Terms {
     pub patience: Duration,
     /// The coordinator's name, which its storage holds too.
     pub coordinator: String,
+    /// Its `host:port`.
+    pub address: String,
 }
 
 /// What the training thread receives.
 pub(super) enum Inbound {
     Message(ToWorker),
     Lost(String),
-}
-
-/// Sends messages to the coordinator, from any thread, whether or not there is a stream at the moment.
-#[derive(Clone, Default)]
-pub struct Outbox(Arc<Mutex<Outgoing>>);
-
-#[derive(Default)]
-struct Outgoing {
-    retained: Retained,
-    stream: Option<UnboundedSender<wire::WorkerMessage>>,
-}
-
-impl Outbox {
-    /// Sends a message; one that must not be lost is sent again after a lost stream.
-    pub fn send(&self, message: FromWorker) {
-        let mut outgoing = self.lock();
-        outgoing.retained.keep(&message);
-        if let Some(stream) = &outgoing.stream {
-            // The link itself notices when a stream is lost.
-            let _ = stream.send(message.into());
-        }
-    }
-
-    /// Sends a request for keys and values; false where there is no stream.
-    pub fn ask(&self, request: wire::StoreRequest) -> bool {
-        let message = wire::WorkerMessage { kind: Some(wire::worker_message::Kind::StoreRequest(request)) };
-        self.lock().stream.as_ref().is_some_and(|stream| stream.send(message).is_ok())
-    }
-
-    /// Starts a stream: sends a hello, and all messages that a new coordinator may not have received.
-    fn begin(
-        &self,
-        mut hello: Hello,
-        secret: &WorkerSecret,
-        progress: &Progress,
-    ) -> anyhow::Result<UnboundedReceiverStream<wire::WorkerMessage>> {
-        let (sender, messages) = unbounded_channel();
-        let mut outgoing = self.lock();
-        hello.place = outgoing.retained.place;
-        hello.held = progress.held().filter(|_| outgoing.retained.keeps_state(progress.loaded()));
-        let closed = "the stream closed before the hello";
-        sender.send(proven(hello, secret.bytes())).context(closed)?;
-        for message in outgoing.retained.messages() {
-            sender.send(message.clone().into()).context(closed)?;
-        }
-        outgoing.stream = Some(sender);
-        Ok(UnboundedReceiverStream::new(messages))
-    }
-
-    /// The newest checkpoint that this rank was told of or has loaded.
-    pub fn saved(&self) -> u64 {
-        self.lock().retained.saved
-    }
-
-    /// This rank has loaded the checkpoint of this iteration.
-    pub fn has_loaded(&self, iteration: u64) {
-        let retained = &mut self.lock().retained;
-        retained.saved = retained.saved.max(iteration);
-    }
-
-    fn heard(&self, message: &ToWorker) {
-        let retained = &mut self.lock().retained;
-        match message {
-            ToWorker::Assignment(a) => {
-                let keeps_state = a.source == Source::Peer { rank: a.rank };
-                retained.assigned(Place { generation: a.generation, rank: a.rank }, keeps_state);
-            }
-            ToWorker::Committed { iteration } => {
-                retained.committed(*iteration);
-                retained.saved = retained.saved.max(*iteration);
-            }
-            _ => {}
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Outgoing> {
-        // A thread that panicked leaves consistent data: every change is a single push or retain.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The rank's current group, which the link can abort.
@@ -190,6 +114,8 @@ impl Link {
                 Some(lost) => lost,
                 None => return,
             };
+            // In this order: no request is sent that nobody answers.
+            self.outbox.welcomed(false);
             self.calls.lost();
             tracing::warn!(
                 reason = lost,
@@ -258,10 +184,14 @@ impl Link {
     }
 
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {
-        let invitation = self.locator.find().await?;
+        let invitation = self.locator.find().await.map_err(|error| match &self.locator {
+            // It may be about to be replaced.
+            Locator::File(_) => Failure::Refused(error.into()),
+            _ => error.into(),
+        })?;
         let address = &invitation.address;
         let mut client =
-            invitation.connect(Patience { connect: ATTEMPT, keep_alive: Some(KEEP_ALIVE) }).await?;
+            invitation.connect(Patience { connect: CONNECTION, keep_alive: Some(KEEP_ALIVE) }).await?;
         let outgoing =
             self.outbox.begin(self.hello.clone(), &self.secret, &self.progress).map_err(Failure::Passing)?;
         let lost = || format!("the coordinator at {address} closed the stream before its welcome");
@@ -291,7 +221,9 @@ impl Link {
                     collective_timeout: Duration::from_millis(collective_timeout_millis),
                     patience: Duration::from_millis(patience_millis),
                     coordinator,
+                    address: address.clone(),
                 };
+                self.outbox.welcomed(true);
                 Ok((incoming, terms))
             }
             ToWorker::Refused { reason } | ToWorker::Stop { reason, .. } => Err(Failure::Final(
@@ -302,14 +234,6 @@ impl Link {
             ))),
         }
     }
-}
-
-/// Where the run's coordinator is, with repeated attempts: it may be starting.
-///
-/// # Errors
-/// It cannot be found, however long one waits, or was not.
-pub async fn found(locator: &Locator) -> anyhow::Result<Invitation> {
-    retry(CONNECT_FOR, LONGEST_PAUSE, || async { Ok(locator.find().await?) }).await
 }
 
 /// Repeats an attempt for `patience`, with pauses up to `longest`.
@@ -355,7 +279,8 @@ async fn retry<T, F: Future<Output = Result<T, Failure>>>(
 enum Failure {
     /// Another attempt may succeed.
     Passing(anyhow::Error),
-    /// The token was not accepted. Another attempt may succeed where the coordinator has just been replaced.
+    /// The token was not accepted, or the invitation cannot be read. Another attempt may succeed where the coordinator has just
+    /// been replaced.
     Refused(anyhow::Error),
     /// No further attempt can succeed.
     Final(anyhow::Error),

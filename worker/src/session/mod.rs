@@ -10,6 +10,7 @@
 
 mod link;
 mod orders;
+mod outbox;
 mod progress;
 mod rendezvous;
 mod retained;
@@ -25,14 +26,10 @@ use potstill_proto::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+pub use self::{link::Terms, orders::Orders, outbox::Outbox, progress::Progress};
 use self::{
     link::{Entered, Inbound, Link},
     rendezvous::{Calls, GenerationStore},
-};
-pub use self::{
-    link::{Outbox, Terms, found},
-    orders::Orders,
-    progress::Progress,
 };
 
 /// A worker's session with the coordinators of its run.

@@ -13,7 +13,10 @@ use potstill_proto::{
     wire::{StoreOperation, StoreReply, StoreRequest},
 };
 
-use super::link::Outbox;
+use super::outbox::Outbox;
+
+/// Why a request of a generation that is over fails.
+const CALLED_OFF: &str = "the generation was called off";
 
 /// The requests of this rank that wait for their replies.
 #[derive(Clone, Default)]
@@ -22,6 +25,8 @@ pub struct Calls(Arc<Mutex<Waiting>>);
 #[derive(Default)]
 struct Waiting {
     next: u64,
+    /// The newest generation that was called off.
+    left: Generation,
     calls: HashMap<u64, (Generation, mpsc::Sender<Result<StoreReply, String>>)>,
 }
 
@@ -41,7 +46,10 @@ impl Calls {
 
     /// Ends the requests of generations before `generation`, and its own where it was called off.
     pub fn leave(&self, up_to: Generation) {
-        self.end(|generation| generation <= up_to, "the generation was called off");
+        let mut waiting = self.lock();
+        waiting.left = waiting.left.max(up_to);
+        drop(waiting);
+        self.end(|generation| generation <= up_to, CALLED_OFF);
     }
 
     fn end(&self, which: impl Fn(Generation) -> bool, reason: &str) {
@@ -69,37 +77,46 @@ pub struct GenerationStore {
 
 impl KeyValues for GenerationStore {
     fn execute(&self, operation: Operation<'_>, patience: Duration) -> Result<Answer, String> {
-        let (mut request, kind) = request(&operation);
-        let (tell, told) = mpsc::channel();
-        {
-            let mut waiting = self.calls.lock();
-            waiting.next += 1;
-            request.id = waiting.next;
-            waiting.calls.insert(request.id, (self.generation, tell));
-        }
-        let id = request.id;
-        request.generation = self.generation.0;
-        if !self.outbox.ask(request) {
-            self.calls.lock().calls.remove(&id);
-            return unanswered(kind, "there is no connection to the coordinator".to_owned());
-        }
-        let reply = told.recv_timeout(patience).map_err(|_| {
-            self.calls.lock().calls.remove(&id);
-            format!(
-                "timed out after {:.1} s: {operation:?} in generation {}",
-                patience.as_secs_f64(),
-                self.generation
-            )
-        })??;
-        if !reply.error.is_empty() {
-            return unanswered(kind, reply.error);
-        }
+        let (request, kind) = request(&operation);
+        let reply = match self.ask(request, patience) {
+            Ok(reply) if reply.error.is_empty() => reply,
+            Ok(reply) => return unanswered(kind, reply.error),
+            Err(error) => return unanswered(kind, error),
+        };
         Ok(match kind {
             StoreOperation::Get | StoreOperation::CompareSet => Answer::Value(reply.value),
             StoreOperation::Add | StoreOperation::Delete | StoreOperation::Check | StoreOperation::Count => {
                 Answer::Number(reply.number)
             }
             StoreOperation::Set | StoreOperation::Wait | StoreOperation::Unspecified => Answer::Done,
+        })
+    }
+}
+
+impl GenerationStore {
+    /// Sends a request and waits for its reply.
+    fn ask(&self, mut request: StoreRequest, patience: Duration) -> Result<StoreReply, String> {
+        // Without values, which may be secret.
+        let what = format!("{} of {:?}", request.operation().as_str_name(), request.keys);
+        let (tell, told) = mpsc::channel();
+        let id = {
+            let mut waiting = self.calls.lock();
+            if self.generation <= waiting.left {
+                return Err(CALLED_OFF.to_owned());
+            }
+            waiting.next += 1;
+            let id = waiting.next;
+            waiting.calls.insert(id, (self.generation, tell));
+            id
+        };
+        (request.id, request.generation) = (id, self.generation.0);
+        if !self.outbox.ask(request) {
+            self.calls.lock().calls.remove(&id);
+            return Err("there is no connection to the coordinator".to_owned());
+        }
+        told.recv_timeout(patience).unwrap_or_else(|_| {
+            self.calls.lock().calls.remove(&id);
+            Err(format!("timed out after {:.1} s: {what} in {}", patience.as_secs_f64(), self.generation))
         })
     }
 }

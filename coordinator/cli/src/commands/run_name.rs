@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Args;
-use potstill_access::{Locator, Role};
+use potstill_access::{Invitation, Locator, Role};
 use potstill_core::record::Record;
 use potstill_server::client::{Client, history};
 use potstill_storage::{Root, Run};
@@ -51,7 +51,14 @@ impl AskedRun {
     /// As for [`RunName::open`].
     pub fn locator(&self, role: Role) -> anyhow::Result<Locator> {
         Ok(match &self.join {
-            Some(file) => Locator::File(file.clone()),
+            Some(file) => {
+                let text =
+                    std::fs::read_to_string(file).with_context(|| format!("--join {}", file.display()))?;
+                let invitation = Invitation::parse(&text, &file.display().to_string())?;
+                let (invited, run) = (&invitation.run_id, &self.name.run);
+                ensure!(invited == run, "{} is an invitation to run {invited}, not {run}", file.display());
+                Locator::Fixed(invitation)
+            }
             None => Locator::Storage {
                 run: self.name.open()?,
                 role,
