@@ -404,7 +404,7 @@ fn a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_with
         .arg(&invitation);
     let blind = Process::start(blind);
     let lost = serve.until(&["worker lost", "does not see the run's storage"]);
-    assert!(lost.contains("there is no object below"), "{lost}");
+    assert!(lost.contains("no object below"), "{lost}");
     assert_eq!(blind.end().0, Some(1));
     let sighted = Process::start(cluster.agent("seen", 1));
     let (code, log) = serve.end();
