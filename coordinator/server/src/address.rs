@@ -1,14 +1,12 @@
 //! The addresses of a coordinator, for this machine and for others.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use nix::ifaddrs::getifaddrs;
+use potstill_access::machine::{self, address_towards};
 
 /// Addresses that lead nowhere (RFC 5737, RFC 3849): the route to them is the default route.
-const ELSEWHERE: [(IpAddr, &str); 2] = [
-    (IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), "0.0.0.0:0"),
-    (IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), "[::]:0"),
-];
+const ELSEWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 
 /// The address at which this machine reaches a coordinator that listens on `address`.
 #[must_use]
@@ -30,30 +28,22 @@ pub fn advertised(address: SocketAddr) -> String {
         return address.to_string();
     }
     let takes = |ip: &IpAddr| address.is_ipv6() || ip.is_ipv4();
-    let routed = ELSEWHERE.into_iter().filter_map(|(target, from)| routed(target, from));
-    let ip = routed.chain(interfaces()).find(takes);
+    let routed = ELSEWHERE.into_iter().filter_map(|target| address_towards((target, 9).into()).ok());
+    let ip = routed.filter(reaches).chain(interfaces()).find(takes);
     ip.map_or_else(|| local(address).to_string(), |ip| SocketAddr::new(ip, address.port()).to_string())
-}
-
-/// This machine's address on the route to `target`. No packet is sent.
-fn routed(target: IpAddr, from: &str) -> Option<IpAddr> {
-    let socket = UdpSocket::bind(from).ok()?;
-    socket.connect((target, 9)).ok()?;
-    Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
 }
 
 /// The addresses of this machine's interfaces that other machines may reach.
 fn interfaces() -> impl Iterator<Item = IpAddr> {
-    let all = getifaddrs().into_iter().flatten();
-    all.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
-    })
-    .filter(|ip| match ip {
-        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
-        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
-    })
+    machine::interfaces().unwrap_or_default().into_iter().map(|(_, ip)| ip).filter(reaches)
+}
+
+/// Whether other machines may reach an address of this one.
+fn reaches(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_unspecified() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unspecified() && !ip.is_unicast_link_local(),
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! The join key, roles, and the tokens that follow from them.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use ring::{hmac, rand::SecureRandom};
-use serde::{Deserialize, Serialize};
 
 use crate::AccessError;
 
@@ -11,8 +10,7 @@ use crate::AccessError;
 const CONTEXT: &str = "potstill role ";
 
 /// What a caller may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Attach as a worker, and see the status.
     Worker,
@@ -40,6 +38,15 @@ impl Role {
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|role| role.name() == name);
+        known.ok_or_else(|| format!("there is no role {name:?}; expected worker, operator or viewer"))
     }
 }
 
@@ -86,7 +93,7 @@ impl JoinKey {
     #[must_use]
     pub fn role_of(&self, token: &str) -> Option<Role> {
         let (name, digits) = token.split_once('.')?;
-        let role = Role::ALL.into_iter().find(|role| role.name() == name)?;
+        let role: Role = name.parse().ok()?;
         let tag = from_hex(digits)?;
         hmac::verify(&self.hmac_key(), said(role).as_bytes(), &tag).is_ok().then_some(role)
     }

@@ -9,6 +9,7 @@
 //! - `fingerprint`: a certificate's SHA-256, and TLS that accepts it alone;
 //! - `invitation`: all that is needed to connect, and the connection;
 //! - `locate`: where an invitation comes from;
+//! - `machine`: the addresses of this machine;
 //! - `worker`: a worker's id, which no other worker can claim.
 
 mod error;
@@ -16,6 +17,7 @@ mod fingerprint;
 mod invitation;
 mod key;
 mod locate;
+pub mod machine;
 mod worker;
 
 pub use error::AccessError;

@@ -1,9 +1,9 @@
 //! The address at which the ranks of other machines reach those of this one.
 
-use std::net::{IpAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, ToSocketAddrs};
 
 use anyhow::{Context, ensure};
-use nix::ifaddrs::getifaddrs;
+use potstill_access::machine;
 
 /// This machine's address on the route to the coordinator, where peers can reach it too.
 ///
@@ -18,26 +18,11 @@ pub fn address_towards(coordinator: &str) -> anyhow::Result<IpAddr> {
     if target.ip().is_loopback() {
         return Ok(target.ip());
     }
-    // No packet is sent: connecting a UDP socket only chooses the route.
-    let unspecified = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let socket = UdpSocket::bind(unspecified)?;
-    socket.connect(target).with_context(|| format!("no route to the coordinator at {coordinator}"))?;
-    Ok(socket.local_addr()?.ip())
+    machine::address_towards(target).with_context(|| format!("no route to the coordinator at {coordinator}"))
 }
 
-/// The interfaces of this machine with their addresses; IPv4 first.
 fn interfaces() -> anyhow::Result<Vec<(String, IpAddr)>> {
-    let all = getifaddrs().context("the interfaces of this machine cannot be listed")?;
-    let mut found: Vec<_> = all
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            let ip = v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))?;
-            Some((interface.interface_name, ip))
-        })
-        .collect();
-    found.sort_by_key(|(_, ip)| ip.is_ipv6());
-    Ok(found)
+    machine::interfaces().context("the interfaces of this machine cannot be listed")
 }
 
 /// The address of an interface.

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use potstill_access::{Locator, Role};
 use potstill_logging::print;
 
@@ -14,8 +14,8 @@ pub struct InviteArguments {
     #[command(flatten)]
     run: RunName,
     /// What the invitation allows: worker attaches workers; operator saves checkpoints and cancels; viewer sees the status
-    #[arg(long, value_enum, value_name = "ROLE")]
-    role: Invited,
+    #[arg(long, value_name = "ROLE")]
+    role: Role,
     /// Address of the coordinator, if another than the one that it states, as HOST:PORT
     #[arg(long, value_name = "ADDRESS")]
     coordinator: Option<String>,
@@ -24,32 +24,20 @@ pub struct InviteArguments {
     output: PathBuf,
 }
 
-/// See [`Role`].
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Invited {
-    Worker,
-    Operator,
-    Viewer,
-}
-
 impl InviteArguments {
     /// Writes the file.
     pub fn write(self) -> anyhow::Result<ExitCode> {
-        let role = match self.role {
-            Invited::Worker => Role::Worker,
-            Invited::Operator => Role::Operator,
-            Invited::Viewer => Role::Viewer,
-        };
         let run = self.run.open()?;
-        let locator = Locator::Storage { run, role, address: self.coordinator, insecure: false };
+        let locator = Locator::Storage { run, role: self.role, address: self.coordinator, insecure: false };
         let invitation = runtime()?.block_on(locator.find())?;
         invitation.write(&self.output)?;
         print(format_args!(
-            "{}: --join {} reaches run {} at {} as {role}, as long as its coordinator has the certificate that it has now",
+            "{}: --join {} reaches run {} at {} as {}, as long as its coordinator has the certificate that it has now",
             self.output.display(),
             self.output.display(),
             invitation.run_id,
-            invitation.address
+            invitation.address,
+            self.role
         ));
         Ok(ExitCode::SUCCESS)
     }
