@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use url::Url;
 
 use crate::{
     AdversarialSpec, CheckpointSpec, ClusterSpec, DistillationSpec, EvaluationSpec, GeneratorSpec,
@@ -224,10 +225,8 @@ fn refuse_secrets(value: &toml::Value, key: &str, problems: &mut Problems) {
 
 /// Whether a text is a URL with a password or a query.
 fn holds_secret(text: &str) -> bool {
-    let Some((_, rest)) = text.split_once("://") else { return false };
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    let user = authority.rsplit_once('@').map_or("", |(user, _)| user);
-    user.contains(':') || rest.contains('?')
+    let url = Some(text).filter(|text| text.contains("://")).and_then(|text| Url::parse(text).ok());
+    url.is_some_and(|url| url.password().is_some() || url.query().is_some())
 }
 
 #[cfg(test)]

@@ -15,26 +15,22 @@ const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
 
 /// A location for messages: of a URL neither password, query nor fragment.
 pub(crate) fn shown(location: &str) -> String {
-    match Url::parse(location) {
-        Ok(mut url) if location.contains("://") => {
-            // Both fail for URLs that cannot have them.
-            let _ = url.set_password(None);
-            url.set_query(None);
-            url.set_fragment(None);
-            let unchanged = url.as_str() == location || url.as_str() == format!("{location}/");
-            if unchanged { location.to_owned() } else { url.to_string() }
-        }
-        Ok(_) | Err(_) if !location.contains("://") => location.to_owned(),
-        // Not readable as a URL, so that the credentials in it cannot be told from the rest.
-        _ => location
-            .split(['?', '#'])
-            .next()
-            .unwrap_or_default()
-            .rsplit('@')
-            .next()
-            .unwrap_or_default()
-            .to_owned(),
+    if !location.contains("://") {
+        return location.to_owned();
     }
+    let Ok(mut url) = Url::parse(location) else {
+        // The credentials in it cannot be told from the rest.
+        let plain = location.split(['?', '#']).next().unwrap_or_default();
+        return plain.rsplit('@').next().unwrap_or_default().to_owned();
+    };
+    if url.password().is_none() && url.query().is_none() && url.fragment().is_none() {
+        return location.to_owned();
+    }
+    // It fails for URLs that cannot have one.
+    let _ = url.set_password(None);
+    url.set_query(None);
+    url.set_fragment(None);
+    url.to_string()
 }
 
 /// Refuses a URL with credentials: locations are stored with the run, sent to workers and shown.
