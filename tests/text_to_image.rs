@@ -254,6 +254,7 @@ fn a_sharded_run_goes_back_to_its_checkpoint_when_a_rank_dies() {
         }
         let repeated = studio.cluster.summary(&run)["repeated_iterations"].as_u64().unwrap();
         assert!(repeated <= 2, "{run}: no more than since the checkpoint: {repeated}");
+        assert!(!log.contains("go on without it"), "{run}: the new process is not to blame: {log}");
     }
 }
 

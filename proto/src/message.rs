@@ -176,6 +176,14 @@ pub enum FromWorker {
         /// Which object, and what is wrong with it.
         error: String,
     },
+    /// The ranks hold a state in slices, and some slice is gone with the rank that held it: the worker left the group and
+    /// holds no state.
+    StateIncomplete {
+        /// The generation it left.
+        generation: Generation,
+        /// What is missing.
+        error: String,
+    },
     /// It has nothing left to compute.
     Finished {
         /// Its generation.
@@ -433,6 +441,9 @@ impl From<FromWorker> for wire::WorkerMessage {
                 let generation = generation.0;
                 Kind::CheckpointDamaged(wire::CheckpointDamaged { generation, manifest_key, error })
             }
+            FromWorker::StateIncomplete { generation, error } => {
+                Kind::StateIncomplete(wire::StateIncomplete { generation: generation.0, error })
+            }
             FromWorker::Finished { generation, cursor } => {
                 Kind::Finished(wire::Finished { generation: generation.0, cursor: Some(cursor.into()) })
             }
@@ -500,6 +511,9 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
                 manifest_key: key("CheckpointDamaged", "manifest_key", m.manifest_key)?,
                 error: prose(&m.error),
             },
+            Kind::StateIncomplete(m) => {
+                FromWorker::StateIncomplete { generation: Generation(m.generation), error: prose(&m.error) }
+            }
             Kind::Leaving(m) => FromWorker::Leaving { reason: prose(&m.reason) },
             Kind::Finished(m) => FromWorker::Finished {
                 generation: Generation(m.generation),
@@ -664,6 +678,7 @@ mod tests {
             FromWorker::StepReport(wire::StepReport { iteration: 4, ..Default::default() }),
             FromWorker::CollectiveFailed { generation, cursor, error: "e".into() },
             FromWorker::CheckpointDamaged { generation, manifest_key: "k".into(), error: "e".into() },
+            FromWorker::StateIncomplete { generation, error: "e".into() },
             FromWorker::Finished { generation, cursor },
             FromWorker::Failed { generation, error: "e".into() },
         ] {

@@ -89,6 +89,13 @@ impl Member {
         self.held = Some(cursor).filter(|c| *c > Cursor::default());
     }
 
+    /// It has left its group with this state. Its report replaces what was known of it, also where it holds less, and
+    /// heartbeats that it overtook say nothing any more.
+    pub fn left(&mut self, cursor: Cursor) {
+        self.hold(cursor);
+        self.loaded = false;
+    }
+
     /// Whether it can be given a place.
     fn is_eligible(&self) -> bool {
         self.ready && self.leaving.is_none() && self.barred.is_none()

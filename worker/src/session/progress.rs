@@ -111,11 +111,11 @@ impl Progress {
         }
     }
 
-    /// A heartbeat.
+    /// A heartbeat. It names the start of the run while there is no complete state.
     pub fn heartbeat(&self) -> FromWorker {
         FromWorker::Heartbeat {
             generation: Generation(self.generation.load(Ordering::Relaxed)),
-            cursor: self.cursor(),
+            cursor: self.held().unwrap_or_default(),
             progress: self.units.load(Ordering::Relaxed),
             activity: self.activity.lock().map(|a| a.to_string()).unwrap_or_default(),
             waiting: self.waiting.load(Ordering::Relaxed),

@@ -58,6 +58,7 @@ impl Retained {
             FromWorker::CollectiveFailed { generation, .. }
             | FromWorker::Yielded { generation, .. }
             | FromWorker::CheckpointDamaged { generation, .. }
+            | FromWorker::StateIncomplete { generation, .. }
             | FromWorker::Finished { generation, .. } => *generation,
             // It concerns the worker, not its place.
             FromWorker::Failed { .. } | FromWorker::Ready | FromWorker::Leaving { .. } => {

@@ -3,7 +3,12 @@
 /// Why the work of a generation stops before its end.
 pub enum Interruption {
     Left(String),
-    Damaged { manifest_key: String, error: String },
+    Damaged {
+        manifest_key: String,
+        error: String,
+    },
+    /// A slice of the state is gone with the rank that held it.
+    Incomplete(String),
     Collective(potstill_c10d::Error),
     Fatal(anyhow::Error),
 }

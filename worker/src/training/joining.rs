@@ -144,9 +144,8 @@ fn take_slices(
         Ok(Some(cursor)) => Ok((state, cursor)),
         Ok(None) => {
             session.progress.state_is_torn();
-            let reason =
-                "a slice of the state was lost with the rank that held it; the newest checkpoint is complete";
-            Err(Interruption::Left(reason.to_owned()))
+            let error = "a slice of the state is gone with the rank that held it";
+            Err(Interruption::Incomplete(error.to_owned()))
         }
         Err(error) => {
             if held.state.as_ref().is_some_and(|state| !state.torn) {

@@ -57,6 +57,8 @@ pub enum Ending {
         /// Which object, and what is wrong with it.
         error: String,
     },
+    /// A slice of the state that it was to take over is gone with the rank that held it. It holds no state.
+    Incomplete(String),
     /// It has left the group: it was ordered to, or a collective failed.
     Left(String),
 }
@@ -102,6 +104,7 @@ pub fn run_generation(
     match result {
         Ok(ending) => Ok(ending),
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
+        Err(Interruption::Incomplete(error)) => Ok(Ending::Incomplete(error)),
         Err(Interruption::Damaged { manifest_key, error }) => Ok(Ending::Damaged { manifest_key, error }),
         Err(Interruption::Collective(error)) => {
             // It may have failed only because the session aborted the group.

@@ -108,9 +108,23 @@ impl Core {
             FromWorker::CheckpointDamaged { generation, manifest_key, error } => {
                 if self.spoken_rank(stream, generation, "a damaged checkpoint", actions).is_some() {
                     if let Some(member) = self.members.get_mut(stream) {
-                        member.hold(Cursor::default());
+                        member.left(Cursor::default());
                     }
                     self.checkpoint_doubted(stream, &manifest_key, &error, actions);
+                    self.spoke(stream, Cursor::default());
+                }
+            }
+            FromWorker::StateIncomplete { generation, error } => {
+                if self.spoken_rank(stream, generation, "an incomplete state", actions).is_some() {
+                    let mut worker = String::new();
+                    if let Some(member) = self.members.get_mut(stream) {
+                        member.left(Cursor::default());
+                        worker = member.describe();
+                    }
+                    if matches!(self.stage, Stage::Training(_)) {
+                        // The cause is known: it says nothing against the workers that are new.
+                        self.abandon(format!("worker {worker} found that {error}"), None, actions);
+                    }
                     self.spoke(stream, Cursor::default());
                 }
             }
@@ -271,8 +285,7 @@ impl Core {
             return log(actions, format!("ignored: a failed collective of {generation}, which is over"));
         };
         let Some(member) = self.members.get_mut(stream) else { return };
-        // Its explicit report replaces what was known of it, also where it holds less.
-        member.hold(cursor);
+        member.left(cursor);
         let worker = member.describe();
         if matches!(self.stage, Stage::Training(_)) {
             let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");

@@ -706,6 +706,48 @@ fn a_newcomer_that_cannot_reach_the_others_is_left_out_for_longer_and_longer() {
 }
 
 #[test]
+fn a_state_whose_slices_died_is_given_up_at_once_and_no_newcomer_is_blamed() {
+    let mut world = World::new(setup(2, 2));
+    world.attach(0);
+    world.attach(1);
+    for iteration in 0..3 {
+        world.report(0, iteration);
+        world.report(1, iteration);
+        if iteration == 1 {
+            world.receipt(0, 2);
+            world.receipt(1, 2);
+            world.committed(2);
+        }
+    }
+    world.close(0);
+    world.says(1, collective_failed(1, 3));
+    let actions = world.attach(2);
+    assert_eq!((source(&actions), world.core.generation), (Source::Peer { rank: 0 }, Generation(2)));
+    let incomplete =
+        || FromWorker::StateIncomplete { generation: Generation(2), error: "a slice is gone".into() };
+    assert_eq!(abandoned(&world.says(2, incomplete())), [1, 2]);
+    // A heartbeat that names the old state may arrive on either side of the survivor's own word.
+    world.says(1, heartbeat(2, Cursor::boundary(3)));
+    let actions = world.says(1, incomplete());
+    assert_eq!(places(&actions), [(1, 3, 0), (2, 3, 1)]);
+    assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m2".into() });
+}
+
+#[test]
+fn a_heartbeat_does_not_bring_back_a_state_that_its_worker_has_lost() {
+    let mut world = World::training(2, 3);
+    for stream in 0..2 {
+        world.report(stream, 0);
+    }
+    world.attach(2);
+    world.yields(0, 1);
+    assert_eq!(source(&world.yields(1, 1)), Source::Peer { rank: 0 });
+    world.says(0, collective_failed(2, 0));
+    world.says(0, heartbeat(2, Cursor::boundary(1)));
+    assert_eq!(world.core.members.get(StreamId(0)).unwrap().held, None);
+}
+
+#[test]
 fn a_worker_cannot_claim_the_place_of_another() {
     let mut world = World::training(2, 2);
     let claimed = Hello { place: Some(Place { generation: Generation(1), rank: 1 }), ..hello("stranger") };
