@@ -59,6 +59,8 @@ pub struct Group {
     pub assigned: u32,
     /// The state that the source broadcasts, once it has started to.
     pub source: Option<State>,
+    /// Its ranks hold the source's state in slices, and one of those is gone.
+    pub incomplete: bool,
     /// Ranks that have contributed to the current operation.
     pub arrived: BTreeSet<u32>,
     /// The cursor from which the current operation starts; `None` while the ranks meet.

@@ -49,6 +49,8 @@ pub struct Process {
     pub failing: bool,
     /// Its state; `None` when it is torn or was never loaded.
     pub state: Option<State>,
+    /// The slice of the state that it holds, where each rank holds one: a rank, and the number of them.
+    pub slice: Option<(u32, u32)>,
     /// Its newest place.
     pub place: Option<Assignment>,
     /// The requests that it has received.
@@ -79,6 +81,7 @@ impl Process {
             turn: 0,
             failing: false,
             state: None,
+            slice: None,
             place: None,
             flags: Flags::default(),
             leaving: None,

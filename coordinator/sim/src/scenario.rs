@@ -69,6 +69,8 @@ pub struct Scenario {
     pub blind: usize,
     /// Further machines that reach the coordinator and none of the others.
     pub cut_off: usize,
+    /// Whether each rank holds a slice of the state, which is lost with it.
+    pub sliced: bool,
     /// With fewer workers than this the run waits.
     pub min_workers: u32,
     /// Workers beyond this number are standby.
@@ -109,6 +111,7 @@ impl Scenario {
             slots: max_workers as usize + spares,
             blind: 0,
             cut_off: 0,
+            sliced: false,
             min_workers,
             max_workers,
             iterations: 12,
@@ -172,6 +175,7 @@ impl Scenario {
         let blind = if rng.random_bool(0.3) { rng.random_range(1..=2) } else { 0 };
         // Alone it could train, and hold a state that no other worker can take.
         let cut_off = usize::from(rng.random_bool(0.3) && min_workers > 1 && blind == 0);
+        let sliced = rng.random_bool(0.25);
         let phase = *[(5, 20), (20, 60), (40, 300)].get(rng.random_range(0..3)).unwrap_or(&(20, 60));
         Self {
             iterations: rng.random_range(4..=30),
@@ -185,6 +189,7 @@ impl Scenario {
             faulty_millis: rng.random_range(2_000..9_000),
             blind,
             cut_off,
+            sliced,
             ..Self::calm(min_workers, max_workers, spares)
         }
     }

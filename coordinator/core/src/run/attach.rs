@@ -64,6 +64,9 @@ impl Core {
             );
         }
         let claimed = hello.place;
+        if claimed.is_some_and(|place| place.generation <= self.incomplete) {
+            hello.held = None;
+        }
         // A worker may claim any place: only the journal says whose it is.
         let place = claimed.filter(|place| self.owns(&hello.worker, *place));
         let worker = self.members.attach(self.now, stream, hello, place).describe();

@@ -89,7 +89,7 @@ impl Core {
         let safe = !settling.holders.is_empty() || self.start.cursor == Cursor::default();
         let patience = match settling.cause {
             Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,
-            Cause::Known | Cause::Unexplained | Cause::Stuck | Cause::Agreed => {
+            Cause::Known | Cause::Unexplained | Cause::Stuck | Cause::Incomplete | Cause::Agreed => {
                 self.terms.timeouts.dead_millis
             }
             // Storage may be slow; a worker that dies meanwhile is noticed.
@@ -194,12 +194,14 @@ impl Core {
         let fruitless = matches!(cause, Cause::Unexplained | Cause::Stuck)
             && self.steps.finished() <= self.start.cursor.iteration;
         let of_newcomers = fruitless && self.bar_newcomers(&reason, actions);
+        // Ranks that met and found their state incomplete are neither a success nor a failure to meet.
+        let met = cause == Cause::Incomplete;
         if fruitless && !of_newcomers {
             if self.failed_starts == 0 {
                 self.failing_since = self.now;
             }
             self.failed_starts += 1;
-        } else {
+        } else if !met {
             self.failed_starts = 0;
         }
         let failing_for = self.now.0 - self.failing_since.0;
@@ -214,8 +216,10 @@ impl Core {
             );
             return self.fail(reason, actions);
         }
-        self.leave_one_out(actions);
-        if self.failed_starts >= FAILED_WITH_ALL && self.members.count() >= self.terms.min_workers {
+        if !met {
+            self.leave_one_out(actions);
+        }
+        if !met && self.failed_starts >= FAILED_WITH_ALL && self.members.count() >= self.terms.min_workers {
             self.gather(reason, actions);
             if let Stage::Gathering(gathering) = &mut self.stage {
                 gathering.not_before = self.now.after(self.terms.timeouts.dead_millis);

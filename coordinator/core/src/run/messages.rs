@@ -3,15 +3,18 @@
 //! A generation that was abandoned is still the newest until the next one is opened: what its survivors completed
 //! counts.
 
+use std::collections::BTreeSet;
+
 use potstill_proto::{
     cursor::{Cursor, Generation},
     message::FromWorker,
     scores, wire,
 };
 
-use super::{Actions, Core, Stage, log};
+use super::{Actions, Cause, Core, Settling, Stage, log};
 use crate::{
     Action, StreamId,
+    membership::Member,
     observation::Observation,
     record::{Evaluation, Record},
     steps::Reported,
@@ -24,7 +27,9 @@ impl Core {
         }
         match message {
             FromWorker::Heartbeat { generation, cursor, progress, activity, waiting } => {
-                let current = self.rank(stream).is_some() && generation == self.generation;
+                let current = self.rank(stream).is_some()
+                    && generation == self.generation
+                    && generation > self.incomplete;
                 let now = self.now;
                 if let Some(member) = self.members.get_mut(stream) {
                     if member.progress != progress {
@@ -115,18 +120,7 @@ impl Core {
                 }
             }
             FromWorker::StateIncomplete { generation, error } => {
-                if self.spoken_rank(stream, generation, "an incomplete state", actions).is_some() {
-                    let mut worker = String::new();
-                    if let Some(member) = self.members.get_mut(stream) {
-                        member.left(Cursor::default());
-                        worker = member.describe();
-                    }
-                    if matches!(self.stage, Stage::Training(_)) {
-                        // The cause is known: it says nothing against the workers that are new.
-                        self.abandon(format!("worker {worker} found that {error}"), None, actions);
-                    }
-                    self.spoke(stream, Cursor::default());
-                }
+                self.state_incomplete(stream, generation, &error, actions);
             }
             FromWorker::Failed { generation, error } => {
                 self.worker_failed(stream, generation, &error, actions)
@@ -271,28 +265,76 @@ impl Core {
         error: &str,
         actions: &mut Actions,
     ) {
-        let rank = self.rank(stream).filter(|_| generation == self.generation);
-        let Some(rank) = rank else {
-            // A worker that was taken for lost: what it reports of its own state still counts.
-            if let Some(member) = self.members.get_mut(stream)
-                && [member.place, member.hello.place]
-                    .iter()
-                    .flatten()
-                    .any(|place| place.generation == generation)
-            {
-                member.hold(cursor);
-            }
-            return log(actions, format!("ignored: a failed collective of {generation}, which is over"));
-        };
-        let Some(member) = self.members.get_mut(stream) else { return };
-        member.left(cursor);
-        let worker = member.describe();
+        let cursor = if generation > self.incomplete { cursor } else { Cursor::default() };
+        let Some(rank) = self.left_rank(stream, generation, cursor, actions) else { return };
+        let worker = self.members.get(stream).map(|member| member.describe()).unwrap_or_default();
         if matches!(self.stage, Stage::Training(_)) {
             let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");
             self.abandon(reason, Some(stream), actions);
         } else {
             self.spoke(stream, cursor);
         }
+    }
+
+    /// The state of a generation cannot be assembled, as all its ranks have found together. The cause is known, and says
+    /// nothing against workers that are new.
+    fn state_incomplete(
+        &mut self,
+        stream: StreamId,
+        generation: Generation,
+        error: &str,
+        actions: &mut Actions,
+    ) {
+        let nothing = Cursor::default();
+        let Some(rank) = self.left_rank(stream, generation, nothing, actions) else { return };
+        self.incomplete = generation;
+        let placed =
+            |(stream, member): (StreamId, &Member)| member.place.or(member.hello.place).map(|_| stream);
+        for holder in self.members.iter().filter_map(placed).collect::<Vec<_>>() {
+            if let Some(member) = self.members.get_mut(holder) {
+                member.left(nothing);
+            }
+        }
+        if let Stage::Training(training) = &self.stage {
+            // Not told to leave: they are about to say so themselves.
+            let awaiting = training.ranks.iter().copied().collect();
+            let reason = format!("rank {rank} found that {error}");
+            actions.push(Action::Observe(Observation::GenerationAbandoned {
+                generation,
+                reason: reason.clone(),
+            }));
+            let (holders, since) = (BTreeSet::new(), self.now);
+            self.stage =
+                Stage::Settling(Settling { awaiting, holders, cause: Cause::Incomplete, since, reason });
+        } else if let Stage::Settling(settling) = &mut self.stage {
+            // Others may have noticed first that this rank left the group.
+            if settling.cause == Cause::Unexplained {
+                settling.cause = Cause::Incomplete;
+            }
+            settling.holders.clear();
+        }
+        self.spoke(stream, nothing);
+    }
+
+    /// A worker says that it left its group, with this state. Returns its rank, if it is one of the newest generation.
+    fn left_rank(
+        &mut self,
+        stream: StreamId,
+        generation: Generation,
+        cursor: Cursor,
+        actions: &mut Actions,
+    ) -> Option<u32> {
+        let rank = self.rank(stream).filter(|_| generation == self.generation);
+        let member = self.members.get_mut(stream)?;
+        // What a worker that was taken for lost reports of its own state still counts.
+        let its_own = [member.place, member.hello.place].into_iter().flatten();
+        if rank.is_some() || its_own.into_iter().any(|place| place.generation == generation) {
+            member.left(cursor);
+        }
+        if rank.is_none() {
+            log(actions, format!("ignored: the failure of {generation}, which is over"));
+        }
+        rank
     }
 
     fn worker_failed(

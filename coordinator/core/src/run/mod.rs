@@ -89,6 +89,9 @@ pub struct Core {
     named: Vec<WorkerId>,
     /// The workers that have ever had a place: no other one holds a state of this run.
     placed: BTreeSet<WorkerId>,
+    /// The newest generation whose ranks found that a slice of its state is gone: what is left of this state, and of those of
+    /// older generations, is of no use.
+    incomplete: Generation,
     /// Whether they have been waited for once already.
     awaited: bool,
     /// Whether the run may start from the teacher.
@@ -177,6 +180,8 @@ enum Cause {
     Unexplained,
     /// No rank makes progress, and all wait for each other.
     Stuck,
+    /// Its ranks found that a slice of its state is gone: all of them are about to say so.
+    Incomplete,
     /// It is known which worker died or makes no progress.
     Known,
     /// Its ranks agreed to yield at a boundary.
@@ -272,6 +277,7 @@ impl Core {
             start,
             named: Vec::new(),
             placed,
+            incomplete: Generation::default(),
             awaited: false,
             from_teacher: from_teacher || !(was_saved || saved > 0),
             doubted: BTreeMap::new(),

@@ -17,7 +17,7 @@ use potstill_proto::{
 };
 
 use super::World;
-use crate::{group::Group, state::State};
+use crate::{group::Group, process::Process, state::State};
 
 struct Hashed<'h, H>(&'h mut H);
 
@@ -66,6 +66,7 @@ impl World {
                 _ => false,
             })
         };
+        let mut reported = Vec::new();
         for (number, link) in self.links.iter().enumerate() {
             if link.coordinator != coordinator || !link.open || link.broken {
                 continue;
@@ -73,23 +74,24 @@ impl World {
             let of = &self.processes[link.process];
             let heard = link.up == 0 && link.down == 0 && of.alive && !of.paused && !of.hung;
             let idle = !of.in_group() && of.leaving.is_none();
-            if let Some(held) = of.held()
-                && heard
-                && idle
-                && held > start
-                && !waits(number)
-            {
-                let process = link.process;
-                return Some(format!(
-                    "a completed step is lost: {generation} starts at {start}, and w{process}, which has reported it, holds \
-                     {held}"
-                ));
+            if heard && idle && of.held() > Some(start) && !waits(number) {
+                reported.push(link.process);
             }
         }
-        None
+        let ranks = || reported.iter().map(|process| &self.processes[*process]);
+        let whole = |of: &Process| {
+            let (state, (_, world)) = (of.state, of.slice.unwrap_or((0, 1)));
+            let held = |rank| ranks().any(|other| other.state == state && other.slice == Some((rank, world)));
+            let given_up = state.is_some_and(|state| self.given_up.contains(&state.lineage));
+            !self.scenario.sliced || (!given_up && (0..world).all(held))
+        };
+        let process = *reported.iter().find(|process| whole(&self.processes[**process]))?;
+        let held = self.processes[process].held()?;
+        Some(format!(
+            "a completed step is lost: {generation} starts at {start}, and w{process}, which has reported it, holds {held}"
+        ))
     }
 
-    /// Where a generation starts; `None` where its source holds no complete state.
     fn start_of(&self, members: &[String], source: &Source) -> Option<Cursor> {
         match source {
             Source::Fresh => Some(Cursor::default()),
@@ -124,7 +126,13 @@ impl World {
         }
         let numbers: Vec<usize> =
             members.iter().filter_map(|id| id.strip_prefix('w')?.parse().ok()).collect();
-        let Some(start) = self.start_of(members, source) else {
+        let start = self.start_of(members, source);
+        if start.is_none() && self.scenario.sliced {
+            // The source may have learnt meanwhile that the others' slices are gone: it says so in this generation.
+            self.groups.insert(generation.0, Group { members: numbers, ..Group::default() });
+            return;
+        }
+        let Some(start) = start else {
             return self.breaks(format!("the source of {generation} holds no complete state: {source:?}"));
         };
         // A run goes back only where its newest state is lost.

@@ -245,6 +245,10 @@ impl World {
 
     /// Damages a shard of the newest checkpoint, unless it is the last or the only one that is whole.
     fn rot(&mut self) {
+        // The state may then be lost with a slice of it.
+        if self.scenario.sliced {
+            return;
+        }
         let committed = self.storage.committed();
         let whole = |iteration: u64| self.storage.manifest(iteration).is_some_and(|manifest| manifest.whole);
         if committed.iter().filter(|checkpoint| whole(checkpoint.iteration)).count() < 2 {

@@ -9,7 +9,7 @@ mod parts;
 mod workers;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     hash::{DefaultHasher, Hasher},
 };
 
@@ -49,6 +49,8 @@ pub struct World {
     generation: u64,
     /// The furthest state that any group has reached.
     furthest: Option<Cursor>,
+    /// Lineages of states whose slices were looked for and not found.
+    given_up: BTreeSet<u64>,
     partitions: u64,
     clients: u64,
     calm: bool,
@@ -82,6 +84,7 @@ impl World {
             storage: Storage::default(),
             generation: 0,
             furthest: None,
+            given_up: BTreeSet::new(),
             partitions: 0,
             clients: 0,
             calm: false,

@@ -284,6 +284,16 @@ impl World {
             return;
         }
         group.arrived.clear();
+        if self.scenario.sliced && group.from.is_none() {
+            let incomplete = !self.slices_are_there(generation);
+            if incomplete {
+                // The older states that others hold are given up with it.
+                let states = self.processes.iter().filter_map(|of| of.state);
+                self.given_up.extend(states.map(|state| state.lineage));
+            }
+            self.groups.entry(generation).or_default().incomplete = incomplete;
+        }
+        let group = self.groups.entry(generation).or_default();
         if let Some(from) = group.from {
             let to = from.step().cursor;
             group.reached = Some(to);
@@ -298,6 +308,26 @@ impl World {
             let delay = if slow { self.between((1, 40)) } else { self.between((1, 3)) };
             self.plan(delay, Happening::Reduced { process: member, turn });
         }
+    }
+
+    /// Whether the ranks of a generation hold together, in slices, the state from which it starts.
+    fn slices_are_there(&self, generation: u64) -> bool {
+        let members = &self.groups[&generation].members;
+        let ranks = || members.iter().map(|member| &self.processes[*member]);
+        let source = ranks().find_map(|of| of.place.as_ref().map(|place| &place.source));
+        let Some(Source::Peer { rank }) = source else { return true };
+        let root = ranks().nth(*rank as usize);
+        let Some((state, (_, world))) = root.and_then(|of| of.state.zip(of.slice)) else { return false };
+        (0..world).all(|rank| ranks().any(|of| of.state == Some(state) && of.slice == Some((rank, world))))
+    }
+
+    /// A rank that left its group has no state any more.
+    fn loses_its_state(&mut self, process: usize, message: FromWorker) {
+        self.is_gone(process);
+        let of = &mut self.processes[process];
+        of.state = None;
+        of.enter(Stage::Idle);
+        self.says(process, message);
     }
 
     /// A rank has left its group or died: ranks that wait for it notice, unless a partition hides that.
@@ -350,13 +380,17 @@ impl World {
 
     /// The operation that a rank waited for is complete.
     fn reduced(&mut self, process: usize) {
-        let (generation, rank, _) = self.place(process);
+        let (generation, rank, world_size) = self.place(process);
         let group = &self.groups[&generation.0];
         let hurt = !group.gone.is_empty();
         let agreed = group.agreed;
         if hurt && self.rng.random_bool(0.5) {
             // The ranks that died took a part of the result with them.
             return self.leaves(process, Some("connection reset by peer"));
+        }
+        if group.incomplete {
+            let error = "a slice of the state is gone".to_owned();
+            return self.loses_its_state(process, FromWorker::StateIncomplete { generation, error });
         }
         let of = &mut self.processes[process];
         if of.stage == Stage::Meeting {
@@ -366,6 +400,7 @@ impl World {
                     return self.breaks(format!("w{process}, whose state is torn, is {generation}'s source"));
                 }
                 let state = of.state;
+                of.slice = Some((rank, world_size));
                 self.groups.entry(generation.0).or_default().source = state;
                 return self.computes(process);
             }
@@ -406,22 +441,21 @@ impl World {
                 match self.storage.read(manifest_key).filter(|manifest| manifest.whole && !blind) {
                     Some(manifest) => manifest.state(),
                     None => {
-                        self.is_gone(process);
-                        let of = &mut self.processes[process];
-                        of.state = None;
-                        of.enter(Stage::Idle);
                         let (generation, manifest_key) = (place.generation, manifest_key.clone());
                         let error = "a shard's SHA-256 is another".into();
                         let damaged = FromWorker::CheckpointDamaged { generation, manifest_key, error };
-                        return self.says(process, damaged);
+                        return self.loses_its_state(process, damaged);
                     }
                 }
             }
             Source::Peer { rank } => {
                 let group = &self.groups[&place.generation.0];
+                // Slices come from all ranks, another state from one.
+                let lost =
+                    if self.scenario.sliced { !group.gone.is_empty() } else { group.gone.contains(rank) };
                 match group.source {
-                    Some(state) if !group.gone.contains(rank) => state,
-                    _ if group.gone.contains(rank) => {
+                    Some(state) if !lost => state,
+                    _ if lost => {
                         return self.leaves(process, Some("connection reset by peer"));
                     }
                     // The source has not started to broadcast yet.
@@ -429,7 +463,8 @@ impl World {
                 }
             }
         };
-        self.processes[process].state = Some(state);
+        let of = &mut self.processes[process];
+        (of.state, of.slice) = (Some(state), Some((place.rank, place.world_size)));
         self.computes(process);
     }
 
