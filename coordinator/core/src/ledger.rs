@@ -101,8 +101,9 @@ impl Ledger {
     /// The manifest of `iteration` was written. Returns its checkpoint.
     pub fn committed(&mut self, iteration: u64, manifest_key: String) -> Option<Checkpoint> {
         let checkpoint = self.committing.remove(&iteration)?;
-        if !self.has(iteration) {
-            self.committed.push(CommittedCheckpoint { iteration, manifest_key });
+        // The answer for an older one may come later: it is the next best where the newer one is damaged.
+        if let Err(place) = self.committed.binary_search_by_key(&iteration, |other| other.iteration) {
+            self.committed.insert(place, CommittedCheckpoint { iteration, manifest_key });
         }
         self.collecting.retain(|i, _| *i > iteration);
         self.failed.retain(|i, _| *i > iteration);
@@ -202,6 +203,22 @@ mod tests {
         assert_eq!(ledger.newest().unwrap().manifest_key, "k");
         assert!(ledger.receipt(0, receipt(5, 0)).is_err());
         assert!(ledger.receipt(0, receipt(6, 1)).unwrap_err().contains("came from rank 0"));
+    }
+
+    #[test]
+    fn an_older_checkpoint_whose_answer_comes_later_counts_too() {
+        let mut ledger = ledger();
+        for iteration in [3, 4] {
+            for rank in 0..2 {
+                let _ = ledger.receipt(rank, receipt(iteration, rank));
+            }
+        }
+        assert!(
+            ledger.committed(4, "four".into()).is_some() && ledger.committed(3, "three".into()).is_some()
+        );
+        assert_eq!(ledger.newest().unwrap().iteration, 4);
+        assert!(ledger.mark_damaged("four"));
+        assert_eq!(ledger.newest().unwrap().manifest_key, "three");
     }
 
     #[test]

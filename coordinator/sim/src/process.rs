@@ -37,6 +37,8 @@ pub struct Process {
     pub alive: bool,
     /// It is paused; events for it are deferred.
     pub paused: bool,
+    /// It is of another version: it must not get a place.
+    pub foreign: bool,
     /// Its main thread makes no progress while its session sends heartbeats.
     pub hung: bool,
     /// Its side of a partition; 0 is the coordinators' side.
@@ -75,6 +77,7 @@ impl Process {
             slot,
             alive: true,
             paused: false,
+            foreign: false,
             hung: false,
             side: 0,
             stage: Stage::Booting,

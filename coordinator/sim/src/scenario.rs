@@ -35,12 +35,16 @@ pub struct Faults {
     pub stop: u32,
     /// Weight of damage to a checkpoint.
     pub damage: u32,
+    /// Weight of damage to all checkpoints.
+    pub ruin: u32,
     /// Weight of a coordinator that stands still for a while: it hears nothing, and its clock does not run.
     pub stall: u32,
     /// Weight of a stranger that attaches, claims what belongs to others, and lies.
     pub stranger: u32,
     /// Weight of a worker of another version.
     pub other_version: u32,
+    /// Weight of ranks that report shards that they have not written.
+    pub liars: u32,
     /// Share of journal records that take up to two failure timeouts.
     pub slow_journal: f64,
     /// Share of messages that arrive twice.
@@ -156,6 +160,8 @@ impl Scenario {
             stall: weight(0.4, 3),
             stranger: weight(0.3, 3),
             other_version: weight(0.2, 1),
+            ruin: weight(0.05, 1),
+            liars: weight(0.2, 2),
             ..Faults::default()
         };
         let mut share = |p: f64, most: f64| {

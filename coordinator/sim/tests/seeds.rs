@@ -75,25 +75,3 @@ fn the_same_seed_gives_the_same_trace_and_another_one_another() {
         assert_ne!(run(Seed(seed.0 + 1)).unwrap().trace, report.trace, "{seed:?}");
     }
 }
-
-/// Seeds whose worlds once had a violation.
-#[test]
-fn worlds_that_broke_something_once() {
-    for (seed, what) in [
-        (157, "a checkpoint was reported after a newer one had replaced it"),
-        (
-            2277,
-            "the newest checkpoint that was known was removed, because storage held a newer one whose write it had reported as failed",
-        ),
-        (3537, "a rank came back, and its state was overwritten although it was taken for the newest"),
-        (3902, "a worker that was taken for lost reported its state, and the report was ignored"),
-        (6245, "a dead coordinator's manifest landed after a sweep had removed its shards"),
-        (7825, "a coordinator that wrote nothing never learned that another one had taken over"),
-        (7894, "a rank hung while it saved its share before it left"),
-        (33604, "a worker hung, and was asked to yield without end"),
-    ] {
-        if let Err(violation) = run(Seed(seed)) {
-            panic!("{what}: {violation}");
-        }
-    }
-}

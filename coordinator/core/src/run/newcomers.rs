@@ -25,17 +25,22 @@ impl Core {
             .filter(|stream| self.rank(*stream).is_some())
             .collect();
         let proven = |stream: &StreamId| self.members.get(*stream).is_some_and(|member| member.proven);
-        let (proven, mut new): (Vec<_>, Vec<_>) = ranks.into_iter().partition(proven);
-        new.retain(|stream| !self.is_needed(*stream));
-        if proven.is_empty() || new.is_empty() {
+        let (proven, new): (Vec<_>, Vec<_>) = ranks.into_iter().partition(proven);
+        if proven.is_empty() {
             return false;
         }
         let timeouts = self.terms.timeouts;
-        for (turn, stream) in (0..).zip(new) {
+        let mut turn = 0;
+        for stream in new {
+            // Asked for each in its turn: of several that hold the newest state, the last is needed.
+            if self.is_needed(stream) {
+                continue;
+            }
             let Some(member) = self.members.get_mut(stream) else { continue };
             let pause =
                 (timeouts.hang_millis << member.fruitless.min(MOST_DOUBLINGS)) + turn * timeouts.hang_millis;
             member.fruitless += 1;
+            turn += 1;
             let worker = member.describe();
             self.members.bar(stream, self.now.after(pause));
             log(
@@ -48,7 +53,7 @@ impl Core {
                 ),
             );
         }
-        true
+        turn > 0
     }
 
     /// Generations fail in a row before any worker has proven itself, and there are more workers than the run needs: one of

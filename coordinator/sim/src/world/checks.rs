@@ -126,6 +126,11 @@ impl World {
         }
         let numbers: Vec<usize> =
             members.iter().filter_map(|id| id.strip_prefix('w')?.parse().ok()).collect();
+        if *source == Source::Fresh && self.ruined {
+            self.breaks(format!(
+                "{generation} begins again from the teacher although checkpoints have existed"
+            ));
+        }
         let start = self.start_of(members, source);
         if start.is_none() && self.scenario.sliced {
             // The source may have learnt meanwhile that the others' slices are gone: it says so in this generation.
@@ -150,6 +155,9 @@ impl World {
         }
         let all = self.scenario.micro_batches();
         let process = self.links.get(link).map(|link| link.process);
+        if process.is_some_and(|process| self.processes[process].foreign) {
+            self.breaks(format!("{assignment:?} is sent to a worker of another version"));
+        }
         let Some(group) = self.groups.get_mut(&generation.0) else { return };
         let follows = micro_batches.first == group.assigned;
         group.assigned += micro_batches.count;
@@ -258,7 +266,9 @@ impl World {
         let expected = match outcome {
             Outcome::Succeeded { iteration } => *iteration == self.scenario.iterations,
             Outcome::Stopped { .. } => self.stop_requested,
-            Outcome::Failed { .. } => false,
+            Outcome::Failed { reason } => {
+                self.ruined && reason.starts_with("every checkpoint of this run is damaged")
+            }
         };
         if !expected {
             self.breaks(format!("the run ended wrongly: {outcome:?}"));

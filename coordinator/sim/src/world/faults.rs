@@ -28,7 +28,7 @@ impl World {
         let next = self.between((1, 2 * faults.every_millis));
         self.plan(next, Happening::Fault);
         type Strike = fn(&mut World);
-        let strikes: [(u32, Strike); 13] = [
+        let strikes: [(u32, Strike); 15] = [
             (faults.crash, Self::crash),
             (faults.pause, Self::pause),
             (faults.hang, Self::hang),
@@ -39,9 +39,11 @@ impl World {
             (faults.request, Self::request),
             (faults.stop, Self::stop),
             (faults.damage, Self::rot),
+            (faults.ruin, Self::ruin),
             (faults.stall, Self::stall),
             (faults.stranger, Self::stranger),
             (faults.other_version, Self::other_version),
+            (faults.liars, Self::lie),
         ];
         let sum: u32 = strikes.iter().map(|(weight, _)| weight).sum();
         if sum == 0 {
@@ -233,10 +235,30 @@ impl World {
         self.send_up(link, Up::End);
     }
 
+    /// The ranks of the newest generation say that shards are durable that they cannot have written: of an iteration beyond
+    /// the run, or of another rank.
+    fn lie(&mut self) {
+        let Some(group) = self.groups.get(&self.generation) else { return };
+        let iteration = match self.rng.random_bool(0.5) || group.members.len() == 1 {
+            true => self.scenario.iterations + 1,
+            false => self.scenario.checkpoint_every,
+        };
+        let members = group.members.clone();
+        let beyond = iteration > self.scenario.iterations;
+        for (rank, process) in (0u32..).zip(&members) {
+            let Some(link) = self.processes[*process].link else { continue };
+            let rank = if beyond { rank } else { (rank + 1) % members.len() as u32 };
+            let (generation, key) = (self.generation, format!("checkpoints/{iteration:012}"));
+            let receipt =
+                wire::ShardReceipt { generation, iteration, rank, key, bytes: 1, ..Default::default() };
+            self.send_up(link, Up::Message(FromWorker::ShardReceipt(receipt)));
+        }
+    }
+
     fn other_version(&mut self) {
         let Some(coordinator) = self.reachable() else { return };
         let process = self.processes.len();
-        self.processes.push(Process { alive: false, ..Process::new(usize::MAX) });
+        self.processes.push(Process { alive: false, foreign: true, ..Process::new(usize::MAX) });
         let link = self.connect(coordinator, process);
         let hello = Hello { protocol: PROTOCOL - 1, ..self.hello(process) };
         self.send_up(link, Up::Hello(hello));
@@ -245,8 +267,8 @@ impl World {
 
     /// Damages a shard of the newest checkpoint, unless it is the last or the only one that is whole.
     fn rot(&mut self) {
-        // The state may then be lost with a slice of it.
-        if self.scenario.sliced {
+        // The state may be lost as well: with a slice of it, or where only the newest checkpoint is kept.
+        if self.scenario.sliced || self.scenario.keep < 2 {
             return;
         }
         let committed = self.storage.committed();
@@ -257,6 +279,16 @@ impl World {
         let newest = committed.last().map(|checkpoint| checkpoint.iteration);
         if let Some(iteration) = newest.filter(|iteration| *iteration < self.scenario.iterations) {
             self.storage.damage(iteration);
+        }
+    }
+
+    /// Damages all checkpoints but the last of the run: if no worker holds the state then, the run cannot succeed.
+    fn ruin(&mut self) {
+        for checkpoint in self.storage.committed() {
+            if checkpoint.iteration < self.scenario.iterations {
+                self.storage.damage(checkpoint.iteration);
+                self.ruined = true;
+            }
         }
     }
 

@@ -49,6 +49,8 @@ pub struct World {
     generation: u64,
     /// The furthest state that any group has reached.
     furthest: Option<Cursor>,
+    /// Whether all checkpoints were damaged at once.
+    ruined: bool,
     /// Lineages of states whose slices were looked for and not found.
     given_up: BTreeSet<u64>,
     partitions: u64,
@@ -84,6 +86,7 @@ impl World {
             storage: Storage::default(),
             generation: 0,
             furthest: None,
+            ruined: false,
             given_up: BTreeSet::new(),
             partitions: 0,
             clients: 0,
