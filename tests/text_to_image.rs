@@ -288,6 +288,48 @@ fn sharded_workers_join_without_a_step_lost() {
 }
 
 #[test]
+fn adapters_on_one_frozen_network_are_trained_resumed_and_exported() {
+    let studio = Studio::new("sdxl");
+    let storage = studio.cluster.storage().to_str().unwrap().to_owned();
+    let sets = |iterations: &'static str| {
+        [
+            iterations,
+            "lora={rank=2, alpha=2.0}",
+            "distillation.precision=bf16",
+            "memory.bf16_weights=true",
+            "memory.recompute=true",
+            "guidance.preset=lsg",
+            "guidance.scale=1.5",
+        ]
+    };
+    studio.succeed("straight", 2, &sets("distillation.iterations=6"), &[]);
+    studio.succeed("halves", 2, &sets("distillation.iterations=3"), &[]);
+    studio.succeed("halves", 2, &sets("distillation.iterations=6"), &["--resume"]);
+    let end = studio.cluster.checkpoint("straight", 6);
+    assert!(end == studio.cluster.checkpoint("halves", 6));
+    let adapters = |name: &String| name.contains(".lora_") || name.starts_with("counters/");
+    assert!(end.keys().all(adapters), "{:?}", end.keys().find(|name| !adapters(name)));
+    let (run, exported) = (format!("{storage}/runs/straight"), format!("{storage}/exported"));
+    potstill(&["export", "--checkpoint", &run, "--out", &exported]);
+    for (from, name) in [(&run, "a"), (&exported, "b")] {
+        let out = format!("{storage}/{name}");
+        potstill(&[
+            "sample",
+            "--checkpoint",
+            from,
+            "--prompt",
+            "a red circle",
+            "--count",
+            "1",
+            "--out",
+            &out,
+        ]);
+    }
+    let bytes = |name: &str| std::fs::read(format!("{storage}/{name}/000000.png")).unwrap();
+    assert_eq!(bytes("a"), bytes("b"));
+}
+
+#[test]
 fn the_adversarial_loss_sees_images_with_captions() {
     let studio = Studio::new("sdxl");
     let pairs = format!("adversarial.data={}", studio.pairs().display());

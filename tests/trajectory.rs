@@ -20,9 +20,17 @@ fn twenty_and_twenty_more_equal_forty_bit_by_bit() {
         "generator_ema/",
         "fake_score/",
         "generator_adam.exp_avg_sq/",
-        "fake_score_adam.exp_avg/",
+        "fake_score_adam.exp_avg_sq/",
     ] {
         assert!(straight.keys().any(|name| name.starts_with(part)), "{part} is not in the checkpoint");
+    }
+    // The preset's decay of the first moment is 0: it would be the gradient.
+    assert!(!straight.keys().any(|name| name.contains("adam.exp_avg/")));
+    let kept = ["distillation.iterations=2", "optimizer.betas=[0.5, 0.999]"];
+    cluster.succeed("momentum", 1, &kept, &[]);
+    let momentum = cluster.checkpoint("momentum", 2);
+    for part in ["generator_adam.exp_avg/", "fake_score_adam.exp_avg/"] {
+        assert!(momentum.keys().any(|name| name.starts_with(part)), "{part} is not in the checkpoint");
     }
     assert_ne!(cluster.checkpoint("halves", 20), straight, "twenty iterations change something");
 }

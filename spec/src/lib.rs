@@ -25,6 +25,7 @@ pub mod former;
 pub mod generator;
 pub mod guidance;
 pub mod layers;
+pub mod lora;
 pub mod memory;
 pub mod optimizer;
 pub mod problems;
@@ -41,6 +42,7 @@ pub use distillation::{DistillationSpec, KarrasSpec, LogNormalSpec, Precision, W
 pub use evaluation::{EvaluationSpec, ImageTreatment, Protocol};
 pub use generator::{GeneratorSpec, Matching};
 pub use guidance::{GuidancePreset, GuidanceSpec};
+pub use lora::LoraSpec;
 pub use memory::MemorySpec;
 pub use optimizer::{DecaySpec, OptimizerSpec};
 pub use prompts::PromptsSpec;

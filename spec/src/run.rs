@@ -11,7 +11,7 @@ use url::Url;
 
 use crate::{
     AdversarialSpec, CheckpointSpec, ClusterSpec, DistillationSpec, EvaluationSpec, GeneratorSpec,
-    GuidanceSpec, MemorySpec, OptimizerSpec, PromptsSpec, TeacherSpec, former,
+    GuidanceSpec, LoraSpec, MemorySpec, OptimizerSpec, PromptsSpec, TeacherSpec, former,
     layers::{self, LayerError, Layered, Names},
     problems::Problems,
 };
@@ -24,6 +24,8 @@ pub struct RunSpec {
     pub teacher: TeacherSpec,
     /// The prompts of a text-to-image model; only for those.
     pub prompts: Option<PromptsSpec>,
+    /// Low-rank adapters; without this section whole networks are trained.
+    pub lora: Option<LoraSpec>,
     /// The few-step generator.
     pub generator: GeneratorSpec,
     /// Score identity distillation.
@@ -129,6 +131,9 @@ impl RunSpec {
                 "prompts.data is missing: name the file with the prompts".into()
             });
         }
+        if let Some(lora) = &self.lora {
+            lora.validate(&mut problems);
+        }
         self.generator.validate(reads, &mut problems);
         distillation.validate(reads, &mut problems);
         self.guidance.validate(&mut problems);
@@ -172,6 +177,7 @@ impl RunSpec {
             serde_json::json!({
                 "teacher": spec.teacher,
                 "prompts": spec.prompts,
+                "lora": spec.lora,
                 "generator": spec.generator,
                 "distillation": spec.distillation,
                 "guidance": spec.guidance,

@@ -97,7 +97,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         let drawn = drawn.with_sides([side, side]).with_recomputation(true);
         drawn.over(drawn.parameters().flat().to_kind(kind).to_device(device), false)
     };
-    let layout = Layout { slice: Slice::WHOLE, weights: kind, average_on_host: device.is_cuda() };
+    let layout = Layout {
+        slice: Slice::WHOLE,
+        weights: kind,
+        average_on_host: device.is_cuda(),
+        first_moments: [false; 2],
+    };
     let mut state = State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout);
     let frozen = state.fake_score.network().frozen();
     let settings = Settings {

@@ -1,7 +1,7 @@
-//! Adam (1412.6980) over a network's flat parameter vector, in long ranges: a few tensor operations for each, whatever
-//! the number of layers.
+//! Adam (1412.6980) over a network's flat parameter vector, in one pass, whatever the number of layers.
 
-use tch::{Tensor, no_grad};
+use potstill_torch_ext::{AdamStep, step_adam};
+use tch::Tensor;
 
 /// Settings of [`Adam`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,41 +16,29 @@ pub struct AdamSettings {
 
 /// First and second moments of one network, fp32, flat.
 pub struct Adam {
-    /// First moment.
-    pub exp_avg: Tensor,
+    /// First moment. There is none where its decay is 0: it would be the gradient.
+    pub exp_avg: Option<Tensor>,
     /// Second moment.
     pub exp_avg_sq: Tensor,
 }
 
-/// Elements that are stepped at a time, so that the temporaries of a step do not grow with the network.
-pub const STRETCH: i64 = 1 << 26;
-
 impl Adam {
     /// Zero moments for a flat parameter vector.
     #[must_use]
-    pub fn new(parameters: &Tensor) -> Self {
-        Self { exp_avg: parameters.zeros_like(), exp_avg_sq: parameters.zeros_like() }
+    pub fn new(parameters: &Tensor, first_moment: bool) -> Self {
+        Self { exp_avg: first_moment.then(|| parameters.zeros_like()), exp_avg_sq: parameters.zeros_like() }
     }
 
     /// One step, in place. `step` counts from 1 (bias correction).
+    ///
+    /// # Panics
+    /// Without a first moment whose decay is not 0, or with a gradient of another shape: an error of the program.
     pub fn step(&mut self, parameters: &Tensor, gradient: &Tensor, step: u64, settings: &AdamSettings) {
-        let [beta1, beta2] = settings.betas;
-        let correction = |beta: f64| 1.0 - beta.powf(step as f64);
-        let numel = parameters.numel() as i64;
-        for first in (0..numel).step_by(STRETCH as usize) {
-            let stretch = |x: &Tensor| x.narrow(0, first, STRETCH.min(numel - first));
-            let (mut exp_avg, mut exp_avg_sq) = (stretch(&self.exp_avg), stretch(&self.exp_avg_sq));
-            let gradient = stretch(gradient);
-            no_grad(|| {
-                let _ = exp_avg.lerp_(&gradient, 1.0 - beta1);
-                let _ = exp_avg_sq.lerp_(&gradient.square(), 1.0 - beta2);
-                let mut denominator = exp_avg_sq.sqrt();
-                let _ = denominator.g_div_scalar_(correction(beta2).sqrt());
-                let _ = denominator.g_add_scalar_(settings.epsilon);
-                let mut update = &exp_avg / denominator;
-                let _ = update.g_mul_scalar_(settings.learning_rate / correction(beta1));
-                let _ = stretch(parameters).g_sub_(&update);
-            });
+        let AdamSettings { learning_rate, betas, epsilon } = *settings;
+        let numbers = AdamStep { step, learning_rate, betas, epsilon };
+        if let Err(error) = step_adam(parameters, gradient, self.exp_avg.as_ref(), &self.exp_avg_sq, numbers)
+        {
+            panic!("{error}");
         }
     }
 }
@@ -81,7 +69,7 @@ mod tests {
         for betas in [[0.0, 0.999], [0.9, 0.99]] {
             let settings = AdamSettings { learning_rate: 0.1, betas, epsilon: 1e-8 };
             let x = Tensor::from_slice(&[1.0, -2.0]);
-            let mut adam = Adam::new(&x);
+            let mut adam = Adam::new(&x, betas[0] != 0.0);
             for (index, gradient) in gradients.iter().enumerate() {
                 adam.step(&x, &Tensor::from_slice(gradient), index as u64 + 1, &settings);
             }

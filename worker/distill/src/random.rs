@@ -25,6 +25,8 @@ pub enum Purpose {
     Iteration = 4,
     /// Samples of `potstill sample`; iteration counts the generator's steps, index images.
     Sampling = 5,
+    /// First values of adapters; index 0 is the fake score, 1 the generator.
+    Adapters = 6,
 }
 
 /// The stream of random numbers for one micro-batch (or one chunk of samples).

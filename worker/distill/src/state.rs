@@ -53,11 +53,14 @@ pub struct Layout {
     pub weights: Kind,
     /// Whether G_ema is in the host's memory.
     pub average_on_host: bool,
+    /// Whether Adam has a first moment, of generator and fake score: where its decay is not 0.
+    pub first_moments: [bool; 2],
 }
 
 impl Layout {
     /// Everything in fp32, on the networks' device.
-    pub const PLAIN: Self = Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false };
+    pub const PLAIN: Self =
+        Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false, first_moments: [true; 2] };
 }
 
 /// A network that trains, and its optimizer.
@@ -72,23 +75,23 @@ pub struct Trained {
 }
 
 impl Trained {
-    fn copy_of(network: &dyn Denoiser, layout: Layout) -> Self {
+    fn copy_of(network: &dyn Denoiser, of: Network, layout: Layout) -> Self {
         let values = network.parameters().flat();
         let numel = values.numel() as i64;
         let memory = Tensor::zeros([numel + MOST_SLICES as i64], (layout.weights, values.device()));
         let weights = memory.narrow(0, 0, numel);
         no_grad(|| weights.shallow_clone().copy_(values));
-        Self::over(network, memory, weights, layout)
+        Self::over(network, memory, weights, of, layout)
     }
 
-    fn over(network: &dyn Denoiser, memory: Tensor, weights: Tensor, layout: Layout) -> Self {
+    fn over(network: &dyn Denoiser, memory: Tensor, weights: Tensor, of: Network, layout: Layout) -> Self {
         let numel = weights.numel() as i64;
         let range = layout.slice.range(numel);
         let held = weights.narrow(0, range.start, range.end - range.start);
         // A copy only where the data types differ.
         let master = held.to_kind(Kind::Float);
         Self {
-            adam: Adam::new(&master),
+            adam: Adam::new(&master, layout.first_moments[of as usize]),
             network: network.over(weights, true),
             memory,
             master,
@@ -148,6 +151,9 @@ pub const GENERATOR_EMA: &str = "generator_ema";
 /// Name of the [`Counters`] among the [parts](State::parts): the one part that is never sliced.
 pub const COUNTERS: &str = "counters";
 
+/// Names of the parts that exist only where Adam has a first moment: the generator's and the fake score's.
+pub const FIRST_MOMENTS: [&str; 2] = ["generator_adam.exp_avg", "fake_score_adam.exp_avg"];
+
 /// One of the state's vectors, or the slice that this rank holds of it.
 pub struct Part<'a> {
     /// Stable name: part of the checkpoint format.
@@ -186,12 +192,12 @@ impl State {
         counters: Counters,
         layout: Layout,
     ) -> Self {
-        let generator = Trained::copy_of(generator, layout);
+        let generator = Trained::copy_of(generator, Network::Generator, layout);
         let host = if layout.average_on_host { Device::Cpu } else { generator.master.device() };
         Self {
             average: generator.master.to_device(host).copy(),
             generator,
-            fake_score: Trained::copy_of(teacher, layout),
+            fake_score: Trained::copy_of(teacher, Network::FakeScore, layout),
             counters,
             counters_layout: [Entry {
                 name: "loss_scale_and_steps".to_owned(),
@@ -207,10 +213,12 @@ impl State {
     #[must_use]
     pub fn relaid(&self, slice: Slice) -> Self {
         let layout = Layout { slice, ..self.layout };
-        let [generator, fake_score] = [&self.generator, &self.fake_score].map(|trained| {
+        let relaid = |trained: &Trained, of| {
             let weights = trained.network.parameters().flat().shallow_clone();
-            Trained::over(trained.network.as_ref(), trained.memory.shallow_clone(), weights, layout)
-        });
+            Trained::over(trained.network.as_ref(), trained.memory.shallow_clone(), weights, of, layout)
+        };
+        let generator = relaid(&self.generator, Network::Generator);
+        let fake_score = relaid(&self.fake_score, Network::FakeScore);
         Self {
             average: generator.master.to_device(self.average.device()).zeros_like(),
             generator,
@@ -230,24 +238,26 @@ impl State {
 
     /// Every vector, in a fixed order.
     #[must_use]
-    pub fn parts(&self) -> [Part<'_>; 8] {
+    pub fn parts(&self) -> Vec<Part<'_>> {
         let (g, f) = (&self.generator, &self.fake_score);
-        [
-            self.part("generator", g, &g.master),
-            self.part(GENERATOR_EMA, g, &self.average),
-            self.part("fake_score", f, &f.master),
-            self.part("generator_adam.exp_avg", g, &g.adam.exp_avg),
-            self.part("generator_adam.exp_avg_sq", g, &g.adam.exp_avg_sq),
-            self.part("fake_score_adam.exp_avg", f, &f.adam.exp_avg),
-            self.part("fake_score_adam.exp_avg_sq", f, &f.adam.exp_avg_sq),
-            Part {
-                name: COUNTERS,
-                entries: &self.counters_layout,
-                values: self.counters.values(),
-                first: 0,
-                replicated: true,
-            },
-        ]
+        let vectors = [
+            ("generator", g, Some(&g.master)),
+            (GENERATOR_EMA, g, Some(&self.average)),
+            ("fake_score", f, Some(&f.master)),
+            (FIRST_MOMENTS[0], g, g.adam.exp_avg.as_ref()),
+            ("generator_adam.exp_avg_sq", g, Some(&g.adam.exp_avg_sq)),
+            (FIRST_MOMENTS[1], f, f.adam.exp_avg.as_ref()),
+            ("fake_score_adam.exp_avg_sq", f, Some(&f.adam.exp_avg_sq)),
+        ];
+        let held = vectors.into_iter().filter_map(|(name, of, values)| Some(self.part(name, of, values?)));
+        let counters = Part {
+            name: COUNTERS,
+            entries: &self.counters_layout,
+            values: self.counters.values(),
+            first: 0,
+            replicated: true,
+        };
+        held.chain([counters]).collect()
     }
 
     fn part<'a>(&self, name: &'static str, of: &'a Trained, values: &'a Tensor) -> Part<'a> {

@@ -140,7 +140,7 @@ fn distil(
     let frozen_fake = fake.frozen();
     let draws = NamedStreams::data_free(&settings, &Classes(0), teacher.as_ref());
     let (generator, fake) = (generator.as_ref(), fake.as_ref());
-    let mut adams = [fake, generator].map(|network| Adam::new(network.parameters().flat()));
+    let mut adams = [fake, generator].map(|network| Adam::new(network.parameters().flat(), true));
     const ITERATIONS: u64 = 4000;
     for iteration in 0..ITERATIONS {
         // Falls to 0 in the last two thirds, so that the end does not depend on the last batches.

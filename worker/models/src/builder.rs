@@ -11,7 +11,11 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use tch::{Device, Kind, Tensor};
 
-use crate::parameters::{Entry, Parameters};
+use crate::{
+    layers::Weight,
+    lora::{DOWN, Lora, UP},
+    parameters::{Entry, Parameters},
+};
 
 /// The distribution of a tensor's initial elements.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +62,12 @@ pub(crate) struct BufferDeclaration {
 /// Gives a network its tensors.
 pub(crate) trait Registry {
     fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor;
+
+    /// The parameter `weight` of a layer, which may have an adapter.
+    fn weight(&mut self, module: &str, shape: &[i64], init: Init) -> Weight {
+        Weight::own(self.parameter(format!("{module}.weight"), shape, init))
+    }
+
     fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor;
     fn problem(&mut self, problem: String);
     fn device(&self) -> Device;
@@ -95,6 +105,11 @@ impl<'a> Scope<'a> {
 
     pub fn parameter(&mut self, name: &str, shape: &[i64], init: Init) -> Tensor {
         self.registry.parameter(self.join(name), shape, init)
+    }
+
+    /// The parameter `weight` of a layer that is a product with it.
+    pub fn weight(&mut self, shape: &[i64], init: Init) -> Weight {
+        self.registry.weight(&self.path, shape, init)
     }
 
     pub fn buffer(&mut self, name: &str, shape: &[i64], source: BufferSource) -> Tensor {
@@ -192,7 +207,7 @@ impl Registry for Declaration {
 }
 
 /// A tensor of this shape without memory for its elements.
-fn placeholder(shape: &[i64]) -> Tensor {
+pub(crate) fn placeholder(shape: &[i64]) -> Tensor {
     Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
 }
 
@@ -200,11 +215,27 @@ fn placeholder(shape: &[i64]) -> Tensor {
 pub(crate) struct Binding<'a> {
     parameters: &'a Parameters,
     next: usize,
+    adapters: Option<Adapters<'a>>,
+}
+
+/// Adapters that have not been asked for yet.
+struct Adapters<'a> {
+    scale: f64,
+    left: BTreeMap<&'a str, &'a Tensor>,
 }
 
 impl<'a> Binding<'a> {
     pub fn new(parameters: &'a Parameters) -> Self {
-        Self { parameters, next: 0 }
+        Self { parameters, next: 0, adapters: None }
+    }
+
+    /// With adapters beside some of the weights.
+    pub fn adapted(parameters: &'a Parameters, adapters: Option<(&'a Lora, &'a Parameters)>) -> Self {
+        let adapters = adapters.map(|(lora, adapters)| {
+            let names = adapters.entries().iter().map(|entry| entry.name.as_str());
+            Adapters { scale: lora.scale(), left: names.zip(adapters.leaves()).collect() }
+        });
+        Self { parameters, next: 0, adapters }
     }
 }
 
@@ -214,6 +245,16 @@ impl Registry for Binding<'_> {
         self.next += 1;
         debug_assert_eq!(self.parameters.entries()[index].name, name, "both passes run the same code");
         self.parameters.leaves()[index].shallow_clone()
+    }
+
+    fn weight(&mut self, module: &str, shape: &[i64], init: Init) -> Weight {
+        let own = self.parameter(format!("{module}.weight"), shape, init);
+        let Some(Adapters { scale, left }) = &mut self.adapters else { return Weight::own(own) };
+        let mut take = |ending| left.remove(format!("{module}.{ending}").as_str());
+        match (take(DOWN), take(UP)) {
+            (Some(down), Some(up)) => Weight::adapted(own, down.shallow_clone(), up.shallow_clone(), *scale),
+            _ => Weight::own(own),
+        }
     }
 
     fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor {

@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeMap, rc::Rc};
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::{
+    lora::{Lora, LoraError},
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, SaveError},
@@ -220,7 +221,7 @@ pub trait Denoiser: Send {
     /// The forward process that the network was trained on.
     fn process(&self) -> &ForwardProcess;
 
-    /// The weights.
+    /// The weights; those of the adapters, if the network [has some](Self::adapted).
     fn parameters(&self) -> &Parameters;
 
     /// Channels, height, width of a sample.
@@ -253,6 +254,30 @@ pub trait Denoiser: Send {
     /// It **shares the storage**: both see in-place updates of [`Parameters::flat`] on either side.
     fn frozen(&self) -> Box<dyn Denoiser> {
         self.over(self.parameters().flat().shallow_clone(), false)
+    }
+
+    /// Names of the layers that get adapters where none are named.
+    fn lora_targets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// This network, frozen, with new adapters, which are the [`parameters`](Self::parameters) of what is returned. It
+    /// shares this one's weights. `draw` returns independent N(0, 1) numbers of a shape: A is such numbers divided by
+    /// the rank, and B is 0, so that the network computes what it computed without them.
+    ///
+    /// # Errors
+    /// [`LoraError`].
+    fn adapted(
+        &self,
+        _lora: &Lora,
+        _draw: &mut dyn FnMut(&[i64]) -> Tensor,
+    ) -> Result<Box<dyn Denoiser>, LoraError> {
+        Err(LoraError::Unsupported)
+    }
+
+    /// A frozen copy, fp32, in its own storage, in which the adapters are added to the weights.
+    fn merged(&self) -> Box<dyn Denoiser> {
+        self.over(self.parameters().flat().to_kind(Kind::Float).copy(), false)
     }
 
     /// The architecture as JSON, as [`to_safetensors`](Self::to_safetensors) puts it into the metadata.

@@ -48,33 +48,102 @@ impl InitLaw {
     }
 }
 
+/// A layer's weight, by itself or with a low-rank adapter beside it.
+pub(crate) struct Weight {
+    own: Tensor,
+    adapter: Option<Adapter>,
+}
+
+struct Adapter {
+    down: Tensor,
+    up: Tensor,
+    scale: f64,
+}
+
+impl Weight {
+    pub fn own(own: Tensor) -> Self {
+        Self { own, adapter: None }
+    }
+
+    /// `down` and `up` are A and B of [`lora`](crate::lora), and `scale` is α/r.
+    pub fn adapted(own: Tensor, down: Tensor, up: Tensor, scale: f64) -> Self {
+        Self { own, adapter: Some(Adapter { down, up, scale }) }
+    }
+
+    /// W itself.
+    pub fn own_values(&self) -> &Tensor {
+        &self.own
+    }
+
+    /// The tensors that take gradients.
+    pub fn trained(&self) -> Vec<Tensor> {
+        match &self.adapter {
+            None => vec![self.own.shallow_clone()],
+            Some(adapter) => vec![adapter.down.shallow_clone(), adapter.up.shallow_clone()],
+        }
+    }
+
+    /// The layer's output: `product` of `x` with W, and with A; `up` multiplies the latter with B. The adapter computes in
+    /// the data type of `x`.
+    pub fn apply(
+        &self,
+        x: &Tensor,
+        product: impl Fn(&Tensor, Role) -> Tensor,
+        up: impl FnOnce(&Tensor, &Tensor) -> Tensor,
+    ) -> Tensor {
+        let mut output = product(&self.own, Role::Own);
+        let Some(adapter) = &self.adapter else { return output };
+        let down = product(&adapter.down.to_kind(x.kind()), Role::Down) * adapter.scale;
+        output.g_add_(&up(&down, &adapter.up.to_kind(down.kind())))
+    }
+}
+
+/// Which of a layer's products is computed: only the first has the bias.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Own,
+    Down,
+}
+
+impl Role {
+    /// The bias of this product.
+    pub fn bias(self, bias: Option<&Tensor>) -> Option<&Tensor> {
+        bias.filter(|_| self == Self::Own)
+    }
+}
+
 /// y = W·x + b.
 pub(crate) struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
 impl Linear {
     pub fn new(mut scope: Scope, inputs: i64, outputs: i64, bias: bool, law: InitLaw) -> Self {
-        let weight = scope.parameter("weight", &[outputs, inputs], law.init(law.weight, inputs, outputs));
+        let weight = scope.weight(&[outputs, inputs], law.init(law.weight, inputs, outputs));
         let bias = bias.then(|| scope.parameter("bias", &[outputs], law.init(law.bias, inputs, outputs)));
         Self { weight, bias }
     }
 
     /// Data type of its weights.
     pub fn kind(&self) -> Kind {
-        self.weight.kind()
+        self.weight.own_values().kind()
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        self.with_bias(x, self.bias.as_ref())
     }
 
     /// The output with one more bias.
     pub fn forward_plus(&self, x: &Tensor, more: &Tensor) -> Tensor {
         match &self.bias {
-            Some(bias) => x.linear(&self.weight, Some(bias + more)),
-            None => x.linear(&self.weight, Some(more)),
+            Some(bias) => self.with_bias(x, Some(&(bias + more))),
+            None => self.with_bias(x, Some(more)),
         }
+    }
+
+    fn with_bias(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let product = |weight: &Tensor, role: Role| x.linear(weight, role.bias(bias));
+        self.weight.apply(x, product, |down, up| down.linear::<&Tensor>(up, None))
     }
 }

@@ -7,6 +7,7 @@
 //! - [`diffusers`]: text-to-image models: U-Net, autoencoder, text encoders, and the folders that they come in.
 //! - [`ForwardProcess`]: how data become noise, one interface over EDM, DDPM and flow matching.
 //! - [`sampler`]: EDM's deterministic Heun sampler, and DDIM.
+//! - [`lora`]: low-rank adapters on a frozen network.
 //! - [`weights`]: reading and writing safetensors.
 //!
 //! Like tch itself, functions of tensors panic on mismatched shapes or devices: those are errors in a program, not in
@@ -17,6 +18,7 @@ mod denoiser;
 pub mod diffusers;
 pub mod edm;
 mod layers;
+pub mod lora;
 mod parameters;
 pub mod process;
 mod recomputed;
@@ -25,6 +27,7 @@ pub mod weights;
 
 pub use denoiser::{Condition, Denoiser, Embedded, Mode, TextCondition};
 pub use edm::{ConfigError, EdmNetwork, config::EdmConfig};
+pub use lora::{Lora, LoraError};
 pub use parameters::{Entry, Parameters};
 pub use process::ForwardProcess;
 pub use weights::{LoadError, SaveError};

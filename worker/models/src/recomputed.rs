@@ -3,7 +3,10 @@
 use potstill_torch_ext::{Block, SharedBlock};
 use tch::{Device, Tensor};
 
-use crate::builder::{BufferDeclaration, Init, Registry, Scope};
+use crate::{
+    builder::{BufferDeclaration, Init, Registry, Scope},
+    layers::Weight,
+};
 
 /// A block, and the parameters that it computes with.
 pub(crate) struct Recomputed<B> {
@@ -41,6 +44,12 @@ impl Registry for Collector<'_> {
         let parameter = self.registry.parameter(name, shape, init);
         self.parameters.push(parameter.shallow_clone());
         parameter
+    }
+
+    fn weight(&mut self, module: &str, shape: &[i64], init: Init) -> Weight {
+        let weight = self.registry.weight(module, shape, init);
+        self.parameters.extend(weight.trained());
+        weight
     }
 
     fn buffer(&mut self, declaration: BufferDeclaration) -> Tensor {

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
-use potstill_distill::state::{GENERATOR_EMA, Part, State};
+use potstill_distill::state::{FIRST_MOMENTS, GENERATOR_EMA, Part, State};
 use potstill_models::{Denoiser, Entry};
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
@@ -370,7 +370,11 @@ async fn fill(
             let piece = name.rsplit_once(PIECE).and_then(|(name, first)| Some((name, first.parse().ok()?)));
             let (tensor, first): (&str, i64) = piece.unwrap_or((name, 0));
             let Some(wanted) = missing.get_mut(tensor).filter(|wanted| wanted.elements > 0) else {
-                if others == Others::PassedOver {
+                // Earlier versions also saved a first moment that is the last gradient.
+                let first_moment = FIRST_MOMENTS
+                    .iter()
+                    .any(|part| tensor.strip_prefix(part).is_some_and(|rest| rest.starts_with('/')));
+                if others == Others::PassedOver || (first_moment && !missing.contains_key(tensor)) {
                     continue;
                 }
                 bail!(

@@ -4,13 +4,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use potstill_distill::{adam::STRETCH, state::Slice};
+use potstill_distill::state::Slice;
 use potstill_logging::print;
 use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
 use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
 
-use crate::model::fetch_model;
+use crate::model::{adapters, fetch_model};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -37,7 +37,7 @@ const OVERHEAD: f64 = 0.08;
 /// Memory of one rank by purpose, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Plan {
-    /// Weights of teacher, generator and fake score.
+    /// Weights of teacher, generator and fake score; with adapters those of the network beneath and of both adapters.
     pub weights: u64,
     /// fp32 copies of weights of lower precision.
     pub master_weights: u64,
@@ -99,36 +99,50 @@ impl Plan {
         let size = model.unet.size()?;
         let memory = &spec.memory;
         let kind = if memory.bf16_weights { 2 } else { 4 };
-        let slice = match memory.shard_optimizer {
-            true => Slice { rank: 0, world: workers as usize }.width(size),
-            false => size,
+        // The trained parameters of one network, and their data type.
+        let (trained, trained_kind) = match &spec.lora {
+            Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4),
+            None => (size, kind),
         };
-        let buffered = memory.bf16_weights || (memory.shard_optimizer && workers > 1);
+        let slice = match memory.shard_optimizer {
+            true => Slice { rank: 0, world: workers as usize }.width(trained),
+            false => trained,
+        };
+        let low = trained_kind < 4;
+        let buffered = low || (memory.shard_optimizer && workers > 1);
         let reduced = match buffered {
-            true if slice == size => 0,
+            true if slice == trained => 0,
             true => slice,
-            false => size,
+            false => trained,
         };
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
+        let weights = match spec.lora {
+            // The first values of the adapters are kept beside those that train.
+            Some(_) => size * kind + 2 * 2 * trained * 4,
+            None => networks * size * kind,
+        };
+        let moments = [spec.optimizer.generator_betas.unwrap_or(spec.optimizer.betas), spec.optimizer.betas]
+            .iter()
+            .map(|[first, _]| 1 + i64::from(*first != 0.0))
+            .sum::<i64>();
         let cached = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some());
         let encoders = if cached { 0 } else { model.text };
         Ok(Self {
-            weights: bytes_of(networks * size * kind),
-            master_weights: bytes_of(if memory.bf16_weights { 2 * 4 * slice } else { 0 }),
-            moments: bytes_of(2 * 2 * 4 * slice),
+            weights: bytes_of(weights),
+            master_weights: bytes_of(if low { 2 * 4 * slice } else { 0 }),
+            moments: bytes_of(moments * 4 * slice),
             average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match buffered {
                 // The sum over micro-batches; the gradients of one micro-batch appear while its activations are
                 // released.
-                true => 4 * size,
+                true => 4 * trained,
                 // c10d's buckets of both networks.
-                false => 2 * 4 * size,
+                false => 2 * 4 * trained,
             }),
-            activations: bytes_of(activations(spec, model)?.max(kind * size)),
-            // The reduced gradient, where it is not in the buffer itself; the square root of the second moment and the
-            // update.
-            step: bytes_of(4 * reduced + 2 * 4 * slice.min(STRETCH)),
+            activations: bytes_of(activations(spec, model)?.max(trained_kind * trained)),
+            // The reduced gradient, where it is not in the buffer itself.
+            step: bytes_of(4 * reduced),
         })
     }
 
@@ -279,12 +293,13 @@ mod tests {
         diffusers::{LatentDenoiser, ScheduleConfig},
     };
     use potstill_proto::wire::StepSeconds;
-    use potstill_spec::{GuidancePreset, PromptsSpec};
+    use potstill_spec::{GuidancePreset, LoraSpec, PromptsSpec};
     use potstill_torch_ext::MemoryMeter;
     use tch::{Device, Kind};
 
     use super::*;
     use crate::{
+        model::adapters,
         session::Progress,
         training::{Recipe, settings, step::Trainer},
     };
@@ -329,10 +344,19 @@ mod tests {
             drawn.over(drawn.parameters().flat().to_kind(weights), false)
         };
         let slice = if spec.memory.shard_optimizer { Slice { rank: 0, world } } else { Slice::WHOLE };
-        let layout = Layout { slice, weights, average_on_host: false };
-        let mut state =
-            State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout);
         let recipe = Recipe::new(spec, settings(spec, teacher.process(), Device::Cpu));
+        let first_moments = recipe.optimizer.first_moments();
+        let mut state = match &spec.lora {
+            None => {
+                let layout = Layout { slice, weights, average_on_host: false, first_moments };
+                State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout)
+            }
+            Some(lora) => {
+                let layout = Layout { slice, weights: Kind::Float, average_on_host: false, first_moments };
+                let [fake_score, generator] = adapters::first(teacher.as_ref(), lora, 0).unwrap();
+                State::starting_from(fake_score.as_ref(), generator.as_ref(), Counters::new(false), layout)
+            }
+        };
         let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());
         let progress = Progress::default();
         let trainer =
@@ -369,7 +393,11 @@ mod tests {
             spec.memory.bf16_weights = true;
         };
         type Change<'a> = &'a dyn Fn(&mut RunSpec);
-        let cases: [(&str, usize, Change); 7] = [
+        let adapted = |spec: &mut RunSpec| {
+            let rank = std::num::NonZeroU32::new(4).unwrap();
+            spec.lora = Some(LoraSpec { rank, ..LoraSpec::default() });
+        };
+        let cases: [(&str, usize, Change); 11] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("recompute", 1, &|spec| {
@@ -381,6 +409,18 @@ mod tests {
                 spec.generator.steps = 2;
             }),
             ("bf16", 1, &low),
+            ("first moment", 1, &|spec| spec.optimizer.betas = [0.9, 0.999]),
+            ("adapters", 1, &adapted),
+            ("adapters on bf16", 1, &|spec| {
+                low(spec);
+                adapted(spec);
+            }),
+            ("adapters, recompute", 1, &|spec| {
+                low(spec);
+                guided(spec);
+                adapted(spec);
+                spec.memory.recompute = true;
+            }),
             ("sharded", 2, &|spec| spec.memory.shard_optimizer = true),
             ("all", 2, &|spec| {
                 low(spec);

@@ -230,7 +230,7 @@ fn train(
     let batch = i64::from(t.batch);
     let flat = network.parameters().flat();
     let average = network.duplicate().frozen();
-    let mut adam = Adam::new(flat);
+    let mut adam = Adam::new(flat, true);
     let one_hot = match network.classes() {
         0 => None,
         classes => Some(data.labels.one_hot(classes).to_kind(Kind::Float)),

@@ -1,5 +1,6 @@
 //! Loading models: an EDM network, or a text-to-image model with its text encoders and autoencoder.
 
+pub mod adapters;
 mod location;
 mod prompts;
 mod real_pairs;

@@ -9,7 +9,7 @@ use potstill_storage::{Root, RunId, layout};
 use serde_json::Value;
 use tch::Device;
 
-use super::{Model, steps::times};
+use super::{Model, adapters, steps::times};
 use crate::checkpoint;
 
 /// Header key of an exported file that holds the times of the generator's steps, as JSON.
@@ -133,9 +133,15 @@ impl Student {
             }
             None => *committed.last().with_context(|| format!("run {id} has no checkpoint yet"))?,
         };
-        let model = Model::load(&spec, device)?;
+        let mut model = Model::load(&spec, device)?;
         let key = layout::manifest_key(iteration);
-        checkpoint::restore_generator(&run, &key, model.network.as_ref()).await?;
+        if let Some(lora) = &spec.lora {
+            let adapted = adapters::empty(model.network.as_ref(), lora)?;
+            checkpoint::restore_generator(&run, &key, adapted.as_ref()).await?;
+            model.network = adapted.merged();
+        } else {
+            checkpoint::restore_generator(&run, &key, model.network.as_ref()).await?;
+        }
         let times = times(&spec, model.network.process());
         Ok(Self { model, times, origin: run.describe(&key) })
     }

@@ -34,7 +34,7 @@ use crate::{
     evaluation::Evaluator,
     evaluation::samples::SampleSet,
     model::student::Student,
-    model::{Model, Space, Wanted, initial_timestep, load_unet, times},
+    model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times},
 };
 
 /// The files that a run reads, loaded.
@@ -55,6 +55,13 @@ impl Inputs {
     /// A file is missing, damaged, has other content than when the run was started, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let model = Model::load(spec, device)?;
+        if let Some(lora) = &spec.lora {
+            adapters::empty(model.network.as_ref(), lora)?;
+            ensure!(
+                spec.generator.start_from.is_none(),
+                "generator.start_from holds whole networks, and this run trains adapters: remove the key or [lora]"
+            );
+        }
         let start = match &spec.generator.start_from {
             Some(path) => Some(load_start(path, &model, device)?),
             None => None,
@@ -140,6 +147,8 @@ pub struct Job {
     pub(super) recipe: Recipe,
     pub(super) teacher: Box<dyn Denoiser>,
     start: Option<Box<dyn Denoiser>>,
+    /// The teacher with new adapters: fake score and generator, where these train adapters.
+    adapted: Option<[Box<dyn Denoiser>; 2]>,
     conditions: Box<dyn Conditions>,
     real: Option<Box<dyn RealData>>,
     pub(super) evaluator: Option<Evaluator>,
@@ -168,11 +177,16 @@ impl Job {
         let frozen =
             |network: Box<dyn Denoiser>| network.over(network.parameters().flat().to_kind(weights), false);
         let (teacher, start) = (frozen(teacher), start.map(frozen));
+        let adapted = match &spec.lora {
+            Some(lora) => Some(adapters::first(teacher.as_ref(), lora, spec.distillation.seed)?),
+            None => None,
+        };
         Ok(Self {
             spec,
             recipe,
             teacher,
             start,
+            adapted,
             conditions,
             real,
             evaluator,
@@ -186,14 +200,18 @@ impl Job {
     /// The state before the first iteration, of which a rank holds a slice.
     pub(super) fn first_state(&self, slice: Slice) -> State {
         let dynamic = self.spec.distillation.precision == Precision::Fp16;
-        let teacher = self.teacher.as_ref();
-        let generator = self.start.as_deref().unwrap_or(teacher);
+        let (fake_score, generator) = match &self.adapted {
+            Some([fake_score, generator]) => (fake_score.as_ref(), generator.as_ref()),
+            None => (self.teacher.as_ref(), self.start.as_deref().unwrap_or(self.teacher.as_ref())),
+        };
         let layout = Layout {
             slice,
-            weights: teacher.parameters().flat().kind(),
+            // Adapters are small: they are fp32 also where the network beneath is not.
+            weights: generator.parameters().flat().kind(),
             average_on_host: self.spec.memory.offload_ema,
+            first_moments: self.recipe.optimizer.first_moments(),
         };
-        State::starting_from(teacher, generator, Counters::new(dynamic), layout)
+        State::starting_from(fake_score, generator, Counters::new(dynamic), layout)
     }
 
     /// The slice of master weights, moments and average that a rank holds.

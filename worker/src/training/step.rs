@@ -54,6 +54,11 @@ impl Optimizer {
         }
     }
 
+    /// Whether Adam has a first moment, of generator and fake score.
+    pub fn first_moments(&self) -> [bool; 2] {
+        self.betas.map(|[first, _]| first != 0.0)
+    }
+
     /// Adam's settings for a network after `images`.
     fn adam(&self, network: Network, images: u64) -> AdamSettings {
         let factor = self.decay.as_ref().map_or(1.0, |decay| decay.factor(images));

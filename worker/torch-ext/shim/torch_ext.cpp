@@ -166,6 +166,19 @@ bool potstill_clear_gradients(at::Tensor* const* params, size_t count, potstill_
   });
 }
 
+// Adam's step of one flat vector. Without a first moment, where its decay is 0, the gradient takes its place: each element
+// is read before the same value is written.
+bool potstill_adam(const at::Tensor* values, const at::Tensor* gradient, const at::Tensor* first, const at::Tensor* second,
+                   uint64_t step, double rate, double beta1, double beta2, double epsilon, potstill_error* error) {
+  return failed(error, [&] {
+    at::NoGradGuard no_grad;
+    auto on = values->device().is_cuda() ? values->device() : at::Device(at::kCPU);
+    auto count = at::full({}, static_cast<double>(step), at::TensorOptions().dtype(at::kFloat).device(on));
+    at::_fused_adam_({*values}, {*gradient}, {first == nullptr ? *gradient : *first}, {*second}, {}, {count}, rate, beta1,
+                     beta2, 0.0, epsilon, false, false, std::nullopt, std::nullopt);
+  });
+}
+
 // Turns automatic mixed precision on for this thread, or off again. Its cache of cast weights stays off: a cast made
 // without gradient would be taken for one with gradient later in the same scope.
 bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {

@@ -38,6 +38,19 @@ unsafe extern "C" {
 
     pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
 
+    pub fn potstill_adam(
+        values: *const C_tensor,
+        gradient: *const C_tensor,
+        first: *const C_tensor,
+        second: *const C_tensor,
+        step: u64,
+        rate: f64,
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+        error: *mut ErrorText,
+    ) -> bool;
+
     pub fn potstill_clear_gradients(
         params: *const *const C_tensor,
         count: usize,

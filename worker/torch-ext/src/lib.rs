@@ -1,5 +1,6 @@
 //! The few functions of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the
 //! backward pass ([`recompute`]), the memory of tensors ([`MemoryMeter`]), clearing gradients ([`clear_gradients`]),
+//! Adam in one pass ([`step_adam`]),
 //! CUDA on demand ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
 //!
 //! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and
@@ -18,6 +19,7 @@
 //! # Ok::<(), potstill_torch_ext::Error>(())
 //! ```
 
+mod adam;
 mod autocast;
 mod error;
 mod ffi;
@@ -28,6 +30,7 @@ pub mod shim;
 
 use tch::Tensor;
 
+pub use adam::{AdamStep, step_adam};
 pub use autocast::{Autocast, LowerPrecision};
 pub use error::Error;
 pub use map::MappedFile;

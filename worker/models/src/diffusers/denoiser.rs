@@ -9,8 +9,9 @@ use super::{
     unet::{UNet, UNetConfig, UNetInputs},
 };
 use crate::{
-    builder::{Binding, Declaration, Scope},
+    builder::{Declaration, Scope},
     denoiser::{Condition, Denoiser, Mode},
+    lora::{AdapterDeclaration, Lora, LoraError, Weights},
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, LoadError, Named},
@@ -23,9 +24,27 @@ pub struct LatentDenoiser {
     process: ForwardProcess,
     sides: [i64; 2],
     recompute: bool,
-    parameters: Parameters,
+    weights: Weights,
     unet: UNet,
 }
+
+/// The layers that DMD2 (2405.14867) adapts in SDXL's U-Net, by its public training code.
+const LORA_TARGETS: &[&str] = &[
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+];
 
 /// Default sides of a latent: those of SD's first models.
 const DEFAULT_SIDES: [i64; 2] = [64, 64];
@@ -42,7 +61,7 @@ impl LatentDenoiser {
         device: Device,
     ) -> Result<Self, ConfigError> {
         let parameters = declare(&config)?.draw(seed, device);
-        Ok(Self::bind(config, schedule, parameters))
+        Ok(Self::bind(config, schedule, Weights::own(parameters)))
     }
 
     /// A network from named tensors, which must be exactly those of the configuration.
@@ -56,14 +75,20 @@ impl LatentDenoiser {
         device: Device,
     ) -> Result<Self, LoadError> {
         let parameters = weights::assemble(declare(&config)?, tensors, device)?;
-        Ok(Self::bind(config, schedule, parameters))
+        Ok(Self::bind(config, schedule, Weights::own(parameters)))
     }
 
-    fn bind(config: UNetConfig, schedule: ScheduleConfig, parameters: Parameters) -> Self {
-        let unet = UNet::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
+    fn bind(config: UNetConfig, schedule: ScheduleConfig, weights: Weights) -> Self {
+        let unet = UNet::new(&mut Scope::root(&mut weights.binding()), &config);
         let sides = config.sides();
         let process = schedule.process();
-        Self { config, schedule, process, sides, recompute: false, parameters, unet }
+        Self { config, schedule, process, sides, recompute: false, weights, unet }
+    }
+
+    /// The same network with other weights.
+    fn rebind(&self, weights: Weights) -> Box<dyn Denoiser> {
+        let made = Self::bind(self.config.clone(), self.schedule.clone(), weights);
+        Box::new(made.with_sides(self.sides).with_recomputation(self.recompute))
     }
 
     /// The same network for latents of another height and width than the configuration's.
@@ -94,7 +119,7 @@ impl LatentDenoiser {
 
     /// The data type of the weights, in which the network computes.
     fn kind(&self) -> Kind {
-        self.parameters.flat().kind()
+        self.weights.base().flat().kind()
     }
 
     /// Calls `forward` with the inputs of the condition.
@@ -135,11 +160,27 @@ impl UNetConfig {
         Ok(declare(self)?.numel())
     }
 
+    /// Number of parameters of the adapters of such a network.
+    ///
+    /// # Errors
+    /// As [`Denoiser::adapted`].
+    pub fn lora_size(&self, lora: &Lora) -> Result<i64, LoraError> {
+        let usual = || LORA_TARGETS.iter().map(|name| (*name).to_owned()).collect();
+        let targets = lora.targets.clone().unwrap_or_else(usual);
+        Ok(declare_adapters(self, lora, &targets)?.numel())
+    }
+
     /// Height and width of the latents that it was trained on.
     #[must_use]
     pub fn sides(&self) -> [i64; 2] {
         self.sample_size.map_or(DEFAULT_SIDES, |size| size.sides())
     }
+}
+
+fn declare_adapters(config: &UNetConfig, lora: &Lora, targets: &[String]) -> Result<Declaration, LoraError> {
+    let mut declaration = AdapterDeclaration::new(lora, targets);
+    UNet::new(&mut Scope::root(&mut declaration), config);
+    declaration.finish()
 }
 
 fn declare(config: &UNetConfig) -> Result<Declaration, ConfigError> {
@@ -176,7 +217,25 @@ impl Denoiser for LatentDenoiser {
     }
 
     fn parameters(&self) -> &Parameters {
-        &self.parameters
+        self.weights.trained()
+    }
+
+    fn lora_targets(&self) -> &'static [&'static str] {
+        LORA_TARGETS
+    }
+
+    fn adapted(
+        &self,
+        lora: &Lora,
+        draw: &mut dyn FnMut(&[i64]) -> Tensor,
+    ) -> Result<Box<dyn Denoiser>, LoraError> {
+        let targets = lora.targets_of(self);
+        let declared = declare_adapters(&self.config, lora, &targets)?;
+        Ok(self.rebind(self.weights.adapted(lora, declared, draw)))
+    }
+
+    fn merged(&self) -> Box<dyn Denoiser> {
+        self.rebind(Weights::own(self.weights.merged()))
     }
 
     fn sample_shape(&self) -> [i64; 3] {
@@ -195,11 +254,7 @@ impl Denoiser for LatentDenoiser {
     }
 
     fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
-        let mut made =
-            Self::bind(self.config.clone(), self.schedule.clone(), self.parameters.over(flat, trainable));
-        made.sides = self.sides;
-        made.recompute = self.recompute;
-        Box::new(made)
+        self.rebind(self.weights.over(flat, trainable))
     }
 
     fn config_json(&self) -> String {

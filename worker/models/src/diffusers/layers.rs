@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use crate::{
     builder::{Init, Scope},
-    layers::InitLaw,
+    layers::{InitLaw, Role, Weight},
 };
 
 /// PyTorch's default for linear and convolutional layers: U(±1/√fan_in) for weights and biases.
@@ -22,7 +22,7 @@ pub(crate) fn linear(scope: Scope, inputs: i64, outputs: i64, bias: bool) -> cra
 
 /// A convolution with a square kernel.
 pub(crate) struct Conv2d {
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor,
     stride: i64,
     padding: i64,
@@ -38,11 +38,7 @@ impl Conv2d {
         let law = default_init();
         let (fan_in, fan_out) = (inputs * kernel * kernel, outputs * kernel * kernel);
         Self {
-            weight: scope.parameter(
-                "weight",
-                &[outputs, inputs, kernel, kernel],
-                law.init(law.weight, fan_in, fan_out),
-            ),
+            weight: scope.weight(&[outputs, inputs, kernel, kernel], law.init(law.weight, fan_in, fan_out)),
             bias: scope.parameter("bias", &[outputs], law.init(law.bias, fan_in, fan_out)),
             stride,
             padding,
@@ -50,7 +46,10 @@ impl Conv2d {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding, 1, 1)
+        let product = |weight: &Tensor, role: Role| {
+            x.conv2d(weight, role.bias(Some(&self.bias)), self.stride, self.padding, 1, 1)
+        };
+        self.weight.apply(x, product, |down, up| down.conv2d::<&Tensor>(up, None, 1, 0, 1, 1))
     }
 }
 

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 pub(crate) use crate::layers::{InitLaw, Linear};
+use crate::layers::{Role, Weight};
 use crate::{
     builder::{BufferSource, Init, Scope},
     denoiser::Mode,
@@ -10,7 +11,7 @@ use crate::{
 
 /// A 1×1 or 3×3 convolution that keeps height and width.
 pub(crate) struct Conv2d {
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor,
 }
 
@@ -19,7 +20,7 @@ impl Conv2d {
         let (fan_in, fan_out) = (inputs * kernel * kernel, outputs * kernel * kernel);
         let shape = [outputs, inputs, kernel, kernel];
         Self {
-            weight: scope.parameter("weight", &shape, law.init(law.weight, fan_in, fan_out)),
+            weight: scope.weight(&shape, law.init(law.weight, fan_in, fan_out)),
             bias: scope.parameter("bias", &[outputs], law.init(law.bias, fan_in, fan_out)),
         }
     }
@@ -43,26 +44,31 @@ impl Conv2d {
     }
 
     fn convolve(&self, x: &Tensor, bias: Option<&Tensor>, extra_padding: i64) -> Tensor {
-        let kernel = self.weight.size()[3];
-        let size = x.size();
-        if kernel == 1 && x.device() == Device::Cpu && size[2] * size[3] >= 64 {
-            return self.pointwise(x, bias, &size);
-        }
-        x.conv2d(&self.weight, bias, 1, kernel / 2 + extra_padding, 1, 1)
+        let product = |weight: &Tensor, role: Role| convolve(weight, x, role.bias(bias), extra_padding);
+        self.weight.apply(x, product, |down, up| convolve(up, down, None, 0))
     }
+}
 
-    /// A 1×1 convolution as a matrix product for each sample: on CPU up to twice as fast, except for tiny images.
-    fn pointwise(&self, x: &Tensor, bias: Option<&Tensor>, size: &[i64]) -> Tensor {
-        let (samples, inputs) = (size[0], size[1]);
-        let outputs = self.weight.size()[0];
-        let weight = self.weight.view([1, outputs, inputs]).expand([samples, outputs, inputs], false);
-        let x = x.reshape([samples, inputs, -1]);
-        let y = match bias {
-            Some(bias) => bias.view([1, -1, 1]).baddbmm(&weight, &x, 1, 1),
-            None => weight.bmm(&x),
-        };
-        y.view([samples, outputs, size[2], size[3]])
+fn convolve(weight: &Tensor, x: &Tensor, bias: Option<&Tensor>, extra_padding: i64) -> Tensor {
+    let kernel = weight.size()[3];
+    let size = x.size();
+    if kernel == 1 && extra_padding == 0 && x.device() == Device::Cpu && size[2] * size[3] >= 64 {
+        return pointwise(weight, x, bias, &size);
     }
+    x.conv2d(weight, bias, 1, kernel / 2 + extra_padding, 1, 1)
+}
+
+/// A 1×1 convolution as a matrix product for each sample: on CPU up to twice as fast, except for tiny images.
+fn pointwise(weight: &Tensor, x: &Tensor, bias: Option<&Tensor>, size: &[i64]) -> Tensor {
+    let (samples, inputs) = (size[0], size[1]);
+    let outputs = weight.size()[0];
+    let weight = weight.view([1, outputs, inputs]).expand([samples, outputs, inputs], false);
+    let x = x.reshape([samples, inputs, -1]);
+    let y = match bias {
+        Some(bias) => bias.view([1, -1, 1]).baddbmm(&weight, &x, 1, 1),
+        None => weight.bmm(&x),
+    };
+    y.view([samples, outputs, size[2], size[3]])
 }
 
 /// Group normalization with EDM's number of groups: at most 32, of at least 4 channels each.

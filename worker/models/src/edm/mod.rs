@@ -20,8 +20,9 @@ use tch::{Device, Kind, Tensor};
 pub use self::error::ConfigError;
 use self::{config::EdmConfig, inputs::Inputs, preconditioning::Coefficients, unet::UNet};
 use crate::{
-    builder::{Binding, Scope},
+    builder::Scope,
     denoiser::{Condition, Denoiser, Mode},
+    lora::{AdapterDeclaration, Lora, LoraError, Weights},
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, Archive, LoadError, Stored},
@@ -31,7 +32,7 @@ use crate::{
 pub struct EdmNetwork {
     config: EdmConfig,
     process: ForwardProcess,
-    parameters: Parameters,
+    weights: Weights,
     unet: UNet,
 }
 
@@ -44,7 +45,7 @@ impl EdmNetwork {
     pub fn initialise(config: EdmConfig, seed: u64, device: Device) -> Result<Self, ConfigError> {
         config.validate()?;
         let parameters = config.declare()?.draw(seed, device);
-        Ok(Self::bind(config, parameters))
+        Ok(Self::bind(config, Weights::own(parameters)))
     }
 
     /// Reads a file that [`to_safetensors`](Denoiser::to_safetensors) made.
@@ -79,19 +80,19 @@ impl EdmNetwork {
     ) -> Result<Self, LoadError> {
         let stored = tensors.iter().map(|(name, t)| (name.clone(), Stored::Memory(t.shallow_clone())));
         let parameters = weights::assemble(config.declare()?, &stored.collect(), device)?;
-        Ok(Self::bind(config, parameters))
+        Ok(Self::bind(config, Weights::own(parameters)))
     }
 
     /// The network with parameters that were declared by this configuration.
-    fn bind(config: EdmConfig, parameters: Parameters) -> Self {
-        let mut binding = Binding::new(&parameters);
+    fn bind(config: EdmConfig, weights: Weights) -> Self {
+        let mut binding = weights.binding();
         let unet = UNet::new(&mut Scope::root(&mut binding).child("model"), &config);
         let process = ForwardProcess::Edm { sigma_data: config.sigma_data };
-        Self { config, process, parameters, unet }
+        Self { config, process, weights, unet }
     }
 
     fn rebind(&self, flat: Tensor, trainable: bool) -> Self {
-        Self::bind(self.config.clone(), self.parameters.over(flat, trainable))
+        Self::bind(self.config.clone(), self.weights.over(flat, trainable))
     }
 
     /// The architecture.
@@ -131,7 +132,7 @@ impl EdmNetwork {
             }
             Some(_) => panic!("{what} labels given to a network that takes none"),
             None => {
-                let device = self.parameters.flat().device();
+                let device = self.weights.base().flat().device();
                 (width > 0).then(|| Tensor::zeros([1, width], (Kind::Float, device)))
             }
         }
@@ -166,7 +167,27 @@ impl Denoiser for EdmNetwork {
     }
 
     fn parameters(&self) -> &Parameters {
-        &self.parameters
+        self.weights.trained()
+    }
+
+    fn lora_targets(&self) -> &'static [&'static str] {
+        &["conv0", "conv1", "skip", "affine", "qkv", "proj", "map_layer0", "map_layer1"]
+    }
+
+    fn adapted(
+        &self,
+        lora: &Lora,
+        draw: &mut dyn FnMut(&[i64]) -> Tensor,
+    ) -> Result<Box<dyn Denoiser>, LoraError> {
+        let targets = lora.targets_of(self);
+        let mut declaration = AdapterDeclaration::new(lora, &targets);
+        UNet::new(&mut Scope::root(&mut declaration).child("model"), &self.config);
+        let weights = self.weights.adapted(lora, declaration.finish()?, draw);
+        Ok(Box::new(Self::bind(self.config.clone(), weights)))
+    }
+
+    fn merged(&self) -> Box<dyn Denoiser> {
+        Box::new(Self::bind(self.config.clone(), Weights::own(self.weights.merged())))
     }
 
     fn sample_shape(&self) -> [i64; 3] {

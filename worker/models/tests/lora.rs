@@ -1,0 +1,209 @@
+//! Low-rank adapters beside the literal W + (α/r)·B·A.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::{collections::BTreeMap, rc::Rc};
+
+use common::{equal, relative_error, small};
+use potstill_models::{
+    Condition, Denoiser, EdmNetwork, Embedded, Lora, LoraError, Mode, TextCondition,
+    diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
+    lora::{DOWN, UP},
+};
+use tch::{Device, Kind, Tensor, no_grad};
+
+const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+fn unet() -> LatentDenoiser {
+    let config = UNetConfig::parse(
+        r#"{"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 4,
+            "cross_attention_dim": 8, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "sample_size": 8}"#,
+    );
+    let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
+    LatentDenoiser::initialise(config.unwrap(), schedule, 3, Device::Cpu).unwrap()
+}
+
+/// Both families, their last layers not near 0, each with samples, times and a condition.
+fn networks() -> Vec<(Box<dyn Denoiser>, Tensor, Tensor, Condition)> {
+    tch::manual_seed(5);
+    let lively = |network: &dyn Denoiser| {
+        let flat = network.parameters().flat();
+        network.over(flat + flat.randn_like() * 0.05, false)
+    };
+    let config = small();
+    let labels = Tensor::from_slice(&[0i64, 1]).one_hot(config.label_dim).to_kind(Kind::Float);
+    let side = config.img_resolution;
+    let x = Tensor::randn([2, config.img_channels, side, side], CPU);
+    let edm = EdmNetwork::initialise(config, 1, Device::Cpu).unwrap();
+    let texts = Embedded { states: Tensor::randn([2, 5, 8], CPU), pooled: None };
+    let null = Embedded { states: Tensor::randn([1, 5, 8], CPU), pooled: None };
+    let text = TextCondition::new(texts, Rc::new(null), None);
+    vec![
+        (lively(&edm), x, Tensor::from_slice(&[0.4f32, 2.0]), Condition::Class(labels)),
+        (
+            lively(&unet()),
+            Tensor::randn([2, 4, 8, 8], CPU),
+            Tensor::from_slice(&[100.0f32, 600.0]),
+            Condition::Text(text),
+        ),
+    ]
+}
+
+fn lora(rank: i64, targets: Option<&[&str]>) -> Lora {
+    let targets = targets.map(|names| names.iter().map(|name| (*name).to_owned()).collect());
+    Lora { rank, alpha: 3.0, targets }
+}
+
+fn adapted(network: &dyn Denoiser, lora: &Lora) -> Box<dyn Denoiser> {
+    network.adapted(lora, &mut |shape| Tensor::randn(shape, CPU)).unwrap()
+}
+
+/// Gives B values, too.
+fn stirred(network: Box<dyn Denoiser>) -> Box<dyn Denoiser> {
+    let flat = network.parameters().flat();
+    network.over(flat + flat.randn_like() * 0.1, true)
+}
+
+fn loss(network: &dyn Denoiser, x: &Tensor, time: &Tensor, condition: &Condition, weight: &Tensor) -> Tensor {
+    (network.denoise(x, time, condition, Mode::Eval) * weight).sum(Kind::Float)
+}
+
+#[test]
+fn new_adapters_change_nothing_and_have_the_names_of_the_public_library() {
+    for (network, x, time, condition) in networks() {
+        let with = adapted(network.as_ref(), &lora(2, None));
+        let [a, b] = [&network, &with].map(|n| no_grad(|| n.denoise(&x, &time, &condition, Mode::Eval)));
+        assert!(equal(&a, &b), "B is 0");
+        let parameters = with.parameters();
+        assert!(parameters.flat().numel() < network.parameters().flat().numel());
+        let full: BTreeMap<&str, &[i64]> =
+            network.parameters().entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())).collect();
+        for pair in parameters.entries().chunks(2) {
+            let module = pair[0].name.strip_suffix(DOWN).unwrap();
+            assert_eq!(pair[1].name, format!("{module}{UP}"));
+            let weight = full[format!("{module}weight").as_str()];
+            assert_eq!((pair[0].shape[0], &pair[0].shape[1..]), (2, &weight[1..]));
+            assert_eq!(pair[1].shape[..2], [weight[0], 2]);
+        }
+        let first = &parameters.entries()[0];
+        let down = parameters.flat().narrow(0, 0, first.numel());
+        assert!(down.abs().max().double_value(&[]) > 0.0);
+    }
+}
+
+#[test]
+fn gradients_are_those_of_the_literal_product() {
+    for (network, x, time, condition) in networks() {
+        let rank = 3;
+        let lora = lora(rank, None);
+        let with = stirred(adapted(network.as_ref(), &lora));
+        let merged = with.merged().duplicate();
+        let weight = x.randn_like();
+        let losses = [&with, &merged].map(|n| loss(n.as_ref(), &x, &time, &condition, &weight));
+        for loss in &losses {
+            loss.backward();
+        }
+        let [found, expected] = losses.map(|loss| loss.double_value(&[]));
+        assert!((found / expected - 1.0).abs() < 1e-4, "{found} {expected}");
+        // dL/dB = (α/r)·dL/dW·Aᵀ and dL/dA = (α/r)·Bᵀ·dL/dW.
+        let full: BTreeMap<&str, Tensor> = merged
+            .parameters()
+            .entries()
+            .iter()
+            .zip(merged.parameters().leaves())
+            .map(|(entry, leaf)| (entry.name.as_str(), leaf.grad()))
+            .collect();
+        let rows = |x: &Tensor| x.detach().reshape([x.size()[0], -1]);
+        let parameters = with.parameters();
+        let mut compared = 0;
+        for (entries, leaves) in parameters.entries().chunks(2).zip(parameters.leaves().chunks(2)) {
+            let module = entries[0].name.strip_suffix(DOWN).unwrap();
+            let gradient = rows(&full[format!("{module}weight").as_str()]) * lora.scale();
+            let (down, up) = (rows(&leaves[0]), rows(&leaves[1]));
+            let expected = [up.transpose(0, 1).matmul(&gradient), gradient.matmul(&down.transpose(0, 1))];
+            for (leaf, expected) in leaves.iter().zip(expected) {
+                let error = relative_error(&rows(&leaf.grad()), &expected);
+                assert!(error < 1e-4, "{module}: {error:.1e}");
+                compared += 1;
+            }
+        }
+        assert!(compared > 10);
+        assert!(merged.parameters().entries() == network.parameters().entries());
+        assert!(with.parameters().leaves().iter().all(Tensor::requires_grad));
+    }
+}
+
+#[test]
+fn recomputed_blocks_give_adapters_the_same_gradients() {
+    let (_, x, time, condition) = networks().remove(1);
+    let weight = x.randn_like();
+    let values = stirred(adapted(&unet(), &lora(2, None))).parameters().flat().copy();
+    let gradients = [false, true].map(|again| {
+        let with = adapted(&unet().with_recomputation(again), &lora(2, None)).over(values.copy(), true);
+        loss(with.as_ref(), &x, &time, &condition, &weight).backward();
+        with.parameters().flat_grad()
+    });
+    // Sums over a layer's two uses are made in another order.
+    let error = relative_error(&gradients[0], &gradients[1]);
+    assert!(error < 1e-6, "{error:.1e}");
+    assert!(gradients[0].abs().sum(Kind::Float).double_value(&[]) > 0.0);
+}
+
+/// W + (α/r)·B·A at B = 0: a step of B along −dL/dB with A = I changes W along −dL/dW.
+#[test]
+fn full_rank_adapters_train_like_the_weights_to_first_order() {
+    let (network, x, time, condition) = networks().remove(0);
+    let target = "map_layer1";
+    let name = "model.map_layer1.weight";
+    let width = network.parameters().entries().iter().find(|e| e.name == name).unwrap().shape[0];
+    let lora = Lora { rank: width, alpha: width as f64, targets: Some(vec![target.to_owned()]) };
+    // A = I, as `draw` is divided by the rank.
+    let with = network.adapted(&lora, &mut |_| Tensor::eye(width, CPU) * width as f64).unwrap();
+    let weight = x.randn_like();
+    let full = network.duplicate();
+    for network in [&with, &full] {
+        loss(network.as_ref(), &x, &time, &condition, &weight).backward();
+    }
+    let up = &with.parameters().leaves()[1];
+    let index = full.parameters().entries().iter().position(|e| e.name == name).unwrap();
+    assert!(relative_error(&up.grad(), &full.parameters().leaves()[index].grad()) < 1e-5);
+}
+
+#[test]
+fn a_base_of_lower_precision_has_adapters_of_fp32() {
+    let (network, x, time, condition) = networks().remove(1);
+    let half = network.over(network.parameters().flat().to_kind(Kind::BFloat16), false);
+    let with = stirred(adapted(half.as_ref(), &lora(2, None)));
+    assert_eq!(with.parameters().flat().kind(), Kind::Float);
+    let x0 = with.denoise(&x, &time, &condition, Mode::Eval);
+    x0.square().mean(Kind::Float).backward();
+    assert_eq!((x0.kind(), with.parameters().leaves()[0].grad().kind()), (Kind::Float, Kind::Float));
+    let whole = network.over(half.parameters().flat().to_kind(Kind::Float), false);
+    let whole = adapted(whole.as_ref(), &lora(2, None)).over(with.parameters().flat().copy(), false);
+    let error = relative_error(&x0, &whole.denoise(&x, &time, &condition, Mode::Eval));
+    assert!(error < 0.03, "{error}");
+}
+
+#[test]
+fn what_a_network_cannot_have_is_named() {
+    let (network, ..) = networks().remove(1);
+    let refused = |lora: &Lora| network.adapted(lora, &mut |s| Tensor::zeros(s, CPU)).err().unwrap();
+    let LoraError::UnknownTargets { targets } = refused(&lora(2, Some(&["to_q", "to_qq", "ff.net.0.prj"])))
+    else {
+        panic!("both are unknown")
+    };
+    assert!(targets[0].starts_with("to_qq (nearest: to_q"), "{targets:?}");
+    assert!(targets[1].contains("ff.net.0.proj") || targets[1].contains("net.0.proj"), "{targets:?}");
+    let error = refused(&lora(300, None));
+    assert!(matches!(&error, LoraError::Rank { rank: 300, most, .. } if *most < 300), "{error}");
+    assert!(error.to_string().contains("rank 300 is above what"), "{error}");
+    assert!(!with_names(network.as_ref(), &["to_v"]).iter().any(|name| name.contains("to_q")));
+}
+
+fn with_names(network: &dyn Denoiser, targets: &[&str]) -> Vec<String> {
+    let with = adapted(network, &lora(1, Some(targets)));
+    with.parameters().entries().iter().map(|entry| entry.name.clone()).collect()
+}
