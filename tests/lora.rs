@@ -96,6 +96,45 @@ fn a_student_with_adapters_is_exported_as_one_network_and_samples_the_same() {
 }
 
 #[test]
+fn a_generator_starts_from_the_adapters_of_a_file() {
+    let cluster = Cluster::default();
+    let storage = cluster.storage().to_str().unwrap().to_owned();
+    let fast = "optimizer.generator_learning_rate=1e-2";
+    cluster.succeed(
+        "first",
+        1,
+        &["distillation.iterations=4", LORA, fast, "optimizer.ema_half_life_images=1"],
+        &[],
+    );
+    // Before its first step the generator is what it starts from.
+    let still = ["distillation.iterations=1", "distillation.generator_start_images=1000000", LORA];
+    for format in ["lora-diffusers", "lora-kohya"] {
+        let file = format!("{storage}/{format}.safetensors");
+        let run = format!("{storage}/runs/first");
+        let output = Command::new(binary("potstill"))
+            .args(["export", "--checkpoint", &run, "--out", &file, "--format", format])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let start = format!("generator.start_from={file}");
+        let second = format!("second-{format}");
+        cluster.succeed(&second, 1, &[&still[..], &[&start]].concat(), &[]);
+        let (first, second) = (cluster.checkpoint("first", 4), cluster.checkpoint(&second, 1));
+        for (name, values) in &second {
+            let Some(parameter) = name.strip_prefix("generator/") else { continue };
+            let averaged = &first[&format!("generator_ema/{parameter}")];
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1e-3);
+            assert!(values.iter().zip(averaged).all(close), "{format}: {parameter}");
+        }
+        let other = refused(&cluster, &["lora={rank=2}", &start]);
+        assert!(other.contains("the file has rank 4, and [lora] asks for rank 2"), "{other}");
+    }
+    let teacher = "generator.start_from=teacher.safetensors";
+    let message = refused(&cluster, &[LORA, teacher]);
+    assert!(message.contains("is not the name of an adapter"), "{message}");
+}
+
+#[test]
 fn adapters_that_a_network_cannot_have_are_refused() {
     let cluster = Cluster::default();
     let message = refused(&cluster, &["lora={rank=4, targets=['conv0', 'conv7']}"]);

@@ -56,6 +56,12 @@ DEFECTS = [
         ".len() + 1 >= self.world_size as usize;\n        if !complete",
     ),
     Defect(
+        "an older checkpoint whose answer comes after a newer one's is forgotten",
+        CORE + "ledger.rs",
+        "        if let Err(place) = self.committed.binary_search_by_key(",
+        "        if !self.has(iteration) && let Err(place) = self.committed.binary_search_by_key(",
+    ),
+    Defect(
         "before the first iteration, nobody who cannot reach the others is left out",
         RUN + "newcomers.rs",
         "if self.failed_starts < FAILED_WITH_ALL ||",

@@ -25,7 +25,7 @@ pub struct GeneratorSpec {
     /// Without it all steps are chosen equally often, as published (2505.12674).
     pub step_weights: Option<Vec<f64>>,
     /// An exported generator of the same architecture to start from, instead of a copy of the teacher: SiDA that continues
-    /// SiD (2410.14919's SiD²A).
+    /// SiD (2410.14919's SiD²A). In a run with `[lora]` a file of its adapters, in the names of PEFT or kohya's scripts.
     pub start_from: Option<PathBuf>,
 }
 

@@ -84,6 +84,16 @@ pub enum SaveError {
     /// The caller's metadata has the key of the configuration.
     #[error("the metadata key `{CONFIG_KEY}` is taken by the architecture")]
     ReservedKey,
+    /// Numbers beyond the range of the file's data type.
+    #[error("{count} numbers are beyond the range of {kind:?}, the first in {name}: write bf16 or fp32")]
+    Overflow {
+        /// How many.
+        count: i64,
+        /// The first tensor that has some.
+        name: String,
+        /// The data type.
+        kind: Kind,
+    },
     /// The format does not support the network's tensors or metadata.
     #[error("cannot write safetensors: {0}")]
     Format(#[from] SafeTensorError),
@@ -330,6 +340,28 @@ pub(crate) fn to_safetensors(
     archive(&tensors, &header)
 }
 
+/// The data type of a file's tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// fp32.
+    #[default]
+    Fp32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half.
+    Fp16,
+}
+
+impl Precision {
+    fn kinds(self) -> (Kind, Dtype, usize) {
+        match self {
+            Self::Fp32 => (Kind::Float, Dtype::F32, 4),
+            Self::Bf16 => (Kind::BFloat16, Dtype::BF16, 2),
+            Self::Fp16 => (Kind::Half, Dtype::F16, 2),
+        }
+    }
+}
+
 /// Named fp32 tensors and metadata as one safetensors file. Equal input gives equal bytes.
 ///
 /// # Errors
@@ -338,19 +370,45 @@ pub fn archive(
     tensors: &[(&str, &Tensor)],
     metadata: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>, SaveError> {
+    archive_in(Precision::Fp32, tensors, metadata)
+}
+
+/// [`archive`] with tensors of another data type.
+///
+/// # Errors
+/// As `archive`; [`SaveError::Overflow`] when finite numbers are beyond the data type's range.
+pub fn archive_in(
+    precision: Precision,
+    tensors: &[(&str, &Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, SaveError> {
+    let (kind, dtype, width) = precision.kinds();
+    let (mut overflowed, mut first) = (0, None);
     let tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
         .iter()
         .map(|(name, tensor)| {
             let shape = tensor.size().iter().map(|d| *d as usize).collect();
-            let host = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous();
-            let mut bytes = vec![0; host.numel() * 4];
+            let tensor = tensor.detach().to_device(Device::Cpu);
+            let host = tensor.to_kind(kind).contiguous();
+            if kind != Kind::Float {
+                let finite = |x: &Tensor| x.isfinite().sum(Kind::Int64).int64_value(&[]);
+                let lost = finite(&tensor) - finite(&host);
+                if lost > 0 {
+                    overflowed += lost;
+                    first.get_or_insert_with(|| (*name).to_owned());
+                }
+            }
+            let mut bytes = vec![0; host.numel() * width];
             host.copy_data_u8(&mut bytes, host.numel());
             (*name, shape, bytes)
         })
         .collect();
+    if let Some(name) = first {
+        return Err(SaveError::Overflow { count: overflowed, name, kind });
+    }
     let views = tensors
         .iter()
-        .map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .map(|(name, shape, bytes)| Ok((*name, TensorView::new(dtype, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, SafeTensorError>>()?;
     let unordered: HashMap<String, String> = metadata.clone().into_iter().collect();
     // The writer takes metadata in a hash map and writes it in the map's order, which varies. The length does not, so

@@ -10,7 +10,11 @@ use common::{equal, relative_error, small};
 use potstill_models::{
     Condition, Denoiser, EdmNetwork, Embedded, Lora, LoraError, Mode, TextCondition,
     diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
-    lora::{DOWN, UP},
+    lora::{
+        DOWN, UP,
+        file::{self, Naming},
+    },
+    weights::{Precision, archive_in},
 };
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -206,4 +210,96 @@ fn what_a_network_cannot_have_is_named() {
 fn with_names(network: &dyn Denoiser, targets: &[&str]) -> Vec<String> {
     let with = adapted(network, &lora(1, Some(targets)));
     with.parameters().entries().iter().map(|entry| entry.name.clone()).collect()
+}
+
+#[test]
+fn files_of_both_namings_give_back_the_adapters() {
+    let (network, ..) = networks().remove(1);
+    let lora = lora(2, None);
+    let with = stirred(adapted(network.as_ref(), &lora));
+    for naming in [Naming::Peft, Naming::Kohya] {
+        let tensors: BTreeMap<String, Tensor> =
+            file::named(with.as_ref(), &lora, naming).into_iter().collect();
+        let updates = file::parse(&tensors, &BTreeMap::new(), network.parameters()).unwrap();
+        let again = adapted(network.as_ref(), &lora);
+        file::fill(&updates, &lora, again.as_ref()).unwrap();
+        let error = relative_error(again.parameters().flat(), with.parameters().flat());
+        assert!(error < 1e-6, "{naming:?}: {error:.1e}");
+        // Merged into the weights they are the network that has them beside.
+        let merged = network.duplicate();
+        file::merge(&updates, 1.0, merged.parameters());
+        let error = relative_error(merged.parameters().flat(), with.merged().parameters().flat());
+        assert!(error < 1e-6, "{naming:?}: {error:.1e}");
+    }
+}
+
+#[test]
+fn alpha_is_that_of_the_file() {
+    let (network, ..) = networks().remove(1);
+    let lora = lora(2, Some(&["to_q"]));
+    let with = stirred(adapted(network.as_ref(), &lora));
+    let scale = |tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>| {
+        file::parse(tensors, metadata, network.parameters()).unwrap()[0].scale
+    };
+    let none = BTreeMap::new();
+    let peft: BTreeMap<String, Tensor> =
+        file::named(with.as_ref(), &lora, Naming::Peft).into_iter().collect();
+    assert_eq!(scale(&peft, &none), 1.0, "without α it is the rank");
+    let metadata = r#"{"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"]}"#;
+    let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), metadata.to_owned())]);
+    assert_eq!(scale(&peft, &metadata), 4.0);
+    let mut kohya: BTreeMap<String, Tensor> =
+        file::named(with.as_ref(), &lora, Naming::Kohya).into_iter().collect();
+    assert_eq!(scale(&kohya, &none), 1.0);
+    for (_, alpha) in kohya.iter_mut().filter(|(name, _)| name.ends_with(".alpha")) {
+        *alpha = Tensor::from(1.0f32);
+    }
+    assert_eq!(scale(&kohya, &none), 0.5);
+}
+
+#[test]
+fn what_a_file_has_for_another_network_is_named() {
+    let (network, ..) = networks().remove(1);
+    let lora = lora(2, Some(&["to_q"]));
+    let with = stirred(adapted(network.as_ref(), &lora));
+    let tensors: BTreeMap<String, Tensor> =
+        file::named(with.as_ref(), &lora, Naming::Peft).into_iter().collect();
+    let refused = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+        let mut tensors: BTreeMap<String, Tensor> =
+            tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        change(&mut tensors);
+        file::parse(&tensors, &BTreeMap::new(), network.parameters()).unwrap_err().to_string()
+    };
+    let first = tensors.keys().next().unwrap().clone();
+    let small = || Tensor::zeros([2, 2], CPU);
+    let renamed = |name: &str| {
+        let name = name.to_owned();
+        refused(&move |tensors| {
+            tensors.insert(name.clone(), small());
+        })
+    };
+    assert!(renamed("text_encoder.x.lora_A.weight").contains("adapts a text encoder"));
+    assert!(renamed("model.weight").contains("model.weight is not the name of an adapter"));
+    assert!(renamed("unet.mid.to_q.lora_A.weight").contains("mid.to_q has only one half"));
+    let message = refused(&|tensors| {
+        tensors.insert(first.clone(), small());
+    });
+    assert!(message.contains("A is [2, 2]") && message.contains("another base"), "{message}");
+    let message = refused(&|tensors| {
+        for half in ["lora_A", "lora_B"] {
+            tensors.insert(format!("unet.a.to_q.{half}.weight"), small());
+        }
+    });
+    assert!(message.contains("it adapts a.to_q, which this network does not have"), "{message}");
+    assert!(refused(&BTreeMap::clear).contains("no adapters"));
+}
+
+#[test]
+fn numbers_beyond_half_precision_are_counted_and_named() {
+    let large = Tensor::from_slice(&[1.0f32, 7e4, -8e4]);
+    let tensors = [("small", &Tensor::ones([2], CPU)), ("large", &large)];
+    let written = |precision| archive_in(precision, &tensors, &BTreeMap::new());
+    assert!(written(Precision::Bf16).is_ok());
+    let error = written(Precision::Fp16).unwrap_err().to_string();
+    assert!(error.starts_with("2 numbers are beyond the range of Half, the first in large"), "{error}");
 }

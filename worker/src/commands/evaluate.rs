@@ -216,7 +216,7 @@ impl Subject {
     fn load(arguments: &Arguments, device: Device) -> anyhow::Result<Self> {
         let (model, times, name) = match (&arguments.student, &arguments.teacher) {
             (Some(source), None) => {
-                let Student { model, times, origin } = source.load(device)?;
+                let Student { model, times, origin, .. } = source.load(device)?;
                 let name = format!("{origin}, {} step(s)", times.len());
                 (model, Some(times), name)
             }

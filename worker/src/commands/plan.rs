@@ -224,52 +224,80 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let spec = RunSpec::load(&arguments.config, &arguments.sets)?;
-    let plan = Plan::new(&spec, &Sizes::of(&spec)?, arguments.workers)?;
-    let fits = plan.needed() <= arguments.device_memory;
-    if arguments.json {
+    let Arguments { config, device_memory, workers, sets, json } = arguments;
+    let spec = RunSpec::load(&config, &sets)?;
+    let model = Sizes::of(&spec)?;
+    let plan = Plan::new(&spec, &model, workers)?;
+    let fits = plan.needed() <= device_memory;
+    let savers = savers(&spec, &model, workers)?;
+    if json {
         let report = serde_json::json!({
             "plan": plan,
             "peak": plan.peak(),
             "needed": plan.needed(),
-            "device_memory": arguments.device_memory,
+            "device_memory": device_memory,
             "fits": fits,
+            "savers": savers,
         });
         print(format_args!("{}", serde_json::to_string_pretty(&report)?));
-    } else {
-        for (what, size) in plan.rows() {
-            print(format_args!("{what:<46} {:>10.2} GiB", gib(size)));
-        }
-        print(format_args!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak())));
-        print(format_args!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed())));
-        match fits {
-            true => print(format_args!("yes: it fits in {:.1} GiB", gib(arguments.device_memory))),
-            false => print(format_args!(
-                "no: {:.1} GiB are {:.1} GiB too little{}",
-                gib(arguments.device_memory),
-                gib(plan.needed() - arguments.device_memory),
-                advice(&spec, arguments.workers)
-            )),
-        }
+        return Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
-    Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    for (what, size) in plan.rows() {
+        print(format_args!("{what:<46} {:>10.2} GiB", gib(size)));
+    }
+    print(format_args!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak())));
+    print(format_args!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed())));
+    if fits {
+        print(format_args!("yes: it fits in {:.1} GiB", gib(device_memory)));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let short = plan.needed() - device_memory;
+    print(format_args!("no: {:.1} GiB are {:.1} GiB too little", gib(device_memory), gib(short)));
+    for Saver { change, saved } in savers {
+        let enough = if saved >= short { ": enough" } else { "" };
+        print(format_args!("  {change:<58} saves {:>7.2} GiB{enough}", gib(saved)));
+    }
+    Ok(ExitCode::FAILURE)
 }
 
-/// Advice: what could be changed so that it fits.
-fn advice(spec: &RunSpec, workers: u32) -> String {
-    let memory = &spec.memory;
-    let untried: Vec<&str> = [
-        (memory.recompute, "memory.recompute"),
-        (memory.bf16_weights, "memory.bf16_weights (with distillation.precision = \"bf16\")"),
-        (memory.shard_optimizer || workers == 1, "memory.shard_optimizer"),
-        (spec.distillation.micro_batch == 1, "a smaller distillation.micro_batch"),
-        (memory.offload_ema, "memory.offload_ema"),
-        (false, "more workers"),
-    ]
-    .into_iter()
-    .filter_map(|(tried, what)| (!tried).then_some(what))
-    .collect();
-    format!("; try {}", untried.join(", "))
+/// A change of a run, and how much less memory a device needs with it.
+#[derive(Debug, PartialEq, Serialize)]
+struct Saver {
+    change: &'static str,
+    saved: u64,
+}
+
+/// The changes that save memory, each by itself, the greatest first.
+fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Saver>> {
+    type Change = fn(&mut RunSpec, &mut u32);
+    let changes: [(&str, Change); 7] = [
+        ("memory.recompute=true", |spec, _| spec.memory.recompute = true),
+        ("memory.bf16_weights=true with distillation.precision=bf16", |spec, _| {
+            spec.memory.bf16_weights = true;
+            spec.distillation.precision = Precision::Bf16;
+        }),
+        ("memory.shard_optimizer=true", |spec, _| spec.memory.shard_optimizer = true),
+        ("distillation.micro_batch=1", |spec, _| spec.distillation.micro_batch = 1),
+        ("memory.offload_ema=true", |spec, _| spec.memory.offload_ema = true),
+        ("lora={rank=64}", |spec, _| {
+            spec.lora.get_or_insert_default();
+        }),
+        ("twice as many workers", |_, workers| *workers *= 2),
+    ];
+    let needed = Plan::new(spec, model, workers)?.needed();
+    let mut found = Vec::new();
+    for (change, make) in changes {
+        let (mut spec, mut workers) = (spec.clone(), workers);
+        make(&mut spec, &mut workers);
+        // A network too small for the adapters has none.
+        let Ok(plan) = Plan::new(&spec, model, workers) else { continue };
+        match needed.checked_sub(plan.needed()) {
+            None | Some(0) => {}
+            Some(saved) => found.push(Saver { change, saved }),
+        }
+    }
+    found.sort_by_key(|saver| std::cmp::Reverse(saver.saved));
+    Ok(found)
 }
 
 fn gib(bytes: u64) -> f64 {
@@ -371,6 +399,28 @@ mod tests {
             trainer.update_average(&mut state, iteration);
         }
         meter.peak().unwrap()
+    }
+
+    #[test]
+    fn advice_is_what_saves() {
+        let model = Sizes { unet: unet(), sides: [32, 32], tokens: TOKENS, text: 0, autoencoder: 0 };
+        let mut spec = RunSpec::default();
+        spec.teacher.model = Some("model".to_owned());
+        spec.distillation.micro_batch = 1;
+        let changes = |spec: &RunSpec, workers| -> Vec<&str> {
+            let savers = savers(spec, &model, workers).unwrap();
+            assert!(savers.is_sorted_by(|a, b| a.saved >= b.saved), "{savers:?}");
+            savers.iter().map(|saver| saver.change).collect()
+        };
+        let alone = changes(&spec, 1);
+        assert!(alone.contains(&"memory.recompute=true") && alone.contains(&"memory.offload_ema=true"));
+        let useless = ["memory.shard_optimizer=true", "distillation.micro_batch=1", "twice as many workers"];
+        assert!(!alone.iter().any(|change| useless.contains(change)), "{alone:?}");
+        assert!(changes(&spec, 2).contains(&"memory.shard_optimizer=true"));
+        spec.memory.shard_optimizer = true;
+        assert!(changes(&spec, 2).contains(&"twice as many workers"));
+        spec.lora = Some(LoraSpec { rank: std::num::NonZeroU32::MIN, ..LoraSpec::default() });
+        assert!(!changes(&spec, 2).contains(&"lora={rank=64}"));
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub struct Arguments {
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let device = arguments.device.device(0)?;
-    let Student { model, times, origin } = arguments.source.load(device)?;
+    let Student { model, times, origin, .. } = arguments.source.load(device)?;
     let classes = model.network.classes();
     if let Some(label) = arguments.labels.iter().find(|label| !(0..classes).contains(*label)) {
         bail!("class {label} is out of range: {origin} has {classes} classes, from 0");

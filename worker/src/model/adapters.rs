@@ -1,8 +1,10 @@
 //! Low-rank adapters of a run: the first ones, and those of a finished student.
 
+use std::path::Path;
+
 use anyhow::Context;
 use potstill_distill::random::{Purpose, Stream};
-use potstill_models::{Denoiser, Lora};
+use potstill_models::{Denoiser, Lora, lora::file, weights::Archive};
 use potstill_spec::LoraSpec;
 use tch::{Device, Kind, Tensor};
 
@@ -23,6 +25,18 @@ pub fn first(teacher: &dyn Denoiser, spec: &LoraSpec, seed: u64) -> anyhow::Resu
         teacher.adapted(&lora, &mut |shape| stream.normal(shape)).context("[lora]")
     };
     Ok([adapted(0)?, adapted(1)?])
+}
+
+/// The teacher with the adapters of a file, in the names of PEFT or kohya's scripts.
+///
+/// # Errors
+/// The file cannot be read, or has adapters of another network, of other layers, or of another rank.
+pub fn read(teacher: &dyn Denoiser, spec: &LoraSpec, path: &Path) -> anyhow::Result<Box<dyn Denoiser>> {
+    let file = Archive::read(path).context("a run with [lora] starts from a file of adapters")?;
+    let adapted = empty(teacher, spec)?;
+    let updates = file::parse(&file.tensors, &file.metadata, teacher.parameters())?;
+    file::fill(&updates, &described(spec), adapted.as_ref())?;
+    Ok(adapted)
 }
 
 /// The teacher with adapters of 0, whose values are to be filled in.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, bail, ensure};
-use potstill_models::{EdmNetwork, weights::Archive};
+use potstill_models::{Denoiser, EdmNetwork, Lora, weights::Archive};
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
 use serde_json::Value;
@@ -23,10 +23,20 @@ pub const SCHEDULER: &str = "scheduler/scheduler_config.json";
 pub struct Student {
     /// G_ema, with the other parts of its model.
     pub model: Model,
+    /// Its adapters by themselves, if it was trained with some; they are part of the model's network as well.
+    pub adapters: Option<Adapters>,
     /// Time of each step.
     pub times: Vec<f64>,
     /// Its source, for messages.
     pub origin: String,
+}
+
+/// Low-rank adapters of a student.
+pub struct Adapters {
+    /// Their description.
+    pub lora: Lora,
+    /// The teacher with them.
+    pub network: Box<dyn Denoiser>,
 }
 
 /// The location of a checkpoint.
@@ -91,6 +101,7 @@ impl Student {
         ensure!(!times.is_empty(), "{}: a generator has at least one step", path.display());
         Ok(Self {
             model: Model::plain(EdmNetwork::load(path, device)?),
+            adapters: None,
             times,
             origin: path.display().to_string(),
         })
@@ -104,6 +115,7 @@ impl Student {
         let times = few_step_times(path)?;
         Ok(Self {
             model: Model::from_folder(path, None, false, device)?,
+            adapters: None,
             times,
             origin: path.display().to_string(),
         })
@@ -135,15 +147,17 @@ impl Student {
         };
         let mut model = Model::load(&spec, device)?;
         let key = layout::manifest_key(iteration);
+        let mut adapters = None;
         if let Some(lora) = &spec.lora {
-            let adapted = adapters::empty(model.network.as_ref(), lora)?;
-            checkpoint::restore_generator(&run, &key, adapted.as_ref()).await?;
-            model.network = adapted.merged();
+            let network = adapters::empty(model.network.as_ref(), lora)?;
+            checkpoint::restore_generator(&run, &key, network.as_ref()).await?;
+            model.network = network.merged();
+            adapters = Some(Adapters { lora: adapters::described(lora), network });
         } else {
             checkpoint::restore_generator(&run, &key, model.network.as_ref()).await?;
         }
         let times = times(&spec, model.network.process());
-        Ok(Self { model, times, origin: run.describe(&key) })
+        Ok(Self { model, adapters, times, origin: run.describe(&key) })
     }
 
     /// The generator with the times of its steps, as one safetensors file.

@@ -55,16 +55,17 @@ impl Inputs {
     /// A file is missing, damaged, has other content than when the run was started, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let model = Model::load(spec, device)?;
-        if let Some(lora) = &spec.lora {
-            adapters::empty(model.network.as_ref(), lora)?;
-            ensure!(
-                spec.generator.start_from.is_none(),
-                "generator.start_from holds whole networks, and this run trains adapters: remove the key or [lora]"
-            );
-        }
-        let start = match &spec.generator.start_from {
-            Some(path) => Some(load_start(path, &model, device)?),
-            None => None,
+        let start = match (&spec.generator.start_from, &spec.lora) {
+            (Some(path), None) => Some(load_start(path, &model, device)?),
+            (Some(path), Some(lora)) => {
+                let read = adapters::read(model.network.as_ref(), lora, path);
+                Some(read.with_context(|| format!("generator.start_from: {}", path.display()))?)
+            }
+            (None, Some(lora)) => {
+                adapters::empty(model.network.as_ref(), lora)?;
+                None
+            }
+            (None, None) => None,
         };
         let pairs = match &spec.adversarial {
             Some(adversarial) if model.latent.is_some() => {
@@ -176,10 +177,17 @@ impl Job {
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
         let frozen =
             |network: Box<dyn Denoiser>| network.over(network.parameters().flat().to_kind(weights), false);
-        let (teacher, start) = (frozen(teacher), start.map(frozen));
-        let adapted = match &spec.lora {
-            Some(lora) => Some(adapters::first(teacher.as_ref(), lora, spec.distillation.seed)?),
-            None => None,
+        let teacher = frozen(teacher);
+        let (start, adapted) = match &spec.lora {
+            None => (start.map(frozen), None),
+            Some(lora) => {
+                let [fake_score, mut generator] =
+                    adapters::first(teacher.as_ref(), lora, spec.distillation.seed)?;
+                if let Some(start) = start {
+                    generator = generator.over(start.parameters().flat().shallow_clone(), true);
+                }
+                (None, Some([fake_score, generator]))
+            }
         };
         Ok(Self {
             spec,

@@ -89,6 +89,15 @@ impl ModelFolder {
         self.parts.contains_key("text_encoder_2")
     }
 
+    /// The license that its model card names, `README.md`'s front matter, if there is one.
+    #[must_use]
+    pub fn license(&self) -> Option<String> {
+        let card = std::fs::read_to_string(self.path().join("README.md")).ok()?;
+        let matter = card.strip_prefix("---")?.split("\n---").next()?;
+        let license = matter.lines().find_map(|line| line.strip_prefix("license:"))?;
+        Some(license.trim().trim_matches(['"', '\'']).to_owned()).filter(|license| !license.is_empty())
+    }
+
     /// Names of the parts that make it a text-to-image model, each a sub-folder.
     pub fn parts(&self) -> impl Iterator<Item = &str> {
         self.parts.keys().map(String::as_str)

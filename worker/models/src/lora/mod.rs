@@ -4,6 +4,8 @@
 //! For a convolution A has the layer's kernel and stride, and B is 1×1, as in the public PEFT library. The adapters of a
 //! network are its [`Parameters`], so that optimizer, average, checkpoints and transfers treat them like any weights.
 
+pub mod file;
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},

@@ -1,60 +1,32 @@
-//! `export`: writes the averaged generator of a checkpoint in a form that other programs load: one file for an EDM
-//! network, a folder in the layout of diffusers for a text-to-image model.
+//! A text-to-image student as a folder in the layout of diffusers.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context, ensure};
-use clap::Args;
-use potstill_logging::print;
-use potstill_models::{Denoiser, weights};
+use potstill_models::{
+    Denoiser,
+    weights::{self, Precision},
+};
 use serde_json::{Value, json};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
-use super::source::Source;
 use crate::{
     model::Latent,
     model::student::{FOLDER_TIMES_KEY, SCHEDULER, Student},
 };
 
-#[derive(Args)]
-pub struct Arguments {
-    #[command(flatten)]
-    source: Source,
-    /// The file to write; for a text-to-image model the folder, which must not exist
-    #[arg(long, value_name = "PATH")]
-    out: PathBuf,
-    /// Link to the teacher's text encoders, tokenizers and autoencoder instead of copying them
-    #[arg(long)]
-    link: bool,
-}
-
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
-pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let student = arguments.source.load(Device::Cpu)?;
-    let out = arguments.out;
-    match &student.model.latent {
-        Some(latent) => write_folder(&student, latent, &out, arguments.link)?,
-        None => std::fs::write(&out, student.to_safetensors()?)
-            .with_context(|| format!("cannot write {}", out.display()))?,
-    }
-    print(format_args!(
-        "{} from {}: {} step(s), at {:?}",
-        out.display(),
-        student.origin,
-        student.times.len(),
-        student.times
-    ));
-    Ok(ExitCode::SUCCESS)
-}
-
 /// A complete folder: the generator as U-Net, a scheduler that makes its steps, and the other parts of the teacher.
-fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> anyhow::Result<()> {
+pub fn write(
+    student: &Student,
+    latent: &Latent,
+    out: &Path,
+    link: bool,
+    precision: Precision,
+) -> anyhow::Result<()> {
     ensure!(!out.exists(), "{} exists already: name a folder that does not", out.display());
+    let weights = unet(student.model.network.as_ref(), precision)?;
     let source = latent.folder.path();
     for file in latent.folder.files()? {
         let to = out.join(&file);
@@ -75,7 +47,7 @@ fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> a
         let path = out.join(name);
         std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
     };
-    write(&format!("unet/{WEIGHTS}"), &unet(student.model.network.as_ref())?)?;
+    write(&format!("unet/{WEIGHTS}"), &weights)?;
     let config = std::fs::read_to_string(source.join("unet/config.json"))?;
     let mut config: Value = serde_json::from_str(&config)?;
     // The run's images may have another size than the teacher's.
@@ -103,12 +75,12 @@ fn write_folder(student: &Student, latent: &Latent, out: &Path, link: bool) -> a
     write("model_index.json", &serde_json::to_vec_pretty(&index)?)
 }
 
-fn unet(network: &dyn Denoiser) -> anyhow::Result<Vec<u8>> {
+fn unet(network: &dyn Denoiser, precision: Precision) -> anyhow::Result<Vec<u8>> {
     let parameters = network.parameters();
     let names = parameters.entries().iter().map(|entry| entry.name.as_str());
     let tensors: Vec<(&str, &Tensor)> = names.zip(parameters.leaves()).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    Ok(weights::archive(&tensors, &metadata)?)
+    Ok(weights::archive_in(precision, &tensors, &metadata)?)
 }
 
 /// diffusers' LCM scheduler makes the same steps as the generator: it predicts x0 and adds new noise for the next of
