@@ -12,9 +12,8 @@ use rand_distr::StandardNormal;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    layers::Weight,
-    lora::{DOWN, Lora, UP},
     parameters::{Entry, Parameters},
+    weight::{DOWN, UP, Weight},
 };
 
 /// The distribution of a tensor's initial elements.
@@ -229,13 +228,11 @@ impl<'a> Binding<'a> {
         Self { parameters, next: 0, adapters: None }
     }
 
-    /// With adapters beside some of the weights.
-    pub fn adapted(parameters: &'a Parameters, adapters: Option<(&'a Lora, &'a Parameters)>) -> Self {
-        let adapters = adapters.map(|(lora, adapters)| {
-            let names = adapters.entries().iter().map(|entry| entry.name.as_str());
-            Adapters { scale: lora.scale(), left: names.zip(adapters.leaves()).collect() }
-        });
-        Self { parameters, next: 0, adapters }
+    /// With adapters beside some of the weights, whose products are multiplied by `scale`.
+    pub fn adapted(parameters: &'a Parameters, adapters: &'a Parameters, scale: f64) -> Self {
+        let names = adapters.entries().iter().map(|entry| entry.name.as_str());
+        let left = names.zip(adapters.leaves()).collect();
+        Self { parameters, next: 0, adapters: Some(Adapters { scale, left }) }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use crate::builder::{Init, Scope};
+use crate::{
+    builder::{Init, Scope},
+    weight::{Role, Weight},
+};
 
 /// Distribution of a layer's initial weights and biases. Bounds scale with the layer's fans.
 #[derive(Clone, Copy)]
@@ -45,70 +48,6 @@ impl InitLaw {
             Variance::KaimingUniform => Init::Uniform { bound: scale * (3.0 / fan_in).sqrt() },
             Variance::KaimingNormal => Init::Normal { std: scale * (1.0 / fan_in).sqrt() },
         }
-    }
-}
-
-/// A layer's weight, by itself or with a low-rank adapter beside it.
-pub(crate) struct Weight {
-    own: Tensor,
-    adapter: Option<Adapter>,
-}
-
-struct Adapter {
-    down: Tensor,
-    up: Tensor,
-    scale: f64,
-}
-
-impl Weight {
-    pub fn own(own: Tensor) -> Self {
-        Self { own, adapter: None }
-    }
-
-    /// `down` and `up` are A and B of [`lora`](crate::lora), and `scale` is α/r.
-    pub fn adapted(own: Tensor, down: Tensor, up: Tensor, scale: f64) -> Self {
-        Self { own, adapter: Some(Adapter { down, up, scale }) }
-    }
-
-    /// W itself.
-    pub fn own_values(&self) -> &Tensor {
-        &self.own
-    }
-
-    /// The tensors that take gradients.
-    pub fn trained(&self) -> Vec<Tensor> {
-        match &self.adapter {
-            None => vec![self.own.shallow_clone()],
-            Some(adapter) => vec![adapter.down.shallow_clone(), adapter.up.shallow_clone()],
-        }
-    }
-
-    /// The layer's output: `product` of `x` with W, and with A; `up` multiplies the latter with B. The adapter computes in
-    /// the data type of `x`.
-    pub fn apply(
-        &self,
-        x: &Tensor,
-        product: impl Fn(&Tensor, Role) -> Tensor,
-        up: impl FnOnce(&Tensor, &Tensor) -> Tensor,
-    ) -> Tensor {
-        let mut output = product(&self.own, Role::Own);
-        let Some(adapter) = &self.adapter else { return output };
-        let down = product(&adapter.down.to_kind(x.kind()), Role::Down) * adapter.scale;
-        output.g_add_(&up(&down, &adapter.up.to_kind(down.kind())))
-    }
-}
-
-/// Which of a layer's products is computed: only the first has the bias.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    Own,
-    Down,
-}
-
-impl Role {
-    /// The bias of this product.
-    pub fn bias(self, bias: Option<&Tensor>) -> Option<&Tensor> {
-        bias.filter(|_| self == Self::Own)
     }
 }
 

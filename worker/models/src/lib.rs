@@ -23,6 +23,7 @@ mod parameters;
 pub mod process;
 mod recomputed;
 pub mod sampler;
+mod weight;
 pub mod weights;
 
 pub use denoiser::{Condition, Denoiser, Embedded, Mode, TextCondition};

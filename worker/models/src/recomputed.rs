@@ -5,7 +5,7 @@ use tch::{Device, Tensor};
 
 use crate::{
     builder::{BufferDeclaration, Init, Registry, Scope},
-    layers::Weight,
+    weight::Weight,
 };
 
 /// A block, and the parameters that it computes with.

@@ -219,10 +219,10 @@ fn files_of_both_namings_give_back_the_adapters() {
     let with = stirred(adapted(network.as_ref(), &lora));
     for naming in [Naming::Peft, Naming::Kohya] {
         let tensors: BTreeMap<String, Tensor> =
-            file::named(with.as_ref(), &lora, naming).into_iter().collect();
+            file::named(with.parameters(), &lora, naming).into_iter().collect();
         let updates = file::parse(&tensors, &BTreeMap::new(), network.parameters()).unwrap();
         let again = adapted(network.as_ref(), &lora);
-        file::fill(&updates, &lora, again.as_ref()).unwrap();
+        file::fill(&updates, &lora, again.parameters()).unwrap();
         let error = relative_error(again.parameters().flat(), with.parameters().flat());
         assert!(error < 1e-6, "{naming:?}: {error:.1e}");
         // Merged into the weights they are the network that has them beside.
@@ -243,13 +243,13 @@ fn alpha_is_that_of_the_file() {
     };
     let none = BTreeMap::new();
     let peft: BTreeMap<String, Tensor> =
-        file::named(with.as_ref(), &lora, Naming::Peft).into_iter().collect();
+        file::named(with.parameters(), &lora, Naming::Peft).into_iter().collect();
     assert_eq!(scale(&peft, &none), 1.0, "without α it is the rank");
     let metadata = r#"{"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"]}"#;
     let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), metadata.to_owned())]);
     assert_eq!(scale(&peft, &metadata), 4.0);
     let mut kohya: BTreeMap<String, Tensor> =
-        file::named(with.as_ref(), &lora, Naming::Kohya).into_iter().collect();
+        file::named(with.parameters(), &lora, Naming::Kohya).into_iter().collect();
     assert_eq!(scale(&kohya, &none), 1.0);
     for (_, alpha) in kohya.iter_mut().filter(|(name, _)| name.ends_with(".alpha")) {
         *alpha = Tensor::from(1.0f32);
@@ -263,7 +263,7 @@ fn what_a_file_has_for_another_network_is_named() {
     let lora = lora(2, Some(&["to_q"]));
     let with = stirred(adapted(network.as_ref(), &lora));
     let tensors: BTreeMap<String, Tensor> =
-        file::named(with.as_ref(), &lora, Naming::Peft).into_iter().collect();
+        file::named(with.parameters(), &lora, Naming::Peft).into_iter().collect();
     let refused = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
         let mut tensors: BTreeMap<String, Tensor> =
             tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();

@@ -35,7 +35,7 @@ pub fn read(teacher: &dyn Denoiser, spec: &LoraSpec, path: &Path) -> anyhow::Res
     let file = Archive::read(path).context("a run with [lora] starts from a file of adapters")?;
     let adapted = empty(teacher, spec)?;
     let updates = file::parse(&file.tensors, &file.metadata, teacher.parameters())?;
-    file::fill(&updates, &described(spec), adapted.as_ref())?;
+    file::fill(&updates, &described(spec), adapted.parameters())?;
     Ok(adapted)
 }
 

@@ -11,7 +11,10 @@ use super::{
 use crate::{
     builder::{Declaration, Scope},
     denoiser::{Condition, Denoiser, Mode},
-    lora::{AdapterDeclaration, Lora, LoraError, Weights},
+    lora::{
+        Lora, LoraError,
+        weights::{AdapterDeclaration, Weights},
+    },
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, LoadError, Named},
@@ -165,9 +168,7 @@ impl UNetConfig {
     /// # Errors
     /// As [`Denoiser::adapted`].
     pub fn lora_size(&self, lora: &Lora) -> Result<i64, LoraError> {
-        let usual = || LORA_TARGETS.iter().map(|name| (*name).to_owned()).collect();
-        let targets = lora.targets.clone().unwrap_or_else(usual);
-        Ok(declare_adapters(self, lora, &targets)?.numel())
+        Ok(declare_adapters(self, lora, &lora.targets_of(LORA_TARGETS))?.numel())
     }
 
     /// Height and width of the latents that it was trained on.
@@ -229,7 +230,7 @@ impl Denoiser for LatentDenoiser {
         lora: &Lora,
         draw: &mut dyn FnMut(&[i64]) -> Tensor,
     ) -> Result<Box<dyn Denoiser>, LoraError> {
-        let targets = lora.targets_of(self);
+        let targets = lora.targets_of(self.lora_targets());
         let declared = declare_adapters(&self.config, lora, &targets)?;
         Ok(self.rebind(self.weights.adapted(lora, declared, draw)))
     }

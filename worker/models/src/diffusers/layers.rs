@@ -4,7 +4,8 @@ use tch::Tensor;
 
 use crate::{
     builder::{Init, Scope},
-    layers::{InitLaw, Role, Weight},
+    layers::InitLaw,
+    weight::{Role, Weight},
 };
 
 /// PyTorch's default for linear and convolutional layers: U(±1/√fan_in) for weights and biases.

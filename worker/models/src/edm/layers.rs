@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 pub(crate) use crate::layers::{InitLaw, Linear};
-use crate::layers::{Role, Weight};
+use crate::weight::{Role, Weight};
 use crate::{
     builder::{BufferSource, Init, Scope},
     denoiser::Mode,

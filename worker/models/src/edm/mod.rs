@@ -22,7 +22,10 @@ use self::{config::EdmConfig, inputs::Inputs, preconditioning::Coefficients, une
 use crate::{
     builder::Scope,
     denoiser::{Condition, Denoiser, Mode},
-    lora::{AdapterDeclaration, Lora, LoraError, Weights},
+    lora::{
+        Lora, LoraError,
+        weights::{AdapterDeclaration, Weights},
+    },
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, Archive, LoadError, Stored},
@@ -179,7 +182,7 @@ impl Denoiser for EdmNetwork {
         lora: &Lora,
         draw: &mut dyn FnMut(&[i64]) -> Tensor,
     ) -> Result<Box<dyn Denoiser>, LoraError> {
-        let targets = lora.targets_of(self);
+        let targets = lora.targets_of(self.lora_targets());
         let mut declaration = AdapterDeclaration::new(lora, &targets);
         UNet::new(&mut Scope::root(&mut declaration).child("model"), &self.config);
         let weights = self.weights.adapted(lora, declaration.finish()?, draw);

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 use tch::{Kind, Tensor, no_grad};
 
-use super::{DOWN, Lora, UP};
-use crate::{denoiser::Denoiser, parameters::Parameters};
+use super::{DOWN, Lora, UP, weights::shapes};
+use crate::parameters::Parameters;
 
 /// Whose names a file has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +154,7 @@ pub fn parse(
         };
         let Some(weight) = weights.get(module.as_str()) else { return Err(LoraFileError::Module { module }) };
         let rank = down.size().first().copied().unwrap_or(0);
-        let (wanted_down, wanted_up) = super::shapes(weight, rank);
+        let (wanted_down, wanted_up) = shapes(weight, rank);
         if down.size() != wanted_down || up.size() != wanted_up || rank == 0 {
             let (down, up, weight) = (down.size(), up.size(), weight.to_vec());
             return Err(LoraFileError::Shape { module, down, up, weight });
@@ -177,12 +177,11 @@ pub fn merge(updates: &[Update], strength: f64, into: &Parameters) {
     }
 }
 
-/// Fills a network's adapters, which `lora` describes, with those of a file.
+/// Fills adapters, the parameters of a network that has some by `lora`, with those of a file.
 ///
 /// # Errors
 /// [`LoraFileError::Other`] where the file has adapters of other layers or ranks.
-pub fn fill(updates: &[Update], lora: &Lora, adapted: &dyn Denoiser) -> Result<(), LoraFileError> {
-    let parameters = adapted.parameters();
+pub fn fill(updates: &[Update], lora: &Lora, parameters: &Parameters) -> Result<(), LoraFileError> {
     let mut left: BTreeMap<&str, &Update> =
         updates.iter().map(|update| (update.module.as_str(), update)).collect();
     for entry in parameters.entries() {
@@ -214,11 +213,10 @@ fn other(module: &str, found: &str, wanted: &str) -> LoraFileError {
     LoraFileError::Other { module: module.to_owned(), found: found.to_owned(), wanted: wanted.to_owned() }
 }
 
-/// A network's adapters under the names of a public tool. B is multiplied by α/r, so that every reader uses them alike,
+/// Adapters under the names of a public tool. B is multiplied by α/r, so that every reader uses them alike,
 /// whether or not it looks for α.
 #[must_use]
-pub fn named(adapted: &dyn Denoiser, lora: &Lora, naming: Naming) -> Vec<(String, Tensor)> {
-    let parameters = adapted.parameters();
+pub fn named(parameters: &Parameters, lora: &Lora, naming: Naming) -> Vec<(String, Tensor)> {
     let mut tensors = Vec::new();
     for (entry, leaf) in parameters.entries().iter().zip(parameters.leaves()) {
         let (stem, is_down) = match (entry.name.strip_suffix(DOWN), entry.name.strip_suffix(UP)) {

@@ -19,7 +19,7 @@ pub fn bytes(student: &Student, naming: Naming, precision: Precision) -> anyhow:
     let Adapters { lora, network } = student.adapters.as_ref().with_context(|| {
         format!("{} holds whole networks: only a run with [lora] has adapters to write", student.origin)
     })?;
-    let tensors = named(network.as_ref(), lora, naming);
+    let tensors = named(network.parameters(), lora, naming);
     let tensors: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     Ok(archive_in(precision, &tensors, &header(student)?)?)
