@@ -429,6 +429,30 @@ fn what_is_not_saved_within_the_grace_period_is_said() {
 }
 
 #[test]
+fn the_grace_period_is_kept_when_the_storage_answers_nothing() {
+    let cluster = Cluster::default();
+    let silence = tempfile::NamedTempFile::new().unwrap();
+    let file = silence.path().to_owned();
+    silence.close().unwrap();
+    let sets = ["distillation.iterations=100000", "checkpoint.every=5"];
+    let mut command = cluster.unscored("launch", "mute", 2, &sets, &["--grace", "2"]);
+    command.env("POTSTILL_STORAGE_FAULTS", format!("silent_while={}", file.display()));
+    let mut launched = Process::start(command);
+    launched.until(&["checkpoint committed"]);
+    std::fs::write(&file, "").unwrap();
+    launched.signal(Signal::SIGTERM);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(75), "there is a checkpoint to go on from: {log}");
+    assert!(log.contains("not saved within 2 s"), "{log}");
+    std::fs::remove_file(&file).unwrap();
+    let last = |log: &str| log.matches("checkpoint committed").count();
+    assert!(last(&log) >= 1, "{log}");
+    let sets = ["distillation.iterations=10", "checkpoint.every=5"];
+    let output = cluster.unscored("launch", "mute", 2, &sets, &["--resume"]).output().unwrap();
+    assert!(text(&output.stderr).contains("state_from=checkpoints/"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn old_checkpoints_go_and_one_can_be_restored_as_a_new_run() {
     let cluster = Cluster::default();
     let sets = [

@@ -3,9 +3,11 @@
 //! `POTSTILL_STORAGE_FAULTS=seed=7,error=0.02,delay=0.05,hang=0.001,lost=0.02,short=0.01,flip=0.01` in the environment
 //! of a debug build: the share of operations that fail without effect; wait for up to a second; never answer; take
 //! effect and then fail; read too few bytes; read a wrong bit. The seed and the operation's number decide which ones.
+//! `silent_while=FILE`: while this file exists, no operation that begins is ever answered.
 
 use std::{
     fmt,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -27,7 +29,7 @@ const VARIABLE: &str = "POTSTILL_STORAGE_FAULTS";
 const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
 /// The share of operations with each fault.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Rates {
     seed: u64,
     error: f64,
@@ -36,6 +38,7 @@ pub struct Rates {
     lost: f64,
     short: f64,
     flip: f64,
+    silent_while: Option<PathBuf>,
 }
 
 impl Rates {
@@ -44,12 +47,16 @@ impl Rates {
         for pair in text.split(',') {
             let bad = || {
                 format!(
-                    "{VARIABLE}: {pair:?} is not seed=…, error=…, delay=…, hang=…, lost=…, short=… or flip=…"
+                    "{VARIABLE}: {pair:?} is not seed=…, error=…, delay=…, hang=…, lost=…, short=…, flip=… or silent_while=…"
                 )
             };
             let (name, value) = pair.split_once('=').ok_or_else(bad)?;
             if name == "seed" {
                 rates.seed = value.parse().map_err(|_| bad())?;
+                continue;
+            }
+            if name == "silent_while" {
+                rates.silent_while = Some(value.into());
                 continue;
             }
             let rate = value.parse().ok().filter(|rate| (0.0..=1.0).contains(rate)).ok_or_else(bad)?;
@@ -133,7 +140,8 @@ impl Faults {
         if dice.roll() < self.rates.delay {
             tokio::time::sleep(LONGEST_DELAY.mul_f64(dice.roll())).await;
         }
-        if dice.roll() < self.rates.hang {
+        let silent = self.rates.silent_while.as_ref().is_some_and(|file| file.exists());
+        if dice.roll() < self.rates.hang || silent {
             std::future::pending::<()>().await;
         }
         if dice.roll() < self.rates.error {

@@ -2,7 +2,7 @@
 //! and B alone.
 //!
 //! For a convolution A has the layer's kernel and stride, and B is 1×1, as in the public PEFT library. The adapters of a
-//! network are its [`Parameters`], so that optimizer, average, checkpoints and transfers treat them like any weights.
+//! network are its [`Parameters`](crate::Parameters), so that optimizer, average, checkpoints and transfers treat them like any weights.
 
 pub mod file;
 pub(crate) mod weights;
