@@ -734,6 +734,42 @@ fn a_state_whose_slices_died_is_given_up_at_once_and_no_newcomer_is_blamed() {
 }
 
 #[test]
+fn ranks_that_met_and_found_their_state_incomplete_do_not_end_a_row_of_failures() {
+    let mut world = World::training(3, 3);
+    let stuck = |world: &mut World| {
+        let generation = world.core.generation.0;
+        let since = world.now;
+        while abandoned(&heartbeats(world, DEAD / 10, &[], &[0, 1, 2])).is_empty() {
+            assert!(world.now < since + 10 * DEAD, "ranks that all wait are told to leave");
+        }
+        (0..3).flat_map(|stream| world.says(stream, collective_failed(generation, 0))).collect::<Vec<_>>()
+    };
+    assert_eq!(places(&stuck(&mut world)).len(), 3);
+    assert_eq!(places(&stuck(&mut world)).len(), 3);
+    let generation = world.core.generation;
+    let incomplete = || FromWorker::StateIncomplete { generation, error: "a slice is gone".into() };
+    let opened: Vec<_> = (0..3).flat_map(|stream| world.says(stream, incomplete())).collect();
+    assert_eq!(places(&opened).len(), 3, "at once, and with all");
+    let left_out = |a: &Action| matches!(a, Action::Log(text) if text.contains("is tried without worker"));
+    assert!(stuck(&mut world).iter().any(left_out), "the third failure to meet");
+}
+
+#[test]
+fn what_a_worker_reports_after_it_was_taken_for_lost_counts() {
+    let mut world = World::training(2, 2);
+    for stream in 0..2 {
+        world.report(stream, 0);
+    }
+    world.close(0);
+    world.says(1, collective_failed(1, 0));
+    // It attaches again, and only then finds that its group is over.
+    let hello = Hello { place: Some(Place { generation: Generation(1), rank: 0 }), ..hello("w0") };
+    world.attach_with(7, hello);
+    world.says(7, collective_failed(1, 1));
+    assert_eq!(world.core.members.get(StreamId(7)).unwrap().held, Some(Cursor::boundary(1)));
+}
+
+#[test]
 fn a_heartbeat_does_not_bring_back_a_state_that_its_worker_has_lost() {
     let mut world = World::training(2, 3);
     for stream in 0..2 {

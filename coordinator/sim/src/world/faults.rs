@@ -273,7 +273,8 @@ impl World {
         }
         let committed = self.storage.committed();
         let whole = |iteration: u64| self.storage.manifest(iteration).is_some_and(|manifest| manifest.whole);
-        if committed.iter().filter(|checkpoint| whole(checkpoint.iteration)).count() < 2 {
+        // Another damaged one would be kept as the second of those that retention keeps.
+        if committed.len() < 2 || !committed.iter().all(|checkpoint| whole(checkpoint.iteration)) {
             return;
         }
         let newest = committed.last().map(|checkpoint| checkpoint.iteration);
