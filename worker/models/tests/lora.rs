@@ -280,6 +280,7 @@ fn what_a_file_has_for_another_network_is_named() {
     };
     assert!(renamed("text_encoder.x.lora_A.weight").contains("adapts a text encoder"));
     assert!(renamed("model.weight").contains("model.weight is not the name of an adapter"));
+    assert!(renamed("lora_unet_mid_to_q.alpha").contains("is not the name of an adapter"), "α is one number");
     assert!(renamed("unet.mid.to_q.lora_A.weight").contains("mid.to_q has only one half"));
     let message = refused(&|tensors| {
         tensors.insert(first.clone(), small());

@@ -138,8 +138,8 @@ pub fn parse(
             downs.insert(module_of(stem), tensor);
         } else if let Some(stem) = stem(&UPS) {
             ups.insert(module_of(stem), tensor);
-        } else if let Some(stem) = stem(&[ALPHA]) {
-            alphas.insert(module_of(stem), tensor.double_value(&[]));
+        } else if let Some(stem) = stem(&[ALPHA]).filter(|_| tensor.numel() == 1) {
+            alphas.insert(module_of(stem), tensor.reshape([1]).double_value(&[0]));
         } else {
             return Err(LoraFileError::Name { name: name.clone() });
         }
