@@ -120,14 +120,14 @@ DEFECTS = [
     Defect(
         "what a worker that was taken for lost reports of its state is ignored",
         RUN + "messages.rs",
-        "its_own.into_iter().any(|place| place.generation == generation)",
-        "its_own.into_iter().any(|place| false && place.generation == generation)",
+        "its_own.any(|place| place.generation == generation)",
+        "its_own.any(|place| false && place.generation == generation)",
     ),
     Defect(
         "ranks that found their state incomplete count as ranks that could not meet",
         RUN + "generations.rs",
-        "let met = cause == Cause::Incomplete;",
-        "let met = cause == Cause::Incomplete && false;",
+        "        if cause == Cause::Incomplete {\n",
+        "        if false && cause == Cause::Incomplete {\n",
     ),
     Defect(
         "of a state that is incomplete, other slices still count",

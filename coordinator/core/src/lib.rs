@@ -23,6 +23,7 @@
 //!         timeouts: Timeouts::new(Duration::from_secs(10), Duration::from_secs(300)),
 //!         scored: false,
 //!         collapse_share: 0.25,
+//!         sliced: false,
 //!         stop_after_failures: None,
 //!     },
 //!     specification: String::new(),

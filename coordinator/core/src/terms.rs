@@ -15,6 +15,8 @@ pub struct Terms {
     pub min_workers: u32,
     /// Workers beyond this number are standby.
     pub max_workers: u32,
+    /// Whether each rank holds a slice of the state that no other rank has.
+    pub sliced: bool,
     /// The run's timeouts.
     pub timeouts: Timeouts,
     /// Whether the teacher and the student are scored.

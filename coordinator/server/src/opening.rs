@@ -174,6 +174,7 @@ pub fn terms(spec: &RunSpec) -> Terms {
         timeouts: Timeouts::new(spec.cluster.failure_timeout, spec.cluster.wait_timeout),
         scored: spec.evaluation.features.is_some(),
         collapse_share: spec.evaluation.collapse_share,
+        sliced: spec.memory.shard_optimizer,
         stop_after_failures: spec.checkpoint.stop_after_failures,
     }
 }

@@ -233,6 +233,7 @@ impl Scenario {
             ),
             scored: false,
             collapse_share: 0.0,
+            sliced: self.sliced,
             stop_after_failures: None,
         }
     }

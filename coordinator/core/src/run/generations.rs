@@ -60,12 +60,19 @@ impl Core {
                 .yielding
                 .take()
                 .unwrap_or_else(|| (Cause::Agreed, "its ranks agreed to yield".to_owned()));
-            let awaiting = training.ranks.iter().copied().collect();
             log(actions, format!("{} yields at {cursor}: {reason}", self.generation));
+            self.await_ranks(cause, reason);
+        }
+        self.spoke(stream, cursor);
+    }
+
+    /// The live generation ends by itself: all its ranks are about to say so, and are not told to leave.
+    pub(super) fn await_ranks(&mut self, cause: Cause, reason: String) {
+        if let Stage::Training(training) = &self.stage {
+            let awaiting = training.ranks.iter().copied().collect();
             let holders = BTreeSet::new();
             self.stage = Stage::Settling(Settling { awaiting, holders, cause, since: self.now, reason });
         }
-        self.spoke(stream, cursor);
     }
 
     /// A survivor of the newest generation has reported its cursor.
@@ -191,17 +198,19 @@ impl Core {
         if self.await_holders(actions) {
             return;
         }
+        // Ranks that met and found their state incomplete are neither a success nor a failure to meet.
+        if cause == Cause::Incomplete {
+            return self.open_or_gather(reason, actions);
+        }
         let fruitless = matches!(cause, Cause::Unexplained | Cause::Stuck)
             && self.steps.finished() <= self.start.cursor.iteration;
         let of_newcomers = fruitless && self.bar_newcomers(&reason, actions);
-        // Ranks that met and found their state incomplete are neither a success nor a failure to meet.
-        let met = cause == Cause::Incomplete;
         if fruitless && !of_newcomers {
             if self.failed_starts == 0 {
                 self.failing_since = self.now;
             }
             self.failed_starts += 1;
-        } else if !met {
+        } else {
             self.failed_starts = 0;
         }
         let failing_for = self.now.0 - self.failing_since.0;
@@ -216,15 +225,19 @@ impl Core {
             );
             return self.fail(reason, actions);
         }
-        if !met {
-            self.leave_one_out(actions);
-        }
-        if !met && self.failed_starts >= FAILED_WITH_ALL && self.members.count() >= self.terms.min_workers {
+        self.leave_one_out(actions);
+        if self.failed_starts >= FAILED_WITH_ALL && self.members.count() >= self.terms.min_workers {
             self.gather(reason, actions);
             if let Stage::Gathering(gathering) = &mut self.stage {
                 gathering.not_before = self.now.after(self.terms.timeouts.dead_millis);
             }
-        } else if self.members.count() >= self.terms.min_workers {
+        } else {
+            self.open_or_gather(reason, actions);
+        }
+    }
+
+    fn open_or_gather(&mut self, reason: String, actions: &mut Actions) {
+        if self.members.count() >= self.terms.min_workers {
             self.open(reason, actions);
         } else {
             self.gather(reason, actions);

@@ -3,15 +3,13 @@
 //! A generation that was abandoned is still the newest until the next one is opened: what its survivors completed
 //! counts.
 
-use std::collections::BTreeSet;
-
 use potstill_proto::{
     cursor::{Cursor, Generation},
     message::FromWorker,
     scores, wire,
 };
 
-use super::{Actions, Cause, Core, Settling, Stage, log};
+use super::{Actions, Cause, Core, Stage, log};
 use crate::{
     Action, StreamId,
     membership::Member,
@@ -27,9 +25,7 @@ impl Core {
         }
         match message {
             FromWorker::Heartbeat { generation, cursor, progress, activity, waiting } => {
-                let current = self.rank(stream).is_some()
-                    && generation == self.generation
-                    && generation > self.incomplete;
+                let current = self.rank(stream).is_some() && generation == self.generation;
                 let now = self.now;
                 if let Some(member) = self.members.get_mut(stream) {
                     if member.progress != progress {
@@ -276,8 +272,8 @@ impl Core {
         }
     }
 
-    /// The state of a generation cannot be assembled, as all its ranks have found together. The cause is known, and says
-    /// nothing against workers that are new.
+    /// The slices of a generation's state cannot be put together, as all its ranks have found. The cause is known, and says
+    /// nothing against workers that are new. Where every rank holds the whole state, it is one rank's word about itself.
     fn state_incomplete(
         &mut self,
         stream: StreamId,
@@ -286,6 +282,9 @@ impl Core {
         actions: &mut Actions,
     ) {
         let nothing = Cursor::default();
+        if !self.terms.sliced {
+            return self.collective_failed(stream, generation, nothing, error, actions);
+        }
         let Some(rank) = self.left_rank(stream, generation, nothing, actions) else { return };
         self.incomplete = generation;
         let placed =
@@ -295,17 +294,11 @@ impl Core {
                 member.left(nothing);
             }
         }
-        if let Stage::Training(training) = &self.stage {
-            // Not told to leave: they are about to say so themselves.
-            let awaiting = training.ranks.iter().copied().collect();
+        if matches!(self.stage, Stage::Training(_)) {
             let reason = format!("rank {rank} found that {error}");
-            actions.push(Action::Observe(Observation::GenerationAbandoned {
-                generation,
-                reason: reason.clone(),
-            }));
-            let (holders, since) = (BTreeSet::new(), self.now);
-            self.stage =
-                Stage::Settling(Settling { awaiting, holders, cause: Cause::Incomplete, since, reason });
+            let observed = Observation::GenerationAbandoned { generation, reason: reason.clone() };
+            actions.push(Action::Observe(observed));
+            self.await_ranks(Cause::Incomplete, reason);
         } else if let Stage::Settling(settling) = &mut self.stage {
             // Others may have noticed first that this rank left the group.
             if settling.cause == Cause::Unexplained {
@@ -327,12 +320,13 @@ impl Core {
         let rank = self.rank(stream).filter(|_| generation == self.generation);
         let member = self.members.get_mut(stream)?;
         // What a worker that was taken for lost reports of its own state still counts.
-        let its_own = [member.place, member.hello.place].into_iter().flatten();
-        if rank.is_some() || its_own.into_iter().any(|place| place.generation == generation) {
+        let mut its_own = [member.place, member.hello.place].into_iter().flatten();
+        if rank.is_some() || its_own.any(|place| place.generation == generation) {
             member.left(cursor);
         }
         if rank.is_none() {
-            log(actions, format!("ignored: the failure of {generation}, which is over"));
+            let worker = member.id();
+            log(actions, format!("worker {worker} has left {generation}, which is over"));
         }
         rank
     }

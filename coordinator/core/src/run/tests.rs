@@ -34,6 +34,7 @@ fn setup(min: u32, max: u32) -> Setup {
         timeouts: Timeouts::new(Duration::from_millis(DEAD), Duration::from_millis(WAIT)),
         scored: false,
         collapse_share: 0.25,
+        sliced: false,
         stop_after_failures: None,
     };
     Setup {
@@ -705,9 +706,26 @@ fn a_newcomer_that_cannot_reach_the_others_is_left_out_for_longer_and_longer() {
     assert!(pauses.windows(2).all(|pair| pair[1] >= 2 * pair[0] - 1), "{pauses:?}");
 }
 
+fn sliced(mut setup: Setup) -> Setup {
+    setup.terms.sliced = true;
+    setup
+}
+
+#[test]
+fn where_every_rank_holds_the_whole_state_one_rank_speaks_for_itself_alone() {
+    let mut world = World::training(2, 2);
+    for stream in 0..2 {
+        world.report(stream, 0);
+    }
+    let lie = FromWorker::StateIncomplete { generation: Generation(1), error: "a slice is gone".into() };
+    assert_eq!(abandoned(&world.says(0, lie)), [1]);
+    let actions = world.says(1, collective_failed(1, 1));
+    assert_eq!(source(&actions), Source::Peer { rank: 1 }, "the other rank's state counts");
+}
+
 #[test]
 fn a_state_whose_slices_died_is_given_up_at_once_and_no_newcomer_is_blamed() {
-    let mut world = World::new(setup(2, 2));
+    let mut world = World::new(sliced(setup(2, 2)));
     world.attach(0);
     world.attach(1);
     for iteration in 0..3 {
@@ -735,7 +753,10 @@ fn a_state_whose_slices_died_is_given_up_at_once_and_no_newcomer_is_blamed() {
 
 #[test]
 fn ranks_that_met_and_found_their_state_incomplete_do_not_end_a_row_of_failures() {
-    let mut world = World::training(3, 3);
+    let mut world = World::new(sliced(setup(1, 3)));
+    for stream in 0..3 {
+        world.attach(stream);
+    }
     let stuck = |world: &mut World| {
         let generation = world.core.generation.0;
         let since = world.now;

@@ -92,6 +92,7 @@ impl World {
         ))
     }
 
+    /// Where a generation starts; `None` where its source holds no complete state.
     fn start_of(&self, members: &[String], source: &Source) -> Option<Cursor> {
         match source {
             Source::Fresh => Some(Cursor::default()),
