@@ -6,16 +6,6 @@ use std::{net::TcpListener, path::Path, process::Command};
 
 use potstill_tests::{Cluster, Process, binary, repository, text};
 
-/// Launches with input that must be rejected and returns the message.
-fn refused(cluster: &Cluster, sets: &[&str], flags: &[&str]) -> String {
-    let output = cluster.run_to_end("bad", 2, sets, flags);
-    let message = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{sets:?} {flags:?}: {message}");
-    assert!(message.contains("error: "), "{message}");
-    assert!(!cluster.run("bad").exists(), "{sets:?} {flags:?} left something behind: {message}");
-    message
-}
-
 fn says(message: &str, words: &[&str]) {
     for word in words {
         assert!(message.contains(word), "{word:?} is not in: {message}");
@@ -25,17 +15,17 @@ fn says(message: &str, words: &[&str]) {
 #[test]
 fn configuration() {
     let cluster = Cluster::default();
-    let message = refused(&cluster, &["distillation.iteratoins=5"], &[]);
+    let message = cluster.refused(&["distillation.iteratoins=5"], &[]);
     says(&message, &["`distillation.iteratoins`", "`distillation.iterations`"]);
-    says(&refused(&cluster, &["distillation.seed=soon"], &[]), &["distillation.seed"]);
-    says(&refused(&cluster, &["distillation.iterations=1.5"], &[]), &["distillation.iterations"]);
+    says(&cluster.refused(&["distillation.seed=soon"], &[]), &["distillation.seed"]);
+    says(&cluster.refused(&["distillation.iterations=1.5"], &[]), &["distillation.iterations"]);
     says(
-        &refused(&cluster, &["optimizer.generator_learning_rate=-1"], &[]),
+        &cluster.refused(&["optimizer.generator_learning_rate=-1"], &[]),
         &["generator_learning_rate is -1"],
     );
-    says(&refused(&cluster, &["distillation.micro_batch=7"], &[]), &["global_batch (32)", "micro_batch (7)"]);
-    says(&refused(&cluster, &["distillation.micro_batch=32"], &[]), &["2 workers", "1 micro-batch"]);
-    says(&refused(&cluster, &["seed"], &[]), &["key=value"]);
+    says(&cluster.refused(&["distillation.micro_batch=7"], &[]), &["global_batch (32)", "micro_batch (7)"]);
+    says(&cluster.refused(&["distillation.micro_batch=32"], &[]), &["2 workers", "1 micro-batch"]);
+    says(&cluster.refused(&["seed"], &[]), &["key=value"]);
 }
 
 #[test]
@@ -48,16 +38,16 @@ fn teacher() {
         std::fs::write(&path, bytes).unwrap();
         format!("teacher.weights={}", path.display())
     };
-    says(&refused(&cluster, &["teacher.weights=/nowhere/t.safetensors"], &[]), &["/nowhere/t.safetensors"]);
+    says(&cluster.refused(&["teacher.weights=/nowhere/t.safetensors"], &[]), &["/nowhere/t.safetensors"]);
     let truncated = with(&whole[..whole.len() / 2]);
-    says(&refused(&cluster, &[&truncated], &[]), &["t.safetensors", "truncated"]);
+    says(&cluster.refused(&[&truncated], &[]), &["t.safetensors", "truncated"]);
     let renamed = with(&replaced(&whole, "model.map_layer0.bias", "model.map_layer0.bios"));
     says(
-        &refused(&cluster, &[&renamed], &[]),
+        &cluster.refused(&[&renamed], &[]),
         &["t.safetensors", "model.map_layer0.bias", "model.map_layer0.bios"],
     );
     let reshaped = with(&replaced(&whole, r#"\"model_channels\":16"#, r#"\"model_channels\":32"#));
-    says(&refused(&cluster, &[&reshaped], &[]), &["t.safetensors", "model.map_layer0.weight"]);
+    says(&cluster.refused(&[&reshaped], &[]), &["t.safetensors", "model.map_layer0.weight"]);
 }
 
 /// `bytes` with one occurrence of some text replaced by another of the same length.
@@ -80,19 +70,19 @@ fn evaluation_data() {
     let last = bad.len() - 1;
     bad[last] = 77;
     std::fs::write(&path, bad).unwrap();
-    let message = refused(&cluster, &[&format!("evaluation.reference={}", path.display())], &[]);
+    let message = cluster.refused(&[&format!("evaluation.reference={}", path.display())], &[]);
     says(&message, &["d.safetensors", "label 77", "out of range"]);
     let script = repository().join("configs/digits/one-step.toml");
-    let message = refused(&cluster, &[&format!("evaluation.clip={}", script.display())], &[]);
+    let message = cluster.refused(&[&format!("evaluation.clip={}", script.display())], &[]);
     says(&message, &["evaluation.clip", "text-to-image"]);
-    let message = refused(&cluster, &[&format!("evaluation.features={}", script.display())], &[]);
+    let message = cluster.refused(&[&format!("evaluation.features={}", script.display())], &[]);
     says(&message, &["one-step.toml", "TorchScript"]);
 }
 
 #[test]
 fn distillation_settings_that_do_not_fit() {
     let cluster = Cluster::default();
-    let refused = |sets: &[&str]| refused(&cluster, sets, &[]);
+    let refused = |sets: &[&str]| cluster.refused(sets, &[]);
     says(&refused(&["generator.steps=4"]), &["generator.sigmas has 1", "generator.steps is 4"]);
     let rising = refused(&["generator.steps=2", "generator.sigmas=[0.5, 2.5]"]);
     says(&rising, &["generator.sigmas", "fall from step to step"]);
@@ -124,7 +114,7 @@ fn real_samples_of_another_shape() {
         let image = image::GrayImage::new(8, 9);
         image.save(folder.path().join(format!("3/{index}.png"))).unwrap();
     }
-    let message = refused(&cluster, &[&format!("adversarial.data={}", folder.path().display())], &[]);
+    let message = cluster.refused(&[&format!("adversarial.data={}", folder.path().display())], &[]);
     says(&message, &["adversarial.data", "9×8", "8×8"]);
 }
 
@@ -153,7 +143,7 @@ fn guidance_without_an_unconditional_class() {
         .unwrap();
     assert!(trained.status.success(), "{}", potstill_tests::text(&trained.stderr));
     let weights = format!("teacher.weights={}", output.display());
-    let message = refused(&cluster, &[&weights, "guidance.preset=lsg", "guidance.scale=2.0"], &[]);
+    let message = cluster.refused(&[&weights, "guidance.preset=lsg", "guidance.scale=2.0"], &[]);
     says(&message, &["guidance", "unconditional"]);
 }
 
@@ -223,13 +213,13 @@ fn a_port_in_use() {
     let cluster = Cluster::default();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    says(&refused(&cluster, &[], &["--listen", &address]), &[&address, "in use"]);
+    says(&cluster.refused(&[], &["--listen", &address]), &[&address, "in use"]);
 }
 
 #[test]
 fn resume() {
     let cluster = Cluster::default();
-    says(&refused(&cluster, &[], &["--resume"]), &["nothing to resume"]);
+    says(&cluster.refused(&[], &["--resume"]), &["nothing to resume"]);
 
     cluster.succeed("done", 1, &["distillation.iterations=2"], &[]);
     let again = |sets: &[&str], flags: &[&str]| {

@@ -59,7 +59,7 @@ def main() -> None:
 
     def loaded() -> DiffusionPipeline:
         pipeline = DiffusionPipeline.from_pretrained(teacher)
-        pipeline.scheduler = LCMScheduler.from_config(whole.scheduler.config)
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
         return pipeline
 
     bare = (images(loaded(), prompts, times) - expected).abs().max().item()

@@ -8,14 +8,6 @@ use potstill_tests::{Cluster, binary, relative_difference, text};
 
 const LORA: &str = "lora={rank=4, alpha=4.0}";
 
-fn refused(cluster: &Cluster, sets: &[&str]) -> String {
-    let output = cluster.run_to_end("bad", 2, sets, &[]);
-    let message = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{sets:?}: {message}");
-    assert!(!cluster.run("bad").exists(), "{sets:?} left something behind: {message}");
-    message
-}
-
 #[test]
 fn a_checkpoint_holds_adapters_alone_and_any_number_of_workers_follows_one_trajectory() {
     let cluster = Cluster::default();
@@ -126,21 +118,21 @@ fn a_generator_starts_from_the_adapters_of_a_file() {
             let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1e-3);
             assert!(values.iter().zip(averaged).all(close), "{format}: {parameter}");
         }
-        let other = refused(&cluster, &["lora={rank=2}", &start]);
+        let other = cluster.refused(&["lora={rank=2}", &start], &[]);
         assert!(other.contains("the file has rank 4, and [lora] asks for rank 2"), "{other}");
     }
     let teacher = "generator.start_from=teacher.safetensors";
-    let message = refused(&cluster, &[LORA, teacher]);
+    let message = cluster.refused(&[LORA, teacher], &[]);
     assert!(message.contains("is not the name of an adapter"), "{message}");
 }
 
 #[test]
 fn adapters_that_a_network_cannot_have_are_refused() {
     let cluster = Cluster::default();
-    let message = refused(&cluster, &["lora={rank=4, targets=['conv0', 'conv7']}"]);
+    let message = cluster.refused(&["lora={rank=4, targets=['conv0', 'conv7']}"], &[]);
     assert!(message.contains("conv7 (nearest: conv"), "{message}");
-    let message = refused(&cluster, &["lora={rank=400}"]);
+    let message = cluster.refused(&["lora={rank=400}"], &[]);
     assert!(message.contains("rank 400 is above what model."), "{message}");
-    assert!(refused(&cluster, &["lora={alpha=0.0}"]).contains("lora.alpha is 0"));
-    assert!(refused(&cluster, &["lora={rank=0}"]).contains("lora.rank"));
+    assert!(cluster.refused(&["lora={alpha=0.0}"], &[]).contains("lora.alpha is 0"));
+    assert!(cluster.refused(&["lora={rank=0}"], &[]).contains("lora.rank"));
 }

@@ -215,6 +215,20 @@ impl Cluster {
         self.launch(run, workers, sets, flags).output().expect("potstill starts")
     }
 
+    /// Launches with input that must be refused before anything is written, and returns the message.
+    ///
+    /// # Panics
+    /// It was accepted, or left something behind.
+    #[must_use]
+    pub fn refused(&self, sets: &[&str], flags: &[&str]) -> String {
+        let output = self.run_to_end("bad", 2, sets, flags);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{sets:?} {flags:?}: {message}");
+        assert!(message.contains("error: "), "{message}");
+        assert!(!self.run("bad").exists(), "{sets:?} {flags:?} left something behind: {message}");
+        message
+    }
+
     /// [`run_to_end`](Self::run_to_end) of a run that must succeed.
     ///
     /// # Panics

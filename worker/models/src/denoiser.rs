@@ -256,11 +256,6 @@ pub trait Denoiser: Send {
         self.over(self.parameters().flat().shallow_clone(), false)
     }
 
-    /// Names of the layers that get adapters where none are named.
-    fn lora_targets(&self) -> &'static [&'static str] {
-        &[]
-    }
-
     /// This network, frozen, with new adapters, which are the [`parameters`](Self::parameters) of what is returned. It
     /// shares this one's weights. `draw` returns independent N(0, 1) numbers of a shape: A is such numbers divided by
     /// the rank, and B is 0, so that the network computes what it computed without them.

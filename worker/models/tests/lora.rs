@@ -225,11 +225,6 @@ fn files_of_both_namings_give_back_the_adapters() {
         file::fill(&updates, &lora, again.parameters()).unwrap();
         let error = relative_error(again.parameters().flat(), with.parameters().flat());
         assert!(error < 1e-6, "{naming:?}: {error:.1e}");
-        // Merged into the weights they are the network that has them beside.
-        let merged = network.duplicate();
-        file::merge(&updates, 1.0, merged.parameters());
-        let error = relative_error(merged.parameters().flat(), with.merged().parameters().flat());
-        assert!(error < 1e-6, "{naming:?}: {error:.1e}");
     }
 }
 
@@ -248,6 +243,9 @@ fn alpha_is_that_of_the_file() {
     let metadata = r#"{"unet.r": 2, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"]}"#;
     let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), metadata.to_owned())]);
     assert_eq!(scale(&peft, &metadata), 4.0);
+    let metadata = r#"{"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 1}}"#;
+    let metadata = BTreeMap::from([("lora_adapter_metadata".to_owned(), metadata.to_owned())]);
+    assert_eq!(scale(&peft, &metadata), 0.5, "a layer's own α");
     let mut kohya: BTreeMap<String, Tensor> =
         file::named(with.parameters(), &lora, Naming::Kohya).into_iter().collect();
     assert_eq!(scale(&kohya, &none), 1.0);
@@ -281,6 +279,11 @@ fn what_a_file_has_for_another_network_is_named() {
     assert!(renamed("text_encoder.x.lora_A.weight").contains("adapts a text encoder"));
     assert!(renamed("model.weight").contains("model.weight is not the name of an adapter"));
     assert!(renamed("lora_unet_mid_to_q.alpha").contains("is not the name of an adapter"), "α is one number");
+    let message = refused(&|tensors| {
+        tensors.insert("lora_unet_mid_to_q.alpha".to_owned(), Tensor::from(1.0f32));
+    });
+    assert!(message.contains("mid_to_q has only one half"), "{message}");
+    assert!(renamed("lora_te2_x.lora_down.weight").contains("adapts a text encoder"));
     assert!(renamed("unet.mid.to_q.lora_A.weight").contains("mid.to_q has only one half"));
     let message = refused(&|tensors| {
         tensors.insert(first.clone(), small());

@@ -416,7 +416,42 @@ async fn fill(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use potstill_distill::{counters::Counters, state::Layout};
+    use potstill_models::EdmNetwork;
+    use potstill_storage::Root;
+
     use super::*;
+
+    /// Earlier versions saved a first moment whatever its decay.
+    #[tokio::test]
+    async fn a_first_moment_that_is_not_held_is_passed_over_and_one_that_is_missing_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root::open(folder.path().to_str().unwrap()).unwrap();
+        let teacher = repository_teacher();
+        let state = |first_moments| {
+            let layout = Layout { first_moments, ..Layout::PLAIN };
+            State::starting_from(&teacher, &teacher, Counters::new(false), layout)
+        };
+        let (with, without) = (state([true; 2]), state([false; 2]));
+        for (name, of, mut into) in
+            [("with", &with, state([false; 2])), ("without", &without, state([true; 2]))]
+        {
+            let run = root.run(&name.parse().unwrap());
+            rescue(&run, "", of, Cursor::boundary(3), Generation(1), "w").await.unwrap();
+            let restored = restore(&run, &layout::manifest_key(3), &mut into).await;
+            match name {
+                "with" => assert_eq!(restored.unwrap(), Cursor::boundary(3)),
+                _ => assert!(restored.unwrap_err().to_string().contains("_adam.exp_avg/"), "{name}"),
+            }
+        }
+    }
+
+    fn repository_teacher() -> EdmNetwork {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/digits/teacher.safetensors");
+        EdmNetwork::load(&path, Device::Cpu).unwrap()
+    }
 
     #[test]
     fn one_save_after_another_uses_the_same_memory() {

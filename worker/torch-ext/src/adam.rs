@@ -64,3 +64,30 @@ pub fn step_adam(
     })
     .map_err(|cause| Error { operation, cause })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_could_not_tell_is_refused() {
+        let zeros = |numel: i64| Tensor::zeros([numel], (tch::Kind::Float, tch::Device::Cpu));
+        let step = |betas| AdamStep { step: 1, learning_rate: 0.1, betas, epsilon: 1e-8 };
+        let (x, three) = (zeros(4), zeros(3));
+        assert!(step_adam(&x, &zeros(4), None, &zeros(4), step([0.0, 0.9])).is_ok());
+        let error = step_adam(&x, &zeros(4), None, &zeros(4), step([0.5, 0.9])).unwrap_err();
+        assert!(error.to_string().contains("no first moment, but its decay is 0.5"), "{error}");
+        let error = step_adam(&x, &three, None, &zeros(4), step([0.0, 0.9])).unwrap_err();
+        assert!(error.to_string().contains("another shape"), "{error}");
+    }
+
+    #[test]
+    fn without_a_first_moment_the_gradient_keeps_its_values() {
+        let values = Tensor::from_slice(&[1.0f32, -2.0, 3.0]);
+        let gradient = Tensor::from_slice(&[0.5f32, 0.25, -1.0]);
+        let (before, second) = (gradient.copy(), gradient.zeros_like());
+        let step = AdamStep { step: 1, learning_rate: 0.1, betas: [0.0, 0.999], epsilon: 1e-8 };
+        step_adam(&values, &gradient, None, &second, step).unwrap();
+        assert_eq!(gradient, before);
+    }
+}

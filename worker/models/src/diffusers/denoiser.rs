@@ -168,7 +168,7 @@ impl UNetConfig {
     /// # Errors
     /// As [`Denoiser::adapted`].
     pub fn lora_size(&self, lora: &Lora) -> Result<i64, LoraError> {
-        Ok(declare_adapters(self, lora, &lora.targets_of(LORA_TARGETS))?.numel())
+        Ok(declare_adapters(self, lora)?.numel())
     }
 
     /// Height and width of the latents that it was trained on.
@@ -178,8 +178,9 @@ impl UNetConfig {
     }
 }
 
-fn declare_adapters(config: &UNetConfig, lora: &Lora, targets: &[String]) -> Result<Declaration, LoraError> {
-    let mut declaration = AdapterDeclaration::new(lora, targets);
+fn declare_adapters(config: &UNetConfig, lora: &Lora) -> Result<Declaration, LoraError> {
+    let targets = lora.targets_of(LORA_TARGETS);
+    let mut declaration = AdapterDeclaration::new(lora, &targets);
     UNet::new(&mut Scope::root(&mut declaration), config);
     declaration.finish()
 }
@@ -221,17 +222,12 @@ impl Denoiser for LatentDenoiser {
         self.weights.trained()
     }
 
-    fn lora_targets(&self) -> &'static [&'static str] {
-        LORA_TARGETS
-    }
-
     fn adapted(
         &self,
         lora: &Lora,
         draw: &mut dyn FnMut(&[i64]) -> Tensor,
     ) -> Result<Box<dyn Denoiser>, LoraError> {
-        let targets = lora.targets_of(self.lora_targets());
-        let declared = declare_adapters(&self.config, lora, &targets)?;
+        let declared = declare_adapters(&self.config, lora)?;
         Ok(self.rebind(self.weights.adapted(lora, declared, draw)))
     }
 

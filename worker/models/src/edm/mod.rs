@@ -31,6 +31,10 @@ use crate::{
     weights::{self, Archive, LoadError, Stored},
 };
 
+/// All products inside the blocks, and those of the embedding of noise levels.
+const LORA_TARGETS: &[&str] =
+    &["conv0", "conv1", "skip", "affine", "qkv", "proj", "map_layer0", "map_layer1"];
+
 /// An EDM network: `D(x, σ) = c_skip·x + c_out·F(c_in·x, ln(σ)/4)` with a U-Net `F` (2206.00364, eq. 7). Time is σ.
 pub struct EdmNetwork {
     config: EdmConfig,
@@ -173,16 +177,12 @@ impl Denoiser for EdmNetwork {
         self.weights.trained()
     }
 
-    fn lora_targets(&self) -> &'static [&'static str] {
-        &["conv0", "conv1", "skip", "affine", "qkv", "proj", "map_layer0", "map_layer1"]
-    }
-
     fn adapted(
         &self,
         lora: &Lora,
         draw: &mut dyn FnMut(&[i64]) -> Tensor,
     ) -> Result<Box<dyn Denoiser>, LoraError> {
-        let targets = lora.targets_of(self.lora_targets());
+        let targets = lora.targets_of(LORA_TARGETS);
         let mut declaration = AdapterDeclaration::new(lora, &targets);
         UNet::new(&mut Scope::root(&mut declaration).child("model"), &self.config);
         let weights = self.weights.adapted(lora, declaration.finish()?, draw);

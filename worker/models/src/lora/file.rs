@@ -9,7 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 use tch::{Kind, Tensor, no_grad};
 
-use super::{DOWN, Lora, UP, weights::shapes};
+use super::{
+    DOWN, Lora, UP,
+    weights::{is_meant, shapes},
+};
 use crate::parameters::Parameters;
 
 /// Whose names a file has.
@@ -31,7 +34,7 @@ const DOWNS: [&str; 4] =
 const UPS: [&str; 4] = [".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".lora_up.weight"];
 const ALPHA: &str = ".alpha";
 /// Beginnings of the names of adapters of text encoders.
-const TEXT: [&str; 4] = ["text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_"];
+const TEXT: [&str; 2] = ["text_encoder", "lora_te"];
 
 /// Why adapters do not fit a network.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -144,9 +147,8 @@ pub fn parse(
             return Err(LoraFileError::Name { name: name.clone() });
         }
     }
-    let common = metadata.get(ADAPTER_METADATA).and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let common = common.and_then(|of| of["unet.lora_alpha"].as_f64());
-    let modules: BTreeSet<String> = downs.keys().chain(ups.keys()).cloned().collect();
+    let settings = metadata.get(ADAPTER_METADATA).and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let modules: BTreeSet<String> = downs.keys().chain(ups.keys()).chain(alphas.keys()).cloned().collect();
     let mut updates = Vec::new();
     for module in modules {
         let (Some(down), Some(up)) = (downs.remove(&module), ups.remove(&module)) else {
@@ -159,22 +161,18 @@ pub fn parse(
             let (down, up, weight) = (down.size(), up.size(), weight.to_vec());
             return Err(LoraFileError::Shape { module, down, up, weight });
         }
-        let alpha = alphas.get(&module).copied().or(common).unwrap_or(rank as f64);
+        let stated = || settings.as_ref().and_then(|settings| stated_alpha(settings, &module));
+        let alpha = alphas.get(&module).copied().or_else(stated).unwrap_or(rank as f64);
         updates.push(Update { module, down, up, scale: alpha / rank as f64 });
     }
     if updates.is_empty() { Err(LoraFileError::Empty) } else { Ok(updates) }
 }
 
-/// Adds `strength`·(α/r)·B·A of each adapter to the weights of a network without adapters.
-pub fn merge(updates: &[Update], strength: f64, into: &Parameters) {
-    for Update { module, down, up, scale } in updates {
-        let name = format!("{module}.weight");
-        let Some(entry) = into.entries().iter().find(|entry| entry.name == name) else { continue };
-        let rows = |x: &Tensor| x.to_device(into.flat().device()).reshape([x.size()[0], -1]);
-        let product = rows(up).matmul(&rows(down)) * (strength * scale);
-        let mut weight = into.flat().narrow(0, entry.offset, entry.numel());
-        let _ = no_grad(|| weight.g_add_(&product.reshape([-1])));
-    }
+/// α of a module by diffusers' metadata: that of its own pattern, or the common one.
+fn stated_alpha(settings: &Value, module: &str) -> Option<f64> {
+    let patterns = settings["unet.alpha_pattern"].as_object().into_iter().flatten();
+    let own = patterns.into_iter().find(|(name, _)| is_meant(module, name)).map(|(_, alpha)| alpha);
+    own.unwrap_or(&settings["unet.lora_alpha"]).as_f64()
 }
 
 /// Fills adapters, the parameters of a network that has some by `lora`, with those of a file.
@@ -182,13 +180,13 @@ pub fn merge(updates: &[Update], strength: f64, into: &Parameters) {
 /// # Errors
 /// [`LoraFileError::Other`] where the file has adapters of other layers or ranks.
 pub fn fill(updates: &[Update], lora: &Lora, parameters: &Parameters) -> Result<(), LoraFileError> {
-    let mut left: BTreeMap<&str, &Update> =
-        updates.iter().map(|update| (update.module.as_str(), update)).collect();
+    let of: BTreeMap<&str, &Update> = updates.iter().map(|update| (update.module.as_str(), update)).collect();
+    let mut used = BTreeSet::new();
     for entry in parameters.entries() {
         let down = entry.name.strip_suffix(DOWN);
         let stem = down.or_else(|| entry.name.strip_suffix(UP)).unwrap_or(&entry.name);
         let module = stem.trim_end_matches('.');
-        let Some(update) = updates.iter().find(|update| update.module == module) else {
+        let Some(update) = of.get(module) else {
             return Err(other(module, "no adapter", &format!("rank {}", lora.rank)));
         };
         let values = match down {
@@ -199,11 +197,11 @@ pub fn fill(updates: &[Update], lora: &Lora, parameters: &Parameters) -> Result<
             let found = format!("rank {}", update.down.size()[0]);
             return Err(other(module, &found, &format!("rank {}", lora.rank)));
         }
-        left.remove(module);
+        used.insert(module);
         let mut place = parameters.flat().narrow(0, entry.offset, entry.numel());
         no_grad(|| place.copy_(&values.reshape([-1])));
     }
-    match left.keys().next() {
+    match of.keys().find(|module| !used.contains(*module)) {
         Some(module) => Err(other(module, "an adapter", "none")),
         None => Ok(()),
     }

@@ -2,7 +2,8 @@
 //! and B alone.
 //!
 //! For a convolution A has the layer's kernel and stride, and B is 1×1, as in the public PEFT library. The adapters of a
-//! network are its [`Parameters`](crate::Parameters), so that optimizer, average, checkpoints and transfers treat them like any weights.
+//! network are its [`Parameters`](crate::Parameters), so that optimizer, average, checkpoints and transfers treat them like
+//! any weights.
 
 pub mod file;
 pub(crate) mod weights;
@@ -16,8 +17,8 @@ pub struct Lora {
     pub rank: i64,
     /// α.
     pub alpha: f64,
-    /// Names of modules, or their ends at a dot: `to_q` means every module `….to_q`. `None`: those of
-    /// [`Denoiser::lora_targets`](crate::Denoiser::lora_targets).
+    /// Names of modules, or their ends at a dot: `to_q` means every module `….to_q`. `None`: the usual
+    /// ones of the network's family.
     pub targets: Option<Vec<String>>,
 }
 

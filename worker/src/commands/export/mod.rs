@@ -53,6 +53,7 @@ enum Dtype {
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let Arguments { source, out, format, dtype, link } = arguments;
+    ensure!(!link || format == Format::Diffusers, "--link is for a whole model's folder: leave it out");
     let student = source.load(Device::Cpu)?;
     let precision = match dtype {
         Dtype::Fp32 => Precision::Fp32,
