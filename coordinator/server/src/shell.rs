@@ -70,8 +70,9 @@ pub struct Shell {
     rendezvous: Rendezvous,
     /// Commits and verifications under way; the answers are events.
     commits: JoinSet<Event>,
-    /// The record that is being written, and since when.
+    /// The record that is being written.
     persisting: JoinSet<(Journal, Result<(), String>)>,
+    /// Since when: until its answer has been processed and not only received, when `persisting` is empty already.
     persisting_since: Option<Instant>,
     /// Actions that wait for it.
     pending: VecDeque<Action>,
@@ -164,7 +165,7 @@ impl Shell {
                 return outcome;
             }
             // What has happened while a record is written comes before any deadline.
-            let idle = self.persisting.is_empty();
+            let idle = self.is_idle();
             let deadline = self.core.next_deadline().filter(|_| idle).map(|tick| self.clock.instant(tick));
             let timer = async {
                 match deadline {
@@ -186,7 +187,7 @@ impl Shell {
                 Some(arrival) = inbox.recv() => Happened::Arrival(arrival),
                 Some(Ok(seen)) = self.watch.join_next() => Happened::Seen(seen),
                 // What it would see while a record is being written may be that record.
-                _ = looks.tick(), if self.watch.is_empty() && self.persisting.is_empty() => {
+                _ = looks.tick(), if self.watch.is_empty() && idle => {
                     self.watch.spawn(self.journal.watch());
                     Happened::Nothing
                 }
@@ -210,7 +211,7 @@ impl Shell {
             match happened {
                 Happened::Persisted(persisted) => self.persisted(persisted),
                 // The state of the journal before the record that is now being written.
-                Happened::Seen(_) if !self.persisting.is_empty() => {}
+                Happened::Seen(_) if !self.is_idle() => {}
                 Happened::Seen(seen) => match self.journal.watched(seen) {
                     Ok(()) => self.gone_since = None,
                     Err(error @ potstill_storage::Error::Vanished { .. }) => self.journal_gone(&error),
@@ -271,6 +272,11 @@ impl Shell {
         }
     }
 
+    /// Whether no record is being written: only then is `journal` positioned after the newest one.
+    fn is_idle(&self) -> bool {
+        self.persisting_since.is_none()
+    }
+
     /// An event for the state machine. It waits while a record is being written: what the state machine decides next rests on
     /// that record.
     fn step(&mut self, at: Tick, event: Event) {
@@ -281,7 +287,7 @@ impl Shell {
     /// Executes actions in their order, up to one that waits for the journal, and feeds the events that wait to the state
     /// machine, at the times at which they happened.
     fn proceed(&mut self) {
-        while self.persisting.is_empty() {
+        while self.is_idle() {
             if let Some(action) = self.pending.pop_front() {
                 if let Err(reason) = self.act(action) {
                     self.lose_journal(reason);
@@ -427,5 +433,58 @@ impl Shell {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use potstill_spec::RunSpec;
+    use potstill_storage::Root;
+
+    use super::*;
+    use crate::{Options, Resume, Security, opening};
+
+    /// A shell of a new run, before its first record.
+    async fn shell() -> (Shell, Run, tempfile::TempDir) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let weights = folder.path().join("teacher.safetensors");
+        std::fs::write(&weights, b"weights").expect("a file");
+        let mut spec = RunSpec::default();
+        spec.teacher.weights = Some(weights);
+        let storage = Root::open("memory://").expect("a storage");
+        let run_id = "one".parse().expect("a name");
+        let options = Options {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            spec,
+            run_id,
+            storage,
+            resume: Resume::Never,
+            from_teacher: false,
+            security: Security::Insecure,
+            ranks_may_live: true,
+        };
+        let opened = opening::open(options, "127.0.0.1:1", None).await.expect("a new run");
+        let run = opened.run.clone();
+        let (observe, _) = mpsc::unbounded_channel();
+        (Shell::new(opened, Clock::start(Duration::from_secs(1)), observe), run, folder)
+    }
+
+    /// A message that is processed after the answer of the journal has been received and before it has been processed must not
+    /// have the next record written over this one: the coordinator would take itself for another.
+    #[tokio::test]
+    async fn what_arrives_with_the_journals_answer_waits_for_it() {
+        let (mut shell, run, _folder) = shell().await;
+        shell.step(shell.clock.now(), Event::Started);
+        let answer =
+            shell.persisting.join_next().await.expect("a record is being written").expect("no panic");
+        shell.arrived(Arrival { at: shell.clock.now(), input: Input::Stop { reason: "asked".to_owned() } });
+        shell.persisted(answer);
+        while let Some(answer) = shell.persisting.join_next().await {
+            shell.persisted(answer.expect("no panic"));
+        }
+        assert_eq!(Journal::open(&run).await.expect("a journal").1.len(), 2);
+        assert!(!matches!(&shell.outcome, Some(Outcome::Failed { reason }) if reason.contains("taken over")));
     }
 }
