@@ -63,6 +63,8 @@ impl Studio {
             .arg(self.cluster.storage())
             .args(sets.iter().flat_map(|set| ["--set", set]))
             .args(flags)
+            // Models that are made from others.
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .stdin(Stdio::null());
         command
     }
@@ -123,7 +125,7 @@ fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers()
         ("lsg", vec!["guidance.scale=1.5"]),
         ("zero-cfg", vec![]),
         ("anti-cfg", vec![]),
-        ("custom", vec!["guidance.teacher=2.0", "guidance.fake_score=0.5"]),
+        ("custom", vec!["guidance.teacher=2.0", "guidance.fake_score=0.5", "generator.initial_timestep=999"]),
     ] {
         let preset_set = format!("guidance.preset={preset}");
         let sets = |iterations: &'static str| [&[iterations, preset_set.as_str()], &more[..]].concat();
@@ -345,6 +347,55 @@ fn adapters_on_one_frozen_network_are_trained_resumed_and_exported() {
 }
 
 #[test]
+fn a_model_in_one_file_is_a_teacher_and_an_export() {
+    let python = python("a_model_in_one_file_is_a_teacher_and_an_export");
+    for family in ["sd15", "sd21", "sdxl"] {
+        let studio = Studio::new(family);
+        let storage = studio.cluster.storage().to_str().unwrap().to_owned();
+        let adapters = ["lora={rank=2, alpha=3.0}", "optimizer.generator_learning_rate=3e-2"];
+        studio.succeed("first", 1, &[&["distillation.iterations=2"], &adapters[..]].concat(), &[]);
+        let run = format!("{storage}/runs/first");
+        let export = |name: &str, more: &[&str]| {
+            let out = format!("{storage}/{name}");
+            potstill(&[&["export", "--checkpoint", &run, "--out", &out], more].concat());
+            out
+        };
+        let folder = export("folder", &[]);
+        let single =
+            |dtype| export(&format!("{dtype}.safetensors"), &["--format", "single-file", "--dtype", dtype]);
+        let file = single("fp32");
+        if let Some(python) = &python {
+            let checked = Command::new(python)
+                .arg(repository().join("tests/diffusers_single_file.py"))
+                .args([&folder, &format!("{file}:1e-3"), &format!("{}:2e-2", single("fp16"))])
+                .output()
+                .unwrap();
+            assert!(checked.status.success(), "{family}: {}", text(&checked.stderr));
+        }
+        // The student is a teacher again: as the file, and as its own teacher with its adapters added. A generator that has
+        // not been trained yet is its teacher.
+        let kohya = export("adapters.safetensors", &["--format", "lora-kohya"]);
+        let still = ["distillation.iterations=1", "distillation.generator_start_images=1000000"];
+        let (model, config) = (format!("teacher.model={file}"), format!("teacher.config={storage}/model"));
+        studio.succeed("file", 1, &[&still[..], &[&model, &config]].concat(), &[]);
+        let added = format!("teacher.loras=[{{path='{kohya}'}}]");
+        studio.succeed("added", 1, &[&still[..], &[&added]].concat(), &[]);
+        let generator = |run: &str| studio.cluster.checkpoint(run, 1);
+        let difference = relative_difference(&generator("file"), &generator("added"), "generator/");
+        assert!(difference <= 1e-6, "{family}: {difference}");
+        studio.succeed("without", 1, &still, &[]);
+        let difference = relative_difference(&generator("without"), &generator("added"), "generator/");
+        assert!(difference > 1e-3, "{family}: the adapters changed the teacher by {difference} only");
+        // What the teacher consists of is part of the run.
+        let half = format!("teacher.loras=[{{path='{kohya}', scale=0.5}}]");
+        let output =
+            studio.output("added", 1, &["distillation.iterations=2", still[1], &half], &["--resume"]);
+        let message = text(&output.stderr);
+        assert!(!output.status.success() && message.contains("teacher"), "{message}");
+    }
+}
+
+#[test]
 fn the_adversarial_loss_sees_images_with_captions() {
     let studio = Studio::new("sdxl");
     let pairs = format!("adversarial.data={}", studio.pairs().display());
@@ -537,6 +588,14 @@ fn wrong_input_is_named_before_anything_is_written() {
     says(studio.refused(&["teacher.image_size=[17,16]"]), &["image_size", "multiples of 2"]);
     says(studio.refused(&["memory.bf16_weights=true"]), &["bf16_weights", "precision"]);
     says(studio.refused(&["teacher.model=/nowhere/model"]), &["/nowhere/model", "model_index.json"]);
+    let (pickle, unknown) = (studio.path("model.ckpt"), studio.path("unknown.safetensors"));
+    std::fs::write(&pickle, b"PK\x03\x04archive/data.pkl").unwrap();
+    std::fs::copy(studio.path("model/vae/diffusion_pytorch_model.safetensors"), &unknown).unwrap();
+    let named = |path: &Path| format!("teacher.model={}", path.display());
+    says(studio.refused(&[&named(&pickle)]), &["model.ckpt", "is a pickle"]);
+    says(studio.refused(&[&named(&unknown)]), &["unknown.safetensors", "is not a model of SD 1.x"]);
+    let foreign = format!("teacher.loras=[{{path='{}'}}]", unknown.display());
+    says(studio.refused(&[&foreign]), &["unknown.safetensors", "is not the name of an adapter"]);
 
     // Invalid folders.
     let broken = |name: &str, change: &dyn Fn(&Path)| {

@@ -51,16 +51,18 @@ CUTS = {"cut from coordinator": 1, "cut from peers": 1}
 STORAGE_FAULTS = "error=0.02,delay=0.05,lost=0.02"
 
 
-def settings(iterations: int) -> list[str]:
-    pairs = SETTINGS | {"distillation.iterations": iterations}
+def settings(iterations: int, own: dict[str, str]) -> list[str]:
+    pairs = SETTINGS | own | {"distillation.iterations": iterations}
     return [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
 
 
 class Lab:
     """Storage, a run file without evaluation, and the started processes."""
 
-    def __init__(self, folder: Path, hosts: Hosts):
+    def __init__(self, folder: Path, hosts: Hosts, own: dict[str, str]):
         self.folder = folder
+        # Settings of the run that come from the command line.
+        self.own = own
         self.hosts = hosts
         self.config = folder / "chaos.toml"
         teacher = ROOT / "configs" / "digits" / "teacher.safetensors"
@@ -88,7 +90,7 @@ class Lab:
     def run_arguments(self, subcommand: str, run: str, iterations: int) -> list[str]:
         storage = ["--storage", str(self.folder), "--run-id", run]
         workers = ["--workers", str(WORLD), "--set", "cluster.min_workers=1"]
-        return [subcommand, str(self.config), *workers, *storage, *settings(iterations)]
+        return [subcommand, str(self.config), *workers, *storage, *settings(iterations, self.own)]
 
     def status(self) -> dict | None:
         command = [str(POTSTILL), "status", RUN, "--storage", str(self.folder), "--json"]
@@ -285,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=2.0, help="approximate duration of the disturbed run in minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run, such as lora.rank=4")
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints")
     arguments = parser.parse_args()
     prepare.programs()
@@ -292,12 +295,13 @@ def main() -> None:
     hosts = Hosts(["c", *AGENTS, "d"])
     if hosts.separate:
         hosts.cut("d", AGENTS)
-    lab = Lab(folder, hosts)
+    own = dict(pair.split("=", 1) for pair in arguments.set)
+    lab = Lab(folder, hosts, own)
     failed = True
     try:
         # The speed of this machine: the disturbed run gets as many iterations as an undisturbed one completes in half
         # its time.
-        trial = Lab(folder, hosts)
+        trial = Lab(folder, hosts, own)
         (folder / "trial").mkdir()
         trial.folder = folder / "trial"
         seconds = (undisturbed(trial, 60) - 2.0) / 60

@@ -65,7 +65,7 @@ pub enum Names {
     Path,
     /// A path, or a URL.
     Location,
-    /// A folder, or the name of a remote repository: a path only where there is such a folder.
+    /// A folder or file, or the name of a remote repository: a path only where there is one.
     FolderIfThere,
 }
 
@@ -187,27 +187,33 @@ fn resolve<T: Layered>(table: &mut toml::Table, folder: &Path) {
         return;
     }
     for (key, names) in T::PATHS {
-        let mut keys = key.split('.').peekable();
-        let mut table = &mut *table;
-        while let Some(key) = keys.next() {
-            match table.get_mut(key) {
-                Some(toml::Value::Table(inner)) => table = inner,
-                Some(toml::Value::String(text)) if keys.peek().is_none() && !text.is_empty() => {
-                    let joined = folder.join(&*text);
-                    let is_path = match names {
-                        Names::Path => true,
-                        Names::Location => !text.contains("://"),
-                        Names::FolderIfThere => !text.contains("://") && joined.exists(),
-                    };
-                    // "none" is not a path.
-                    if is_path && text != NONE {
-                        *text = joined.display().to_string();
-                    }
-                    break;
-                }
-                _ => break,
+        resolve_key(table, key, *names, folder);
+    }
+}
+
+/// Resolves one key; of a list of tables, that key of each.
+fn resolve_key(table: &mut toml::Table, key: &str, names: Names, folder: &Path) {
+    let (first, rest) = key.split_once('.').map_or((key, None), |(first, rest)| (first, Some(rest)));
+    match (table.get_mut(first), rest) {
+        (Some(toml::Value::Table(inner)), Some(rest)) => resolve_key(inner, rest, names, folder),
+        (Some(toml::Value::Array(items)), Some(rest)) => {
+            for inner in items.iter_mut().filter_map(toml::Value::as_table_mut) {
+                resolve_key(inner, rest, names, folder);
             }
         }
+        (Some(toml::Value::String(text)), None) if !text.is_empty() => {
+            let joined = folder.join(&*text);
+            let is_path = match names {
+                Names::Path => true,
+                Names::Location => !text.contains("://"),
+                Names::FolderIfThere => !text.contains("://") && joined.exists(),
+            };
+            // "none" is not a path.
+            if is_path && text != NONE {
+                *text = joined.display().to_string();
+            }
+        }
+        _ => {}
     }
 }
 

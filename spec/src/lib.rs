@@ -47,4 +47,4 @@ pub use memory::MemorySpec;
 pub use optimizer::{DecaySpec, OptimizerSpec};
 pub use prompts::PromptsSpec;
 pub use run::RunSpec;
-pub use teacher::TeacherSpec;
+pub use teacher::{TeacherLora, TeacherSpec};

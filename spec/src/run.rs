@@ -51,6 +51,8 @@ impl Layered for RunSpec {
         ("teacher.weights", Names::Path),
         // A name that is not a folder here is that of a repository on the hub.
         ("teacher.model", Names::FolderIfThere),
+        ("teacher.config", Names::Path),
+        ("teacher.loras.path", Names::Path),
         ("prompts.data", Names::Location),
         ("prompts.cache", Names::Path),
         ("generator.start_from", Names::Path),
@@ -164,6 +166,8 @@ impl RunSpec {
             // The file may have moved; its content may not have changed.
             spec.teacher.weights = None;
             spec.teacher.model = spec.teacher.model.map(|_| String::new());
+            spec.teacher.config = spec.teacher.config.map(|_| PathBuf::new());
+            spec.teacher.loras.iter_mut().for_each(|lora| lora.path = PathBuf::new());
             if let Some(prompts) = &mut spec.prompts {
                 // Only whether there is a file counts: without one, captions of real images are used.
                 prompts.data = prompts.data.take().map(|_| "a file".to_owned());

@@ -14,15 +14,36 @@ pub struct TeacherSpec {
     /// An EDM network: safetensors file with the network's configuration in its metadata; a relative path is relative to the
     /// file that names it.
     pub weights: Option<PathBuf>,
-    /// A text-to-image model instead: a folder in the layout of diffusers (Stable Diffusion 1.x, 2.x, SDXL), as a path, a
+    /// A text-to-image model instead (Stable Diffusion 1.x, 2.x, SDXL): a folder in the layout of diffusers, as a path, a
     /// URL of an object store, or a repository on the Hugging Face hub at a commit, as owner/name@commit with the commit's 40
-    /// digits.
+    /// digits; or one .safetensors file in the original layout, as a path or a URL of an object store.
     pub model: Option<String>,
+    /// For a model in one file: a folder in the layout of diffusers whose configurations and tokenizers are taken. By default
+    /// they are those of Stable Diffusion 1.5, 2.1 or SDXL, whichever the tensors' names belong to.
+    pub config: Option<PathBuf>,
+    /// Low-rank adapters that are added to that model's weights, U-Net and text encoders, before it is used: files with the names
+    /// of PEFT or of kohya's scripts.
+    pub loras: Vec<TeacherLora>,
     /// Height and width of that model's images, in pixels; by default those it was trained on.
     pub image_size: Option<[u32; 2]>,
-    /// SHA-256 of that file, or of the folder's files one after the other. Filled in when the run is frozen; given by hand, it
-    /// is checked.
+    /// SHA-256 of that file, or of the folder's files one after the other; with `config` or `loras` that of lines with the
+    /// SHA-256 of each. Filled in when the run is frozen; given by hand, it is checked.
     pub sha256: Option<String>,
+}
+
+/// Low-rank adapters of a teacher.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherLora {
+    /// The file; a relative path is relative to the file that names it.
+    pub path: PathBuf,
+    /// What the adapters are multiplied by, beside their own α/r.
+    #[serde(default = "unscaled")]
+    pub scale: f64,
+}
+
+fn unscaled() -> f64 {
+    1.0
 }
 
 impl std::fmt::Display for TeacherSpec {
@@ -36,6 +57,13 @@ impl std::fmt::Display for TeacherSpec {
 }
 
 impl TeacherSpec {
+    /// What is added to the model, with a word on each: files and folders that belong to the teacher, too.
+    #[must_use]
+    pub fn additions(&self) -> Vec<(PathBuf, String)> {
+        let config = self.config.iter().map(|path| (path.clone(), "config".to_owned()));
+        config.chain(self.loras.iter().map(|lora| (lora.path.clone(), lora.scale.to_string()))).collect()
+    }
+
     pub(crate) fn validate(&self, problems: &mut Problems) {
         problems.require(self.weights.is_some() != self.model.is_some(), || {
             "teacher.weights is missing: name the teacher's safetensors file, or a text-to-image model's folder as \
@@ -49,6 +77,14 @@ impl TeacherSpec {
                  commit's 40 digits"
             )
         });
+        problems.require(self.model.is_some() || (self.config.is_none() && self.loras.is_empty()), || {
+            "teacher.config and teacher.loras are for a text-to-image model: name it as teacher.model".into()
+        });
+        for lora in &self.loras {
+            problems.require(lora.scale.is_finite(), || {
+                format!("the scale of {} in teacher.loras must be finite", lora.path.display())
+            });
+        }
         problems.require(
             self.image_size.is_none_or(|sides| self.model.is_some() && sides.iter().all(|side| *side > 0)),
             || "teacher.image_size is height and width of a text-to-image model's images".into(),

@@ -32,6 +32,24 @@ pub fn sha256_of(path: &Path) -> io::Result<String> {
     Ok(hexadecimal(&hasher.finalize()))
 }
 
+/// [`sha256_of`] a file or folder to which others are added. With additions it is the SHA-256 of lines, one for each: its
+/// SHA-256, a space, and what is said of it.
+///
+/// # Errors
+/// A file or folder cannot be read.
+pub fn sha256_with(path: &Path, additions: &[(PathBuf, String)]) -> io::Result<String> {
+    let first = sha256_of(path)?;
+    if additions.is_empty() {
+        return Ok(first);
+    }
+    let mut hasher = Sha256::new();
+    hasher.update(format!("{first} \n"));
+    for (path, said) in additions {
+        hasher.update(format!("{} {said}\n", sha256_of(path)?));
+    }
+    Ok(hexadecimal(&hasher.finalize()))
+}
+
 /// Bytes in hexadecimal.
 #[must_use]
 pub fn hexadecimal(bytes: &[u8]) -> String {

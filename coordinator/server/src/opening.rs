@@ -13,7 +13,7 @@ use potstill_core::{
 use potstill_proto::wire::RunState;
 use potstill_spec::RunSpec;
 use potstill_storage::{
-    Run, checkpoint::Manifest, digest::sha256_of, journal::Journal, layout, retention::Policy,
+    Run, checkpoint::Manifest, digest::sha256_with, journal::Journal, layout, retention::Policy,
 };
 use tonic::Code;
 use uuid::Uuid;
@@ -184,12 +184,12 @@ pub fn terms(spec: &RunSpec) -> Terms {
 async fn teacher_digest(spec: &RunSpec) -> Result<Option<String>, StartError> {
     let path = match &spec.teacher.model {
         None => spec.teacher.weights.clone().unwrap_or_default(),
-        Some(model) if PathBuf::from(model).is_dir() => PathBuf::from(model),
+        Some(model) if PathBuf::from(model).exists() => PathBuf::from(model),
         Some(_) => return Ok(spec.teacher.sha256.clone()),
     };
-    let hashing = path.clone();
+    let (hashing, additions) = (path.clone(), spec.teacher.additions());
     let unreadable = |source| StartError::Teacher { path: path.clone(), source };
-    let hashed = tokio::task::spawn_blocking(move || sha256_of(&hashing)).await;
+    let hashed = tokio::task::spawn_blocking(move || sha256_with(&hashing, &additions)).await;
     let actual = hashed.map_err(std::io::Error::other).and_then(|digest| digest).map_err(unreadable)?;
     match &spec.teacher.sha256 {
         Some(given) if !given.eq_ignore_ascii_case(&actual) => {

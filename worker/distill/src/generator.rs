@@ -79,10 +79,13 @@ pub fn generate(
     mode: Mode,
 ) -> Tensor {
     let step = |denoised: Option<&Tensor>, noise: &Tensor, time: f64, mode: Mode| {
-        let time = Tensor::full([noise.size()[0]], time, (Kind::Float, noise.device()));
-        let nothing = noise.zeros_like();
-        let noisy = generator.process().add_noise(denoised.unwrap_or(&nothing), noise, &time);
-        generator.denoise(&noisy, &time, condition, mode)
+        let process = generator.process();
+        let times = Tensor::full([noise.size()[0]], time, (Kind::Float, noise.device()));
+        let noisy = match denoised {
+            Some(denoised) => process.add_noise(denoised, noise, &times),
+            None => process.begin(noise, time),
+        };
+        generator.denoise(&noisy, &times, condition, mode)
     };
     let mut denoised: Option<Tensor> = None;
     for (index, (noise, time)) in noises.iter().zip(times).enumerate() {

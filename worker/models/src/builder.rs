@@ -145,6 +145,11 @@ impl Declaration {
         &self.entries
     }
 
+    /// Names and shapes of all parameters.
+    pub fn named_shapes(&self) -> Vec<(String, Vec<i64>)> {
+        self.entries.iter().map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+    }
+
     /// The number of elements of all parameters.
     pub fn numel(&self) -> i64 {
         self.numel

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, rc::Rc};
 use tch::{Kind, Tensor};
 
 use crate::{
-    lora::{Lora, LoraError},
+    lora::{Lora, LoraError, file::Layers},
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, SaveError},
@@ -268,6 +268,12 @@ pub trait Denoiser: Send {
         _draw: &mut dyn FnMut(&[i64]) -> Tensor,
     ) -> Result<Box<dyn Denoiser>, LoraError> {
         Err(LoraError::Unsupported)
+    }
+
+    /// The layers whose adapters a file may hold; of a network without adapters.
+    fn layers(&self) -> Layers {
+        let entries = self.parameters().entries().iter();
+        Layers::new("unet", entries.map(|entry| (entry.name.as_str(), entry.shape.as_slice())))
     }
 
     /// A frozen copy, fp32, in its own storage, in which the adapters are added to the weights.

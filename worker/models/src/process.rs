@@ -93,6 +93,22 @@ impl ForwardProcess {
         }
     }
 
+    /// What a generator begins with: `noise` [N, C, H, W] at the level of `time`. At a DDPM process's last timestep it is the noise
+    /// itself, as it is for pipelines that begin there, and as if nothing were left of the image.
+    ///
+    /// On Stable Diffusion's schedule the level would be 0.9977.
+    pub fn begin(&self, noise: &Tensor, time: f64) -> Tensor {
+        match self {
+            Self::Ddpm { alphas_cumprod, .. } if time == (alphas_cumprod.len() - 1) as f64 => {
+                noise.shallow_clone()
+            }
+            _ => {
+                let time = Tensor::full([noise.size()[0]], time, (Kind::Float, noise.device()));
+                self.add_noise(&noise.zeros_like(), noise, &time)
+            }
+        }
+    }
+
     /// Signal-to-noise ratio a²/b², `[N]`.
     pub fn snr(&self, time: &Tensor) -> Tensor {
         let (a, b) = self.coefficients(time);
@@ -211,6 +227,10 @@ mod tests {
         assert!(apart(&edm.add_noise(&x, &noise, &at(0.0)), &x) < 1e-7);
         assert!(apart(&ForwardProcess::Flow.add_noise(&x, &noise, &at(0.0)), &x) < 1e-7);
         assert!(apart(&ForwardProcess::Flow.add_noise(&x, &noise, &at(1.0)), &noise) < 1e-7);
+        let ddpm = &processes()[1].0;
+        assert!(ddpm.begin(&noise, 999.0).equal(&noise));
+        assert!(apart(&ddpm.begin(&noise, 979.0), &(&noise * 0.99711)) < 1e-4);
+        assert!(edm.begin(&noise, 2.5).equal(&(&noise * 2.5)));
         let (_, time) = &processes()[1];
         let (a, b) = processes()[1].0.coefficients(time);
         let length = a.square() + b.square();

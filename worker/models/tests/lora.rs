@@ -220,7 +220,7 @@ fn files_of_both_namings_give_back_the_adapters() {
     for naming in [Naming::Peft, Naming::Kohya] {
         let tensors: BTreeMap<String, Tensor> =
             file::named(with.parameters(), &lora, naming).into_iter().collect();
-        let updates = file::parse(&tensors, &BTreeMap::new(), network.parameters()).unwrap();
+        let updates = file::parse(&tensors, &BTreeMap::new(), &[network.layers()]).unwrap();
         let again = adapted(network.as_ref(), &lora);
         file::fill(&updates, &lora, again.parameters()).unwrap();
         let error = relative_error(again.parameters().flat(), with.parameters().flat());
@@ -234,7 +234,7 @@ fn alpha_is_that_of_the_file() {
     let lora = lora(2, Some(&["to_q"]));
     let with = stirred(adapted(network.as_ref(), &lora));
     let scale = |tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>| {
-        file::parse(tensors, metadata, network.parameters()).unwrap()[0].scale
+        file::parse(tensors, metadata, &[network.layers()]).unwrap()[0].scale
     };
     let none = BTreeMap::new();
     let peft: BTreeMap<String, Tensor> =
@@ -266,7 +266,7 @@ fn what_a_file_has_for_another_network_is_named() {
         let mut tensors: BTreeMap<String, Tensor> =
             tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         change(&mut tensors);
-        file::parse(&tensors, &BTreeMap::new(), network.parameters()).unwrap_err().to_string()
+        file::parse(&tensors, &BTreeMap::new(), &[network.layers()]).unwrap_err().to_string()
     };
     let first = tensors.keys().next().unwrap().clone();
     let small = || Tensor::zeros([2, 2], CPU);

@@ -5,13 +5,9 @@
 
 mod common;
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    rc::Rc,
-};
+use std::{collections::BTreeMap, path::Path, rc::Rc};
 
-use common::{fixtures, relative_error, relative_error_of_elements};
+use common::{files, folder, relative_error, relative_error_of_elements};
 use potstill_models::{
     Condition, Denoiser, Embedded, ForwardProcess, Mode, TextCondition,
     diffusers::{LatentDenoiser, ModelFolder, ScheduleConfig, Tokenizer, UNetConfig, UNetInputs},
@@ -23,18 +19,6 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 const TOLERANCE: f64 = 1e-4;
 
-fn files(prefix: &str) -> Vec<(String, Archive)> {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(fixtures())
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(prefix))
-        .collect();
-    found.sort();
-    assert!(!found.is_empty(), "no {prefix}* in {}", fixtures().display());
-    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
-    found.into_iter().map(|path| (name(&path), Archive::read(&path).unwrap())).collect()
-}
-
 #[track_caller]
 fn assert_close(place: &str, what: &str, found: &Tensor, expected: &Tensor) {
     let error = relative_error(found, expected);
@@ -44,38 +28,6 @@ fn assert_close(place: &str, what: &str, found: &Tensor, expected: &Tensor) {
         error <= TOLERANCE && worst <= TOLERANCE,
         "{place}: {what} is off by {error:.2e}, {worst:.2e} in an element"
     );
-}
-
-/// Writes the model of a reference file as a folder of a hub.
-fn folder(archive: &Archive) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let write = |name: &str, content: &str| {
-        let path = folder.path().join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, content).unwrap();
-    };
-    let xl = archive.metadata.contains_key("text_encoder_2");
-    let mut index: serde_json::Value = serde_json::from_str(&archive.metadata["model_index"]).unwrap();
-    index["_class_name"] = if xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" }.into();
-    write("model_index.json", &index.to_string());
-    write("scheduler/scheduler_config.json", &archive.metadata["scheduler"]);
-    for (name, content) in archive.metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
-        write(name, content);
-    }
-    for (part, stem) in [
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-        ("text_encoder_2", "model"),
-    ] {
-        let Some(config) = archive.metadata.get(part) else { continue };
-        write(&format!("{part}/config.json"), config);
-        let tensors = archive.with_prefix(&format!("{part}."));
-        let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
-        let bytes = weights::archive(&tensors, &BTreeMap::new()).unwrap();
-        std::fs::write(folder.path().join(part).join(format!("{stem}.safetensors")), bytes).unwrap();
-    }
-    folder
 }
 
 /// Compares output, bottleneck and gradients of a U-Net with the stored ones, with and without recomputing activations.

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, bail};
+use anyhow::ensure;
 use clap::Args;
 use potstill_distill::state::Slice;
 use potstill_logging::print;
@@ -10,7 +10,7 @@ use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
 use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
 
-use crate::model::{adapters, fetch_model};
+use crate::model::{adapters, teacher_folder};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -74,11 +74,12 @@ impl Sizes {
     /// # Errors
     /// The model cannot be found, or is not supported.
     fn of(spec: &RunSpec) -> anyhow::Result<Self> {
-        let Some(location) = &spec.teacher.model else {
-            bail!("a plan is for text-to-image models, and {} is not one", spec.teacher);
-        };
-        let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
-        let folder = ModelFolder::open(&path)?;
+        ensure!(
+            spec.teacher.model.is_some(),
+            "a plan is for text-to-image models, and {} is not one",
+            spec.teacher
+        );
+        let folder = ModelFolder::open(&teacher_folder(&spec.teacher, false)?.path)?;
         let (unet, autoencoder) = (folder.unet_config()?, folder.autoencoder_config()?);
         let (text, tokens) = folder.text_size()?;
         let cell = autoencoder.downscale() as u32;

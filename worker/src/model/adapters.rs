@@ -34,7 +34,7 @@ pub fn first(teacher: &dyn Denoiser, spec: &LoraSpec, seed: u64) -> anyhow::Resu
 pub fn read(teacher: &dyn Denoiser, spec: &LoraSpec, path: &Path) -> anyhow::Result<Box<dyn Denoiser>> {
     let file = Archive::read(path).context("a run with [lora] starts from a file of adapters")?;
     let adapted = empty(teacher, spec)?;
-    let updates = file::parse(&file.tensors, &file.metadata, teacher.parameters())?;
+    let updates = file::parse(&file.tensors, &file.metadata, &[teacher.layers()])?;
     file::fill(&updates, &described(spec), adapted.parameters())?;
     Ok(adapted)
 }

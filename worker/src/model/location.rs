@@ -25,14 +25,14 @@ fn belongs(name: &str) -> bool {
     }
 }
 
-/// A model's folder on this machine. `location` is a path, a URL of an object store, or `owner/name` or `owner/name@revision` on
-/// the hub.
+/// A model's folder, or its one file, on this machine. `location` is a path, a URL of an object store, or `owner/name` or
+/// `owner/name@revision` on the hub.
 ///
 /// # Errors
-/// There is no such folder, and it cannot be fetched.
+/// It is not there, and it cannot be fetched.
 pub fn fetch_model(location: &str) -> anyhow::Result<PathBuf> {
     let path = Path::new(location.strip_prefix("file://").unwrap_or(location));
-    if path.is_dir() {
+    if path.exists() {
         return Ok(path.to_owned());
     }
     if location.contains("://") && !location.starts_with("file://") {
@@ -41,13 +41,14 @@ pub fn fetch_model(location: &str) -> anyhow::Result<PathBuf> {
     let hub = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['/', '\\', ':']);
     ensure!(
         location.split_once('/').is_some_and(|(owner, name)| hub(owner) && hub(name)),
-        "there is no such folder; expected one with a model_index.json, a URL, or owner/name on the Hugging Face hub"
+        "there is no such folder or file; expected a folder with a model_index.json, a model in one .safetensors file, a URL of \
+         either, or owner/name on the Hugging Face hub"
     );
     from_hub(location)
 }
 
 /// The folder for copies.
-fn cache() -> anyhow::Result<PathBuf> {
+pub fn cache() -> anyhow::Result<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))
@@ -57,18 +58,23 @@ fn cache() -> anyhow::Result<PathBuf> {
 
 fn from_store(location: &str) -> anyhow::Result<PathBuf> {
     let name = hexadecimal(&Sha256::digest(location)[..16]);
-    let folder = cache()?.join(name);
+    let is_file = location.ends_with(".safetensors");
+    let folder = cache()?.join(if is_file { format!("{name}.safetensors") } else { name });
     let parent = folder.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     let lock = File::create(folder.with_extension("lock"))?;
     let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-    if folder.is_dir() {
+    if folder.exists() {
         return Ok(folder);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let partial = folder.with_extension("partial");
     let copied: anyhow::Result<()> = runtime.block_on(async {
         let source = Source::open(location)?;
+        if is_file {
+            tracing::info!(location, "copying the model");
+            return Ok(source.read_to("", &partial).await?);
+        }
         let names: Vec<String> = source.list().await?.into_iter().filter(|name| belongs(name)).collect();
         ensure!(names.iter().any(|name| name == "model_index.json"), "{location} holds no model_index.json");
         for name in names {
@@ -80,7 +86,7 @@ fn from_store(location: &str) -> anyhow::Result<PathBuf> {
         Ok(())
     });
     copied?;
-    // A folder under its final name is complete.
+    // What has its final name is complete.
     std::fs::rename(&partial, &folder)
         .with_context(|| format!("cannot rename {} to {}", partial.display(), folder.display()))?;
     Ok(folder)

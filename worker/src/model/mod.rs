@@ -1,6 +1,7 @@
 //! Loading models: an EDM network, or a text-to-image model with its text encoders and autoencoder.
 
 pub mod adapters;
+mod composed;
 mod location;
 mod prompts;
 mod real_pairs;
@@ -22,10 +23,10 @@ use tch::Device;
 
 use self::space::Texts;
 pub use self::{
-    location::fetch_model,
+    composed::teacher_folder,
     prompts::{Prompts, Wanted},
     space::Space,
-    steps::{initial_timestep, times},
+    steps::{initial_timestep, is_stock, times},
 };
 
 /// A network, and for a text-to-image model its text encoders and autoencoder.
@@ -55,32 +56,21 @@ impl Model {
     /// It is missing, damaged, another one, or of a kind that is not supported.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let teacher = &spec.teacher;
-        let Some(location) = &teacher.model else {
+        if teacher.model.is_none() {
             let network = load_network(
                 teacher.weights.as_deref().context("the run names no teacher")?,
                 teacher.sha256.as_deref(),
                 device,
             )?;
             return Ok(Self { network: Box::new(network), latent: None });
-        };
-        let path = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
+        }
         let keeps = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some())
             || spec.adversarial.as_ref().is_some_and(|adversarial| adversarial.cache.is_some());
-        let digest = match teacher.sha256.is_some() || keeps {
-            true => Some(sha256_of(&path).with_context(|| format!("cannot read {}", path.display()))?),
-            false => None,
-        };
-        if let (Some(expected), Some(found)) = (&teacher.sha256, &digest) {
-            ensure!(
-                found == expected,
-                "the teacher's folder {} has SHA-256 {found} on this machine, but the run was started with {expected}",
-                path.display()
-            );
-        }
+        let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
-        let mut model = Self::from_folder(&path, teacher.image_size, recompute, device)?;
+        let mut model = Self::from_folder(&found.path, teacher.image_size, recompute, device)?;
         if let Some(latent) = &mut model.latent {
-            latent.digest = digest;
+            latent.digest = found.digest;
         }
         Ok(model)
     }

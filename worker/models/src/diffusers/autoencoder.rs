@@ -127,6 +127,14 @@ impl AutoencoderConfig {
         Ok(self.declare()?.numel())
     }
 
+    /// Names and shapes of the tensors of such an autoencoder.
+    ///
+    /// # Errors
+    /// The configuration is not that of a valid network.
+    pub(crate) fn tensors(&self) -> Result<Vec<(String, Vec<i64>)>, ConfigError> {
+        Ok(self.declare()?.named_shapes())
+    }
+
     /// Pixels along one side of an element of the latent.
     #[must_use]
     pub fn downscale(&self) -> i64 {
@@ -205,9 +213,7 @@ impl Autoencoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let renamed: Named =
-            tensors.into_iter().map(|(name, tensor)| (present_name(&name), tensor)).collect();
-        let parameters = weights::assemble(config.declare()?, &renamed, device)?;
+        let parameters = weights::assemble(config.declare()?, &present(tensors), device)?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
         Ok(Self { config, parameters, network })
@@ -340,6 +346,11 @@ fn blended(before: &Tensor, after: &Tensor, dimension: i64, extent: i64) -> Tens
     let seam = old * (1.0 - &share) + new * share;
     let rest = after.narrow(dimension, extent, length(after) - extent);
     Tensor::cat(&[seam, rest], dimension)
+}
+
+/// Tensors of a file under the names of present files.
+pub(crate) fn present(tensors: Named) -> Named {
+    tensors.into_iter().map(|(name, tensor)| (present_name(&name), tensor)).collect()
 }
 
 /// Attention's projections had other names until 2023, which most public files still have.

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     config::ConfigError,
+    original::names,
     schedule::ScheduleConfig,
     unet::{UNet, UNetConfig, UNetInputs},
 };
@@ -13,6 +14,7 @@ use crate::{
     denoiser::{Condition, Denoiser, Mode},
     lora::{
         Lora, LoraError,
+        file::Layers,
         weights::{AdapterDeclaration, Weights},
     },
     parameters::Parameters,
@@ -163,6 +165,21 @@ impl UNetConfig {
         Ok(declare(self)?.numel())
     }
 
+    /// Names and shapes of the tensors of such a network.
+    ///
+    /// # Errors
+    /// The configuration is not that of a valid network.
+    pub(crate) fn tensors(&self) -> Result<Vec<(String, Vec<i64>)>, ConfigError> {
+        Ok(declare(self)?.named_shapes())
+    }
+
+    /// The layers of such a network for files of adapters, which call them by their names here or in the original layout.
+    pub(crate) fn layers_of<'a>(&self, tensors: impl Iterator<Item = (&'a str, &'a [i64])>) -> Layers {
+        let layers = Layers::new("unet", tensors);
+        let modules: Vec<String> = layers.modules().map(str::to_owned).collect();
+        layers.also(names::modules(self, modules.iter().map(String::as_str)))
+    }
+
     /// Number of parameters of the adapters of such a network.
     ///
     /// # Errors
@@ -229,6 +246,11 @@ impl Denoiser for LatentDenoiser {
     ) -> Result<Box<dyn Denoiser>, LoraError> {
         let declared = declare_adapters(&self.config, lora)?;
         Ok(self.rebind(self.weights.adapted(lora, declared, draw)))
+    }
+
+    fn layers(&self) -> Layers {
+        self.config
+            .layers_of(self.weights.base().entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())))
     }
 
     fn merged(&self) -> Box<dyn Denoiser> {

@@ -127,6 +127,14 @@ impl ModelFolder {
         self.config("vae", "config.json", AutoencoderConfig::parse)
     }
 
+    /// A text encoder's architecture.
+    ///
+    /// # Errors
+    /// [`LoadError`], with the file.
+    pub fn text_config(&self, encoder: &str) -> Result<TextEncoderConfig, LoadError> {
+        self.config(encoder, "config.json", TextEncoderConfig::parse)
+    }
+
     /// Number of parameters of all text encoders, and tokens of a prompt.
     ///
     /// # Errors
@@ -134,7 +142,7 @@ impl ModelFolder {
     pub fn text_size(&self) -> Result<(i64, i64), LoadError> {
         let (mut size, mut tokens) = (0, 0);
         for encoder in self.parts().filter(|part| part.starts_with("text_encoder")) {
-            let config = self.config(encoder, "config.json", TextEncoderConfig::parse)?;
+            let config = self.text_config(encoder)?;
             size += config.size(self.parts[encoder] == "CLIPTextModelWithProjection");
             tokens = config.max_position_embeddings;
         }
@@ -147,7 +155,7 @@ impl ModelFolder {
     /// [`LoadError`]: every tensor that is missing, surplus or misshaped is named.
     pub fn denoiser(&self, device: Device) -> Result<LatentDenoiser, LoadError> {
         let (config, schedule) = (self.unet_config()?, self.schedule()?);
-        let (tensors, place) = self.weights("unet", "diffusion_pytorch_model")?;
+        let (tensors, place) = self.weights("unet")?;
         LatentDenoiser::from_tensors(config, schedule, &tensors, device).map_err(|e| e.in_file(&place))
     }
 
@@ -157,7 +165,7 @@ impl ModelFolder {
     /// As [`denoiser`](Self::denoiser).
     pub fn autoencoder(&self, device: Device) -> Result<Autoencoder, LoadError> {
         let config = self.autoencoder_config()?;
-        let (tensors, place) = self.weights("vae", "diffusion_pytorch_model")?;
+        let (tensors, place) = self.weights("vae")?;
         Autoencoder::from_tensors(config, tensors, device).map_err(|e| e.in_file(&place))
     }
 
@@ -186,7 +194,7 @@ impl ModelFolder {
                 .in_file(&self.path.join("model_index.json")));
             }
         };
-        let config = self.config(encoder, "config.json", TextEncoderConfig::parse)?;
+        let config = self.text_config(encoder)?;
         let folder = self.path.join(tokenizer);
         let tokenizer = Tokenizer::load(&folder, config.max_position_embeddings as usize)?;
         if tokenizer.vocabulary() > config.vocab_size {
@@ -197,7 +205,7 @@ impl ModelFolder {
             ))
             .in_file(&folder));
         }
-        let (tensors, place) = self.weights(encoder, "model")?;
+        let (tensors, place) = self.weights(encoder)?;
         let encoder =
             TextEncoder::from_tensors(config, projects, tensors, device).map_err(|e| e.in_file(&place))?;
         Ok(Reader { tokenizer, encoder })
@@ -269,15 +277,23 @@ impl ModelFolder {
                     files.insert(Path::new(part).join(name));
                 }
             }
-            let stem = match part {
-                "unet" | "vae" => "diffusion_pytorch_model",
-                "text_encoder" | "text_encoder_2" => "model",
-                _ => continue,
-            };
+            let Some(stem) = stem_of(part) else { continue };
             let found = find(&folder, stem)?;
             files.extend(found.files.into_iter().chain(found.index).map(|name| Path::new(part).join(name)));
         }
         Ok(files.into_iter().collect())
+    }
+
+    /// The files that hold a part's weights.
+    pub(crate) fn weight_files(&self, part: &str) -> Result<Vec<PathBuf>, LoadError> {
+        let folder = self.path.join(part);
+        let found = find(&folder, stem_of(part).unwrap_or_default())?;
+        Ok(found.files.into_iter().chain(found.index).map(|name| folder.join(name)).collect())
+    }
+
+    /// The name of a part's weights in one file.
+    pub(crate) fn weight_name(part: &str) -> String {
+        format!("{}.safetensors", stem_of(part).unwrap_or_default())
     }
 
     fn config<T>(
@@ -292,9 +308,9 @@ impl ModelFolder {
     }
 
     /// A part's tensors, and their file, for errors.
-    fn weights(&self, part: &str, stem: &str) -> Result<(Named, PathBuf), LoadError> {
+    pub(crate) fn weights(&self, part: &str) -> Result<(Named, PathBuf), LoadError> {
         let folder = self.path.join(part);
-        let found = find(&folder, stem)?;
+        let found = find(&folder, stem_of(part).unwrap_or_default())?;
         let mut tensors = Named::new();
         for name in &found.files {
             let path = folder.join(name);
@@ -309,6 +325,15 @@ impl ModelFolder {
             _ => folder,
         };
         Ok((tensors, place))
+    }
+}
+
+/// The name of a part's weights, without what follows a dot; `None` for parts without weights.
+fn stem_of(part: &str) -> Option<&'static str> {
+    match part {
+        "unet" | "vae" => Some("diffusion_pytorch_model"),
+        "text_encoder" | "text_encoder_2" => Some("model"),
+        _ => None,
     }
 }
 

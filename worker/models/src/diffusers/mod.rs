@@ -6,12 +6,15 @@
 //! - [`TextEncoder`], [`Tokenizer`]: prompts → the conditions of the U-Net.
 //! - [`ScheduleConfig`]: the forward process that a model was trained on.
 //! - [`ModelFolder`]: all of them from a folder as downloaded from a hub.
+//! - [`original`]: all of them as one file in the layout of the first public code.
 
 mod autoencoder;
 mod config;
 mod denoiser;
 mod folder;
 mod layers;
+mod merge;
+pub mod original;
 mod resnet;
 mod schedule;
 mod text;
@@ -24,6 +27,7 @@ pub use self::{
     config::{ConfigError, PerBlock},
     denoiser::LatentDenoiser,
     folder::ModelFolder,
+    merge::merge,
     schedule::ScheduleConfig,
     text::{TextConditioner, Tokens},
     text_encoder::{TextEncoder, TextEncoderConfig, TextStates},

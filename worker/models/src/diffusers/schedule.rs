@@ -100,6 +100,12 @@ impl ScheduleConfig {
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
     }
 
+    /// The number of timesteps.
+    #[must_use]
+    pub fn timesteps(&self) -> usize {
+        self.num_train_timesteps
+    }
+
     /// The forward process.
     #[must_use]
     pub fn process(&self) -> ForwardProcess {

@@ -92,11 +92,31 @@ impl TextEncoderConfig {
         self.declare(projects).numel()
     }
 
+    /// Names and shapes of the tensors of such an encoder.
+    pub(crate) fn tensors(&self, projects: bool) -> Vec<(String, Vec<i64>)> {
+        self.declare(projects).named_shapes()
+    }
+
     fn declare(&self, projects: bool) -> Declaration {
         let mut declaration = Declaration::default();
         Network::new(&mut Scope::root(&mut declaration), self, projects);
         declaration
     }
+}
+
+/// Tensors of a file under the names of the network: without the prefix `text_model.`.
+pub(crate) fn present(tensors: Named) -> Named {
+    let present = tensors.into_iter().map(|(name, tensor)| match name.strip_prefix("text_model.") {
+        Some(rest) => (rest.to_owned(), tensor),
+        None => (name, tensor),
+    });
+    // Old files hold a table of the numbers 0 to 76.
+    present.filter(|(name, _)| !name.ends_with("embeddings.position_ids")).collect()
+}
+
+/// The name in files of a tensor of the network.
+pub(crate) fn in_files(name: String) -> String {
+    if name.starts_with("text_projection") { name } else { format!("text_model.{name}") }
 }
 
 /// Tokens → states and a pooled vector; its weights take no gradient.
@@ -150,15 +170,7 @@ impl TextEncoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let renamed: Named = tensors
-            .into_iter()
-            // Old files hold a table of the numbers 0 to 76.
-            .filter(|(name, _)| !name.ends_with("embeddings.position_ids"))
-            .map(|(name, tensor)| {
-                (name.strip_prefix("text_model.").map_or(name.clone(), str::to_owned), tensor)
-            })
-            .collect();
-        let parameters = weights::assemble(config.declare(projects), &renamed, device)?;
+        let parameters = weights::assemble(config.declare(projects), &present(tensors), device)?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config, projects);
         Ok(Self { config, parameters, network })

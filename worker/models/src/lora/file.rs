@@ -33,8 +33,13 @@ const DOWNS: [&str; 4] =
     [".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".lora_down.weight"];
 const UPS: [&str; 4] = [".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".lora_up.weight"];
 const ALPHA: &str = ".alpha";
-/// Beginnings of the names of adapters of text encoders.
-const TEXT: [&str; 2] = ["text_encoder", "lora_te"];
+/// What stands before the layers of each part in kohya's names. Those with two text encoders count them.
+const KOHYA_PARTS: [(&str, &str); 4] = [
+    (KOHYA, UNET),
+    ("lora_te_", "text_encoder"),
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+];
 
 /// Why adapters do not fit a network.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -45,9 +50,9 @@ pub enum LoraFileError {
         /// The name.
         name: String,
     },
-    /// It adapts a text encoder.
+    /// It adapts a text encoder where only the U-Net has adapters, or one that the model does not have.
     #[error(
-        "{name} adapts a text encoder, which is not supported: leave the adapters of text encoders out of the file"
+        "{name} adapts a text encoder that has no adapters here: leave those of text encoders out of the file"
     )]
     Text {
         /// The name.
@@ -97,6 +102,8 @@ pub enum LoraFileError {
 /// The adapter of one layer.
 #[derive(Debug)]
 pub struct Update {
+    /// The part of the model.
+    pub part: &'static str,
     /// The layer.
     pub module: String,
     /// A, fp32.
@@ -107,72 +114,150 @@ pub struct Update {
     pub scale: f64,
 }
 
-/// The adapters of a file for a network with these parameters.
+/// The layers of one part of a model, by the names that files of adapters use.
+#[derive(Debug)]
+pub struct Layers {
+    part: &'static str,
+    /// Shapes of the weights.
+    weights: BTreeMap<String, Vec<i64>>,
+    /// By their names, or those of another layout, with _ for each dot: kohya's scripts write these.
+    underscored: BTreeMap<String, String>,
+}
+
+/// The U-Net's name in files.
+pub(crate) const UNET: &str = "unet";
+
+impl Layers {
+    /// Those of a part (`unet`, `text_encoder`, `text_encoder_2`) with these tensors.
+    #[must_use]
+    pub fn new<'a>(part: &'static str, tensors: impl Iterator<Item = (&'a str, &'a [i64])>) -> Self {
+        let weights: BTreeMap<String, Vec<i64>> = tensors
+            .filter(|(_, shape)| shape.len() > 1)
+            .filter_map(|(name, shape)| Some((name.strip_suffix(".weight")?.to_owned(), shape.to_vec())))
+            .collect();
+        let underscored = weights.keys().map(|module| (module.replace('.', "_"), module.clone())).collect();
+        Self { part, weights, underscored }
+    }
+
+    /// The same with other names for some of the layers.
+    pub(crate) fn also<'a>(mut self, others: impl Iterator<Item = (String, &'a str)>) -> Self {
+        self.underscored.extend(others.map(|(other, module)| (other.replace('.', "_"), module.to_owned())));
+        self
+    }
+
+    /// Names of the layers.
+    pub(crate) fn modules(&self) -> impl Iterator<Item = &str> {
+        self.weights.keys().map(String::as_str)
+    }
+
+    fn module(&self, name: &Stem) -> String {
+        match name {
+            Stem::Dotted(name) => (*name).to_owned(),
+            Stem::Underscored(name) => {
+                self.underscored.get(*name).cloned().unwrap_or_else(|| (*name).to_owned())
+            }
+        }
+    }
+}
+
+/// A layer's name in a file.
+enum Stem<'a> {
+    Dotted(&'a str),
+    Underscored(&'a str),
+}
+
+/// Part and layer of a name without its ending. Text encoders' layers are named without `text_model`.
+fn located(stem: &str) -> (&'static str, Stem<'_>) {
+    let text = |rest: &str, prefix: &str| rest.strip_prefix(prefix).map_or(0, |_| prefix.len());
+    for (prefix, part) in KOHYA_PARTS {
+        if let Some(rest) = stem.strip_prefix(prefix) {
+            let skipped = if part == UNET { 0 } else { text(rest, "text_model_") };
+            return (part, Stem::Underscored(&rest[skipped..]));
+        }
+    }
+    for part in ["text_encoder_2", "text_encoder", UNET] {
+        if let Some(rest) = stem.strip_prefix(part).and_then(|rest| rest.strip_prefix('.')) {
+            let skipped = if part == UNET { 0 } else { text(rest, "text_model.") };
+            return (part, Stem::Dotted(&rest[skipped..]));
+        }
+    }
+    (UNET, Stem::Dotted(stem))
+}
+
+/// The adapters of a file for these parts of a model.
 ///
 /// # Errors
 /// [`LoraFileError`]: what does not fit is named.
 pub fn parse(
     tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
-    of: &Parameters,
+    parts: &[Layers],
 ) -> Result<Vec<Update>, LoraFileError> {
-    let weights: BTreeMap<&str, &[i64]> = of
-        .entries()
-        .iter()
-        .filter(|entry| entry.shape.len() > 1)
-        .filter_map(|entry| Some((entry.name.strip_suffix(".weight")?, entry.shape.as_slice())))
-        .collect();
-    let underscored: BTreeMap<String, &str> =
-        weights.keys().map(|module| (module.replace('.', "_"), *module)).collect();
-    let module_of = |stem: &str| match stem.strip_prefix(KOHYA) {
-        Some(module) => {
-            underscored.get(module).map_or_else(|| module.to_owned(), |module| (*module).to_owned())
-        }
-        None => stem.strip_prefix("unet.").unwrap_or(stem).to_owned(),
-    };
     let (mut downs, mut ups, mut alphas) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in tensors {
-        if TEXT.iter().any(|beginning| name.starts_with(beginning)) {
+        let ending = |endings: &[&str]| endings.iter().find_map(|ending| name.strip_suffix(ending));
+        let (stem, half) = match (ending(&DOWNS), ending(&UPS), ending(&[ALPHA])) {
+            (Some(stem), ..) => (stem, Half::Down),
+            (_, Some(stem), _) => (stem, Half::Up),
+            (.., Some(stem)) if tensor.numel() == 1 => (stem, Half::Alpha),
+            _ => return Err(LoraFileError::Name { name: name.clone() }),
+        };
+        let (part, stem) = located(stem);
+        let Some(layers) = parts.iter().find(|layers| layers.part == part) else {
             return Err(LoraFileError::Text { name: name.clone() });
-        }
-        let stem = |endings: &[&str]| endings.iter().find_map(|ending| name.strip_suffix(ending));
+        };
+        let layer = (layers.part, layers.module(&stem));
         let tensor = tensor.detach().to_kind(Kind::Float);
-        if let Some(stem) = stem(&DOWNS) {
-            downs.insert(module_of(stem), tensor);
-        } else if let Some(stem) = stem(&UPS) {
-            ups.insert(module_of(stem), tensor);
-        } else if let Some(stem) = stem(&[ALPHA]).filter(|_| tensor.numel() == 1) {
-            alphas.insert(module_of(stem), tensor.reshape([1]).double_value(&[0]));
-        } else {
-            return Err(LoraFileError::Name { name: name.clone() });
+        match half {
+            Half::Down => drop(downs.insert(layer, tensor)),
+            Half::Up => drop(ups.insert(layer, tensor)),
+            Half::Alpha => drop(alphas.insert(layer, tensor.reshape([1]).double_value(&[0]))),
         }
     }
     let settings = metadata.get(ADAPTER_METADATA).and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let modules: BTreeSet<String> = downs.keys().chain(ups.keys()).chain(alphas.keys()).cloned().collect();
+    let found: BTreeSet<(&str, String)> =
+        downs.keys().chain(ups.keys()).chain(alphas.keys()).cloned().collect();
     let mut updates = Vec::new();
-    for module in modules {
-        let (Some(down), Some(up)) = (downs.remove(&module), ups.remove(&module)) else {
+    for layer in found {
+        let (part, module) = layer.clone();
+        let (Some(down), Some(up)) = (downs.remove(&layer), ups.remove(&layer)) else {
             return Err(LoraFileError::Half { module });
         };
-        let Some(weight) = weights.get(module.as_str()) else { return Err(LoraFileError::Module { module }) };
+        let weight = parts.iter().find(|layers| layers.part == part).and_then(|it| it.weights.get(&module));
+        let Some(weight) = weight else { return Err(LoraFileError::Module { module }) };
         let rank = down.size().first().copied().unwrap_or(0);
         let (wanted_down, wanted_up) = shapes(weight, rank);
-        if down.size() != wanted_down || up.size() != wanted_up || rank == 0 {
-            let (down, up, weight) = (down.size(), up.size(), weight.to_vec());
+        if rank == 0 || !same(&down, &wanted_down) || !same(&up, &wanted_up) {
+            let (down, up, weight) = (down.size(), up.size(), weight.clone());
             return Err(LoraFileError::Shape { module, down, up, weight });
         }
-        let stated = || settings.as_ref().and_then(|settings| stated_alpha(settings, &module));
-        let alpha = alphas.get(&module).copied().or_else(stated).unwrap_or(rank as f64);
-        updates.push(Update { module, down, up, scale: alpha / rank as f64 });
+        let stated = || settings.as_ref().and_then(|settings| stated_alpha(settings, part, &module));
+        let alpha = alphas.get(&layer).copied().or_else(stated).unwrap_or(rank as f64);
+        let (down, up) = (down.reshape(wanted_down), up.reshape(wanted_up));
+        updates.push(Update { part: layer.0, module, down, up, scale: alpha / rank as f64 });
     }
     if updates.is_empty() { Err(LoraFileError::Empty) } else { Ok(updates) }
 }
 
+/// What a tensor of a file is.
+enum Half {
+    Down,
+    Up,
+    Alpha,
+}
+
+/// Whether a tensor has the shape, apart from trailing dimensions of 1: some programs write 1×1 convolutions for linear layers.
+fn same(tensor: &Tensor, shape: &[i64]) -> bool {
+    let size = tensor.size();
+    let long = size.len().max(shape.len());
+    (0..long).all(|i| size.get(i).unwrap_or(&1) == shape.get(i).unwrap_or(&1))
+}
+
 /// α of a module by diffusers' metadata: that of its own pattern, or the common one.
-fn stated_alpha(settings: &Value, module: &str) -> Option<f64> {
-    let patterns = settings["unet.alpha_pattern"].as_object().into_iter().flatten();
+fn stated_alpha(settings: &Value, part: &str, module: &str) -> Option<f64> {
+    let patterns = settings[format!("{part}.alpha_pattern")].as_object().into_iter().flatten();
     let own = patterns.into_iter().find(|(name, _)| is_meant(module, name)).map(|(_, alpha)| alpha);
-    own.unwrap_or(&settings["unet.lora_alpha"]).as_f64()
+    own.unwrap_or(&settings[format!("{part}.lora_alpha")]).as_f64()
 }
 
 /// Fills adapters, the parameters of a network that has some by `lora`, with those of a file.

@@ -88,14 +88,19 @@ impl Weights {
                 let Some(module) = entry.name.strip_suffix("weight") else { continue };
                 let (down, up) = (format!("{module}{DOWN}"), format!("{module}{UP}"));
                 if let (Some(down), Some(up)) = (named.get(down.as_str()), named.get(up.as_str())) {
-                    let rows = |x: &Tensor| x.detach().to_kind(Kind::Float).reshape([x.size()[0], -1]);
-                    let product = rows(up).matmul(&rows(down)) * lora.scale();
-                    let _ = no_grad(|| weight.shallow_clone().g_add_(&product.view(entry.shape.as_slice())));
+                    let update = product(down, up) * lora.scale();
+                    let _ = no_grad(|| weight.shallow_clone().g_add_(&update.view(entry.shape.as_slice())));
                 }
             }
         }
         merged
     }
+}
+
+/// B·A, fp32, one row for each output of the layer.
+pub(crate) fn product(down: &Tensor, up: &Tensor) -> Tensor {
+    let rows = |x: &Tensor| x.detach().to_kind(Kind::Float).reshape([x.size()[0], -1]);
+    rows(up).matmul(&rows(down))
 }
 
 /// Whether a module is meant by the name `target`.

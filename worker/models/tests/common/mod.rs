@@ -2,9 +2,15 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its own part, and a test may panic")]
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
-use potstill_models::{EdmConfig, EdmNetwork, weights::Archive};
+use potstill_models::{
+    EdmConfig, EdmNetwork,
+    weights::{self, Archive},
+};
 use tch::{Device, Tensor};
 
 /// Folder of the reference values; `POTSTILL_FIXTURES` names another one.
@@ -43,4 +49,49 @@ pub fn relative_error_of_elements(a: &Tensor, b: &Tensor) -> f64 {
 /// Bit for bit.
 pub fn equal(a: &Tensor, b: &Tensor) -> bool {
     a.size() == b.size() && a.equal(b)
+}
+
+/// The reference files whose names begin so.
+pub fn files(prefix: &str) -> Vec<(String, Archive)> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(fixtures())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(prefix))
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "no {prefix}* in {}", fixtures().display());
+    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
+    found.into_iter().map(|path| (name(&path), Archive::read(&path).unwrap())).collect()
+}
+
+/// Writes the model of a reference file as a folder of a hub.
+pub fn folder(archive: &Archive) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    };
+    let xl = archive.metadata.contains_key("text_encoder_2");
+    let mut index: serde_json::Value = serde_json::from_str(&archive.metadata["model_index"]).unwrap();
+    index["_class_name"] = if xl { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" }.into();
+    write("model_index.json", &index.to_string());
+    write("scheduler/scheduler_config.json", &archive.metadata["scheduler"]);
+    for (name, content) in archive.metadata.iter().filter(|(name, _)| name.starts_with("tokenizer")) {
+        write(name, content);
+    }
+    for (part, stem) in [
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
+    ] {
+        let Some(config) = archive.metadata.get(part) else { continue };
+        write(&format!("{part}/config.json"), config);
+        let tensors = archive.with_prefix(&format!("{part}."));
+        let tensors: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+        let bytes = weights::archive(&tensors, &BTreeMap::new()).unwrap();
+        std::fs::write(folder.path().join(part).join(format!("{stem}.safetensors")), bytes).unwrap();
+    }
+    folder
 }

@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::{
-    model::Latent,
     model::student::{FOLDER_TIMES_KEY, SCHEDULER, Student},
+    model::{Latent, is_stock},
 };
 
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
@@ -55,7 +55,10 @@ pub fn write(
     config["sample_size"] = if height == width { json!(height) } else { json!([height, width]) };
     write("unet/config.json", &serde_json::to_vec_pretty(&config)?)?;
     let teachers = std::fs::read_to_string(source.join(SCHEDULER))?;
-    let scheduler = few_step_scheduler(serde_json::from_str(&teachers)?, &student.times);
+    let mut scheduler = few_step_scheduler(serde_json::from_str(&teachers)?, &student.times);
+    if is_stock(&student.times, latent.folder.schedule()?.timesteps() as u64) {
+        scheduler["original_inference_steps"] = json!(student.times.len());
+    }
     write(SCHEDULER, &serde_json::to_vec_pretty(&scheduler)?)?;
     let mut index = latent.folder.index().clone();
     index["scheduler"] = json!(["diffusers", "LCMScheduler"]);
@@ -85,8 +88,8 @@ fn unet(network: &dyn Denoiser, precision: Precision) -> anyhow::Result<Vec<u8>>
 
 /// diffusers' LCM scheduler makes the same steps as the generator: it predicts x0 and adds new noise for the next of
 /// the given timesteps. Its boundary condition (2310.04378, section 4.1) is the identity at these times to within 1e-6.
-/// Only the start differs: a pipeline's own noise has level 1, the generator's first input √(1−ᾱ), so callers give the
-/// latents.
+/// Only the start may differ: a pipeline's own noise has level 1, the generator's first input √(1−ᾱ) where it does not begin at
+/// the last timestep, and then callers give the latents.
 fn few_step_scheduler(teachers: Value, times: &[f64]) -> Value {
     let kept = |key: &str, default: Value| teachers.get(key).cloned().unwrap_or(default);
     let times: Vec<i64> = times.iter().map(|time| *time as i64).collect();

@@ -1,8 +1,13 @@
 //! `export`: writes the averaged generator of a checkpoint in a form that other programs load: one file for an EDM
-//! network; for a text-to-image model a folder in the layout of diffusers; or the adapters of either in one file.
+//! network; for a text-to-image model a folder in the layout of diffusers or one file in the original layout; or the adapters of
+//! either in one file.
 
 mod folder;
+mod format;
+mod header;
 mod lora;
+mod recipe;
+mod single_file;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -12,6 +17,7 @@ use potstill_logging::print;
 use potstill_models::{lora::file::Naming, weights::Precision};
 use tch::Device;
 
+use self::format::Format;
 use super::source::Source;
 
 #[derive(Args)]
@@ -24,23 +30,12 @@ pub struct Arguments {
     /// What is written
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Data type of the generator's weights, or of the adapters, of a text-to-image model
+    /// Data type of the generator's weights, of the adapters, or of everything in a single file, of a text-to-image model
     #[arg(long, value_enum, default_value_t)]
     dtype: Dtype,
     /// Link to the teacher's text encoders, tokenizers and autoencoder instead of copying them
     #[arg(long)]
     link: bool,
-}
-
-#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// The whole student: a folder for diffusers' pipelines, or an EDM network's file; adapters are added to the weights
-    #[default]
-    Diffusers,
-    /// The adapters alone, under PEFT's names, for load_lora_weights
-    LoraDiffusers,
-    /// The adapters alone, under the names of kohya's scripts
-    LoraKohya,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -65,6 +60,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     match (&student.model.latent, format) {
         (Some(latent), Format::Diffusers) => folder::write(&student, latent, &out, link, precision)?,
+        (_, Format::SingleFile) => single_file::write(&student, &out, precision)?,
         (_, Format::LoraDiffusers) => file(lora::bytes(&student, Naming::Peft, precision)?)?,
         (_, Format::LoraKohya) => file(lora::bytes(&student, Naming::Kohya, precision)?)?,
         (None, Format::Diffusers) => {
@@ -79,5 +75,8 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         student.times.len(),
         student.times
     ));
+    if let Some(latent) = &student.model.latent {
+        print(format_args!("\n{}", recipe::python(&student, latent, format, &out)?));
+    }
     Ok(ExitCode::SUCCESS)
 }
