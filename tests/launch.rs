@@ -37,6 +37,32 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
             picture.pixels().fold((255, 0), |(low, high), pixel| (low.min(pixel[0]), high.max(pixel[0])));
         assert!(picture.width() > 300 && brightest - darkest > 100, "not blank");
     }
+    // A picture with each evaluation; the last one is the lower half of samples.png.
+    let names = |run: &std::path::Path| -> Vec<String> {
+        let folder = std::fs::read_dir(run.join("pictures")).unwrap();
+        let mut names: Vec<String> =
+            folder.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&run), [0, 3, 6].map(|iteration| format!("{iteration:012}.png")));
+    let open = |path: std::path::PathBuf| image::open(path).unwrap().to_luma8();
+    let pictures: Vec<_> = names(&run).iter().map(|name| open(run.join("pictures").join(name))).collect();
+    assert!(pictures[0] != pictures[2], "the student has learnt");
+    let (both, student) = (open(run.join("samples.png")), &pictures[2]);
+    let gap = 4;
+    let below = both.height() - student.height() + gap;
+    for (x, y, pixel) in student.enumerate_pixels().filter(|(_, y, _)| *y >= gap) {
+        assert_eq!(both.get_pixel(x, below + y - gap), pixel, "{x}, {y}");
+    }
+    // Any number of workers draws the same.
+    let sets = ["distillation.iterations=1", "evaluation.pictures_every=1"];
+    assert!(cluster.run_to_end("one", 1, &sets, &[]).status.success());
+    let one = cluster.run("one").join("pictures");
+    assert_eq!(std::fs::read_dir(&one).unwrap().count(), 2);
+    let first = open(one.join(format!("{:012}.png", 0)));
+    assert!(first.pixels().zip(pictures[0].pixels()).all(|(a, b)| a[0].abs_diff(b[0]) <= 1));
+
     let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let rows: Vec<serde_json::Value> =
         metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -14,6 +14,9 @@ pub struct EvaluationSpec {
     /// Iterations between two evaluations of the student, which is also evaluated at the end; without it only at the
     /// end.
     pub every: Option<NonZeroU64>,
+    /// Iterations between two pictures of the student, `pictures/<iteration>.png` in the run's folder: always the same noise and
+    /// classes or prompts. One is drawn at the end, too. By default `every`.
+    pub pictures_every: Option<NonZeroU64>,
     /// Number of samples.
     pub samples: u32,
     /// Seed of the evaluation's noise and conditions.
@@ -57,6 +60,7 @@ impl Default for EvaluationSpec {
     fn default() -> Self {
         Self {
             every: None,
+            pictures_every: None,
             samples: 2000,
             seed: 1_000_000_007,
             prompts: None,

@@ -11,6 +11,15 @@ pub const JOURNAL: &str = "journal";
 /// The folder of the checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 
+/// Images of teacher and student at the run's end.
+pub const SAMPLES: &str = "samples.png";
+
+/// The picture of the student after so many iterations.
+#[must_use]
+pub fn picture_key(iteration: u64) -> String {
+    format!("pictures/{iteration:012}.png")
+}
+
 /// A journal record.
 #[must_use]
 pub fn journal_key(sequence: u64) -> String {

@@ -108,7 +108,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             all_noises.push(Tensor::cat(&noises, 0));
         }
     }
-    write(&out.join("grid.png"), pictures::grid(&[Tensor::cat(&images, 0)], arguments.columns)?)?;
+    write(&out.join("grid.png"), pictures::grid(&[&Tensor::cat(&images, 0)], arguments.columns)?)?;
     if let Some(path) = arguments.save_noise {
         let noises = Tensor::stack(&all_noises, 0);
         write(&path, weights::archive(&[("noise", &noises)], &BTreeMap::new())?)?;

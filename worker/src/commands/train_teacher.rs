@@ -211,9 +211,10 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let scores = evaluator.as_ref().map(|e| score(e, average.as_ref())).transpose()?;
     save(&config, average.as_ref(), seconds, scores.as_ref())?;
     let images = SampleSet::new(&config.evaluation, space, device)
-        .first_images(Sampler::Teacher(average.as_ref()), 80);
+        .picture(Sampler::Teacher(average.as_ref()), 80, 0, 1)
+        .to_device(Device::Cpu);
     let picture = config.output.with_extension("png");
-    std::fs::write(&picture, pictures::grid(&[images], 10)?)
+    std::fs::write(&picture, pictures::grid(&[&images], 10)?)
         .with_context(|| format!("cannot write {}", picture.display()))?;
     print(format_args!("{}", config.output.display()));
     Ok(ExitCode::SUCCESS)

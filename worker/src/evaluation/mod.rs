@@ -11,6 +11,7 @@ pub mod pictures;
 mod reference;
 pub mod samples;
 mod torch_script;
+pub mod watched;
 
 use std::time::Instant;
 

@@ -19,7 +19,7 @@ const BACKGROUND: u8 = 255;
 ///
 /// # Errors
 /// Images of another number of channels; the encoder's.
-pub fn grid(blocks: &[Tensor], columns: u32) -> anyhow::Result<Vec<u8>> {
+pub fn grid(blocks: &[&Tensor], columns: u32) -> anyhow::Result<Vec<u8>> {
     let [_, channels, height, width] = blocks.first().context("no images")?.size()[..] else {
         anyhow::bail!("images must be [N, C, H, W]");
     };
@@ -27,7 +27,7 @@ pub fn grid(blocks: &[Tensor], columns: u32) -> anyhow::Result<Vec<u8>> {
     let factor = TILE.div_ceil(width).max(1);
     let (tile_width, tile_height) = (width * factor, height * factor);
     let rows = |block: &Tensor| (block.size()[0] as u32).div_ceil(columns);
-    let total_rows: u32 = blocks.iter().map(rows).sum();
+    let total_rows: u32 = blocks.iter().map(|block| rows(block)).sum();
     let total_width = columns * (tile_width + GAP) + GAP;
     let total_height = total_rows * (tile_height + GAP) + GAP + (blocks.len() as u32 - 1) * BLOCK_GAP;
     let mut canvas = RgbImage::from_pixel(total_width, total_height, Rgb([BACKGROUND; 3]));
@@ -98,12 +98,12 @@ mod tests {
     fn a_grid_has_its_tiles_where_they_belong() {
         let dark = Tensor::full([3, 1, 8, 8], -1.0, (Kind::Float, tch::Device::Cpu));
         let bright = Tensor::full([2, 1, 8, 8], 0.0, (Kind::Float, tch::Device::Cpu));
-        let png = grid(&[dark, bright], 2).unwrap();
+        let png = grid(&[&dark, &bright], 2).unwrap();
         let picture = image::load_from_memory(&png).unwrap().to_luma8();
         assert_eq!(picture.dimensions(), (2 * 60 + 4, 3 * 60 + 4 + 24));
         assert_eq!(picture.get_pixel(10, 10)[0], 0);
         assert_eq!(picture.get_pixel(70, 70)[0], BACKGROUND, "the fourth tile of the first block is empty");
         assert_eq!(picture.get_pixel(10, 2 * 60 + 4 + 24 + 5)[0], 128);
-        assert!(grid(&[Tensor::zeros([1, 2, 8, 8], (Kind::Float, tch::Device::Cpu))], 1).is_err());
+        assert!(grid(&[&Tensor::zeros([1, 2, 8, 8], (Kind::Float, tch::Device::Cpu))], 1).is_err());
     }
 }

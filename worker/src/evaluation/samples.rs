@@ -4,7 +4,7 @@
 //! student, and different runs, are compared on the same noise and the same classes, all of them equally often to
 //! within one sample.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use potstill_distill::{
     generator, guidance,
@@ -21,6 +21,10 @@ pub const CHUNK: i64 = 100;
 /// Positions of the samples that go through a network at a time, so that memory does not grow with their size: 16
 /// latents of SD's 64×64, 4 of SDXL's 128×128.
 const POSITIONS: i64 = 16 * 64 * 64;
+
+/// Greatest width and height of a picture's half, in pixels, and most images in a row and rows.
+const PICTURE_SIDES: [u32; 2] = [5_120, 2_560];
+const MOST_IN_PICTURE: [u32; 2] = [10, 4];
 
 /// The network that makes the samples.
 #[derive(Clone, Copy)]
@@ -152,6 +156,11 @@ impl SampleSet {
 
     /// Makes a chunk's images.
     pub fn sample(&self, sampler: Sampler<'_>, chunk: &Chunk) -> Tensor {
+        self.sample_rows(sampler, chunk, 0..chunk.noise.size()[0])
+    }
+
+    /// Makes some of a chunk's images.
+    fn sample_rows(&self, sampler: Sampler<'_>, chunk: &Chunk, rows: Range<i64>) -> Tensor {
         let Chunk { index, noise, .. } = chunk;
         let later = match sampler {
             Sampler::Teacher(_) => 1..1,
@@ -160,12 +169,13 @@ impl SampleSet {
         let noises: Vec<Tensor> = std::iter::once(noise.shallow_clone())
             .chain(later.map(|step| self.noise(step, *index, &noise.size())))
             .collect();
-        let (count, [_, height, width]) = (noise.size()[0], self.space.sample);
+        let [_, height, width] = self.space.sample;
         let most = (POSITIONS / (height * width)).max(1);
-        let images: Vec<Tensor> = (0..count)
+        let images: Vec<Tensor> = rows
+            .clone()
             .step_by(most as usize)
             .map(|first| {
-                let length = most.min(count - first);
+                let length = most.min(rows.end - first);
                 let noises: Vec<Tensor> = noises.iter().map(|noise| noise.narrow(0, first, length)).collect();
                 let condition = self.condition(chunk, first, length);
                 let samples = no_grad(|| match sampler {
@@ -206,10 +216,29 @@ impl SampleSet {
         })
     }
 
-    /// The first `count` images, at most one chunk, on the host: for pictures.
-    pub fn first_images(&self, sampler: Sampler<'_>, count: i64) -> Tensor {
+    /// Columns and rows of a picture's images: fewer of large ones, so that it can be looked at.
+    pub fn picture_layout(&self) -> [u32; 2] {
+        let [_, height, width] = self.image_shape().map(|side| side.max(1) as u32);
+        [
+            (PICTURE_SIDES[0] / width).clamp(1, MOST_IN_PICTURE[0]),
+            (PICTURE_SIDES[1] / height).clamp(1, MOST_IN_PICTURE[1]),
+        ]
+    }
+
+    /// The first `count` images, at most one chunk, for a picture, of which one of `world` ranks makes its share: fp32
+    /// [N, C, H, W], 0 where another rank's are. The sum over ranks is the picture's images.
+    pub fn picture(&self, sampler: Sampler<'_>, count: i64, rank: usize, world: usize) -> Tensor {
         let chunk = self.chunk(0, count.min(CHUNK));
-        self.sample(sampler, &chunk).to_device(Device::Cpu)
+        let count = chunk.noise.size()[0];
+        let bound = |rank: usize| count * rank as i64 / world as i64;
+        let rows = bound(rank)..bound(rank + 1);
+        let [channels, height, width] = self.image_shape();
+        let images = Tensor::zeros([count, channels, height, width], (Kind::Float, self.device));
+        if !rows.is_empty() {
+            let place = images.narrow(0, rows.start, rows.end - rows.start);
+            no_grad(|| place.shallow_clone().copy_(&self.sample_rows(sampler, &chunk, rows)));
+        }
+        images
     }
 
     /// Network evaluations per image.

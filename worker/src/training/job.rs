@@ -243,6 +243,13 @@ impl Job {
         }
     }
 
+    /// Whether a picture of the student is drawn while training.
+    pub(super) fn picture_due(&self, iteration: u64) -> bool {
+        let evaluation = &self.spec.evaluation;
+        let every = evaluation.pictures_every.or(evaluation.every);
+        every.is_some_and(|every| iteration.is_multiple_of(every.get()))
+    }
+
     pub(super) fn evaluation_due(&self, iteration: u64) -> bool {
         let every = self.spec.evaluation.every;
         iteration == 0

@@ -13,6 +13,7 @@ mod transfer;
 
 use std::{sync::Arc, time::Duration};
 
+use potstill_c10d::ReduceOp;
 use potstill_distill::state::State;
 use potstill_models::Denoiser;
 use potstill_proto::{
@@ -21,6 +22,9 @@ use potstill_proto::{
     scores::{Evaluation, Subject},
     wire::ShardFailed,
 };
+
+use potstill_storage::layout::{SAMPLES, picture_key};
+use tch::{Device, Tensor};
 
 use self::{
     control_lane::Flags,
@@ -36,13 +40,10 @@ pub use self::{
 };
 use crate::{
     checkpoint::{self, Save, Share},
-    evaluation::{Scoring, pictures, samples::Sampler},
+    evaluation::{Scoring, pictures, samples::Sampler, watched::Watched},
     process::faults,
     session::Session,
 };
-
-/// Columns and rows of each half of `samples.png`.
-const PICTURE: (u32, u32) = (10, 4);
 
 /// How a generation has ended for this rank.
 pub enum Ending {
@@ -184,8 +185,8 @@ impl Member<'_> {
             } else if save {
                 self.save(state, cursor.iteration, Duration::ZERO);
             }
-            if last {
-                self.draw(state)?;
+            if at_boundary && !stop && (last || self.job.picture_due(cursor.iteration)) {
+                self.draw(state, cursor.iteration, last)?;
             }
             if last || stop {
                 return Ok(Ending::Finished);
@@ -237,8 +238,13 @@ impl Member<'_> {
         }
     }
 
-    fn student<'s>(&'s self, generator: &'s dyn Denoiser) -> Sampler<'s> {
-        Sampler::Student { generator, times: &self.job.recipe.settings.times }
+    fn sampler<'s>(&'s self, subject: Subject, network: &'s Watched) -> Sampler<'s> {
+        match subject {
+            Subject::Teacher => Sampler::Teacher(network),
+            Subject::Student => {
+                Sampler::Student { generator: network, times: &self.job.recipe.settings.times }
+            }
+        }
     }
 
     /// G_ema, also where each rank holds a slice of it.
@@ -254,12 +260,14 @@ impl Member<'_> {
             Subject::Teacher => None,
             Subject::Student => Some(self.generator_ema(state)?),
         };
-        let (activity, sampler) = match &generator {
-            None => ("evaluating the teacher", Sampler::Teacher(self.job.teacher.as_ref())),
-            Some(generator) => ("evaluating the student", self.student(generator.as_ref())),
-        };
-        self.session.progress.set_activity(activity);
         let progress = &self.session.progress;
+        let (activity, network) = match generator {
+            None => ("evaluating the teacher", self.job.teacher.frozen()),
+            Some(generator) => ("evaluating the student", generator),
+        };
+        let network = Watched::new(network, progress);
+        let sampler = self.sampler(subject, &network);
+        progress.set_activity(activity);
         let scores = evaluator.score(sampler, &self.trainer.group, |what| {
             progress.set_waiting(what == Scoring::Gather);
         });
@@ -276,20 +284,43 @@ impl Member<'_> {
         obey_orders(self.session, self.assignment.generation)
     }
 
-    /// Writes `samples.png`: teacher above student, same noise, same classes.
-    fn draw(&self, state: &State) -> Result<(), Interruption> {
+    /// Draws the student; at the run's end also `samples.png`: teacher above student, same noise, same classes. All ranks make
+    /// their share of the images.
+    fn draw(&mut self, state: &State, iteration: u64, last: bool) -> Result<(), Interruption> {
+        let progress = &self.session.progress;
+        progress.set_activity("drawing the student");
         let generator = self.generator_ema(state)?;
-        if self.assignment.rank != 0 {
-            return Ok(());
+        let [columns, rows] = self.job.samples.picture_layout();
+        let (rank, world) = (self.assignment.rank as usize, self.assignment.world_size as usize);
+        let images = |subject, network| -> Result<Tensor, Interruption> {
+            let network = Watched::new(network, progress);
+            let sampler = self.sampler(subject, &network);
+            let images = self.job.samples.picture(sampler, i64::from(columns * rows), rank, world);
+            let group = &self.trainer.group;
+            let sum = || group.all_reduce(&images, ReduceOp::Sum).and_then(|work| work.wait(None));
+            progress.while_waiting(sum)?;
+            Ok(images.to_device(Device::Cpu))
+        };
+        let student = images(Subject::Student, generator)?;
+        if rank == 0 {
+            self.write_picture(&picture_key(iteration), &[&student], columns)?;
         }
-        let (columns, rows) = PICTURE;
-        let count = i64::from(columns * rows);
-        let blocks = [Sampler::Teacher(self.job.teacher.as_ref()), self.student(generator.as_ref())]
-            .map(|sampler| self.job.samples.first_images(sampler, count));
-        let png = pictures::grid(&blocks, columns)?;
-        // The checkpoint is what counts: a picture that cannot be written fails no run.
-        if let Err(error) = self.job.runtime.block_on(self.job.run.put("samples.png", png.into())) {
-            tracing::warn!(%error, "samples.png could not be written");
+        if last {
+            progress.set_activity("drawing the teacher");
+            let teacher = images(Subject::Teacher, self.job.teacher.frozen())?;
+            if rank == 0 {
+                self.write_picture(SAMPLES, &[&teacher, &student], columns)?;
+            }
+        }
+        obey_orders(self.session, self.assignment.generation)
+    }
+
+    /// The checkpoint is what counts: a picture that cannot be written fails no run.
+    fn write_picture(&self, key: &str, blocks: &[&Tensor], columns: u32) -> anyhow::Result<()> {
+        let png = pictures::grid(blocks, columns)?;
+        let (runtime, run) = (&self.job.runtime, &self.job.run);
+        if let Err(error) = runtime.block_on(self.session.progress.while_busy(run.put(key, png.into()))) {
+            tracing::warn!(%error, "{key} could not be written");
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use potstill_proto::message::Source;
 use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
-    layout::{manifest_iteration, manifest_key},
+    layout::{SAMPLES, manifest_iteration, manifest_key},
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
@@ -35,8 +35,6 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const CURVES: &str = "curves.png";
 /// The result of a run.
 pub const SUMMARY: &str = "summary.json";
-/// Images of teacher and student; a worker writes it at evaluations.
-pub const SAMPLES: &str = "samples.png";
 
 /// Observes a run and shows its progress. Failures to write its own files are logged and never end the run.
 pub struct Monitor {

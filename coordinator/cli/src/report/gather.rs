@@ -4,10 +4,10 @@ use anyhow::Context;
 use bytes::Bytes;
 use potstill_proto::scores::Subject;
 use potstill_spec::RunSpec;
-use potstill_storage::Run;
+use potstill_storage::{Run, layout::SAMPLES};
 
 use crate::monitor::{
-    CURVES, METRICS, SAMPLES, SUMMARY,
+    CURVES, METRICS, SUMMARY,
     metrics::{Evaluation, Metrics},
     summary::Summary,
 };
