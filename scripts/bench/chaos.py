@@ -128,6 +128,8 @@ class Chaos:
         # Until when a host is cut off.
         self.cuts: dict[str, float] = {}
         self.stopped: float | None = None
+        # No rank is taken away before this iteration is completed.
+        self.steady_after = 0
         self.joiner: tuple[subprocess.Popen, float] | None = None
         self.agents = [self.agent(host, str(self.lab.folder), spares=1) for host in AGENTS]
 
@@ -191,9 +193,11 @@ class Chaos:
         kinds = FAULTS | (CUTS if self.lab.hosts.separate else {})
         kind = self.random.choices(list(kinds), list(kinds.values()))[0]
         able = [m["pid"] for m in holders if m["liveness"] == "alive" and m["pid"] not in self.paused]
-        # A rank that has just joined may not have taken over the state yet.
+        # A rank that has just joined may not have taken over the state yet; and of an iteration that a death interrupted one rank
+        # alone may hold the result. Once an iteration is completed after that, all of them hold the state.
         cursors = [int(re.findall(r"\d+", m["cursor"])[0]) for m in holders]
         settled = len(able) >= 2 and min(cursors) + 1 >= max(cursors) >= max(status["iteration"], 1)
+        settled = settled and status["iteration"] > self.steady_after
         quiet = not self.paused and not self.cuts and self.stopped is None
         if not quiet or (kind not in ("coordinator", "stop coordinator", "bad joiner") and not settled):
             return
@@ -203,6 +207,8 @@ class Chaos:
         if kind == "bad joiner" and self.joiner is not None:
             return
         self.faults[kind] += 1
+        if kind not in ("coordinator", "stop coordinator", "bad joiner"):
+            self.steady_after = max(cursors) + 1
         for_a_while = time.monotonic() + self.random.uniform(0.2, 6.0)
         if kind == "pause":
             pid = self.random.choice(able)
