@@ -13,7 +13,8 @@ use crate::problems::Problems;
 pub struct AdversarialSpec {
     /// Real samples: an image file in this project's format (safetensors), a folder with one sub-folder of images per
     /// class, a tar in the WebDataset layout or a folder of such; a path relative to the file that names it, or a URL.
-    /// For a text-to-image model tars of images with captions.
+    /// For a text-to-image model tars of images with captions, or a folder of images with captions beside them
+    /// (docs/FORMATS.md).
     pub data: String,
     /// Folder on this machine that keeps the latents of images with captions: each is computed once. Without it they
     /// are computed when they are needed.

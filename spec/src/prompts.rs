@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsSpec {
-    /// A text file with one prompt a line, a JSONL file or a Parquet file: a path relative to the file that names it,
-    /// or a URL. In an adversarial run it may be absent: then generated samples share the captions of the real images.
+    /// A text file with one prompt a line, JSON lines, CSV, Parquet or a folder of that (docs/FORMATS.md): a path relative to
+    /// the file that names it, or a URL. In an adversarial run it may be absent: then generated samples share the captions of the real images.
     pub data: Option<String>,
-    /// Column of the prompts in JSONL and Parquet.
+    /// Column of the prompts in all but text files.
     pub column: String,
     /// Folder on this machine that keeps the prompts' embeddings: they are computed once, and the text encoders are
     /// released. Without it they are computed when they are needed.

@@ -72,7 +72,7 @@ impl Invitation {
         certificate: Option<String>,
         token: Option<String>,
     ) -> Self {
-        let (run_id, address) = (run_id.to_owned(), bare(address).to_owned());
+        let (run_id, address) = (run_id.to_owned(), address.to_owned());
         Self { version: VERSION, run_id, address, certificate, token }
     }
 
@@ -179,13 +179,6 @@ impl Invitation {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES))
     }
-}
-
-/// An address without a scheme.
-fn bare(address: &str) -> &str {
-    let address =
-        address.strip_prefix("http://").or_else(|| address.strip_prefix("https://")).unwrap_or(address);
-    address.trim_end_matches('/')
 }
 
 /// A name for the handshake, which must have one. The certificate is not compared with it.

@@ -12,6 +12,7 @@
 //! - `machine`: the addresses of this machine;
 //! - `worker`: a worker's id, which no other worker can claim.
 
+pub mod address;
 mod error;
 mod fingerprint;
 mod invitation;

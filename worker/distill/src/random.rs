@@ -27,6 +27,8 @@ pub enum Purpose {
     Sampling = 5,
     /// First values of adapters; index 0 is the fake score, 1 the generator.
     Adapters = 6,
+    /// The caption of a real image that has several; index counts the images.
+    Captions = 7,
 }
 
 /// The stream of random numbers for one micro-batch (or one chunk of samples).

@@ -312,7 +312,7 @@ fn what_is_wrong_with_a_folder_is_named() {
         ),
         (
             Box::new(edit("unet/config.json", "\"layers_per_block\": 1", "\"layers_per_block\": 2")),
-            &["down_blocks.0.resnets.1.conv1.weight [8, 8, 3, 3] is missing"],
+            &["down_blocks.0.attentions.1.", "is missing", " more"],
         ),
         (
             Box::new(edit("unet/config.json", "\"cross_attention_dim\": 12", "\"cross_attention_dim\": 14")),
@@ -325,6 +325,24 @@ fn what_is_wrong_with_a_folder_is_named() {
         ),
         (Box::new(edit("tokenizer/vocab.json", "<|endoftext|>", "<|theend|>")), &["/tokenizer"]),
         (
+            Box::new(edit(
+                "unet/config.json",
+                "\"cross_attention_dim\": 12",
+                "\"cross_attention_dim\": [[12]]",
+            )),
+            &["/unet/config.json", "`cross_attention_dim` is [[12]]"],
+        ),
+        (
+            Box::new(|path| {
+                let file = path.join("unet/diffusion_pytorch_model.safetensors");
+                let tensors = weights::map(&file).unwrap().into_iter();
+                let wrapped = tensors
+                    .map(|(name, stored)| (format!("_orig_mod.{name}"), Stored::Memory(stored.tensor())));
+                weights::write(&file, &wrapped.collect(), None, &BTreeMap::new()).unwrap();
+            }),
+            &["\"_orig_mod.\"", "saved wrapped"],
+        ),
+        (
             Box::new(write("vae/diffusion_pytorch_model.safetensors", "no such thing")),
             &["not a safetensors file"],
         ),
@@ -335,4 +353,29 @@ fn what_is_wrong_with_a_folder_is_named() {
             assert!(said.contains(part), "{part:?} is not in {said:?}");
         }
     }
+}
+
+#[test]
+fn what_the_public_libraries_pass_over_is_passed_over() {
+    let (_, archive) = files("sd_model_sd15").remove(0);
+    let model = folder(&archive);
+    for (part, name) in
+        [("text_encoder/model", "logit_scale"), ("vae/diffusion_pytorch_model", "loss.logvar")]
+    {
+        let file = model.path().join(format!("{part}.safetensors"));
+        let tensors = weights::map(&file).unwrap().into_iter();
+        let mut tensors: weights::Named =
+            tensors.map(|(name, stored)| (name, Stored::Memory(stored.tensor()))).collect();
+        tensors.insert(name.to_owned(), Stored::Memory(Tensor::from(1.0f32)));
+        weights::write(&file, &tensors, None, &BTreeMap::new()).unwrap();
+    }
+    // Half precision by another name.
+    let unet = model.path().join("unet");
+    let half = |kind: &str| unet.join(format!("diffusion_pytorch_model{kind}.safetensors"));
+    std::fs::rename(half(""), half(".bf16")).unwrap();
+    let read = ModelFolder::open(model.path()).unwrap();
+    read.check(&read.text(Device::Cpu).unwrap()).unwrap();
+    let (denoiser, autoencoder) =
+        (read.denoiser(Device::Cpu).unwrap(), read.autoencoder(Device::Cpu).unwrap());
+    assert!(denoiser.parameters().flat().numel() > 0 && autoencoder.size() > 0);
 }

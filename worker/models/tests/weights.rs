@@ -7,7 +7,10 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{equal, fixtures, network, small};
-use potstill_models::{Denoiser, EdmConfig, EdmNetwork, SaveError, weights::Archive};
+use potstill_models::{
+    Denoiser, EdmConfig, EdmNetwork, SaveError,
+    weights::{self, Archive},
+};
 use tch::{Device, Kind, Tensor};
 
 fn saved() -> (EdmNetwork, Vec<u8>) {
@@ -131,4 +134,24 @@ fn infinity_survives_json() {
     assert_eq!(config.sigma_max, f64::INFINITY);
     let json = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<EdmConfig>(&json).unwrap(), config);
+}
+
+#[test]
+fn files_of_another_kind_are_called_what_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    for (content, said) in [
+        (&b""[..], "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is an HTML page"),
+        (b"PK\x03\x04archive", "is a pickle"),
+        (b"\x80\x02}q", "is a pickle"),
+        (b"something else entirely", "not a safetensors file"),
+    ] {
+        std::fs::write(&file, content).unwrap();
+        for error in [weights::map(&file).err().unwrap(), Archive::read(&file).err().unwrap()] {
+            let text = error.to_string();
+            assert!(text.contains(said) && text.contains("model.safetensors"), "{text}");
+        }
+    }
 }

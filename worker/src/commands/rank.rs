@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::Args;
-use potstill_access::{Invitation, Locator, Role, WorkerSecret};
+use potstill_access::{Invitation, Locator, Role, WorkerSecret, address};
 use potstill_proto::{
     PROTOCOL,
     cursor::{Cursor, Generation},
@@ -52,7 +52,7 @@ pub struct Service {
     #[arg(long)]
     pub join: Option<PathBuf>,
     /// Address of the coordinator, if another than the one that it states, as HOST:PORT.
-    #[arg(long, conflicts_with = "join")]
+    #[arg(long, conflicts_with = "join", value_parser = address::coordinator)]
     pub coordinator: Option<String>,
     /// Accept a coordinator that serves without TLS and without a key, at --coordinator or as the storage has it.
     #[arg(long, conflicts_with = "join")]

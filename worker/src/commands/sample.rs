@@ -38,7 +38,7 @@ pub struct Arguments {
     /// A prompt for a text-to-image model; several are used in turn
     #[arg(long = "prompt", value_name = "TEXT", conflicts_with_all = ["labels", "prompts"])]
     prompt: Vec<String>,
-    /// A file of prompts: .txt with one a line, .jsonl or .parquet with a column "prompt"
+    /// A file of prompts: .txt with one a line; .jsonl, .csv or .parquet with a column "prompt"
     #[arg(long, value_name = "FILE", conflicts_with = "labels")]
     prompts: Option<String>,
     /// Also write the noise of every step to this file, [images, steps, C, H, W] in safetensors

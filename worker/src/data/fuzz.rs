@@ -69,7 +69,7 @@ proptest! {
 
     #[test]
     fn a_tar_is_read_or_refused(bytes in edited(tar_files())) {
-        let _ = tars::read(&bytes);
+        let _ = tars::read("a.tar", bytes.into());
     }
 
     #[test]
@@ -96,7 +96,7 @@ proptest! {
         let path = folder.path().join("a.tar");
         std::fs::write(&path, bytes).unwrap();
         let location = path.to_str().unwrap();
-        if let Ok(pairs) = pairs::load(location, None) {
+        if let Ok(pairs) = pairs::load(location, None, 0) {
             for pair in &pairs {
                 let _ = pair.image([4, 4]);
             }

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::{
     dataset::Dataset,
-    formats::{FORMATS, is_image},
+    formats::{FORMATS, decoded, is_image},
     tally::Tally,
     tars,
 };
@@ -60,9 +60,14 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
     let mut collected = Collected::new(wanted);
     for tar in tars {
         let bytes = source.read(tar).await?;
-        for sample in tars::read(&bytes).with_context(|| format!("tar {tar:?}"))? {
-            if let Some((name, image)) = sample.image {
-                collected.add(&name, &image, sample.label.unwrap_or(0));
+        let file = if tar.is_empty() { source.name() } else { tar };
+        for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
+            match (sample.image, sample.broken) {
+                (None, _) => {}
+                (Some(_), Some(problem)) => collected.tally.broken(format!("{file}: {problem}")),
+                (Some((name, image)), None) => {
+                    collected.add(&format!("{file}: {name}"), &image, sample.label.unwrap_or(0));
+                }
             }
         }
     }
@@ -95,7 +100,7 @@ impl Collected {
     /// Reorders the bytes from pixels to channels, as tensors have them.
     fn decode(&self, bytes: &[u8]) -> anyhow::Result<Vec<u8>> {
         let [channels, height, width] = self.wanted.shape;
-        let image = image::load_from_memory(bytes)?;
+        let image = decoded(bytes)?;
         let size = [image.height(), image.width()].map(|side| side as usize);
         let bytes = match channels {
             1 => image.into_luma8().into_raw(),
@@ -116,7 +121,7 @@ impl Collected {
 
     fn finish(self) -> anyhow::Result<Dataset> {
         let good = self.labels.len();
-        self.tally.judge(good)?;
+        self.tally.judge(good, "images")?;
         let [channels, height, width] = self.wanted.shape;
         let n = good as i64;
         Ok(Dataset {

@@ -1,6 +1,7 @@
 //! Training and evaluation data: images with classes ([`Dataset`]), images with captions ([`pairs`]), prompts
 //! ([`prompt_file`]), and the treatment of images before they are compared ([`protocol`]).
 
+mod compressed;
 mod dataset;
 mod formats;
 #[cfg(test)]
@@ -13,5 +14,6 @@ mod read;
 mod tally;
 mod tars;
 mod tensors;
+mod text;
 
 pub use self::dataset::{Dataset, Shape};

@@ -14,7 +14,8 @@ use potstill_storage::Source;
 
 use super::{
     dataset::{Dataset, Shape},
-    images, tensors,
+    formats::is_image,
+    images, tars, tensors,
 };
 
 impl Dataset {
@@ -43,9 +44,10 @@ impl Dataset {
         let wanted = images::Wanted { shape: shape.sample, protocol };
         let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
             Some("safetensors") => tensors::parse(&source.read("").await?)?.after(protocol)?,
-            Some("tar") => images::from_tars(&source, &[String::new()], wanted).await?,
-            _ if !names.is_empty() && names.iter().all(|name| name.ends_with(".tar")) => {
-                images::from_tars(&source, &names, wanted).await?
+            _ if tars::is_tar(source.name()) => images::from_tars(&source, &[String::new()], wanted).await?,
+            _ if names.iter().any(|name| tars::is_tar(name)) && !names.iter().any(|name| is_image(name)) => {
+                let tars: Vec<String> = names.into_iter().filter(|name| tars::is_tar(name)).collect();
+                images::from_tars(&source, &tars, wanted).await?
             }
             _ => images::from_folder(&source, &names, wanted).await?,
         };

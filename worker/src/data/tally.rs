@@ -1,8 +1,8 @@
-//! Counts broken images among many files.
+//! Counts broken images, or rows, among many.
 
 use anyhow::ensure;
 
-/// Counts broken images among many files: they are left out, unless there are too many.
+/// Counts broken images, or rows: they are left out, unless there are too many.
 #[derive(Default)]
 pub(super) struct Tally {
     broken: usize,
@@ -10,13 +10,13 @@ pub(super) struct Tally {
     shown: Vec<String>,
 }
 
-/// The run fails when more than one image in this many is broken.
+/// The run fails when more than one in this many is broken.
 const ONE_BROKEN_IN: usize = 100;
 /// Number of errors in the message.
 const SHOWN: usize = 3;
 
 impl Tally {
-    /// Counts one broken image with its error.
+    /// Counts a broken one with its error.
     pub(super) fn broken(&mut self, what: String) {
         self.broken += 1;
         if self.shown.len() < SHOWN {
@@ -24,19 +24,19 @@ impl Tally {
         }
     }
 
-    /// Reports the broken images beside `good` good ones.
+    /// Reports the broken ones beside `good` good ones; `what` they are, in the plural.
     ///
     /// # Errors
     /// Too many are broken.
-    pub(super) fn judge(&self, good: usize) -> anyhow::Result<()> {
+    pub(super) fn judge(&self, good: usize, what: &str) -> anyhow::Result<()> {
         let (broken, shown) = (self.broken, self.shown.join("; "));
         ensure!(
             broken <= good.div_ceil(ONE_BROKEN_IN),
-            "{broken} of {} images cannot be used: {shown}",
+            "{broken} of {} {what} cannot be used: {shown}",
             good + broken
         );
         if broken > 0 {
-            tracing::warn!(broken, good, "broken images are left out: {shown}");
+            tracing::warn!(broken, good, "broken {what} are left out: {shown}");
         }
         Ok(())
     }

@@ -7,7 +7,8 @@ use potstill_distill::metrics;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{digest_of, first_line, torch_script};
+use super::extractor::trial_images;
+use super::torch_script::{digest_of, message, torch_script};
 use crate::{data::protocol, model::Space};
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D],
@@ -35,9 +36,11 @@ impl Clip {
         let module = torch_script(&bytes, device).with_context(context)?;
         let clip = Self { module, device, space: space.clone(), protocol, digest: digest_of(&bytes) };
         let [channels, height, width] = space.image_shape();
-        let images = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
-        let _trial =
+        let images = trial_images([2, channels, height, width], device);
+        let trial =
             clip.scores(&images, &Tensor::zeros([2], (Kind::Int64, Device::Cpu))).with_context(context)?;
+        let finite = bool::try_from(trial.isfinite().all())?;
+        ensure!(finite, "{}: its embeddings of a trial image are not finite", context());
         Ok(clip)
     }
 
@@ -58,7 +61,7 @@ impl Clip {
         let inputs = [images, &tokens].map(|input| IValue::Tensor(input.to_device(self.device)));
         let output = no_grad(|| self.module.forward_is(&inputs)).map_err(|e| {
             let (images, tokens) = (images.size(), tokens.size());
-            anyhow!("fails on images of shape {images:?} and tokens of shape {tokens:?}: {}", first_line(&e))
+            anyhow!("fails on images of shape {images:?} and tokens of shape {tokens:?}: {}", message(&e))
         })?;
         let IValue::Tuple(parts) = output else {
             return Err(anyhow!("does not return (image embeddings, text embeddings)"));

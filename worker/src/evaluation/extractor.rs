@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow, ensure};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{digest_of, first_line, torch_script};
+use super::torch_script::{digest_of, message, parameters, torch_script};
 use crate::data::Shape;
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
@@ -16,6 +16,55 @@ pub struct Extractor {
     digest: String,
     /// D, the number of features.
     width: i64,
+    signature: Signature,
+}
+
+/// How a module is called.
+enum Signature {
+    /// With images fp32 in [−1, 1].
+    Images,
+    /// As NVIDIA's `inception-2015-12-05.pt` of the StyleGAN repositories: RGB images u8, and switches, of which
+    /// `return_features` is needed, or else it returns the scores of 1,008 classes.
+    Nvidia {
+        /// For each argument behind the images, whether it is that switch.
+        switches: Vec<bool>,
+    },
+}
+
+const FEATURES_SWITCH: &str = "return_features";
+
+impl Signature {
+    fn of(module: &CModule) -> Self {
+        let parameters = parameters(module);
+        let rest = parameters.get(1..).unwrap_or_default();
+        let is_nvidia = rest.iter().any(|(_, name)| name == FEATURES_SWITCH)
+            && rest.iter().all(|(kind, _)| kind == "bool");
+        match is_nvidia {
+            true => Self::Nvidia { switches: rest.iter().map(|(_, name)| name == FEATURES_SWITCH).collect() },
+            false => Self::Images,
+        }
+    }
+
+    fn arguments(&self, images: &Tensor) -> Vec<IValue> {
+        match self {
+            Self::Images => vec![IValue::Tensor(images.shallow_clone())],
+            Self::Nvidia { switches } => {
+                let [n, _, height, width] = images.size()[..] else { return vec![] };
+                let bytes = (images * 127.5 + 128.0).clamp(0.0, 255.0).to_kind(Kind::Uint8);
+                let bytes = bytes.expand([n, 3, height, width], false).contiguous();
+                let switches = switches.iter().map(|is_wanted| IValue::Bool(*is_wanted));
+                std::iter::once(IValue::Tensor(bytes)).chain(switches).collect()
+            }
+        }
+    }
+}
+
+/// Images [N, C, H, W] in [−1, 1] that differ from each other, to try a module on.
+pub fn trial_images(shape: [i64; 4], device: Device) -> Tensor {
+    let count: i64 = shape.iter().product();
+    // Frequencies that fit into no row, so that no two images are alike.
+    let x = Tensor::arange(count, (Kind::Double, device));
+    ((&x * 0.37).sin() * (x * 0.0123).cos()).reshape(shape).to_kind(Kind::Float)
 }
 
 /// The output of an extractor.
@@ -36,9 +85,10 @@ impl Extractor {
         let bytes = std::fs::read(path).with_context(context)?;
         let digest = digest_of(&bytes);
         let module = torch_script(&bytes, device).with_context(context)?;
-        let mut extractor = Self { module, device, digest, width: 0 };
+        let signature = Signature::of(&module);
+        let mut extractor = Self { module, device, digest, width: 0, signature };
         let [channels, height, width] = shape.sample;
-        let trial = Tensor::zeros([2, channels, height, width], (Kind::Float, device));
+        let trial = trial_images([2, channels, height, width], device);
         let Extracted { features, logits } = extractor.run(&trial).with_context(context)?;
         ensure!(
             features.size().len() == 2 && features.size()[0] == 2,
@@ -46,8 +96,14 @@ impl Extractor {
             context(),
             features.size()
         );
+        let finite = bool::try_from(features.isfinite().all())?;
+        ensure!(finite, "{}: its features of a trial image are not finite", context());
+        let differ = !bool::try_from(features.get(0).eq_tensor(&features.get(1)).all())?;
+        ensure!(differ, "{}: has the same features for different images, so it can score nothing", context());
         extractor.width = features.size()[1];
         if let Some(logits) = logits {
+            let finite = bool::try_from(logits.isfinite().all())?;
+            ensure!(finite, "{}: its logits of a trial image are not finite", context());
             let size = logits.size();
             ensure!(
                 size.len() == 2 && size[0] == 2 && (shape.classes == 0 || size[1] == shape.classes),
@@ -74,18 +130,63 @@ impl Extractor {
     /// # Errors
     /// The module fails, or returns another kind of value.
     pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
-        let input = IValue::Tensor(images.to_device(self.device));
-        let output = no_grad(|| self.module.forward_is(&[input]))
-            .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), first_line(&e)))?;
+        let arguments = self.signature.arguments(&images.to_device(self.device));
+        let output = no_grad(|| self.module.forward_is(&arguments))
+            .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), message(&e)))?;
+        let fp32 = |x: Tensor| x.to_kind(Kind::Float);
         match output {
-            IValue::Tensor(features) => Ok(Extracted { features, logits: None }),
+            IValue::Tensor(features) => Ok(Extracted { features: fp32(features), logits: None }),
             IValue::Tuple(parts) => match <[IValue; 2]>::try_from(parts) {
                 Ok([IValue::Tensor(features), IValue::Tensor(logits)]) => {
-                    Ok(Extracted { features, logits: Some(logits) })
+                    Ok(Extracted { features: fp32(features), logits: Some(fp32(logits)) })
                 }
                 _ => Err(anyhow!("returns a tuple that is not (features, logits)")),
             },
             _ => Err(anyhow!("returns neither features nor (features, logits)")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn extractors_are_called_as_they_are_meant_and_useless_ones_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let made = Command::new(root.join(".venv/bin/python"))
+            .arg(root.join("scripts/fixtures/extractors.py"))
+            .arg(folder.path())
+            .status();
+        assert!(made.unwrap().success());
+        let shape = |channels| Shape { sample: [channels, 8, 8], classes: 0 };
+        let load =
+            |name: &str| Extractor::load(&folder.path().join(format!("{name}.pt")), shape(3), Device::Cpu);
+        let images = trial_images([3, 3, 8, 8], Device::Cpu);
+        let features = |extractor: &Extractor, images: &Tensor| extractor.run(images).unwrap().features;
+        let expected = features(&load("plain").unwrap(), &images);
+        for (name, tolerance) in [("nvidia", 0.02), ("other", 0.02), ("double", 1e-6), ("dropping", 1e-6)] {
+            let extractor = load(name).unwrap();
+            assert_eq!(extractor.width(), 8, "{name}: features, not classes");
+            let found = features(&extractor, &images);
+            assert_eq!(found.kind(), Kind::Float);
+            let off = (&found - &expected).abs().max().double_value(&[]);
+            assert!(off <= tolerance, "{name}: {off}");
+            assert!(found.equal(&features(&extractor, &images)), "{name}: nothing is dropped");
+        }
+        // Grey images become RGB.
+        Extractor::load(&folder.path().join("nvidia.pt"), shape(1), Device::Cpu).unwrap();
+        for (name, said) in [
+            ("bytes", "expecting bytes"),
+            ("constant", "the same features for different images"),
+            ("notanumber", "not finite"),
+            ("weights", "torch.jit.script(module).save"),
+        ] {
+            let error = format!("{:#}", load(name).err().unwrap());
+            assert!(error.contains(said), "{name}: {error}");
         }
     }
 }

@@ -3,23 +3,58 @@
 use anyhow::anyhow;
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
-use tch::{CModule, Device};
+use tch::{CModule, Device, IValue, no_grad};
 
 /// SHA-256 of a file's bytes, hexadecimal.
 pub fn digest_of(bytes: &[u8]) -> String {
     hexadecimal(&Sha256::digest(bytes))
 }
 
-/// A TorchScript module from the bytes of its file.
+/// A TorchScript module from the bytes of its file, for evaluation: one that was saved while it was trained would go on dropping.
 ///
 /// # Errors
 /// It is not one.
 pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
-    CModule::load_data_on_device(&mut &bytes[..], device)
-        .map_err(|e| anyhow!("is not a TorchScript module: {}", first_line(&e)))
+    let mut module = CModule::load_data_on_device(&mut &bytes[..], device).map_err(|e| match message(&e) {
+        // The file that only TorchScript's archives have.
+        said if said.contains("constants.pkl") => anyhow!(
+            "holds weights or a pickled module, not a TorchScript module: write one with torch.jit.script(module).save(…)"
+        ),
+        said => anyhow!("is not a TorchScript module: {said}"),
+    })?;
+    module.f_set_eval().map_err(|e| anyhow!("cannot be put into evaluation: {}", message(&e)))?;
+    Ok(module)
 }
 
-/// The first line of libtorch's error, without the place in its source.
-pub fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+/// Types and names of the parameters of a module's `forward`, without the module itself. libtorch's Rust interface has no other way
+/// to them than the message about too many arguments.
+pub fn parameters(module: &CModule) -> Vec<(String, String)> {
+    const TOO_MANY: usize = 64;
+    let arguments: Vec<IValue> = (0..TOO_MANY).map(|_| IValue::None).collect();
+    let Err(error) = no_grad(|| module.forward_is(&arguments)) else { return vec![] };
+    let text = error.to_string();
+    let declaration = text.split_once("Declaration: forward(").and_then(|(_, rest)| rest.split_once(") ->"));
+    let Some((declaration, _)) = declaration else { return vec![] };
+    let parameter = |text: &str| {
+        let text = text.split('=').next().unwrap_or_default().trim();
+        text.rsplit_once(' ').map(|(kind, name)| (kind.to_owned(), name.to_owned()))
+    };
+    declaration.split(',').skip(1).filter_map(parameter).collect()
+}
+
+const LONGEST: usize = 300;
+
+/// What libtorch's error says: a module's own message, where one of its statements failed, or else the first line.
+pub fn message(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let own = lines().find(|line| {
+        line.split_once(':').is_some_and(|(kind, rest)| {
+            (kind.ends_with("Error") || kind.ends_with("Exception"))
+                && !kind.contains(' ')
+                && !rest.trim().is_empty()
+        })
+    });
+    // Some go on with lists of everything that is registered.
+    own.or_else(|| lines().next()).unwrap_or_default().chars().take(LONGEST).collect()
 }

@@ -69,7 +69,8 @@ impl Inputs {
         };
         let pairs = match &spec.adversarial {
             Some(adversarial) if model.latent.is_some() => {
-                pairs::load(&adversarial.data, adversarial.limit).context("adversarial.data")?
+                pairs::load(&adversarial.data, adversarial.limit, spec.distillation.seed)
+                    .context("adversarial.data")?
             }
             _ => vec![],
         };

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
-use potstill_access::{Locator, Role};
+use potstill_access::{Locator, Role, address};
 use potstill_logging::print;
 
 use super::run_name::{RunName, runtime};
@@ -17,7 +17,7 @@ pub struct InviteArguments {
     #[arg(long, value_name = "ROLE")]
     role: Role,
     /// Address of the coordinator, if another than the one that it states, as HOST:PORT
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = address::coordinator)]
     coordinator: Option<String>,
     /// The file to write or replace; only its owner can read it
     #[arg(long, value_name = "FILE")]

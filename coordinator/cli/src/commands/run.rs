@@ -10,6 +10,7 @@ use std::{
 use anyhow::Context;
 use chrono::{DateTime, Utc};
 use clap::{Args, ValueEnum};
+use potstill_access::address::listening;
 use potstill_logging::{LogFormat, chain};
 use potstill_server::{Resume, Security};
 use potstill_spec::RunSpec;
@@ -48,7 +49,7 @@ pub struct Launch {
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
     device: String,
     /// Address on which the coordinator listens; port 0 takes a free port
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = listening)]
     listen: SocketAddr,
     /// Folder for a state that cannot be saved otherwise: when the run fails while a worker holds a state that is newer than the
     /// newest checkpoint, the worker writes it there, as a run that --resume continues
@@ -69,7 +70,7 @@ pub struct Serve {
     #[command(flatten)]
     run: RunArguments,
     /// Address on which the coordinator listens for workers
-    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070")]
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:7070", value_parser = listening)]
     listen: SocketAddr,
     /// The site's certificate for the coordinator, with those that follow it, PEM [default: one that is made at the start]
     #[arg(long, value_name = "FILE", requires = "tls_key")]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use potstill_access::{Invitation, Locator, Role};
+use potstill_access::{Invitation, Locator, Role, address};
 use potstill_core::record::Record;
 use potstill_server::client::{Client, history};
 use potstill_storage::{Root, Run};
@@ -37,7 +37,7 @@ pub struct AskedRun {
     #[arg(long, value_name = "FILE", conflicts_with = "storage")]
     join: Option<PathBuf>,
     /// Address of the coordinator, if another than the one that it states, as HOST:PORT
-    #[arg(long, value_name = "ADDRESS", conflicts_with = "join")]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "join", value_parser = address::coordinator)]
     coordinator: Option<String>,
     /// Accept a coordinator that serves without TLS and without a key
     #[arg(long)]

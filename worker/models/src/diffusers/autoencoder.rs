@@ -13,7 +13,7 @@ use crate::{
     builder::{Binding, Declaration, Scope},
     layers::Linear,
     parameters::Parameters,
-    weights::{self, LoadError, Named},
+    weights::{self, LoadError, Named, Surplus},
 };
 
 /// Architecture, under the keys of `vae/config.json`.
@@ -213,7 +213,8 @@ impl Autoencoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters = weights::assemble(config.declare()?, &present(tensors), device)?;
+        let parameters =
+            weights::assemble(config.declare()?, &present(tensors), Surplus::PassedOver, device)?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
         Ok(Self { config, parameters, network })

@@ -62,7 +62,7 @@ pub(crate) fn parse<T: DeserializeOwned>(
     rest: impl Fn(&T) -> &Rest,
     neutral: &[&str],
 ) -> Result<T, ConfigError> {
-    let config: T = serde_json::from_str(json)?;
+    let config: T = serde_json::from_str(json).map_err(|error| culprit::<T>(json).unwrap_or(error.into()))?;
     let says_something = |value: &Value| match value {
         Value::Null | Value::Bool(false) => false,
         Value::Array(values) => !values.is_empty(),
@@ -76,6 +76,18 @@ pub(crate) fn parse<T: DeserializeOwned>(
         .map(|(key, value)| format!("`{key}` is {value}, which is not supported"))
         .collect();
     if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
+}
+
+/// The key without which a configuration can be read: the library's message of a value that has several forms names none.
+fn culprit<T: DeserializeOwned>(json: &str) -> Option<ConfigError> {
+    let Ok(Value::Object(object)) = serde_json::from_str::<Value>(json) else { return None };
+    let without = |key: &str| {
+        let mut rest = object.clone();
+        rest.remove(key);
+        serde_json::from_value::<T>(Value::Object(rest)).is_ok()
+    };
+    let (key, value) = object.iter().find(|(key, _)| without(key))?;
+    Some(ConfigError::Problems { problems: vec![format!("`{key}` is {value}, which is not supported")] })
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::{
     },
     parameters::Parameters,
     process::ForwardProcess,
-    weights::{self, LoadError, Named},
+    weights::{self, LoadError, Named, Surplus},
 };
 
 /// A text-conditional U-Net over latents, on the DDPM process of its schedule. Time is the timestep.
@@ -79,7 +79,7 @@ impl LatentDenoiser {
         tensors: &Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters = weights::assemble(declare(&config)?, tensors, device)?;
+        let parameters = weights::assemble(declare(&config)?, tensors, Surplus::Refused, device)?;
         Ok(Self::bind(config, schedule, Weights::own(parameters)))
     }
 

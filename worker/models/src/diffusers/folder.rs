@@ -343,10 +343,10 @@ struct Found {
     index: Option<String>,
 }
 
-/// Finds weights in one file or in several with an index; in full precision first, then as the fp16 variant.
+/// Finds weights in one file or in several with an index; in full precision first, then as the fp16 or bf16 variant.
 fn find(folder: &Path, stem: &str) -> Result<Found, LoadError> {
     let exists = |name: &str| folder.join(name).is_file();
-    for variant in ["", ".fp16"] {
+    for variant in ["", ".fp16", ".bf16"] {
         let single = format!("{stem}{variant}.safetensors");
         if exists(&single) {
             return Ok(Found { files: vec![single], index: None });

@@ -11,7 +11,7 @@ use crate::{
     builder::{Binding, Declaration, Scope},
     layers::Linear,
     parameters::Parameters,
-    weights::{self, LoadError, Named},
+    weights::{self, LoadError, Named, Surplus},
 };
 
 /// Architecture, under the keys of `text_encoder/config.json`.
@@ -170,7 +170,8 @@ impl TextEncoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters = weights::assemble(config.declare(projects), &present(tensors), device)?;
+        let parameters =
+            weights::assemble(config.declare(projects), &present(tensors), Surplus::PassedOver, device)?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config, projects);
         Ok(Self { config, parameters, network })

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::SafeTensorError;
 use tch::Kind;
 
+use super::foreign;
 use crate::{diffusers, edm::ConfigError, lora::file::LoraFileError};
 
 /// Metadata key of the architecture's configuration.
@@ -29,6 +30,9 @@ pub enum LoadError {
         /// The error.
         source: Box<LoadError>,
     },
+    /// Something else than safetensors.
+    #[error("{0}")]
+    Foreign(&'static str),
     /// Not safetensors, truncated, or damaged.
     #[error("not a safetensors file, or truncated or damaged: {0}")]
     Malformed(#[from] SafeTensorError),
@@ -54,14 +58,32 @@ pub enum LoadError {
     #[error(transparent)]
     Adapters(#[from] LoraFileError),
     /// The tensors are not those of the configured network.
-    #[error("the tensors do not fit the configuration:{}", problems.iter().map(|p| format!("\n  - {p}")).collect::<String>())]
+    #[error("the tensors do not fit the configuration:{}", shown(problems))]
     Tensors {
         /// One line for each tensor that is missing, surplus, or of another shape, kind or value.
         problems: Vec<String>,
     },
 }
 
+/// The first problems, and how many more there are.
+fn shown(problems: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let mut text: String = problems.iter().take(SHOWN).map(|problem| format!("\n  - {problem}")).collect();
+    if problems.len() > SHOWN {
+        text += &format!("\n  and {} more", problems.len() - SHOWN);
+    }
+    text
+}
+
 impl LoadError {
+    /// The same error of a file, or that it is another kind of file.
+    pub(super) fn of_file(self, path: &Path) -> Self {
+        match (&self, foreign::what_it_is(path)) {
+            (Self::Malformed(_), Some(what)) => Self::Foreign(what).in_file(path),
+            _ => self.in_file(path),
+        }
+    }
+
     /// The same error, with its file.
     #[must_use]
     pub fn in_file(self, path: &Path) -> Self {

@@ -1,6 +1,7 @@
 //! Networks in safetensors files: named tensors, and the configuration as JSON under the metadata key `config`.
 
 mod error;
+mod foreign;
 mod stored;
 mod written;
 
@@ -37,21 +38,14 @@ impl Archive {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, LoadError> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        let (mut tensors, mut problems) = (BTreeMap::new(), Vec::new());
-        for (name, view) in SafeTensors::deserialize(bytes)?.iter() {
-            match kind(view.dtype()) {
-                Some(kind) => {
-                    let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
-                    tensors.insert(name.to_owned(), Tensor::from_data_size(view.data(), &shape, kind));
-                }
-                None => problems.push(unknown_kind(name, view.dtype())),
-            }
+        let mut tensors = BTreeMap::new();
+        let parsed = SafeTensors::deserialize(bytes)?;
+        for (name, view) in parsed.iter() {
+            let kind = kind(view.dtype()).ok_or_else(|| unknown_kind(&parsed))?;
+            let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+            tensors.insert(name.to_owned(), Tensor::from_data_size(view.data(), &shape, kind));
         }
-        if problems.is_empty() {
-            Ok(Self { metadata, tensors })
-        } else {
-            Err(LoadError::Tensors { problems })
-        }
+        Ok(Self { metadata, tensors })
     }
 
     /// Reads and parses a file.
@@ -60,7 +54,7 @@ impl Archive {
     /// Those of [`from_bytes`](Self::from_bytes) with the path, and [`LoadError::Unreadable`].
     pub fn read(path: &Path) -> Result<Self, LoadError> {
         let bytes = read(path)?;
-        Self::from_bytes(&bytes).map_err(|e| e.in_file(path))
+        Self::from_bytes(&bytes).map_err(|e| e.of_file(path))
     }
 
     /// The tensors whose names begin with `prefix`, under the rest of their names.
@@ -79,16 +73,33 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
     std::fs::read(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
 }
 
+/// What becomes of tensors that are not part of a network.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Surplus {
+    /// The file is refused.
+    Refused,
+    /// They are passed over with a warning, as the public libraries do.
+    PassedOver,
+}
+
 /// Checks all `tensors` against a declared network, and makes its parameters.
 pub(crate) fn assemble(
     declaration: Declaration,
     tensors: &Named,
+    surplus: Surplus,
     device: Device,
 ) -> Result<Parameters, LoadError> {
     let mut problems = Vec::new();
     let mut expected = BTreeMap::new();
     expected.extend(declaration.entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())));
     expected.extend(declaration.buffers().iter().map(|b| (b.name.as_str(), b.shape.as_slice())));
+    if let Some(prefix) = wrapped(&expected, tensors) {
+        return Err(LoadError::Folder(format!(
+            "all names begin with {prefix:?}: the network was saved wrapped, by torch.compile or for training on several devices; save \
+             the network inside"
+        )));
+    }
+    let mut strange: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for (name, shape) in &expected {
         match tensors.get(*name) {
             None => problems.push(format!("{name} {shape:?} is missing")),
@@ -97,16 +108,29 @@ pub(crate) fn assemble(
             }
             // Data types that fp32 can represent exactly.
             Some(tensor) if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) => {
-                problems
-                    .push(format!("{name} is of kind {:?}, expected Float, Half or BFloat16", tensor.kind()));
+                strange.entry(format!("{:?}", tensor.kind())).or_default().push(name);
             }
             Some(_) => {}
         }
     }
-    let surplus = tensors.iter().filter(|(name, _)| !expected.contains_key(name.as_str()));
-    problems.extend(
-        surplus.map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.shape())),
-    );
+    problems.extend(strange.into_iter().map(|(kind, names)| {
+        let which = match &names[..] {
+            [one] => format!("{one} is"),
+            [first, others @ ..] => format!("{first} and {} others are", others.len()),
+            [] => String::new(),
+        };
+        format!("{which} of kind {kind}, expected Float, Half or BFloat16")
+    }));
+    let others: Vec<String> = tensors
+        .iter()
+        .filter(|(name, _)| !expected.contains_key(name.as_str()))
+        .map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.shape()))
+        .collect();
+    match surplus {
+        Surplus::Refused => problems.extend(others),
+        Surplus::PassedOver if others.is_empty() => {}
+        Surplus::PassedOver => tracing::warn!("{} tensors are passed over: {}", others.len(), others[0]),
+    }
     if problems.is_empty() {
         for buffer in declaration.buffers() {
             let BufferSource::Fixed(values) = &buffer.source else { continue };
@@ -129,4 +153,12 @@ pub(crate) fn assemble(
     // Buffers are copied, so that the network does not share memory with the mapped file.
     let buffers = declaration.buffers().iter().map(|b| (b.name.clone(), fp32(&b.name).copy())).collect();
     Ok(declaration.parameters(flat, buffers))
+}
+
+/// What stands before the name of each tensor, where that is all that is wrong.
+fn wrapped(expected: &BTreeMap<&str, &[i64]>, tensors: &Named) -> Option<String> {
+    let first = *expected.keys().next()?;
+    let prefix =
+        tensors.keys().find_map(|name| name.strip_suffix(first).filter(|prefix| prefix.ends_with('.')))?;
+    expected.keys().all(|name| tensors.contains_key(&format!("{prefix}{name}"))).then(|| prefix.to_owned())
 }

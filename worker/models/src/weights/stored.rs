@@ -131,20 +131,18 @@ pub fn map(path: &Path) -> Result<Named, LoadError> {
     let file = Arc::new(file);
     let parse = || {
         let whole = file.as_ptr() as usize;
-        let (mut tensors, mut problems) = (Named::new(), Vec::new());
-        for (name, view) in SafeTensors::deserialize(&file)?.iter() {
-            let Some(kind) = kind(view.dtype()) else {
-                problems.push(unknown_kind(name, view.dtype()));
-                continue;
-            };
+        let mut tensors = Named::new();
+        let parsed = SafeTensors::deserialize(&file)?;
+        for (name, view) in parsed.iter() {
+            let kind = kind(view.dtype()).ok_or_else(|| unknown_kind(&parsed))?;
             let start = view.data().as_ptr() as usize - whole;
             let bytes = start..start + view.data().len();
             let shape = view.shape().iter().map(|d| *d as i64).collect();
             tensors.insert(name.to_owned(), Stored::Mapped { file: Arc::clone(&file), bytes, kind, shape });
         }
-        if problems.is_empty() { Ok(tensors) } else { Err(LoadError::Tensors { problems }) }
+        Ok(tensors)
     };
-    parse().map_err(|e: LoadError| e.in_file(path))
+    parse().map_err(|e: LoadError| e.of_file(path))
 }
 
 /// The metadata of a safetensors file.
@@ -158,8 +156,19 @@ pub fn metadata(path: &Path) -> Result<BTreeMap<String, String>, LoadError> {
     Ok(header.metadata().clone().unwrap_or_default().into_iter().collect())
 }
 
-pub(super) fn unknown_kind(name: &str, dtype: Dtype) -> String {
-    format!("{name} is of kind {dtype:?}, which libtorch does not have")
+/// That some tensors are of kinds that libtorch does not have.
+pub(super) fn unknown_kind(parsed: &SafeTensors<'_>) -> LoadError {
+    let strange: Vec<String> = parsed
+        .iter()
+        .filter(|(_, view)| kind(view.dtype()).is_none())
+        .map(|(name, view)| format!("{name} ({:?})", view.dtype()))
+        .collect();
+    LoadError::Folder(format!(
+        "{} of {} tensors are of a kind that is not read, such as {}: take the weights in fp32, bf16 or fp16",
+        strange.len(),
+        parsed.len(),
+        strange.first().map_or("", String::as_str)
+    ))
 }
 
 /// libtorch's data types and the format's.

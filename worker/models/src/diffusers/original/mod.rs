@@ -54,7 +54,7 @@ pub struct Assumed {
 /// A file of an unknown kind, a pickle; tensors that are missing, misshaped or left over are named.
 pub fn unpack(file: &Path, configurations: Option<&Path>, folder: &Path) -> Result<Assumed, LoadError> {
     let failed = |problem: String| LoadError::Folder(problem).in_file(file);
-    let tensors = weights::map(file).map_err(|error| what_it_is(file).map_or(error, failed))?;
+    let tensors = weights::map(file)?;
     let metadata = weights::metadata(file)?;
     let family = Family::of(&tensors)
         .map_err(|what| failed(format!("is not a model of SD 1.x, SD 2.x or SDXL in one file: {what}")))?;
@@ -136,20 +136,6 @@ fn taken(stored: &Stored, form: Form, shape: &[i64]) -> Result<Stored, String> {
             Ok(stored.rows(index * rows..(index + 1) * rows))
         }
     }
-}
-
-/// What a file that is not safetensors is, if that is known.
-fn what_it_is(file: &Path) -> Option<String> {
-    use std::io::Read;
-    let mut start = [0; 64];
-    let length = std::fs::File::open(file).and_then(|mut file| file.read(&mut start)).ok()?;
-    let start = &start[..length];
-    let pickled = start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02");
-    pickled.then(|| {
-        "is a pickle, which can run any code when it is read: take the model's .safetensors file, or convert one that you \
-         trust with Python's safetensors"
-            .to_owned()
-    })
 }
 
 fn copy_configurations(from: &ModelFolder, to: &Path) -> Result<(), LoadError> {

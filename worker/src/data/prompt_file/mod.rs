@@ -1,0 +1,259 @@
+//! Prompts from files of text, JSON lines, CSV and Parquet.
+
+mod parquet;
+mod rows;
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use potstill_storage::Source;
+use serde_json::Value;
+
+pub use self::rows::Read;
+use self::rows::{COLUMN, LABEL, Row, Rows, from_object};
+use super::{compressed, text};
+
+const EXPECTED: &str = "expected a file of prompts: .txt (one a line), .jsonl, .json, .csv, .tsv or .parquet, also with .gz or .zst \
+                        behind it, or a folder of .parquet files";
+
+/// Reads a file: `.txt` with one prompt a line, `.jsonl` or `.ndjson` with an object a line, `.json` with a list of objects,
+/// `.csv` or `.tsv` with a header, `.parquet`, or a folder of the last. Empty prompts are passed over, and a few broken rows.
+///
+/// # Errors
+/// It is missing, empty, of another kind, or lacks the column; with the line or row.
+pub fn read_prompts(location: &str, column: &str) -> anyhow::Result<Read> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut rows = Rows::default();
+    let files: Vec<(String, Bytes)> = runtime.block_on(async {
+        let source = Source::open(location)?;
+        let names = source.list().await?;
+        if names == [""] {
+            return Ok(vec![(source.name().to_owned(), source.read("").await?)]);
+        }
+        // Spark and others leave hidden files beside the parts.
+        let hidden = |name: &str| name.rsplit('/').next().is_some_and(|file| file.starts_with(['.', '_']));
+        let parts: Vec<String> = names
+            .into_iter()
+            .filter(|name| name.to_lowercase().ends_with(".parquet") && !hidden(name))
+            .collect();
+        ensure!(!parts.is_empty(), "is a folder without .parquet files; {EXPECTED}");
+        let mut files = Vec::with_capacity(parts.len());
+        for part in parts {
+            let bytes = source.read(&part).await?;
+            files.push((part, bytes));
+        }
+        anyhow::Ok(files)
+    })?;
+    let several = files.len() > 1;
+    for (name, bytes) in files {
+        let read = read_file(&name, bytes, column, several, &mut rows);
+        if several {
+            read.with_context(|| name)?;
+        } else {
+            read?;
+        }
+    }
+    rows.finish()
+}
+
+fn read_file(name: &str, bytes: Bytes, column: &str, several: bool, rows: &mut Rows) -> anyhow::Result<()> {
+    let (name, bytes) = compressed::opened(name, bytes)?;
+    let prefix = if several { format!("{name}: ") } else { String::new() };
+    match name.rsplit_once('.').map(|(_, extension)| extension) {
+        Some("txt") => from_lines(&text::decode(&bytes)?, column, rows),
+        Some("jsonl" | "ndjson") => from_json_lines(&text::decode(&bytes)?, column, rows),
+        Some("json") => from_json(&bytes, column, rows),
+        Some("csv") => from_table(&text::decode(&bytes)?, b',', column, rows),
+        Some("tsv") => from_table(&text::decode(&bytes)?, b'\t', column, rows),
+        Some("parquet") => parquet::read(bytes, column, &prefix, rows),
+        _ => bail!(EXPECTED),
+    }
+}
+
+fn from_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    if let Some((number, header)) = text::lines(text).next() {
+        // A column of a table is no prompt.
+        let known = [column, LABEL, "prompt", "caption", "text", "image", "file_name", "filename", "url"];
+        let names: Vec<String> =
+            header.split([',', '\t']).map(|name| name.trim().trim_matches('"').to_lowercase()).collect();
+        let table = names.len() > 1 && names.iter().any(|name| known.contains(&name.as_str()));
+        ensure!(!table, "line {number}: {header:?} is the header of a table: name the file .csv or .tsv");
+    }
+    for (number, line) in text::lines(text) {
+        rows.add(&format!("line {number}"), Ok(Row { text: line.to_owned(), label: None }));
+    }
+    Ok(())
+}
+
+fn from_json_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    for (number, line) in text::lines(text) {
+        let row =
+            text::json(line.as_bytes()).context("is not JSON").and_then(|value| from_object(&value, column));
+        rows.add(&format!("line {number}"), row);
+    }
+    Ok(())
+}
+
+fn from_json(bytes: &[u8], column: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    let value = text::json(bytes).context("is not JSON; a file with an object a line is called .jsonl")?;
+    let Value::Array(values) = value else { bail!("is not a list of objects, as a .json of prompts is") };
+    for (index, value) in values.iter().enumerate() {
+        let row = match value {
+            Value::String(text) => Ok(Row { text: text.clone(), label: None }),
+            value => from_object(value, column),
+        };
+        rows.add(&format!("item {index}"), row);
+    }
+    Ok(())
+}
+
+fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    let mut reader =
+        csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
+    let names = reader.headers().context("is not a table")?.clone();
+    let place = |wanted: &str| names.iter().position(|name| name.trim() == wanted);
+    let prompts = place(column).with_context(|| {
+        let names: Vec<&str> = names.iter().collect();
+        format!("has no column {column:?}, {COLUMN}; its columns are {names:?}")
+    })?;
+    let labels = place(LABEL);
+    for (index, record) in reader.records().enumerate() {
+        let row = record.context("is no row of a table").and_then(|record| {
+            let text = record.get(prompts).context("is too short")?.to_owned();
+            let label = labels.and_then(|at| record.get(at)).filter(|label| !label.is_empty());
+            Ok(Row { text, label: label.map(|label| Value::String(label.to_owned())) })
+        });
+        rows.add(&format!("row {index}"), row);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::Arc;
+
+    use ::parquet::{
+        data_type::{ByteArray, ByteArrayType, Int64Type},
+        file::writer::SerializedFileWriter,
+        schema::parser::parse_message_type,
+    };
+
+    use super::*;
+
+    fn read(name: &str, content: &[u8]) -> anyhow::Result<Read> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        read_prompts(path.to_str().unwrap(), "prompt")
+    }
+
+    pub fn parquet_file() -> Vec<u8> {
+        let schema = "message m { required binary prompt (UTF8); required int64 label; }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let mut bytes = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        let texts = ["a red circle", "zwei blaue Würfel"].map(ByteArray::from);
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&[4, 9], None, None).unwrap();
+        column.close().unwrap();
+        rows.close().unwrap();
+        writer.close().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn prompts_come_from_many_kinds_of_file() {
+        let lines = "a red circle\r\n\n  \nzwei blaue Würfel\n";
+        let json =
+            "{\"prompt\": \"a red circle\", \"label\": 4}\n{\"prompt\": \"zwei blaue Würfel\", \"label\": 9}";
+        let list = format!("[{}]", json.replace('\n', ","));
+        let csv = "label,prompt\n4,a red circle\n9,zwei blaue Würfel\n";
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gz, json.as_bytes()).unwrap();
+        let zst = zstd::encode_all(json.as_bytes(), 1).unwrap();
+        let utf16: Vec<u8> = format!("\u{feff}{lines}").encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let files: [(&str, Vec<u8>, bool); 13] = [
+            ("p.txt", lines.into(), false),
+            ("P.TXT", format!("\u{feff}{lines}").into(), false),
+            ("utf16.txt", utf16, false),
+            ("old-mac.txt", "a red circle\rzwei blaue Würfel".into(), false),
+            ("p.jsonl", json.into(), true),
+            ("p.ndjson", format!("\u{feff}{json}").into(), true),
+            ("p.json", list.into(), true),
+            ("p.csv", csv.into(), true),
+            ("p.tsv", csv.replace(',', "\t").into(), true),
+            ("p.jsonl.gz", gz.finish().unwrap(), true),
+            ("p.jsonl.zst", zst, true),
+            ("p.parquet", parquet_file(), true),
+            ("floats.jsonl", json.replace('4', "4.0").replace('9', "\"9\"").into(), true),
+        ];
+        for (name, content, labelled) in files {
+            let found = read(name, &content).unwrap();
+            assert_eq!(found.texts, ["a red circle", "zwei blaue Würfel"], "{name}");
+            assert_eq!(found.labels, labelled.then(|| vec![4, 9]), "{name}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["part-1.parquet", "part-0.parquet", "_SUCCESS", "._part-0.parquet"] {
+            let content = if name.starts_with("part") { parquet_file() } else { vec![] };
+            std::fs::write(folder.path().join(name), content).unwrap();
+        }
+        let found = read_prompts(folder.path().to_str().unwrap(), "prompt").unwrap();
+        assert_eq!((found.texts.len(), found.labels), (4, Some(vec![4, 9, 4, 9])));
+    }
+
+    #[test]
+    fn a_few_broken_rows_and_empty_prompts_are_left_out() {
+        let good = "{\"prompt\": \"x\", \"label\": 1}\n";
+        for (broken, texts) in [
+            ("{\"prompt\": null}", 2),
+            ("{\"caption\": \"x\"}", 2),
+            ("{\"prompt\": [\"x\"]}", 2),
+            ("{\"prompt\": \"a \\ud83d\"}", 2),
+            ("{\"prompt\": \"  \"}", 2),
+            ("{\"prompt\": \"y\", \"score\": NaN}", 3),
+            ("nothing", 2),
+        ] {
+            let found = read("p.jsonl", format!("{good}{broken}\n{good}").as_bytes()).unwrap();
+            assert_eq!(found.texts.len(), texts, "{broken}");
+            // Some rows have a label, some have none.
+            assert_eq!(found.labels.is_some(), texts == 2, "{broken}");
+        }
+        for strange in ["true", "0.5", "\"cat\"", "[1]"] {
+            let line = format!("{{\"prompt\": \"x\", \"label\": {strange}}}\n{good}");
+            assert_eq!(read("p.jsonl", line.as_bytes()).unwrap().labels, None, "{strange}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_says_where() {
+        let twice = |line: &str| format!("{{\"prompt\": \"x\"}}\n{line}\n{line}").into_bytes();
+        for (name, content, expected) in [
+            ("p.txt", b"\n \n".to_vec(), "holds no prompts"),
+            ("p.txt", b"good\nb\xffd\n".to_vec(), "line 2: is not UTF-8"),
+            ("p.txt", b"prompt,label\na red circle,0\n".to_vec(), "is the header of a table"),
+            ("p.jsonl", twice("{\"caption\": \"y\"}"), "line 2: has nothing under \"prompt\""),
+            ("p.jsonl", twice("{\"caption\": \"y\"}"), "its keys are [\"caption\"]"),
+            ("p.jsonl", twice("nothing"), "2 of 3 rows cannot be used: line 2: is not JSON"),
+            ("p.json", b"{}".to_vec(), "is not a list of objects"),
+            ("p.csv", b"text,label\nx,1\n".to_vec(), "its columns are [\"text\", \"label\"]"),
+            ("p.parquet", b"nothing".to_vec(), "is not Parquet"),
+            ("p.txt.gz", b"\x1f\x8b nothing".to_vec(), "is not gzip"),
+            ("p.xlsx", b"x".to_vec(), ".csv, .tsv or .parquet"),
+            ("prompts", b"x".to_vec(), "expected a file of prompts"),
+        ] {
+            let error = format!("{:#}", read(name, &content).unwrap_err());
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+        assert!(read_prompts("/nowhere/prompts.txt", "prompt").is_err());
+        let folder = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", read_prompts(folder.path().to_str().unwrap(), "prompt").unwrap_err());
+        assert!(error.contains("is a folder without .parquet files"), "{error}");
+        let path = folder.path().join("p.parquet");
+        std::fs::write(&path, parquet_file()).unwrap();
+        let error = format!("{:#}", read_prompts(path.to_str().unwrap(), "caption").unwrap_err());
+        assert!(error.contains("\"caption\"") && error.contains("\"prompt\", \"label\""), "{error}");
+    }
+}

@@ -1,0 +1,56 @@
+//! Prompts from Parquet.
+
+use anyhow::Context;
+use bytes::Bytes;
+use parquet::{
+    file::reader::{FileReader, SerializedFileReader},
+    record::Field,
+};
+
+use serde_json::Value;
+
+use super::rows::{COLUMN, LABEL, Row, Rows};
+
+/// Reads the rows of one file; `prefix` comes before their places in messages.
+///
+/// # Errors
+/// It is not Parquet, or lacks the column.
+pub fn read(bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    let reader = SerializedFileReader::new(bytes).context("is not Parquet")?;
+    let schema = reader.metadata().file_metadata().schema_descr_ptr();
+    let names: Vec<&str> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
+    anyhow::ensure!(names.contains(&column), "has no column {column:?}, {COLUMN}; its columns are {names:?}");
+    for (index, row) in reader.get_row_iter(None)?.enumerate() {
+        let row = row.with_context(|| format!("row {index}"))?;
+        let (mut text, mut label) = (None, None);
+        for (name, field) in row.get_column_iter() {
+            match field {
+                Field::Str(value) if name == column => text = Some(value.clone()),
+                Field::Null => {}
+                field if name == LABEL => label = Some(json(field)),
+                _ => {}
+            }
+        }
+        let row =
+            text.map(|text| Row { text, label }).with_context(|| format!("has no text under {column:?}"));
+        rows.add(&format!("{prefix}row {index}"), row);
+    }
+    Ok(())
+}
+
+/// A label's value; what is no number and no text becomes its text, which is no number either.
+fn json(field: &Field) -> Value {
+    match field {
+        Field::Byte(value) => (*value).into(),
+        Field::Short(value) => (*value).into(),
+        Field::Int(value) => (*value).into(),
+        Field::Long(value) => (*value).into(),
+        Field::UByte(value) => (*value).into(),
+        Field::UShort(value) => (*value).into(),
+        Field::UInt(value) => (*value).into(),
+        Field::ULong(value) => (*value).into(),
+        Field::Float(value) => (*value).into(),
+        Field::Double(value) => (*value).into(),
+        other => other.to_string().trim_matches('"').into(),
+    }
+}
