@@ -47,7 +47,7 @@ fn teacher() {
         &["t.safetensors", "model.map_layer0.bias", "model.map_layer0.bios"],
     );
     let reshaped = with(&replaced(&whole, r#"\"model_channels\":16"#, r#"\"model_channels\":32"#));
-    says(&cluster.refused(&[&reshaped], &[]), &["t.safetensors", "model.map_layer0.weight"]);
+    says(&cluster.refused(&[&reshaped], &[]), &["t.safetensors", "model.dec.4x4_block0.affine.bias"]);
 }
 
 /// `bytes` with one occurrence of some text replaced by another of the same length.
