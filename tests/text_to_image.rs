@@ -639,7 +639,7 @@ fn wrong_input_is_named_before_anything_is_written() {
 
     // Image-text pairs.
     let pairs = |path: &Path| format!("adversarial.data={}", path.display());
-    says(studio.refused(&[&pairs(&studio.path("model"))]), &["holds no tars"]);
+    says(studio.refused(&[&pairs(&studio.path("model"))]), &["holds neither tars nor images"]);
     let tar = studio.path("broken.tar");
     let members = |count: usize| -> Vec<(String, Vec<u8>)> {
         (0..count).map(|index| (format!("{index}.png"), b"no picture".to_vec())).collect()
