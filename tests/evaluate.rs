@@ -193,7 +193,7 @@ fn what_is_no_clip_is_refused() {
         ("Widths.pt", "expected [2, D] twice"),
         ("Mean.pt", "expected [2, D] twice"),
         ("Small.pt", "fails on images of shape [2, 3, 16, 16] and tokens of shape [2, 16]"),
-        ("Infinite.pt", "embeddings are not finite"),
+        ("Infinite.pt", "embeddings of a trial image are not finite"),
         ("make.py", "is not a TorchScript module"),
         ("none.pt", "none.pt"),
         (features.to_str().unwrap(), "fails on images of shape"),
