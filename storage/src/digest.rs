@@ -45,7 +45,9 @@ pub fn sha256_with(path: &Path, additions: &[(PathBuf, String)]) -> io::Result<S
     let mut hasher = Sha256::new();
     hasher.update(format!("{first} \n"));
     for (path, said) in additions {
-        hasher.update(format!("{} {said}\n", sha256_of(path)?));
+        let digest = sha256_of(path)
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+        hasher.update(format!("{digest} {said}\n"));
     }
     Ok(hexadecimal(&hasher.finalize()))
 }
@@ -112,5 +114,21 @@ mod tests {
         write("abc", "abc");
         let expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(sha256_of(&folder.path().join("abc")).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_added_counts_with_what_is_said_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let [base, added] = ["base", "added"].map(|name| folder.path().join(name));
+        std::fs::write(&base, "abc").unwrap();
+        std::fs::write(&added, "x").unwrap();
+        let with = |said: &str| sha256_with(&base, &[(added.clone(), said.to_owned())]);
+        assert_eq!(sha256_with(&base, &[]).unwrap(), sha256_of(&base).unwrap());
+        let one = with("1").unwrap();
+        assert_ne!(one, with("0.5").unwrap());
+        let lines = format!("{} \n{} 1\n", sha256_of(&base).unwrap(), sha256_of(&added).unwrap());
+        assert_eq!(one, hexadecimal(&Sha256::digest(lines)));
+        std::fs::remove_file(&added).unwrap();
+        assert!(with("1").unwrap_err().to_string().contains("added"));
     }
 }

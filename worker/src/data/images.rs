@@ -62,12 +62,12 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
         let bytes = source.read(tar).await?;
         let file = if tar.is_empty() { source.name() } else { tar };
         for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
-            match (sample.image, sample.broken) {
-                (None, _) => {}
-                (Some(_), Some(problem)) => collected.tally.broken(format!("{file}: {problem}")),
-                (Some((name, image)), None) => {
-                    collected.add(&format!("{file}: {name}"), &image, sample.label.unwrap_or(0));
+            let Some(image) = sample.image else { continue };
+            match image.and_then(|image| Ok((image, sample.label?))) {
+                Ok(((name, image), label)) => {
+                    collected.add(&format!("{file}: {name}"), &image, label.unwrap_or(0));
                 }
+                Err(problem) => collected.tally.broken(format!("{file}: {problem}")),
             }
         }
     }
@@ -204,7 +204,9 @@ mod tests {
         assert_eq!(labels(&both), [3, 7, 1]);
         assert_eq!(labels(&both.limit(2)), [3, 7]);
 
-        tar(&second, &[("x.png", &png(9)), ("x.cls", b"one")]);
+        tar(&second, &[("x.png", &png(9)), ("x.cls", b"1"), ("x.txt", b"caf\xe9"), ("y.png", &png(9))]);
+        assert_eq!(labels(&load(&second).unwrap()), [1, 0], "captions do not matter here");
+        tar(&second, &[("x.png", &png(9)), ("x.cls", b"one"), ("y.png", &png(9)), ("y.cls", b"two")]);
         let error = format!("{:#}", load(&second).err().unwrap());
         assert!(error.contains("x.cls") && error.contains("one"), "{error}");
         tar(&second, &[("x.png", &png(9)), ("x.cls", b"12"), ("y.png", &png(1))]);

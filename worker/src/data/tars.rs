@@ -12,17 +12,15 @@ use super::{
     text,
 };
 
-/// The files of one key.
-#[derive(Debug, Default)]
+/// The files of one key. What cannot be read is an error only where it is needed.
+#[derive(Debug)]
 pub struct Sample {
-    /// Name and content of an image.
-    pub image: Option<(String, Vec<u8>)>,
+    /// Name and content of the image, if there is one; an error where several could be meant.
+    pub image: Option<Result<(String, Vec<u8>), String>>,
     /// From `.cls`, or `label` in `.json`.
-    pub label: Option<i64>,
+    pub label: Result<Option<i64>, String>,
     /// From `.txt` or `.caption`, or `caption`, `prompt` or `text` in `.json`: one, or several to choose from.
-    pub captions: Vec<String>,
-    /// What is wrong with it.
-    pub broken: Option<String>,
+    pub captions: Result<Vec<String>, String>,
 }
 
 /// Endings of tars.
@@ -43,7 +41,7 @@ fn is_hidden_twin(name: &str) -> bool {
 /// # Errors
 /// It is not a tar, is cut off, or holds tars.
 pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
-    let (_, bytes) = compressed::opened(&name.to_lowercase().replace(".tgz", ".tar.gz"), bytes)?;
+    let (_, bytes) = compressed::opened(name, bytes)?;
     let mut members: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
     let mut archive = tar::Archive::new(&bytes[..]);
     let mut inner = None;
@@ -84,37 +82,43 @@ fn extension(name: &str) -> String {
     file.split_once('.').map_or(String::new(), |(_, extension)| extension.to_lowercase())
 }
 
-/// A sample from the files of its key.
+/// A sample from the files of its key. Of several files that say the same thing a `.json` that says it counts more, whatever
+/// the order.
 fn sample(files: BTreeMap<String, Vec<u8>>) -> Sample {
-    let mut sample = Sample::default();
+    let mut sample = Sample { image: None, label: Ok(None), captions: Ok(vec![]) };
     let (mut images, mut others) = (Vec::new(), Vec::new());
+    let mut description = None;
     for (name, content) in files {
-        let extension = extension(&name);
-        let known = match extension.as_str() {
-            "cls" => class(&content).map(|label| sample.label = Some(label)),
-            "txt" | "caption" => caption(&content).map(|text| sample.captions = text.into_iter().collect()),
-            "json" => described(&content, &mut sample),
-            _ if FORMATS.contains(&extension.as_str()) => {
-                images.push((name, content));
-                continue;
-            }
+        let place = |error: anyhow::Error| format!("{name} {error:#}");
+        match extension(&name).as_str() {
+            "cls" => sample.label = class(&content).map(Some).map_err(place),
+            "txt" | "caption" => sample.captions = caption(&content).map_err(place),
+            "json" => description = Some(described(&content).map_err(place)),
+            known if FORMATS.contains(&known) => images.push((name, content)),
             // Beside an image there may be others made from it: a mask, depths, a preview.
-            _ if is_image(&name) => {
-                others.push((name, content));
-                continue;
-            }
-            _ => continue,
-        };
-        if let Err(error) = known {
-            sample.broken.get_or_insert_with(|| format!("{name} {error:#}"));
+            _ if is_image(&name) => others.push((name, content)),
+            _ => {}
         }
     }
-    let mut images = if images.is_empty() { others } else { images };
-    if images.len() > 1 {
-        let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
-        sample.broken = Some(format!("there are several images under one key: {}", names.join(", ")));
+    match description {
+        Some(Ok((label, captions))) => {
+            sample.label = label.map_or(sample.label, |label| Ok(Some(label)));
+            sample.captions = if captions.is_empty() { sample.captions } else { Ok(captions) };
+        }
+        Some(Err(problem)) => {
+            sample.label = Err(problem.clone());
+            sample.captions = Err(problem);
+        }
+        None => {}
     }
-    sample.image = images.drain(..).next();
+    let mut images = if images.is_empty() { others } else { images };
+    sample.image = match images.len() {
+        0 | 1 => images.pop().map(Ok),
+        _ => {
+            let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
+            Some(Err(format!("there are several images under one key: {}", names.join(", "))))
+        }
+    };
     sample
 }
 
@@ -123,22 +127,17 @@ fn class(content: &[u8]) -> anyhow::Result<i64> {
     text.trim().parse().with_context(|| format!("holds {text:?}, which is not a class"))
 }
 
-fn caption(content: &[u8]) -> anyhow::Result<Option<String>> {
+fn caption(content: &[u8]) -> anyhow::Result<Vec<String>> {
     let text = text::decode(content)?;
-    Ok(Some(text.trim().to_owned()).filter(|text| !text.is_empty()))
+    Ok(Some(text.trim().to_owned()).filter(|text| !text.is_empty()).into_iter().collect())
 }
 
-/// Takes label and captions from a description. A caption file beside it counts where it has none.
-fn described(content: &[u8], sample: &mut Sample) -> anyhow::Result<()> {
+/// Label and captions of a description.
+fn described(content: &[u8]) -> anyhow::Result<(Option<i64>, Vec<String>)> {
     let value = text::json(content).context("is not JSON")?;
     ensure!(value.is_object(), "is not a JSON object");
-    sample.label = value["label"].as_i64().or(sample.label);
-    let found =
-        ["caption", "prompt", "text"].iter().map(|key| captions(&value[*key])).find(|all| !all.is_empty());
-    if let Some(found) = found {
-        sample.captions = found;
-    }
-    Ok(())
+    let mut found = ["caption", "prompt", "text"].iter().map(|key| captions(&value[*key]));
+    Ok((value["label"].as_i64(), found.find(|all| !all.is_empty()).unwrap_or_default()))
 }
 
 /// The captions in a value: a text, or a list of such.
@@ -163,7 +162,7 @@ mod tests {
     }
 
     fn images(samples: &[Sample]) -> Vec<&str> {
-        samples.iter().filter_map(|sample| sample.image.as_ref()).map(|(name, _)| name.as_str()).collect()
+        samples.iter().map(|sample| sample.image.as_ref().unwrap().as_ref().unwrap().0.as_str()).collect()
     }
 
     #[test]
@@ -178,39 +177,43 @@ mod tests {
             ("._0.jpg", b"twin"),
             ("set/._2.png", b"twin"),
         ];
-        let samples = read_members(members).unwrap();
-        assert_eq!(images(&samples), ["0.jpg", "1.JPG", "2.512.png"]);
-        assert!(samples.iter().all(|sample| sample.broken.is_none()));
+        assert_eq!(images(&read_members(members).unwrap()), ["0.jpg", "1.JPG", "2.512.png"]);
         let samples = read_members(&[("0.jpg", b""), ("0.png", b""), ("0.txt", b"a")]).unwrap();
-        assert!(samples[0].broken.as_ref().unwrap().contains("0.jpg, 0.png"));
+        let problem = samples[0].image.as_ref().unwrap().as_ref().unwrap_err();
+        assert!(problem.contains("0.jpg, 0.png"), "{problem}");
         let samples =
             read_members(&[("0.jpg", b"1"), ("0.txt", b"a"), ("0.jpg", b"2"), ("0.txt", b"b")]).unwrap();
-        assert_eq!(samples[0].image.as_ref().unwrap().1, b"2", "the last one counts");
-        assert_eq!((&samples[0].captions[..], samples[0].broken.is_none()), (&["b".to_owned()][..], true));
+        assert_eq!(samples[0].image.as_ref().unwrap().as_ref().unwrap().1, b"2", "the last one counts");
+        assert_eq!(samples[0].captions, Ok(vec!["b".to_owned()]));
     }
 
     #[test]
-    fn captions_come_from_many_places_and_a_broken_one_is_one_broken_sample() {
-        for (name, content, expected) in [
-            ("0.txt", &b"\xef\xbb\xbf a \n"[..], Some(&["a"][..])),
-            ("0.caption", b"a", Some(&["a"])),
-            ("0.json", br#"{"caption": "a"}"#, Some(&["a"])),
-            ("0.json", br#"{"text": "a", "similarity": NaN}"#, Some(&["a"])),
-            ("0.json", b"\xef\xbb\xbf{\"prompt\": \"a\"}", Some(&["a"])),
-            ("0.json", br#"{"caption": ["a", " ", "b"]}"#, Some(&["a", "b"])),
-            ("0.json", br#"{"caption": null}"#, Some(&[])),
-            ("0.json", b"", None),
-            ("0.json", br#"["a"]"#, None),
-            ("0.txt", b"caf\xe9", None),
-            ("0.cls", b"one", None),
+    fn captions_and_labels_come_from_many_places_and_what_is_broken_is_so_by_itself() {
+        let none: (Option<&[&str]>, Option<Option<i64>>) = (None, None);
+        for (name, content, (captions, label)) in [
+            ("0.txt", &b"\xef\xbb\xbf a \n"[..], (Some(&["a"][..]), Some(None))),
+            ("0.caption", b"a", (Some(&["a"]), Some(None))),
+            ("0.json", br#"{"caption": "a"}"#, (Some(&["a"]), Some(None))),
+            ("0.json", br#"{"text": "a", "similarity": NaN}"#, (Some(&["a"]), Some(None))),
+            ("0.json", b"\xef\xbb\xbf{\"prompt\": \"a\", \"label\": 3}", (Some(&["a"]), Some(Some(3)))),
+            ("0.json", br#"{"caption": ["a", " ", "b"]}"#, (Some(&["a", "b"]), Some(None))),
+            ("0.json", br#"{"caption": null}"#, (Some(&[]), Some(None))),
+            ("0.json", b"", none),
+            ("0.json", br#"["a"]"#, none),
+            ("0.txt", b"caf\xe9", (None, Some(None))),
+            ("0.cls", b"one", (Some(&[]), None)),
+            ("0.cls", b"1", (Some(&[]), Some(Some(1)))),
         ] {
             let samples = read_members(&[("0.png", b""), (name, content)]).unwrap();
-            assert_eq!(samples[0].broken.is_none(), expected.is_some(), "{name}: {:?}", samples[0].broken);
-            assert_eq!(samples[0].captions, expected.unwrap_or_default(), "{name}");
+            let found = samples[0].captions.as_ref().ok();
+            let expected: Option<Vec<String>> =
+                captions.map(|all| all.iter().map(|one| (*one).to_owned()).collect());
+            assert_eq!(found, expected.as_ref(), "{name}: {:?}", samples[0]);
+            assert_eq!(samples[0].label.as_ref().ok(), label.as_ref(), "{name}");
         }
         let both =
             read_members(&[("0.png", b""), ("0.txt", b"a"), ("0.json", br#"{"caption": null}"#)]).unwrap();
-        assert_eq!(both[0].captions, ["a"]);
+        assert_eq!(both[0].captions, Ok(vec!["a".to_owned()]));
     }
 
     #[test]
@@ -218,5 +221,21 @@ mod tests {
         let error = read_members(&[("0.tar", b""), ("1.tar.gz", b"")]).unwrap_err().to_string();
         assert!(error.contains("holds tars, such as 0.tar"), "{error}");
         assert!(is_tar("a/0.TAR") && is_tar("x.tgz") && !is_tar("a/._0.tar") && !is_tar("x.zip"));
+    }
+
+    #[test]
+    fn compressed_tars_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tar");
+        crate::data::read::tests::tar(&path, &[("0.png", b""), ("0.txt", b"a")]);
+        let plain = std::fs::read(path).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gz, &plain).unwrap();
+        let gz = gz.finish().unwrap();
+        for (name, bytes) in
+            [("a.tgz", gz.clone()), ("A.TAR.GZ", gz), ("a.tar.zst", zstd::encode_all(&plain[..], 1).unwrap())]
+        {
+            assert_eq!(images(&read(name, bytes.into()).unwrap()), ["0.png"], "{name}");
+        }
     }
 }

@@ -45,9 +45,9 @@ fn line_of(bytes: &[u8], at: usize) -> usize {
 
 /// Lines with their numbers from 1, without empty ones. They end with LF, CR LF, or CR.
 pub fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    // A CR before an LF ends an empty line, which is left out; only its number must not count.
-    let with_cr_lf = text.contains('\n');
-    let ends = move |c: char| c == '\n' || (c == '\r' && !with_cr_lf);
+    // Where there are LFs, a CR only stands before one.
+    let with_lf = text.contains('\n');
+    let ends = move |c: char| c == '\n' || (c == '\r' && !with_lf);
     let numbered = text.split(ends).enumerate().map(|(index, line)| (index + 1, line.trim_end_matches('\r')));
     numbered.filter(|(_, line)| !line.trim().is_empty())
 }

@@ -1,5 +1,5 @@
-//! Images with captions, from tars in the WebDataset layout or folders of images: the real samples for the discriminator of a text-to-image
-//! model. Each image is scaled until it covers the model's size, and the center is cut out.
+//! Images with captions, from tars in the WebDataset layout or folders of images: the real samples for the discriminator of
+//! a text-to-image model. Each image is scaled until it covers the model's size, and the center is cut out.
 
 mod folder;
 
@@ -51,8 +51,13 @@ async fn read(location: &str, limit: Option<u64>, seed: u64) -> anyhow::Result<V
         let bytes = source.read(name).await?;
         let file = if name.is_empty() { source.name() } else { name.as_str() };
         for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
-            let Some((name, encoded)) = sample.image else { continue };
-            collected.add(&format!("{file}: {name}"), sample.broken, encoded, sample.captions);
+            let Some(image) = sample.image else { continue };
+            match image.and_then(|image| Ok((image, sample.captions?))) {
+                Ok(((name, encoded), captions)) => {
+                    collected.add(&format!("{file}: {name}"), encoded, captions);
+                }
+                Err(problem) => collected.tally.broken(format!("{file}: {problem}")),
+            }
         }
     }
     if tars.is_empty() {
@@ -62,7 +67,7 @@ async fn read(location: &str, limit: Option<u64>, seed: u64) -> anyhow::Result<V
         for names in images.chunks(folder::FILES_AT_A_TIME) {
             for (name, encoded) in names.iter().zip(source.read_all(names).await?) {
                 let captions = captions.remove(name).unwrap_or_default();
-                collected.add(name, None, encoded.to_vec(), captions);
+                collected.add(name, encoded.to_vec(), captions);
             }
         }
     }
@@ -90,12 +95,8 @@ struct Collected {
 }
 
 impl Collected {
-    fn add(&mut self, place: &str, broken: Option<String>, encoded: Vec<u8>, captions: Vec<String>) {
-        let pair = match broken {
-            Some(problem) => Err(anyhow::anyhow!(problem)),
-            None => self.pair(encoded, captions),
-        };
-        match pair {
+    fn add(&mut self, place: &str, encoded: Vec<u8>, captions: Vec<String>) {
+        match self.pair(encoded, captions) {
             Ok(pair) => self.pairs.push(pair),
             Err(error) => self.tally.broken(format!("{place}: {error:#}")),
         }
@@ -244,6 +245,12 @@ mod tests {
         decoded(&jpeg).unwrap();
         assert!(decoded(&jpeg[..jpeg.len() / 2]).is_err());
         assert!(decoded(&jpeg[..jpeg.len() - 2]).is_err());
+        // A preview inside has a mark of the end, too; and something may be appended.
+        let preview = [&[0xff, 0xe1][..], &(2 + jpeg.len() as u16).to_be_bytes(), &jpeg].concat();
+        let with = |end: usize| [&jpeg[..2], &preview, &jpeg[2..end]].concat();
+        decoded(&with(jpeg.len())).unwrap();
+        assert!(decoded(&with(jpeg.len() / 2)).is_err());
+        decoded(&[&jpeg[..], b"appended"].concat()).unwrap();
         let png = png_of(64, 64, |x, y| [(x * y) as u8, (x ^ y) as u8, 0]);
         assert!(decoded(&png[..png.len() - 12]).is_err() && decoded(&png).is_ok());
         assert!(decoded(b"").is_err());
@@ -273,7 +280,7 @@ mod tests {
             ("c.png", &good),
         ];
         let error = format!("{:#}", load_tar(&path, &broken).err().unwrap());
-        assert!(error.contains("2 of 3") && error.contains("b.png: has no caption"), "{error}");
+        assert!(error.contains("2 of 3") && error.contains("c.png: has no caption"), "{error}");
         let error =
             format!("{:#}", load(folder.path().join("none").to_str().unwrap(), None, 0).err().unwrap());
         assert!(error.contains("none"), "{error}");

@@ -22,61 +22,61 @@ const EXPECTED: &str = "expected a file of prompts: .txt (one a line), .jsonl, .
 /// It is missing, empty, of another kind, or lacks the column; with the line or row.
 pub fn read_prompts(location: &str, column: &str) -> anyhow::Result<Read> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(read(location, column))
+}
+
+async fn read(location: &str, column: &str) -> anyhow::Result<Read> {
+    let source = Source::open(location)?;
+    let names = source.list().await?;
     let mut rows = Rows::default();
-    let files: Vec<(String, Bytes)> = runtime.block_on(async {
-        let source = Source::open(location)?;
-        let names = source.list().await?;
-        if names == [""] {
-            return Ok(vec![(source.name().to_owned(), source.read("").await?)]);
-        }
-        // Spark and others leave hidden files beside the parts.
-        let hidden = |name: &str| name.rsplit('/').next().is_some_and(|file| file.starts_with(['.', '_']));
-        let parts: Vec<String> = names
-            .into_iter()
-            .filter(|name| name.to_lowercase().ends_with(".parquet") && !hidden(name))
-            .collect();
-        ensure!(!parts.is_empty(), "is a folder without .parquet files; {EXPECTED}");
-        let mut files = Vec::with_capacity(parts.len());
-        for part in parts {
-            let bytes = source.read(&part).await?;
-            files.push((part, bytes));
-        }
-        anyhow::Ok(files)
-    })?;
-    let several = files.len() > 1;
-    for (name, bytes) in files {
-        let read = read_file(&name, bytes, column, several, &mut rows);
-        if several {
-            read.with_context(|| name)?;
-        } else {
-            read?;
-        }
+    if names == [""] {
+        read_file(source.name(), source.read("").await?, column, "", &mut rows)?;
+        return rows.finish();
+    }
+    // Spark and others leave hidden files beside the parts.
+    let hidden = |name: &str| name.rsplit('/').next().is_some_and(|file| file.starts_with(['.', '_']));
+    let is_part = |name: &&String| name.to_lowercase().ends_with(".parquet") && !hidden(name);
+    let parts: Vec<&String> = names.iter().filter(is_part).collect();
+    ensure!(!parts.is_empty(), "is a folder without .parquet files; {EXPECTED}");
+    for part in parts {
+        let bytes = source.read(part).await?;
+        read_file(part, bytes, column, &format!("{part}: "), &mut rows).with_context(|| part.clone())?;
     }
     rows.finish()
 }
 
-fn read_file(name: &str, bytes: Bytes, column: &str, several: bool, rows: &mut Rows) -> anyhow::Result<()> {
+/// Reads the rows of one file; `prefix` comes before their places in messages.
+fn read_file(name: &str, bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow::Result<()> {
     let (name, bytes) = compressed::opened(name, bytes)?;
-    let prefix = if several { format!("{name}: ") } else { String::new() };
     match name.rsplit_once('.').map(|(_, extension)| extension) {
         Some("txt") => from_lines(&text::decode(&bytes)?, column, rows),
         Some("jsonl" | "ndjson") => from_json_lines(&text::decode(&bytes)?, column, rows),
         Some("json") => from_json(&bytes, column, rows),
         Some("csv") => from_table(&text::decode(&bytes)?, b',', column, rows),
         Some("tsv") => from_table(&text::decode(&bytes)?, b'\t', column, rows),
-        Some("parquet") => parquet::read(bytes, column, &prefix, rows),
+        Some("parquet") => parquet::read(bytes, column, prefix, rows),
         _ => bail!(EXPECTED),
     }
 }
 
+/// Whether a line is the header of a table: names without spaces, one of which is that of a column of prompts, or two of which are
+/// those of usual columns.
+fn is_header(line: &str, column: &str) -> bool {
+    const USUAL: [&str; 8] = ["prompt", "caption", "text", "label", "image", "url", "file_name", "filename"];
+    let names: Vec<String> =
+        line.split([',', '\t']).map(|name| name.trim().trim_matches('"').to_lowercase()).collect();
+    let is_name = |name: &String| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
+    let prompts = names.iter().any(|name| [column, "prompt", "caption"].contains(&name.as_str()));
+    let usual = names.iter().filter(|name| USUAL.contains(&name.as_str())).count();
+    names.len() > 1 && names.iter().all(is_name) && (prompts || usual > 1)
+}
+
 fn from_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
     if let Some((number, header)) = text::lines(text).next() {
-        // A column of a table is no prompt.
-        let known = [column, LABEL, "prompt", "caption", "text", "image", "file_name", "filename", "url"];
-        let names: Vec<String> =
-            header.split([',', '\t']).map(|name| name.trim().trim_matches('"').to_lowercase()).collect();
-        let table = names.len() > 1 && names.iter().any(|name| known.contains(&name.as_str()));
-        ensure!(!table, "line {number}: {header:?} is the header of a table: name the file .csv or .tsv");
+        ensure!(
+            !is_header(header, column),
+            "line {number}: {header:?} is the header of a table: name the file .csv or .tsv"
+        );
     }
     for (number, line) in text::lines(text) {
         rows.add(&format!("line {number}"), Ok(Row { text: line.to_owned(), label: None }));
@@ -195,6 +195,8 @@ pub(super) mod tests {
             assert_eq!(found.texts, ["a red circle", "zwei blaue Würfel"], "{name}");
             assert_eq!(found.labels, labelled.then(|| vec![4, 9]), "{name}");
         }
+        // Tags, as some models are prompted with, are no header.
+        assert_eq!(read("tags.txt", b"text, english text\nlogo,red\n").unwrap().texts.len(), 2);
         let folder = tempfile::tempdir().unwrap();
         for name in ["part-1.parquet", "part-0.parquet", "_SUCCESS", "._part-0.parquet"] {
             let content = if name.starts_with("part") { parquet_file() } else { vec![] };

@@ -6,7 +6,6 @@ use parquet::{
     file::reader::{FileReader, SerializedFileReader},
     record::Field,
 };
-
 use serde_json::Value;
 
 use super::rows::{COLUMN, LABEL, Row, Rows};

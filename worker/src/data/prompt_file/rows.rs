@@ -93,7 +93,7 @@ pub fn from_object(value: &Value, column: &str) -> anyhow::Result<Row> {
                 Some(_) => "no text",
             };
             let keys: Vec<&String> = object.keys().collect();
-            bail!("has {what} under {column:?}, {}; its keys are {keys:?}", COLUMN);
+            bail!("has {what} under {column:?}, {COLUMN}; its keys are {keys:?}");
         }
     };
     Ok(Row { text, label: object.get(LABEL).cloned() })
