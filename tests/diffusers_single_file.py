@@ -12,29 +12,22 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers_lora import images
 
 PROMPTS = ["a red circle", "two blue squares"]
-
-
-def images(pipeline: DiffusionPipeline) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    times = pipeline.scheduler.config["few_step_timesteps"]
-    made = []
-    for index, prompt in enumerate(PROMPTS):
-        generator = torch.Generator().manual_seed(index)
-        call = pipeline(prompt, timesteps=times, guidance_scale=0.0, generator=generator, output_type="pt")
-        made.append(call.images)
-    return torch.cat(made)
 
 
 def main() -> None:
     folder, *files = sys.argv[1:]
     torch.set_num_threads(1)
-    expected = images(DiffusionPipeline.from_pretrained(folder))
+    student = DiffusionPipeline.from_pretrained(folder)
+    times = student.scheduler.config["few_step_timesteps"]
+    expected = images(student, PROMPTS, times)
     index = json.loads((Path(folder) / "model_index.json").read_text())
     kind = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
     for file, tolerance in (pair.rsplit(":", 1) for pair in files):
-        found = images(kind[index["_class_name"]].from_single_file(file, config=folder, local_files_only=True))
+        pipeline = kind[index["_class_name"]].from_single_file(file, config=folder, local_files_only=True)
+        found = images(pipeline, PROMPTS, times)
         worst = (found - expected).abs().max().item()
         print(f"{file}: largest difference {worst:.2e}")
         if not worst <= float(tolerance):

@@ -596,6 +596,9 @@ fn wrong_input_is_named_before_anything_is_written() {
     says(studio.refused(&[&named(&unknown)]), &["unknown.safetensors", "is not a model of SD 1.x"]);
     let foreign = format!("teacher.loras=[{{path='{}'}}]", unknown.display());
     says(studio.refused(&[&foreign]), &["unknown.safetensors", "is not the name of an adapter"]);
+    says(studio.refused(&["teacher.loras=[{path='/nowhere/a.safetensors'}]"]), &["/nowhere/a.safetensors"]);
+    let config = format!("teacher.config={}", studio.path("model").display());
+    says(studio.refused(&[&config]), &["teacher.config is for a model in one file"]);
 
     // Invalid folders.
     let broken = |name: &str, change: &dyn Fn(&Path)| {

@@ -66,7 +66,7 @@ pub enum Names {
     /// A path, or a URL.
     Location,
     /// A folder or file, or the name of a remote repository: a path only where there is one.
-    FolderIfThere,
+    PathIfThere,
 }
 
 /// A configuration that is read from layers.
@@ -206,7 +206,7 @@ fn resolve_key(table: &mut toml::Table, key: &str, names: Names, folder: &Path) 
             let is_path = match names {
                 Names::Path => true,
                 Names::Location => !text.contains("://"),
-                Names::FolderIfThere => !text.contains("://") && joined.exists(),
+                Names::PathIfThere => !text.contains("://") && joined.exists(),
             };
             // "none" is not a path.
             if is_path && text != NONE {
@@ -332,7 +332,7 @@ mod tests {
         const PATHS: &'static [(&'static str, Names)] = &[
             ("inner.file", Names::Path),
             ("inner.data", Names::Location),
-            ("inner.model", Names::FolderIfThere),
+            ("inner.model", Names::PathIfThere),
         ];
     }
 

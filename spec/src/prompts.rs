@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsSpec {
     /// A text file with one prompt a line, JSON lines, CSV, Parquet or a folder of that (docs/FORMATS.md): a path relative to
-    /// the file that names it, or a URL. In an adversarial run it may be absent: then generated samples share the captions of the real images.
+    /// the file that names it, or a URL. In an adversarial run it may be absent: then generated samples share the captions of
+    /// the real images.
     pub data: Option<String>,
     /// Column of the prompts in all but text files.
     pub column: String,

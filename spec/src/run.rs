@@ -49,8 +49,8 @@ pub struct RunSpec {
 impl Layered for RunSpec {
     const PATHS: &'static [(&'static str, Names)] = &[
         ("teacher.weights", Names::Path),
-        // A name that is not a folder here is that of a repository on the hub.
-        ("teacher.model", Names::FolderIfThere),
+        // A name that is neither a folder nor a file here is that of a repository on the hub.
+        ("teacher.model", Names::PathIfThere),
         ("teacher.config", Names::Path),
         ("teacher.loras.path", Names::Path),
         ("prompts.data", Names::Location),

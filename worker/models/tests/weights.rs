@@ -155,3 +155,12 @@ fn files_of_another_kind_are_called_what_they_are() {
         }
     }
 }
+
+#[test]
+fn eight_bit_weights_are_refused_in_one_sentence() {
+    let bytes = [0u8; 4];
+    let view = || safetensors::tensor::TensorView::new(safetensors::Dtype::F8_E4M3, vec![4], &bytes).unwrap();
+    let file = safetensors::serialize([("a", view()), ("b", view())], None).unwrap();
+    let error = Archive::from_bytes(&file).err().unwrap().to_string();
+    assert!(error.contains("2 of 2 tensors") && error.contains("F8_E4M3"), "{error}");
+}

@@ -7,8 +7,7 @@ use potstill_distill::metrics;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::extractor::trial_images;
-use super::torch_script::{digest_of, message, torch_script};
+use super::torch_script::{digest_of, message, torch_script, trial_images};
 use crate::{data::protocol, model::Space};
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D],

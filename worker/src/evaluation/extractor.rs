@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow, ensure};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{digest_of, message, parameters, torch_script};
+use super::torch_script::{digest_of, message, parameters, torch_script, trial_images};
 use crate::data::Shape;
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
@@ -57,14 +57,6 @@ impl Signature {
             }
         }
     }
-}
-
-/// Images [N, C, H, W] in [−1, 1] that differ from each other, to try a module on.
-pub fn trial_images(shape: [i64; 4], device: Device) -> Tensor {
-    let count: i64 = shape.iter().product();
-    // Frequencies that fit into no row, so that no two images are alike.
-    let x = Tensor::arange(count, (Kind::Double, device));
-    ((&x * 0.37).sin() * (x * 0.0123).cos()).reshape(shape).to_kind(Kind::Float)
 }
 
 /// The output of an extractor.

@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
-use tch::{CModule, Device, IValue, no_grad};
+use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
 /// SHA-256 of a file's bytes, hexadecimal.
 pub fn digest_of(bytes: &[u8]) -> String {
@@ -24,6 +24,14 @@ pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
     })?;
     module.f_set_eval().map_err(|e| anyhow!("cannot be put into evaluation: {}", message(&e)))?;
     Ok(module)
+}
+
+/// Images [N, C, H, W] in [−1, 1] that differ from each other, to try a module on.
+pub fn trial_images(shape: [i64; 4], device: Device) -> Tensor {
+    let count: i64 = shape.iter().product();
+    // Frequencies that fit into no row, so that no two images are alike.
+    let x = Tensor::arange(count, (Kind::Double, device));
+    ((&x * 0.37).sin() * (x * 0.0123).cos()).reshape(shape).to_kind(Kind::Float)
 }
 
 /// Types and names of the parameters of a module's `forward`, without the module itself. libtorch's Rust interface has no other way

@@ -1,19 +1,14 @@
-//! Model folders that are made from other files: from a model in one file, or from a model and adapters that are added to it. They
-//! are made once for all processes of this machine.
+//! Model folders that are made from other files: from a model in one file, or from a model and adapters that are added to it.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use nix::fcntl::{Flock, FlockArg};
 use potstill_models::diffusers::{ModelFolder, merge, original};
 use potstill_spec::TeacherSpec;
 use potstill_storage::digest::{hexadecimal, sha256_with};
 use sha2::{Digest, Sha256};
 
-use super::location::{cache, fetch_model};
+use super::{cache::once, location::fetch_model};
 
 /// A text-to-image teacher on this machine.
 pub struct TeacherFolder {
@@ -31,6 +26,11 @@ pub struct TeacherFolder {
 pub fn teacher_folder(teacher: &TeacherSpec, hash: bool) -> anyhow::Result<TeacherFolder> {
     let location = teacher.model.as_deref().context("the run names no teacher.model")?;
     let base = fetch_model(location).with_context(|| format!("teacher.model {location}"))?;
+    ensure!(
+        base.is_file() || teacher.config.is_none(),
+        "teacher.config is for a model in one file, and {} is a folder, which has its configurations: leave it out",
+        base.display()
+    );
     let additions = teacher.additions();
     let is_made = base.is_file() || !additions.is_empty();
     let digest = match hash || is_made || teacher.sha256.is_some() {
@@ -50,70 +50,36 @@ pub fn teacher_folder(teacher: &TeacherSpec, hash: bool) -> anyhow::Result<Teach
     let path = match digest.as_deref().filter(|_| is_made) {
         None => base,
         Some(digest) => {
-            let loras: Vec<(PathBuf, f64)> =
-                teacher.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect();
-            once(digest, |folder| make(&base, teacher.config.as_deref(), &loras, folder))
+            // Another version of this program makes its own.
+            let key = Sha256::digest(format!("{digest} {}", env!("CARGO_PKG_VERSION")));
+            once(&hexadecimal(&key[..16]), |folder| make(&base, teacher, folder))
                 .with_context(|| format!("teacher.model {location}"))?
         }
     };
     Ok(TeacherFolder { path, digest })
 }
 
-fn make(base: &Path, config: Option<&Path>, loras: &[(PathBuf, f64)], folder: &Path) -> anyhow::Result<()> {
+fn make(base: &Path, teacher: &TeacherSpec, folder: &Path) -> anyhow::Result<()> {
     tracing::info!(model = %base.display(), to = %folder.display(), "making the model's folder");
-    if base.is_file() {
-        let assumed = original::unpack(base, config, folder)?;
-        if assumed.prediction {
-            tracing::warn!(
-                model = %base.display(),
-                "a Stable Diffusion 2 model in one file does not say what it predicts: v is assumed; for one that predicts the \
-                 noise (…-base, 512 pixels), name a folder of its configurations as teacher.config"
-            );
-        }
-    } else {
-        copy(base, folder)?;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    match base.is_file() {
+        true => original::unpack(base, teacher.config.as_deref(), folder)?,
+        false => copy(base, folder)?,
     }
-    merge(folder, loras)?;
-    Ok(())
+    let loras: Vec<(PathBuf, f64)> =
+        teacher.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect();
+    Ok(merge(folder, &loras)?)
 }
 
 /// Copies a model's folder; links lead to copies.
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let model = ModelFolder::open(from)?;
-    let mut files = model.files()?;
+    let mut files = ModelFolder::open(from)?.files()?;
     files.extend(from.join("README.md").is_file().then(|| "README.md".into()));
     for name in files {
         let path = to.join(&name);
-        std::fs::create_dir_all(path.parent().unwrap_or(to))?;
-        std::fs::copy(from.join(&name), &path).with_context(|| format!("cannot write {}", path.display()))?;
+        let copied = std::fs::create_dir_all(path.parent().unwrap_or(to))
+            .and_then(|()| std::fs::copy(from.join(&name), &path).map(|_| ()));
+        copied.with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
-}
-
-/// The folder in the cache for something with this digest, which `make` makes if it is not there. Another version of this program
-/// makes its own.
-fn once(digest: &str, make: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<PathBuf> {
-    let key = Sha256::digest(format!("{digest} {}", env!("CARGO_PKG_VERSION")));
-    let folder = cache()?.join(hexadecimal(&key[..16]));
-    let parent = folder.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
-    let lock = File::create(folder.with_extension("lock"))?;
-    let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-    if folder.is_dir() {
-        return Ok(folder);
-    }
-    let partial = folder.with_extension("partial");
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
-    }
-    std::fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
-    if let Err(error) = make(&partial) {
-        // Nothing that is not complete is kept.
-        let _ = std::fs::remove_dir_all(&partial);
-        return Err(error);
-    }
-    // A folder under its final name is complete.
-    std::fs::rename(&partial, &folder)
-        .with_context(|| format!("cannot rename {} to {}", partial.display(), folder.display()))?;
-    Ok(folder)
 }

@@ -1,15 +1,13 @@
-//! The location of a model: a folder on this machine, an object store, or the Hugging Face hub. A remote model is
+//! The location of a model: a folder or a file on this machine, an object store, or the Hugging Face hub. A remote model is
 //! copied to this machine once for all its processes.
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use nix::fcntl::{Flock, FlockArg};
 use potstill_storage::{Source, digest::hexadecimal};
 use sha2::{Digest, Sha256};
+
+use super::cache::once;
 
 /// The files of a repository that belong to a model folder.
 fn belongs(name: &str) -> bool {
@@ -47,49 +45,31 @@ pub fn fetch_model(location: &str) -> anyhow::Result<PathBuf> {
     from_hub(location)
 }
 
-/// The folder for copies.
-pub fn cache() -> anyhow::Result<PathBuf> {
-    let base = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))
-        .context("no place for a copy: set XDG_CACHE_HOME or HOME")?;
-    Ok(base.join("potstill/models"))
-}
-
 fn from_store(location: &str) -> anyhow::Result<PathBuf> {
     let name = hexadecimal(&Sha256::digest(location)[..16]);
     let is_file = location.ends_with(".safetensors");
-    let folder = cache()?.join(if is_file { format!("{name}.safetensors") } else { name });
-    let parent = folder.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
-    let lock = File::create(folder.with_extension("lock"))?;
-    let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-    if folder.exists() {
-        return Ok(folder);
-    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let partial = folder.with_extension("partial");
-    let copied: anyhow::Result<()> = runtime.block_on(async {
-        let source = Source::open(location)?;
-        if is_file {
-            tracing::info!(location, "copying the model");
-            return Ok(source.read_to("", &partial).await?);
-        }
-        let names: Vec<String> = source.list().await?.into_iter().filter(|name| belongs(name)).collect();
-        ensure!(names.iter().any(|name| name == "model_index.json"), "{location} holds no model_index.json");
-        for name in names {
-            tracing::info!(name, "copying the model");
-            let path = partial.join(&name);
-            std::fs::create_dir_all(path.parent().unwrap_or(&partial))?;
-            source.read_to(&name, &path).await?;
-        }
-        Ok(())
-    });
-    copied?;
-    // What has its final name is complete.
-    std::fs::rename(&partial, &folder)
-        .with_context(|| format!("cannot rename {} to {}", partial.display(), folder.display()))?;
-    Ok(folder)
+    once(&if is_file { format!("{name}.safetensors") } else { name }, |place| {
+        runtime.block_on(async {
+            let source = Source::open(location)?;
+            if is_file {
+                tracing::info!(location, "copying the model");
+                return Ok(source.read_to("", place).await?);
+            }
+            let names: Vec<String> = source.list().await?.into_iter().filter(|name| belongs(name)).collect();
+            ensure!(
+                names.iter().any(|name| name == "model_index.json"),
+                "{location} holds no model_index.json"
+            );
+            for name in names {
+                tracing::info!(name, "copying the model");
+                let path = place.join(&name);
+                std::fs::create_dir_all(path.parent().unwrap_or(place))?;
+                source.read_to(&name, &path).await?;
+            }
+            Ok(())
+        })
+    })
 }
 
 fn from_hub(location: &str) -> anyhow::Result<PathBuf> {

@@ -1,6 +1,7 @@
 //! Loading models: an EDM network, or a text-to-image model with its text encoders and autoencoder.
 
 pub mod adapters;
+mod cache;
 mod composed;
 mod location;
 mod prompts;

@@ -22,7 +22,6 @@ use potstill_proto::{
     scores::{Evaluation, Subject},
     wire::ShardFailed,
 };
-
 use potstill_storage::layout::{SAMPLES, picture_key};
 use tch::{Device, Tensor};
 
@@ -256,14 +255,10 @@ impl Member<'_> {
 
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
         let Some(evaluator) = &self.job.evaluator else { return Ok(()) };
-        let generator = match subject {
-            Subject::Teacher => None,
-            Subject::Student => Some(self.generator_ema(state)?),
-        };
         let progress = &self.session.progress;
-        let (activity, network) = match generator {
-            None => ("evaluating the teacher", self.job.teacher.frozen()),
-            Some(generator) => ("evaluating the student", generator),
+        let (activity, network) = match subject {
+            Subject::Teacher => ("evaluating the teacher", self.job.teacher.frozen()),
+            Subject::Student => ("evaluating the student", self.generator_ema(state)?),
         };
         let network = Watched::new(network, progress);
         let sampler = self.sampler(subject, &network);
@@ -303,25 +298,37 @@ impl Member<'_> {
         };
         let student = images(Subject::Student, generator)?;
         if rank == 0 {
-            self.write_picture(&picture_key(iteration), &[&student], columns)?;
+            let written = self.written_picture(picture_key(iteration), pictures::grid(&[&student], columns));
+            // Training does not wait for a slow storage.
+            self.job.runtime.spawn(written);
         }
         if last {
             progress.set_activity("drawing the teacher");
             let teacher = images(Subject::Teacher, self.job.teacher.frozen())?;
             if rank == 0 {
-                self.write_picture(SAMPLES, &[&teacher, &student], columns)?;
+                let png = pictures::grid(&[&teacher, &student], columns);
+                let written = self.written_picture(SAMPLES.to_owned(), png);
+                self.job.runtime.block_on(progress.while_busy(written));
             }
         }
         obey_orders(self.session, self.assignment.generation)
     }
 
-    /// The checkpoint is what counts: a picture that cannot be written fails no run.
-    fn write_picture(&self, key: &str, blocks: &[&Tensor], columns: u32) -> anyhow::Result<()> {
-        let png = pictures::grid(blocks, columns)?;
-        let (runtime, run) = (&self.job.runtime, &self.job.run);
-        if let Err(error) = runtime.block_on(self.session.progress.while_busy(run.put(key, png.into()))) {
-            tracing::warn!(%error, "{key} could not be written");
+    /// The checkpoint is what counts: a picture that cannot be drawn or written fails no run.
+    fn written_picture(
+        &self,
+        key: String,
+        png: anyhow::Result<Vec<u8>>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let run = self.job.run.clone();
+        async move {
+            let written = match png {
+                Ok(png) => run.put(&key, png.into()).await.map_err(anyhow::Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = written {
+                tracing::warn!(error = format!("{error:#}"), "{key} could not be written");
+            }
         }
-        Ok(())
     }
 }

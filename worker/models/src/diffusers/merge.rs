@@ -13,7 +13,7 @@ use crate::{
         file::{self, Layers},
         weights::product,
     },
-    weights::{self, Archive, LoadError, Named, Stored},
+    weights::{self, Archive, LoadError, Named, SaveError, Stored},
 };
 
 const PARTS: [&str; 3] = ["unet", "text_encoder", "text_encoder_2"];
@@ -80,6 +80,6 @@ impl ModelFolder {
         weights::write(&new, &named, None, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
         let done = old.iter().try_for_each(std::fs::remove_file);
         let done = done.and_then(|()| std::fs::rename(&new, folder.join(Self::weight_name(part))));
-        done.map_err(|source| LoadError::Unreadable { path: folder, source })
+        Ok(done.map_err(|source| SaveError::Unwritable { path: folder, source })?)
     }
 }

@@ -168,17 +168,14 @@ enum Stem<'a> {
 
 /// Part and layer of a name without its ending. Text encoders' layers are named without `text_model`.
 fn located(stem: &str) -> (&'static str, Stem<'_>) {
-    let text = |rest: &str, prefix: &str| rest.strip_prefix(prefix).map_or(0, |_| prefix.len());
     for (prefix, part) in KOHYA_PARTS {
-        if let Some(rest) = stem.strip_prefix(prefix) {
-            let skipped = if part == UNET { 0 } else { text(rest, "text_model_") };
-            return (part, Stem::Underscored(&rest[skipped..]));
+        if let Some(layer) = stem.strip_prefix(prefix) {
+            return (part, Stem::Underscored(layer.strip_prefix("text_model_").unwrap_or(layer)));
         }
     }
     for part in ["text_encoder_2", "text_encoder", UNET] {
-        if let Some(rest) = stem.strip_prefix(part).and_then(|rest| rest.strip_prefix('.')) {
-            let skipped = if part == UNET { 0 } else { text(rest, "text_model.") };
-            return (part, Stem::Dotted(&rest[skipped..]));
+        if let Some(layer) = stem.strip_prefix(part).and_then(|rest| rest.strip_prefix('.')) {
+            return (part, Stem::Dotted(layer.strip_prefix("text_model.").unwrap_or(layer)));
         }
     }
     (UNET, Stem::Dotted(stem))
@@ -234,7 +231,7 @@ pub fn parse(
         let stated = || settings.as_ref().and_then(|settings| stated_alpha(settings, part, &module));
         let alpha = alphas.get(&layer).copied().or_else(stated).unwrap_or(rank as f64);
         let (down, up) = (down.reshape(wanted_down), up.reshape(wanted_up));
-        updates.push(Update { part: layer.0, module, down, up, scale: alpha / rank as f64 });
+        updates.push(Update { part, module, down, up, scale: alpha / rank as f64 });
     }
     if updates.is_empty() { Err(LoraFileError::Empty) } else { Ok(updates) }
 }

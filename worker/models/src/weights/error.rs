@@ -30,9 +30,9 @@ pub enum LoadError {
         /// The error.
         source: Box<LoadError>,
     },
-    /// Something else than safetensors.
+    /// Something else than what is read: another kind of file, other names, other data types.
     #[error("{0}")]
-    Foreign(&'static str),
+    Foreign(String),
     /// Not safetensors, truncated, or damaged.
     #[error("not a safetensors file, or truncated or damaged: {0}")]
     Malformed(#[from] SafeTensorError),
@@ -79,7 +79,7 @@ impl LoadError {
     /// The same error of a file, or that it is another kind of file.
     pub(super) fn of_file(self, path: &Path) -> Self {
         match (&self, foreign::what_it_is(path)) {
-            (Self::Malformed(_), Some(what)) => Self::Foreign(what).in_file(path),
+            (Self::Malformed(_), Some(what)) => Self::Foreign(what.to_owned()).in_file(path),
             _ => self.in_file(path),
         }
     }

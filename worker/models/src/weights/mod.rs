@@ -34,7 +34,7 @@ impl Archive {
     /// Parses a file's bytes.
     ///
     /// # Errors
-    /// [`LoadError::Malformed`]; [`LoadError::Tensors`] with tensors of data types that libtorch does not have.
+    /// [`LoadError::Malformed`]; [`LoadError::Foreign`] with tensors of data types that libtorch does not have.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, LoadError> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
@@ -94,7 +94,7 @@ pub(crate) fn assemble(
     expected.extend(declaration.entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())));
     expected.extend(declaration.buffers().iter().map(|b| (b.name.as_str(), b.shape.as_slice())));
     if let Some(prefix) = wrapped(&expected, tensors) {
-        return Err(LoadError::Folder(format!(
+        return Err(LoadError::Foreign(format!(
             "all names begin with {prefix:?}: the network was saved wrapped, by torch.compile or for training on several devices; save \
              the network inside"
         )));
@@ -126,10 +126,11 @@ pub(crate) fn assemble(
         .filter(|(name, _)| !expected.contains_key(name.as_str()))
         .map(|(name, tensor)| format!("{name} {:?} is not part of the network", tensor.shape()))
         .collect();
-    match surplus {
-        Surplus::Refused => problems.extend(others),
-        Surplus::PassedOver if others.is_empty() => {}
-        Surplus::PassedOver => tracing::warn!("{} tensors are passed over: {}", others.len(), others[0]),
+    // Where others are missing, they may have these names.
+    if surplus == Surplus::Refused || !problems.is_empty() {
+        problems.extend(others);
+    } else if let Some(first) = others.first() {
+        tracing::warn!("{} tensors are passed over: {first}", others.len());
     }
     if problems.is_empty() {
         for buffer in declaration.buffers() {

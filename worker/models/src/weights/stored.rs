@@ -163,7 +163,7 @@ pub(super) fn unknown_kind(parsed: &SafeTensors<'_>) -> LoadError {
         .filter(|(_, view)| kind(view.dtype()).is_none())
         .map(|(name, view)| format!("{name} ({:?})", view.dtype()))
         .collect();
-    LoadError::Folder(format!(
+    LoadError::Foreign(format!(
         "{} of {} tensors are of a kind that is not read, such as {}: take the weights in fp32, bf16 or fp16",
         strange.len(),
         parsed.len(),

@@ -100,7 +100,11 @@ pub fn write(
 ) -> Result<(), SaveError> {
     let views = views(tensors.iter().map(|(name, stored)| (name.as_str(), stored)), precision)?;
     let header = Header::new(metadata)?;
-    safetensors::serialize_to_file(views, Some(header.given()), path)?;
+    let unwritable = |source| SaveError::Unwritable { path: path.to_owned(), source };
+    safetensors::serialize_to_file(views, Some(header.given()), path).map_err(|error| match error {
+        SafeTensorError::IoError(source) => unwritable(source),
+        other => other.into(),
+    })?;
     let patched = || {
         let mut file = File::options().read(true).write(true).open(path)?;
         let mut length = [0; 8];
@@ -112,7 +116,7 @@ pub fn write(
         file.write_all(&json)?;
         file.sync_all()
     };
-    patched().map_err(|source| SaveError::Unwritable { path: path.to_owned(), source })
+    patched().map_err(unwritable)
 }
 
 /// Metadata of a file. The library takes it in a hash map and writes it in the map's order, which varies. The length does not,

@@ -21,5 +21,5 @@ pub fn bytes(student: &Student, naming: Naming, precision: Precision) -> anyhow:
     let tensors = named(network.parameters(), lora, naming);
     let tensors: Vec<(&str, &Tensor)> =
         tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    Ok(archive_in(precision, &tensors, &header(student, "/lora")?)?)
+    Ok(archive_in(precision, &tensors, &header(student, "/lora", "diffusers")?)?)
 }

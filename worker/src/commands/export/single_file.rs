@@ -16,8 +16,7 @@ pub fn write(student: &Student, out: &Path, precision: Precision) -> anyhow::Res
     let latent = student.model.latent.as_ref().with_context(|| {
         format!("{} is an EDM network, which is one file anyway: leave --format out", student.origin)
     })?;
-    let mut header = header(student, "")?;
-    header.insert("modelspec.implementation".to_owned(), "sgm".to_owned());
+    let header = header(student, "", "sgm")?;
     let parameters = student.model.network.parameters();
     let names = parameters.entries().iter().map(|entry| entry.name.clone());
     let unet = names.zip(parameters.leaves().iter().map(|leaf| leaf.detach())).collect();

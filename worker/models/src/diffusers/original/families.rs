@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::names::{self, Place};
-use crate::{diffusers::UNetConfig, weights::Named};
+use crate::{
+    diffusers::ModelFolder,
+    weights::{LoadError, Named},
+};
 
 /// A family of models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +55,8 @@ pub(crate) enum Prediction {
     V,
 }
 
-/// Shape and kind of checkpoint by names that only it has, for messages.
+const ADAPTERS: &str = "low-rank adapters: name the base as teacher.model, and this file in teacher.loras";
+/// Other kinds of files by the beginnings of names that only they have, for messages.
 const OTHERS: [(&str, &str); 9] = [
     ("joint_blocks.", "Stable Diffusion 3"),
     ("double_blocks.", "FLUX"),
@@ -62,7 +66,7 @@ const OTHERS: [(&str, &str); 9] = [
     ("transformer_blocks.", "one part of a model in diffusers' layout"),
     ("down_blocks.", "one part of a model in diffusers' layout: name the folder above it"),
     ("control_model.", "a ControlNet"),
-    ("lora_", "low-rank adapters: name the base as teacher.model, and this file in teacher.loras"),
+    ("lora_", ADAPTERS),
 ];
 
 impl Family {
@@ -81,7 +85,7 @@ impl Family {
         } else {
             let known = OTHERS.iter().find(|(prefix, _)| has(prefix)).map(|(_, what)| *what);
             let adapters = tensors.keys().any(|name| name.contains(".lora_") || name.contains(".lora."));
-            let what = known.or_else(|| adapters.then_some(OTHERS[8].1));
+            let what = known.or_else(|| adapters.then_some(ADAPTERS));
             let without_text =
                 has(UNET).then_some("a U-Net without text encoders, which cannot be trained alone");
             return Err(match what.or(without_text) {
@@ -108,15 +112,17 @@ impl Family {
         }
     }
 
-    /// The family of a folder in diffusers' layout: `xl` with two text encoders; `linear` where its U-Net's projections are
-    /// linear layers.
-    #[must_use]
-    pub fn of_folder(xl: bool, unet: &UNetConfig) -> Self {
-        match (xl, unet.use_linear_projection) {
+    /// The family of a folder in diffusers' layout: SDXL has two text encoders, and of the others SD 2.x has linear layers where
+    /// SD 1.x has convolutions.
+    ///
+    /// # Errors
+    /// The U-Net's configuration cannot be read.
+    pub fn of_folder(folder: &ModelFolder) -> Result<Self, LoadError> {
+        Ok(match (folder.is_xl(), folder.unet_config()?.use_linear_projection) {
             (true, _) => Self::Xl,
             (false, true) => Self::Sd2,
             (false, false) => Self::Sd1,
-        }
+        })
     }
 
     /// Its text encoders.
@@ -131,12 +137,13 @@ impl Family {
         }
     }
 
-    /// Its name by the Stability AI model metadata standard, `modelspec.architecture`.
+    /// Its name by the Stability AI model metadata standard, `modelspec.architecture`, of a model that predicts v or not.
     #[must_use]
-    pub fn architecture(self) -> &'static str {
+    pub fn architecture(self, predicts_v: bool) -> &'static str {
         match self {
             Self::Sd1 => "stable-diffusion-v1",
-            Self::Sd2 => "stable-diffusion-v2-768-v",
+            Self::Sd2 if predicts_v => "stable-diffusion-v2-768-v",
+            Self::Sd2 => "stable-diffusion-v2-512",
             Self::Xl => "stable-diffusion-xl-v1-base",
         }
     }
@@ -405,7 +412,7 @@ pub(crate) fn is_passed_over(name: &str, text: &[(Text, i64)]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::diffusers::{AutoencoderConfig, TextEncoderConfig};
+    use crate::diffusers::{AutoencoderConfig, TextEncoderConfig, UNetConfig};
 
     /// The published numbers of parameters.
     #[test]

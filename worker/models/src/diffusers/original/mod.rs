@@ -13,8 +13,7 @@ use std::{
     path::Path,
 };
 
-use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use self::families::Family;
 use self::{
@@ -22,7 +21,7 @@ use self::{
     names::{Form, Place},
 };
 use super::{AutoencoderConfig, ModelFolder, TextEncoderConfig, UNetConfig, autoencoder, text_encoder};
-use crate::weights::{self, LoadError, Named, Precision, Stored};
+use crate::weights::{self, LoadError, Named, Precision, SaveError, Stored};
 
 /// One part of a model: its tensors' names and shapes in diffusers' layout, and their places in the original one.
 struct Part {
@@ -40,29 +39,30 @@ struct Configurations {
     texts: Vec<(Text, TextEncoderConfig)>,
 }
 
-/// What could not be told from a file and was assumed.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Assumed {
-    /// That the model predicts v; SD 2.x models that predict the noise have the same tensors.
-    pub prediction: bool,
-}
-
 /// Reads a model of one file into a new folder in diffusers' layout. Weights keep their data types. `configurations` is a
 /// folder in that layout whose configurations and tokenizers are taken; by default they are those of the recognized family.
 ///
 /// # Errors
 /// A file of an unknown kind, a pickle; tensors that are missing, misshaped or left over are named.
-pub fn unpack(file: &Path, configurations: Option<&Path>, folder: &Path) -> Result<Assumed, LoadError> {
-    let failed = |problem: String| LoadError::Folder(problem).in_file(file);
+pub fn unpack(file: &Path, configurations: Option<&Path>, folder: &Path) -> Result<(), LoadError> {
     let tensors = weights::map(file)?;
     let metadata = weights::metadata(file)?;
-    let family = Family::of(&tensors)
-        .map_err(|what| failed(format!("is not a model of SD 1.x, SD 2.x or SDXL in one file: {what}")))?;
-    let (prediction, stated) = family.prediction(&tensors, &metadata);
-    let unwritable = |source| LoadError::Unreadable { path: folder.to_owned(), source };
+    let family = Family::of(&tensors).map_err(|what| {
+        LoadError::Foreign(format!("is not a model of SD 1.x, SD 2.x or SDXL in one file: {what}"))
+            .in_file(file)
+    })?;
+    let unwritable = |source| SaveError::Unwritable { path: folder.to_owned(), source };
     match configurations {
         Some(from) => copy_configurations(&ModelFolder::open(from)?, folder)?,
         None => {
+            let (prediction, stated) = family.prediction(&tensors, &metadata);
+            if !stated {
+                tracing::warn!(
+                    model = %file.display(),
+                    "a Stable Diffusion 2 model in one file does not say what it predicts: v is assumed; for one that predicts the \
+                     noise (…-base, 512 pixels), name a folder of its configurations as teacher.config"
+                );
+            }
             let zero_snr = tensors.contains_key("ztsnr") && prediction == Prediction::V;
             for (name, content) in family.configurations(prediction, zero_snr) {
                 let path = folder.join(&name);
@@ -105,7 +105,7 @@ pub fn unpack(file: &Path, configurations: Option<&Path>, folder: &Path) -> Resu
     for (path, tensors) in files {
         weights::write(&path, &tensors, None, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;
     }
-    Ok(Assumed { prediction: !stated && configurations.is_none() })
+    Ok(())
 }
 
 /// The tensor of diffusers' layout, without a copy where its values are in one piece.
@@ -143,7 +143,7 @@ fn copy_configurations(from: &ModelFolder, to: &Path) -> Result<(), LoadError> {
         let path = to.join(&name);
         let copied = std::fs::create_dir_all(path.parent().unwrap_or(to))
             .and_then(|()| std::fs::copy(from.path().join(&name), &path).map(|_| ()));
-        copied.map_err(|source| LoadError::Unreadable { path, source })?;
+        copied.map_err(|source| SaveError::Unwritable { path, source })?;
     }
     Ok(())
 }
@@ -213,7 +213,7 @@ pub fn pack(
     metadata: &BTreeMap<String, String>,
     file: &Path,
 ) -> Result<(), LoadError> {
-    let family = Family::of_folder(folder.is_xl(), &folder.unet_config()?);
+    let family = Family::of_folder(folder)?;
     let known = Configurations::read(folder, family)?;
     let mut unet = Some(unet);
     let mut written = Named::new();
@@ -256,17 +256,8 @@ pub fn pack(
     for (text, config) in known.texts.iter().filter(|(text, _)| text.open && text.part == "text_encoder") {
         // SD 2.x does not use its encoder's projection, and diffusers' folders do not keep it; but programs take the width of
         // the states from its shape. The identity stands for it.
-        let identity = Tensor::eye(config.hidden_size, (Kind::Float, tch::Device::Cpu));
+        let identity = Tensor::eye(config.hidden_size, (Kind::Float, Device::Cpu));
         written.insert(format!("{}text_projection", text.prefix), Stored::Memory(identity));
     }
     Ok(weights::write(file, &written, Some(precision), metadata)?)
-}
-
-/// The `modelspec.prediction_type` of a scheduler's configuration.
-#[must_use]
-pub fn prediction_type(scheduler: &Value) -> &'static str {
-    match scheduler["prediction_type"].as_str() {
-        Some("v_prediction") => "v",
-        _ => "epsilon",
-    }
 }
