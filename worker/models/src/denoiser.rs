@@ -186,7 +186,7 @@ pub enum Mode {
 }
 
 /// A network that predicts the clean sample from a noisy one; its native prediction may be another.
-pub trait Denoiser: Send {
+pub trait Denoiser {
     /// Predicts x0, fp32 [N, C, H, W].
     ///
     /// `x_t` [N, C, H, W] is the noisy sample, `time` `[N]` or `[1]` the time of the network's [process](Self::process)

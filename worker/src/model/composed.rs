@@ -1,9 +1,14 @@
-//! Model folders that are made from other files: from a model in one file, or from a model and adapters that are added to it.
+//! Model folders that are made from other files: from a model in one file, from a model and adapters that are added to it, or from one
+//! that takes a guidance scale.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use potstill_models::diffusers::{ModelFolder, merge, original};
+use potstill_models::diffusers::{
+    ModelFolder,
+    guided::{SCALE, fix_guidance, takes_guidance},
+    merge, original,
+};
 use potstill_spec::TeacherSpec;
 use potstill_storage::digest::{hexadecimal, sha256_with};
 use sha2::{Digest, Sha256};
@@ -32,7 +37,7 @@ pub fn teacher_folder(teacher: &TeacherSpec, hash: bool) -> anyhow::Result<Teach
         base.display()
     );
     let additions = teacher.additions();
-    let is_made = base.is_file() || !additions.is_empty();
+    let is_made = base.is_file() || takes_guidance(&base) || !additions.is_empty();
     let digest = match hash || is_made || teacher.sha256.is_some() {
         true => {
             let digest = sha256_with(&base, &additions);
@@ -65,6 +70,12 @@ fn make(base: &Path, teacher: &TeacherSpec, folder: &Path) -> anyhow::Result<()>
     match base.is_file() {
         true => original::unpack(base, teacher.config.as_deref(), folder)?,
         false => copy(base, folder)?,
+    }
+    if takes_guidance(folder) {
+        tracing::warn!(
+            "the teacher takes a guidance scale as an input: it is used at {SCALE}, its pipeline's own"
+        );
+        fix_guidance(folder)?;
     }
     let loras: Vec<(PathBuf, f64)> =
         teacher.loras.iter().map(|lora| (lora.path.clone(), lora.scale)).collect();

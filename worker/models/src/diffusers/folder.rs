@@ -19,8 +19,9 @@ use super::{
 };
 use crate::weights::{self, LoadError, Named};
 
-/// Supported pipelines.
-const PIPELINES: [&str; 2] = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"];
+/// Supported pipelines. The last one's U-Net takes the guidance scale, which is [fixed](super::fix_guidance) first.
+const PIPELINES: [&str; 3] =
+    ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"];
 /// The text-to-image parts of a folder; others, such as a safety checker, are ignored.
 const PARTS: [&str; 7] =
     ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"];

@@ -69,7 +69,7 @@ pub fn merge(folder: &Path, loras: &[(PathBuf, f64)]) -> Result<(), LoadError> {
 
 impl ModelFolder {
     /// Writes a part's tensors in the place of those that it has.
-    fn replace(&self, part: &str, tensors: Named) -> Result<(), LoadError> {
+    pub(super) fn replace(&self, part: &str, tensors: Named) -> Result<(), LoadError> {
         let folder = self.path().join(part);
         let old: Vec<PathBuf> = self.weight_files(part)?;
         let named: Named = match part {

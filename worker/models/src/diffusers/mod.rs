@@ -12,6 +12,7 @@ mod autoencoder;
 mod config;
 mod denoiser;
 mod folder;
+pub mod guided;
 mod layers;
 mod merge;
 pub mod original;
@@ -32,5 +33,5 @@ pub use self::{
     text::{TextConditioner, Tokens},
     text_encoder::{TextEncoder, TextEncoderConfig, TextStates},
     tokenizer::Tokenizer,
-    unet::{Kept, Pass, SampleSize, UNetConfig, UNetInputs},
+    unet::{Kept, Pass, SampleSize, TransformerLayers, UNetConfig, UNetInputs},
 };

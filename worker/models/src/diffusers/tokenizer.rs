@@ -1,6 +1,9 @@
 //! CLIP's byte-level BPE (2103.00020), through the `tokenizers` library.
 
-use std::path::Path;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use serde_json::Value;
 use tch::Tensor;
@@ -21,6 +24,12 @@ pub struct Tokenizer {
     tokens: usize,
 }
 
+const VOCABULARY: &str = "vocab.json";
+const MERGES: &str = "merges.txt";
+const WHOLE: &str = "tokenizer.json";
+const ADDED: &str = "added_tokens.json";
+const CONFIGURATION: &str = "tokenizer_config.json";
+const SUFFIX: &str = "</w>";
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 /// Words, contractions, single digits and runs of punctuation: no token of CLIP extends over more than one.
@@ -28,28 +37,17 @@ const PIECES: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 impl Tokenizer {
-    /// A tokenizer from a folder with `vocab.json` and `merges.txt`. `tokens` is the number of tokens for each text.
+    /// A tokenizer from a folder with `vocab.json` and `merges.txt`, or with `tokenizer.json` alone, as transformers writes it since
+    /// its version 5; with the tokens that were added to its vocabulary. `tokens` is the number of tokens for each text.
     ///
     /// # Errors
-    /// A file that is missing or malformed, or a vocabulary without CLIP's start and end tokens.
+    /// A file that is missing or malformed, a vocabulary without CLIP's start and end tokens, or an added token whose number does
+    /// not follow on the others.
     pub fn load(folder: &Path, tokens: usize) -> Result<Self, LoadError> {
         let failed =
             |problem: String| LoadError::Folder(format!("tokenizer {}: {problem}", folder.display()));
-        let path = |name: &str| {
-            let path = folder.join(name);
-            match path.is_file() {
-                true => Ok(path.display().to_string()),
-                false => {
-                    Err(failed(format!("{name} is missing; a CLIP tokenizer has vocab.json and merges.txt")))
-                }
-            }
-        };
         let library = |e: tokenizers::Error| failed(e.to_string());
-        let bpe = BPE::from_file(&path("vocab.json")?, &path("merges.txt")?)
-            .unk_token(END.to_owned())
-            .end_of_word_suffix("</w>".to_owned())
-            .build()
-            .map_err(library)?;
+        let bpe = pairs(folder).map_err(failed)?;
         let mut inner = Inner::new(bpe);
         let id = |inner: &Inner, token: &str| {
             inner.token_to_id(token).ok_or_else(|| {
@@ -88,6 +86,25 @@ impl Tokenizer {
         inner
             .add_special_tokens([START, END, &pad].map(|mark| AddedToken::from(mark, true)))
             .map_err(library)?;
+        let known: BTreeSet<String> =
+            inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+        for (number, token) in added(folder).map_err(failed)? {
+            if known.contains(&token.content) {
+                continue;
+            }
+            let content = token.content.clone();
+            match token.special {
+                true => inner.add_special_tokens([token]),
+                false => inner.add_tokens([token]),
+            }
+            .map_err(library)?;
+            if id(&inner, &content)? != number {
+                return Err(failed(format!(
+                    "the added token {content:?} is number {number}, but {} tokens come before it",
+                    id(&inner, &content)?
+                )));
+            }
+        }
         let pad_id = id(&inner, &pad)?;
         inner
             .with_truncation(Some(TruncationParams { max_length: tokens, ..TruncationParams::default() }))
@@ -125,9 +142,80 @@ impl Tokenizer {
     }
 }
 
+/// The vocabulary and the pairs that are merged: from two files of their own, or from those of the whole tokenizer.
+fn pairs(folder: &Path) -> Result<BPE, String> {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let is_there = |name: &str| folder.join(name).is_file();
+    if is_there(VOCABULARY) && is_there(MERGES) {
+        let builder = BPE::from_file(&path(VOCABULARY), &path(MERGES));
+        let builder = builder.unk_token(END.to_owned()).end_of_word_suffix(SUFFIX.to_owned());
+        return builder.build().map_err(|error| error.to_string());
+    }
+    if is_there(WHOLE) {
+        let model = json(folder, WHOLE)?["model"].take();
+        if model["end_of_word_suffix"] != SUFFIX || model["unk_token"] != END {
+            let problem = "is not the tokenizer of a CLIP text encoder";
+            return Err(format!("{WHOLE} {problem}: its words do not end with {SUFFIX:?}"));
+        }
+        // The library reads from text only.
+        return serde_json::from_str(&model.to_string()).map_err(|error| format!("{WHOLE}: {error}"));
+    }
+    let missing = if is_there(VOCABULARY) { MERGES } else { VOCABULARY };
+    Err(format!(
+        "{missing} is missing; a CLIP tokenizer has {VOCABULARY} and {MERGES}, or {WHOLE}, which has both"
+    ))
+}
+
+fn json(folder: &Path, name: &str) -> Result<Value, String> {
+    let text = std::fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"))?;
+    serde_json::from_str(&text).map_err(|error| format!("{name}: {error}"))
+}
+
+/// The tokens that the folder adds to the vocabulary, by their numbers, as transformers finds them: those of its configuration, or
+/// else those of a file of their own and of the whole tokenizer.
+fn added(folder: &Path) -> Result<BTreeMap<u32, AddedToken>, String> {
+    let read = |name: &str| match folder.join(name).is_file() {
+        true => json(folder, name),
+        false => Ok(Value::Null),
+    };
+    let mut found = BTreeMap::new();
+    let mut add = |name: &str, number: Option<u32>, value: &Value| {
+        let content = value["content"].as_str().or(value.as_str());
+        let (Some(number), Some(content)) = (number, content) else {
+            return Err(format!("{name} has an added token without a number or a text: {value}"));
+        };
+        let flag = |key: &str, default: bool| value[key].as_bool().unwrap_or(default);
+        let special = flag("special", false);
+        let token = AddedToken::from(content.to_owned(), special)
+            .single_word(flag("single_word", false))
+            .lstrip(flag("lstrip", false))
+            .rstrip(flag("rstrip", false))
+            .normalized(flag("normalized", !special));
+        found.insert(number, token);
+        Ok(())
+    };
+    if let Some(tokens) = read(CONFIGURATION)?["added_tokens_decoder"].as_object() {
+        for (number, token) in tokens {
+            add(CONFIGURATION, number.parse().ok(), token)?;
+        }
+        return Ok(found);
+    }
+    if let Some(tokens) = read(ADDED)?.as_object() {
+        for (content, number) in tokens {
+            let number = number.as_u64().and_then(|number| u32::try_from(number).ok());
+            add(ADDED, number, &Value::from(content.as_str()))?;
+        }
+    }
+    for token in read(WHOLE)?["added_tokens"].as_array().into_iter().flatten() {
+        let number = token["id"].as_u64().and_then(|number| u32::try_from(number).ok());
+        add(WHOLE, number, token)?;
+    }
+    Ok(found)
+}
+
 /// The padding token that the folder names: `"<|endoftext|>"` for SD 1.5 and SDXL's first tokenizer, `"!"` for the others.
 fn padding(folder: &Path) -> Result<Option<String>, String> {
-    for name in ["special_tokens_map.json", "tokenizer_config.json"] {
+    for name in ["special_tokens_map.json", CONFIGURATION] {
         let Ok(text) = std::fs::read_to_string(folder.join(name)) else { continue };
         let value: Value = serde_json::from_str(&text).map_err(|e| format!("{name}: {e}"))?;
         match &value["pad_token"] {

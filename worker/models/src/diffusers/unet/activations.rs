@@ -59,8 +59,9 @@ impl Sum<'_> {
         let mut inputs = channels[0];
         let mut levels = vec![sides];
         for (level, outputs) in channels.iter().copied().enumerate() {
-            for _ in 0..config.layers_per_block.at(level) {
-                self.step(inputs, outputs, sides, config.attends_down(level).then_some(level));
+            for index in 0..config.layers_per_block.at(level) as usize {
+                let attends = config.attends_down(level).then(|| (level, config.layers_down(level, index)));
+                self.step(inputs, outputs, sides, attends);
                 inputs = outputs;
                 skips.push(outputs);
             }
@@ -72,15 +73,19 @@ impl Sum<'_> {
             levels.push(sides);
         }
         if config.mid_block_type.is_some() {
-            self.step(inputs, inputs, sides, Some(last));
-            self.step(inputs, inputs, sides, None);
+            let attends = config.layers_middle().map(|layers| (last, layers));
+            self.step(inputs, inputs, sides, attends);
+            if attends.is_some() {
+                self.step(inputs, inputs, sides, None);
+            }
         }
         for (place, level) in (0..=last).rev().enumerate() {
             let outputs = channels[level];
-            for _ in 0..=config.layers_per_block.at(level) {
+            for index in 0..=config.layers_per_block.at(level) as usize {
                 let merged = inputs + skips.pop().unwrap_or(0);
                 self.keep(self.image(merged, sides));
-                self.step(merged, outputs, sides, config.attends_up(place).then_some(level));
+                let attends = config.attends_up(place).then(|| (level, config.layers_up(place, index)));
+                self.step(merged, outputs, sides, attends);
                 inputs = outputs;
             }
             if level > 0 {
@@ -93,20 +98,20 @@ impl Sum<'_> {
         self.keep(2 * self.image(channels[0], sides));
     }
 
-    /// A residual block, followed by attention where `attends` says so for the level.
-    fn step(&mut self, inputs: i64, outputs: i64, sides: [i64; 2], attends: Option<usize>) {
+    /// A residual block, followed by attention where `attends` has a level and a number of transformer blocks.
+    fn step(&mut self, inputs: i64, outputs: i64, sides: [i64; 2], attends: Option<(usize, i64)>) {
         let image = |channels| self.image(channels, sides);
         // Normalized and activated, before each convolution; the output of the first one.
         let inside = 2 * image(inputs) + 3 * image(outputs);
         self.block(inside, image(outputs));
-        if let Some(level) = attends {
-            let (inside, output) = self.attention(level, outputs, sides);
+        if let Some((level, layers)) = attends {
+            let (inside, output) = self.attention(level, layers, outputs, sides);
             self.block(inside, output);
         }
     }
 
     /// The elements that a transformer keeps inside, and its output.
-    fn attention(&self, level: usize, channels: i64, sides: [i64; 2]) -> (i64, i64) {
+    fn attention(&self, level: usize, layers: i64, channels: i64, sides: [i64; 2]) -> (i64, i64) {
         let sequence = self.image(channels, sides);
         let text = self.pass.samples * self.pass.tokens * channels;
         let heads = self.config.attention_head_dim.at(level);
@@ -118,7 +123,6 @@ impl Sum<'_> {
         // Inputs of linear layers: normalized three times, and the gated product.
         let inputs = if self.pass.trained { 3 + 4 } else { 0 };
         let layer = (attended + inputs) * sequence + 2 * text + sums;
-        let layers = self.config.transformer_layers_per_block.at(level);
         // Normalized, and projected; the output.
         (2 * sequence + layers * layer, sequence)
     }

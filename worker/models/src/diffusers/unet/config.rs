@@ -43,7 +43,7 @@ pub struct UNetConfig {
     pub freq_shift: i64,
     /// `DownBlock2D` or `CrossAttnDownBlock2D`, from the highest resolution to the lowest.
     pub down_block_types: Vec<String>,
-    /// `UNetMidBlock2DCrossAttn`, or none.
+    /// `UNetMidBlock2DCrossAttn`; `UNetMidBlock2D`, which is one residual block; or none.
     pub mid_block_type: Option<String>,
     /// `UpBlock2D` or `CrossAttnUpBlock2D`, from the lowest resolution to the highest.
     pub up_block_types: Vec<String>,
@@ -68,7 +68,9 @@ pub struct UNetConfig {
     /// Width of the text embeddings.
     pub cross_attention_dim: PerBlock<i64>,
     /// Transformer blocks in each attention.
-    pub transformer_layers_per_block: PerBlock<i64>,
+    pub transformer_layers_per_block: TransformerLayers,
+    /// Those of the up blocks, from the lowest resolution to the highest, where they differ from the down blocks'.
+    pub reverse_transformer_layers_per_block: Option<Vec<PerBlock<i64>>>,
     /// Numbers of **heads**; the name is diffusers' mistake, kept for compatibility.
     pub attention_head_dim: PerBlock<i64>,
     /// Whether attention's projections are linear layers instead of 1×1 convolutions.
@@ -134,7 +136,8 @@ impl Default for UNetConfig {
             norm_num_groups: Some(32),
             norm_eps: 1e-5,
             cross_attention_dim: PerBlock::One(1280),
-            transformer_layers_per_block: PerBlock::One(1),
+            transformer_layers_per_block: TransformerLayers::Same(1),
+            reverse_transformer_layers_per_block: None,
             attention_head_dim: PerBlock::One(8),
             use_linear_projection: false,
             class_embed_type: None,
@@ -155,6 +158,27 @@ impl Default for UNetConfig {
 }
 
 const MID_BLOCK: &str = "UNetMidBlock2DCrossAttn";
+const MID_RESIDUAL: &str = "UNetMidBlock2D";
+
+/// Numbers of transformer blocks: the same for all attentions, or for each block of the U-Net the same for its attentions or one for
+/// each of them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TransformerLayers {
+    /// The same for all.
+    Same(i64),
+    /// For each block.
+    PerBlock(Vec<PerBlock<i64>>),
+}
+
+impl TransformerLayers {
+    fn at(&self, block: usize, attention: usize) -> i64 {
+        match self {
+            Self::Same(layers) => *layers,
+            Self::PerBlock(blocks) => blocks[block].at(attention),
+        }
+    }
+}
 
 /// How a sample's class is embedded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,6 +228,64 @@ impl UNetConfig {
     /// Whether an up block attends to the text; counted from the lowest resolution.
     pub(crate) fn attends_up(&self, block: usize) -> bool {
         self.up_block_types[block] == "CrossAttnUpBlock2D"
+    }
+
+    /// Transformer blocks of an attention of a down block, counted from the highest resolution.
+    pub(crate) fn layers_down(&self, block: usize, attention: usize) -> i64 {
+        self.transformer_layers_per_block.at(block, attention)
+    }
+
+    /// Those of the middle block's attention, if it has one.
+    pub(crate) fn layers_middle(&self) -> Option<i64> {
+        let last = self.block_out_channels.len() - 1;
+        let attends = self.mid_block_type.as_deref() == Some(MID_BLOCK);
+        attends.then(|| self.transformer_layers_per_block.at(last, 0))
+    }
+
+    /// Those of an attention of an up block, counted from the lowest resolution.
+    pub(crate) fn layers_up(&self, block: usize, attention: usize) -> i64 {
+        match &self.reverse_transformer_layers_per_block {
+            Some(blocks) => blocks[block].at(attention),
+            None => {
+                let last = self.block_out_channels.len() - 1;
+                self.transformer_layers_per_block.at(last - block, attention)
+            }
+        }
+    }
+
+    /// The numbers of transformer blocks that are missing, one line for each.
+    fn missing_layers(&self) -> Vec<String> {
+        let blocks = self.block_out_channels.len();
+        let key = "transformer_layers_per_block";
+        let levels = self.layers_per_block.fits(blocks);
+        let down = |block: usize| if levels { self.layers_per_block.at(block) } else { 0 };
+        let up = |block: usize| down(blocks - 1 - block) + 1;
+        let missing = |key: &str, given: &[PerBlock<i64>], attentions: &dyn Fn(usize) -> i64| {
+            if given.len() != blocks {
+                return vec![format!("`{key}` must be one value or one for each of the {blocks} blocks")];
+            }
+            let short = |(block, layers): (usize, &PerBlock<i64>)| match layers {
+                PerBlock::Each(layers) if (layers.len() as i64) < attentions(block) => Some(format!(
+                    "`{key}` has {} numbers for block {block}; it needs {}",
+                    layers.len(),
+                    attentions(block)
+                )),
+                _ => None,
+            };
+            given.iter().enumerate().filter_map(short).collect()
+        };
+        let mut problems = Vec::new();
+        if let TransformerLayers::PerBlock(given) = &self.transformer_layers_per_block {
+            problems.extend(missing(key, given, &down));
+            let nested = given.iter().any(|layers| matches!(layers, PerBlock::Each(_)));
+            if nested && self.reverse_transformer_layers_per_block.is_none() {
+                problems.push(format!("`reverse_{key}` is missing, which lists in `{key}` need"));
+            }
+        }
+        if let Some(given) = &self.reverse_transformer_layers_per_block {
+            problems.extend(missing(&format!("reverse_{key}"), given, &up));
+        }
+        problems
     }
 
     /// How classes are embedded, if there are some.
@@ -257,16 +339,18 @@ impl UNetConfig {
             ("layers_per_block", self.layers_per_block.fits(blocks)),
             ("attention_head_dim", self.attention_head_dim.fits(blocks)),
             ("cross_attention_dim", self.cross_attention_dim.fits(blocks)),
-            ("transformer_layers_per_block", self.transformer_layers_per_block.fits(blocks)),
             ("only_cross_attention", self.only_cross_attention.fits(blocks)),
         ] {
             require(fits, format!("`{key}` must be one value or one for each of the {blocks} blocks"));
         }
+        for problem in self.missing_layers() {
+            require(false, problem);
+        }
         let only = [
             (
                 "mid_block_type",
-                self.mid_block_type.as_deref().is_none_or(|name| name == MID_BLOCK),
-                MID_BLOCK,
+                self.mid_block_type.as_deref().is_none_or(|name| [MID_BLOCK, MID_RESIDUAL].contains(&name)),
+                "UNetMidBlock2DCrossAttn and UNetMidBlock2D",
             ),
             ("act_fn", ["silu", "swish"].contains(&self.act_fn.as_str()), "silu"),
             ("time_embedding_type", self.time_embedding_type == "positional", "positional"),
@@ -325,6 +409,16 @@ mod tests {
             ),
             (r#"{"encoder_hid_dim_type": "ip_image_proj"}"#, "encoder_hid_dim_type"),
             (r#"{"time_cond_proj_dim": 256}"#, "time_cond_proj_dim"),
+            (
+                r#"{"transformer_layers_per_block": [1, [1, 1], 1, 1]}"#,
+                "reverse_transformer_layers_per_block",
+            ),
+            (r#"{"transformer_layers_per_block": [1, 1]}"#, "transformer_layers_per_block"),
+            (
+                r#"{"reverse_transformer_layers_per_block": [[4, 4], 1, 1, 1]}"#,
+                "`reverse_transformer_layers_per_block` has 2 numbers for block 0; it needs 3",
+            ),
+            (r#"{"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}"#, "mid_block_type"),
             (r#"{"block_out_channels": [320, 640]}"#, "down_block_types"),
             (r#"{"addition_embed_type": "text_time"}"#, "addition_time_embed_dim"),
             (r#"{"attention_head_dim": [5, 10]}"#, "attention_head_dim"),

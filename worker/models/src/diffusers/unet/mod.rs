@@ -10,7 +10,7 @@ use tch::Tensor;
 
 pub use self::{
     activations::{Kept, Pass},
-    config::{SampleSize, UNetConfig},
+    config::{SampleSize, TransformerLayers, UNetConfig},
     inputs::UNetInputs,
 };
 use self::{
@@ -49,8 +49,7 @@ struct UpBlock {
 
 struct Middle {
     first: Recomputed<Resnet>,
-    transformer: Recomputed<Transformer>,
-    last: Recomputed<Resnet>,
+    attending: Option<(Recomputed<Transformer>, Recomputed<Resnet>)>,
 }
 
 /// Halves height and width.
@@ -92,10 +91,10 @@ impl UNet {
             scale_factor,
         };
         // Up blocks are counted from the lowest resolution in the file, from the highest here.
-        let transformer = |level: usize, only_cross: bool| TransformerShape {
+        let transformer = |level: usize, layers: i64, only_cross: bool| TransformerShape {
             channels: channels[level],
             heads: config.attention_head_dim.at(level),
-            layers: config.transformer_layers_per_block.at(level),
+            layers,
             text_width: config.cross_attention_dim.at(level),
             groups,
             linear: config.use_linear_projection,
@@ -110,11 +109,12 @@ impl UNet {
         for (level, outputs) in channels.iter().copied().enumerate() {
             let mut scope = scope.child(format!("down_blocks.{level}"));
             let (mut resnets, mut transformers) = (Vec::new(), Vec::new());
-            for index in 0..config.layers_per_block.at(level) {
+            for index in 0..config.layers_per_block.at(level) as usize {
                 let shape = resnet(inputs, outputs, 1.0);
                 resnets.push(residual(scope.child(format!("resnets.{index}")), shape));
                 if config.attends_down(level) {
-                    let shape = transformer(level, config.only_cross_attention.at(level));
+                    let layers = config.layers_down(level, index);
+                    let shape = transformer(level, layers, config.only_cross_attention.at(level));
                     transformers.push(attending(scope.child(format!("attentions.{index}")), shape));
                 }
                 inputs = outputs;
@@ -136,8 +136,11 @@ impl UNet {
             let shape = resnet(inputs, inputs, config.mid_block_scale_factor);
             Middle {
                 first: residual(scope.child("resnets.0"), shape),
-                transformer: attending(scope.child("attentions.0"), transformer(last, false)),
-                last: residual(scope.child("resnets.1"), shape),
+                attending: config.layers_middle().map(|layers| {
+                    let shapes = transformer(last, layers, false);
+                    let transformer = attending(scope.child("attentions.0"), shapes);
+                    (transformer, residual(scope.child("resnets.1"), shape))
+                }),
             }
         });
 
@@ -146,11 +149,12 @@ impl UNet {
             let mut scope = scope.child(format!("up_blocks.{place}"));
             let outputs = channels[level];
             let (mut resnets, mut transformers) = (Vec::new(), Vec::new());
-            for index in 0..=config.layers_per_block.at(level) {
+            for index in 0..=config.layers_per_block.at(level) as usize {
                 let shape = resnet(inputs + skips.pop().unwrap_or(0), outputs, 1.0);
                 resnets.push(residual(scope.child(format!("resnets.{index}")), shape));
                 if config.attends_up(place) {
-                    let shape = transformer(level, config.only_cross_attention.at(level));
+                    let layers = config.layers_up(place, index);
+                    let shape = transformer(level, layers, config.only_cross_attention.at(level));
                     transformers.push(attending(scope.child(format!("attentions.{index}")), shape));
                 }
                 inputs = outputs;
@@ -204,8 +208,14 @@ impl UNet {
             }
         }
         if let Some(middle) = &self.middle {
-            x = context.step(&x, &middle.first, Some(&middle.transformer));
-            x = context.step(&x, &middle.last, None);
+            x = context.step(
+                &x,
+                &middle.first,
+                middle.attending.as_ref().map(|(transformer, _)| transformer),
+            );
+            if let Some((_, last)) = &middle.attending {
+                x = context.step(&x, last, None);
+            }
         }
         Encoded { bottleneck: x, skips }
     }
