@@ -233,6 +233,17 @@ pub struct Assignment {
     pub source: Source,
     /// Whether this generation scores the teacher before it trains.
     pub evaluate_teacher: bool,
+    /// What exists already.
+    pub existing: Existing,
+}
+
+/// What a generation does not make again where it starts there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Existing {
+    /// The iteration after which the student was scored last.
+    pub evaluated: Option<u64>,
+    /// The iteration of the newest checkpoint.
+    pub saved: Option<u64>,
 }
 
 /// The coordinator's request to a whole generation, on whose execution its ranks agree over the control lane.
@@ -261,8 +272,8 @@ pub enum ToWorker {
         storage_url: String,
         /// Time between two heartbeats.
         heartbeat_millis: u64,
-        /// Timeout of one collective.
-        collective_timeout_millis: u64,
+        /// How long the ranks of a generation may take to meet.
+        joining_timeout_millis: u64,
         /// How long to continue without a coordinator.
         patience_millis: u64,
         /// The coordinator's name, which its storage holds too.
@@ -537,7 +548,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 specification,
                 storage_url,
                 heartbeat_millis,
-                collective_timeout_millis,
+                joining_timeout_millis,
                 patience_millis,
                 coordinator,
             } => Kind::Welcome(wire::Welcome {
@@ -545,7 +556,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 specification,
                 storage_url,
                 heartbeat_millis,
-                collective_timeout_millis,
+                joining_timeout_millis,
                 patience_millis,
                 coordinator,
             }),
@@ -556,6 +567,8 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 first_micro_batch: a.micro_batches.first,
                 micro_batches: a.micro_batches.count,
                 evaluate_teacher: a.evaluate_teacher,
+                evaluated: a.existing.evaluated,
+                saved: a.existing.saved,
                 source: Some(match a.source {
                     Source::Fresh => wire::assignment::Source::Fresh(wire::Fresh {}),
                     Source::Checkpoint { manifest_key } => {
@@ -601,7 +614,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                 specification: m.specification,
                 storage_url: m.storage_url,
                 heartbeat_millis: m.heartbeat_millis,
-                collective_timeout_millis: m.collective_timeout_millis,
+                joining_timeout_millis: m.joining_timeout_millis,
                 patience_millis: m.patience_millis,
                 coordinator: m.coordinator,
             },
@@ -625,6 +638,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     micro_batches: MicroBatches { first: m.first_micro_batch, count: m.micro_batches },
                     source,
                     evaluate_teacher: m.evaluate_teacher,
+                    existing: Existing { evaluated: m.evaluated, saved: m.saved },
                 })
             }
             Kind::Abandon(m) => ToWorker::Abandon { generation: Generation(m.generation), reason: m.reason },
@@ -694,6 +708,7 @@ mod tests {
                 micro_batches: MicroBatches { first: 2, count: 3 },
                 source,
                 evaluate_teacher: true,
+                existing: Existing { evaluated: Some(0), saved: Some(4) },
             });
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
         }

@@ -67,7 +67,7 @@ fn to_workers() -> Vec<Vec<u8>> {
             specification: "[teacher]".into(),
             storage_url: "file:///storage".into(),
             heartbeat_millis: 100,
-            collective_timeout_millis: 100,
+            joining_timeout_millis: 100,
             patience_millis: 100,
             coordinator: "c".into(),
         }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use potstill_proto::{
     cursor::{Cursor, Generation},
-    message::{Assignment, Source},
+    message::{Assignment, Existing, Source},
     micro_batches::MicroBatches,
 };
 
@@ -81,6 +81,7 @@ impl Plan {
         generation: Generation,
         micro_batches: u32,
         evaluate_teacher: bool,
+        existing: Existing,
     ) -> impl Iterator<Item = (StreamId, Assignment)> {
         let world_size = self.world_size();
         (0u32..).zip(&self.ranks).map(move |(rank, stream)| {
@@ -91,6 +92,7 @@ impl Plan {
                 micro_batches: MicroBatches::share(micro_batches, rank, world_size),
                 source: self.source.clone(),
                 evaluate_teacher,
+                existing,
             };
             (*stream, assignment)
         })
@@ -177,7 +179,7 @@ mod tests {
     fn assignments_share_the_micro_batches() {
         let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
         let plan = plan(&members, 2, None);
-        let assigned: Vec<_> = plan.assignments(Generation(4), 5, true).collect();
+        let assigned: Vec<_> = plan.assignments(Generation(4), 5, true, Existing::default()).collect();
         let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
         for (_, a) in &assigned {

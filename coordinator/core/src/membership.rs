@@ -101,6 +101,12 @@ impl Member {
         self.ready && self.leaving.is_none() && self.barred.is_none()
     }
 
+    /// Whether it has loaded what the run reads.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
     /// Why it leaves, once it has announced that.
     #[must_use]
     pub fn leaving(&self) -> Option<&str> {
@@ -120,6 +126,10 @@ pub struct Members {
     deadlines: BTreeSet<(Tick, StreamId)>,
     /// Those that get no place, and until when, soonest first.
     barred: BTreeSet<(Tick, StreamId)>,
+    /// How many have not yet loaded what the run reads.
+    loading: u32,
+    /// When one of these last made progress.
+    load_moved: Tick,
 }
 
 impl Members {
@@ -133,6 +143,8 @@ impl Members {
             eligible: BTreeSet::new(),
             deadlines: BTreeSet::new(),
             barred: BTreeSet::new(),
+            loading: 0,
+            load_moved: Tick::default(),
         }
     }
 
@@ -162,6 +174,7 @@ impl Members {
             deadline,
         };
         member.hold(held.unwrap_or_default());
+        self.loading += 1;
         self.by_stream.entry(stream).or_insert(member)
     }
 
@@ -176,9 +189,33 @@ impl Members {
         Some(member)
     }
 
+    /// A worker has completed this number of units of work.
+    pub fn progressed(&mut self, now: Tick, stream: StreamId, progress: u64) {
+        let Some(member) = self.by_stream.get_mut(&stream) else { return };
+        if member.progress != progress {
+            (member.progress, member.moved) = (progress, now);
+            if !member.ready {
+                self.load_moved = now;
+            }
+        }
+    }
+
+    /// How many have not yet loaded what the run reads.
+    #[must_use]
+    pub fn loading(&self) -> u32 {
+        self.loading
+    }
+
+    /// When a worker that loads last made progress.
+    #[must_use]
+    pub fn load_moved(&self) -> Tick {
+        self.load_moved
+    }
+
     /// A worker has loaded what the run reads.
     pub fn set_ready(&mut self, stream: StreamId) {
         if let Some(member) = self.by_stream.get_mut(&stream) {
+            self.loading -= u32::from(!member.ready);
             member.ready = true;
             if member.is_eligible() {
                 self.eligible.insert(stream);
@@ -227,6 +264,7 @@ impl Members {
     pub fn remove(&mut self, stream: StreamId) -> Option<Member> {
         let member = self.by_stream.remove(&stream)?;
         self.by_id.remove(member.id());
+        self.loading -= u32::from(!member.ready);
         self.eligible.remove(&stream);
         self.deadlines.remove(&(member.deadline, stream));
         if let Some(until) = member.barred {

@@ -39,9 +39,9 @@ pub struct Timeouts {
     /// A worker whose heartbeats show no progress for this long hangs. Four times the timeout for silence: one unit of
     /// work, such as a micro-batch, may take a while.
     pub hang_millis: u64,
-    /// Timeout of one collective: longer than it takes to find the peer that is dead or hangs, so that the coordinator
-    /// reports it first.
-    pub collective_millis: u64,
+    /// How long the ranks of a generation may take to meet: longer than it takes to find the one that is dead or hangs,
+    /// so that the coordinator reports it first.
+    pub joining_millis: u64,
     /// How long to wait for workers.
     pub wait_millis: u64,
 }
@@ -56,7 +56,7 @@ impl Timeouts {
             unknown_millis: millis(failure / 3),
             dead_millis: millis(failure),
             hang_millis: millis(failure * 4),
-            collective_millis: millis(failure * 6),
+            joining_millis: millis(failure * 6),
             wait_millis: millis(wait),
         }
     }

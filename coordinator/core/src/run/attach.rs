@@ -78,7 +78,7 @@ impl Core {
                 specification: self.specification.clone(),
                 storage_url: self.storage_url.clone(),
                 heartbeat_millis: self.terms.timeouts.heartbeat_millis,
-                collective_timeout_millis: self.terms.timeouts.collective_millis,
+                joining_timeout_millis: self.terms.timeouts.joining_millis,
                 patience_millis: self.terms.timeouts.wait_millis,
                 coordinator: self.coordinator.clone(),
             },
@@ -234,7 +234,10 @@ impl Core {
                     settling.reason = lost;
                 }
             }
-            Stage::Gathering(_) => self.recount(actions),
+            Stage::Gathering(gathering) => {
+                gathering.failed_loads += u32::from(!member.is_ready());
+                self.recount(actions);
+            }
             Stage::Ended(_) => {}
         }
     }

@@ -208,7 +208,7 @@ impl Core {
         self.end(Outcome::Failed { reason }, actions);
     }
 
-    fn end(&mut self, outcome: Outcome, actions: &mut Actions) {
+    pub(super) fn end(&mut self, outcome: Outcome, actions: &mut Actions) {
         if matches!(self.stage, Stage::Ended(_)) {
             return;
         }

@@ -4,14 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use potstill_proto::{
     cursor::Cursor,
-    message::{Place, Source, ToWorker},
+    message::{Existing, Place, Source, ToWorker},
 };
 
 use super::{
-    Actions, Cause, Core, FAILED_STARTS, Gathering, Settling, Stage, Training, log,
+    Actions, Cause, Core, FAILED_LOADS, FAILED_STARTS, Gathering, Settling, Stage, Training, log,
     newcomers::FAILED_WITH_ALL, seconds, send,
 };
-use crate::{Action, StreamId, Tick, assignment, observation::Observation, record::Record};
+use crate::{
+    Action, StreamId, Tick, assignment,
+    observation::{Observation, Outcome},
+    record::Record,
+};
+
+/// After the last checkpoint only pictures are left: so many generations may try to make them.
+const MOST_CLOSING: u32 = 3;
 
 /// Why a run does not start from the teacher.
 const NOTHING_TO_CONTINUE: &str = "every checkpoint of this run is damaged or gone, and no worker holds its state: restore \
@@ -154,17 +161,8 @@ impl Core {
                         self.open(reason, actions);
                     }
                 }
-                None if gathering.short_since.after(self.terms.timeouts.wait_millis) <= self.now => {
-                    let sent_away =
-                        self.sent_away.as_deref().map(|why| format!("; {why}")).unwrap_or_default();
-                    let reason = format!(
-                        "{} of the {} workers it needs were attached for {:.1} s ({}{sent_away}): start more workers, lower \
-                         cluster.min_workers or raise cluster.wait_timeout",
-                        self.members.count(),
-                        self.terms.min_workers,
-                        seconds(self.now.0 - gathering.short_since.0),
-                        gathering.reason
-                    );
+                None if self.gathered_by(gathering) <= self.now => {
+                    let reason = self.too_few(gathering);
                     self.fail(reason, actions);
                 }
                 None => {}
@@ -184,13 +182,7 @@ impl Core {
             self.members.iter().filter(|(_, m)| m.leaving().is_some()).map(|(stream, _)| stream).collect();
         if !leaving.is_empty() {
             // The ranks' places are over: the loss of one of them changes nothing any more.
-            self.stage = Stage::Gathering(Gathering {
-                short_since: self.now,
-                enough_since: None,
-                patient: false,
-                not_before: self.now,
-                reason: reason.clone(),
-            });
+            self.stage = Stage::Gathering(Gathering::since(self.now, reason.clone()));
             for stream in leaving {
                 self.let_go(stream, actions);
             }
@@ -236,6 +228,41 @@ impl Core {
         }
     }
 
+    /// When the run fails for lack of workers. One that loads what the run reads, and makes progress, is coming.
+    pub(super) fn gathered_by(&self, gathering: &Gathering) -> Tick {
+        let since = match gathering.failed_loads < FAILED_LOADS {
+            true => gathering.short_since.max(self.members.load_moved()),
+            false => gathering.short_since,
+        };
+        since.after(self.terms.timeouts.wait_millis)
+    }
+
+    /// Why the run fails for lack of workers.
+    fn too_few(&self, gathering: &Gathering) -> String {
+        let mut why = gathering.reason.clone();
+        if let Some(reason) = &self.sent_away {
+            why += &format!("; {reason}");
+        }
+        if gathering.failed_loads > 0 {
+            why += &format!("; {} workers were lost while they loaded", gathering.failed_loads);
+        }
+        for (_, member) in self.members.iter().filter(|(_, member)| !member.is_ready()).take(1) {
+            let still = seconds(self.now.0 - member.moved.0);
+            why += &format!(
+                "; worker {} is {}, without progress for {still:.1} s",
+                member.describe(),
+                member.activity
+            );
+        }
+        format!(
+            "{} of the {} workers it needs were attached for {:.1} s ({why}): start more workers, lower cluster.min_workers or \
+             raise cluster.wait_timeout",
+            self.members.count(),
+            self.terms.min_workers,
+            seconds(self.now.0 - gathering.short_since.0),
+        )
+    }
+
     fn open_or_gather(&mut self, reason: String, actions: &mut Actions) {
         if self.members.count() >= self.terms.min_workers {
             self.open(reason, actions);
@@ -249,15 +276,7 @@ impl Core {
         if let Some(stop) = self.stop.clone() {
             return self.stop_without_generation(stop, actions);
         }
-        let short_since = self.now;
-        let not_before = self.now;
-        self.stage = Stage::Gathering(Gathering {
-            short_since,
-            enough_since: None,
-            patient: false,
-            not_before,
-            reason,
-        });
+        self.stage = Stage::Gathering(Gathering::since(self.now, reason));
         self.recount(actions);
     }
 
@@ -267,7 +286,7 @@ impl Core {
         let Stage::Gathering(gathering) = &mut self.stage else { return };
         if have < need {
             if gathering.enough_since.take().is_some() {
-                gathering.short_since = now;
+                (gathering.short_since, gathering.failed_loads) = (now, 0);
             }
         } else {
             gathering.enough_since.get_or_insert(now);
@@ -293,7 +312,13 @@ impl Core {
             )
         } else {
             let (need, patience) = (self.terms.min_workers, seconds(timeouts.wait_millis));
-            format!("{reason}: {have} of {need} workers; the run fails after {patience:.1} s")
+            match self.members.loading() {
+                0 => format!("{reason}: {have} of {need} workers; the run fails after {patience:.1} s"),
+                loading => format!(
+                    "{reason}: {have} of {need} workers, and {loading} that load; the run fails after {patience:.1} s without \
+                     progress"
+                ),
+            }
         }
     }
 
@@ -303,6 +328,14 @@ impl Core {
         if plan.source == Source::Fresh && !self.from_teacher {
             return self.fail(NOTHING_TO_CONTINUE.to_owned(), actions);
         }
+        let last = self.terms.iterations;
+        if plan.start.cursor.iteration >= last && self.ledger.has(last) {
+            self.closing += 1;
+            if self.closing > MOST_CLOSING {
+                log(actions, format!("the run is complete; its last pictures are given up: {reason}"));
+                return self.end(Outcome::Succeeded { iteration: last }, actions);
+            }
+        }
         let world_size = plan.world_size();
         self.generation = self.generation.next();
         self.start = plan.start;
@@ -310,6 +343,7 @@ impl Core {
         let start = plan.start.cursor.iteration;
         let repeats = self.steps.finished().saturating_sub(start);
         self.repeated += repeats;
+        self.evaluated = self.evaluated.filter(|iteration| *iteration <= start);
 
         let mut of_rank = Vec::with_capacity(plan.ranks.len());
         for (rank, stream) in (0u32..).zip(&plan.ranks) {
@@ -351,8 +385,12 @@ impl Core {
             repeated: self.repeated,
             reason,
         }));
+        let existing = Existing {
+            evaluated: self.evaluated,
+            saved: self.ledger.newest().map(|checkpoint| checkpoint.iteration),
+        };
         for (stream, assignment) in
-            plan.assignments(generation, self.terms.micro_batches, self.evaluate_teacher)
+            plan.assignments(generation, self.terms.micro_batches, self.evaluate_teacher, existing)
         {
             send(actions, stream, ToWorker::Assignment(assignment));
         }

@@ -26,12 +26,8 @@ impl Core {
         match message {
             FromWorker::Heartbeat { generation, cursor, progress, activity, waiting } => {
                 let current = self.rank(stream).is_some() && generation == self.generation;
-                let now = self.now;
+                self.members.progressed(self.now, stream, progress);
                 if let Some(member) = self.members.get_mut(stream) {
-                    if member.progress != progress {
-                        member.moved = now;
-                    }
-                    member.progress = progress;
                     member.activity = activity;
                     member.cursor = cursor;
                     member.waiting = waiting;
@@ -220,6 +216,8 @@ impl Core {
         if evaluation.of_teacher {
             self.evaluate_teacher = false;
             self.teacher_diversity = evaluation.scores.diversity;
+        } else {
+            self.evaluated = Some(evaluation.iteration);
         }
         let collapse = self.collapse(&evaluation);
         actions.push(Action::Persist(Record::Evaluated(evaluation)));

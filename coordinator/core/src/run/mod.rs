@@ -32,6 +32,8 @@ use crate::{
 /// The run fails when this number of generations in a row have failed before they finished an iteration, for as long as it
 /// would wait for workers.
 const FAILED_STARTS: u32 = 8;
+/// While the run waits for workers, one that loads counts as coming, until this number of them were lost while they loaded.
+const FAILED_LOADS: u32 = 8;
 
 /// What a coordinator knows of its run when it starts.
 #[derive(Clone, Debug)]
@@ -76,6 +78,8 @@ pub struct Core {
     evaluate_teacher: bool,
     /// Of the teacher, once it was scored.
     teacher_diversity: Option<f64>,
+    /// The iteration after which the state that the run now has was scored last.
+    evaluated: Option<u64>,
     /// [`Evaluation::order`](crate::record::Evaluation::order) of the newest evaluation in the journal.
     scored: Option<(Generation, u64, bool)>,
 
@@ -107,6 +111,10 @@ pub struct Core {
     /// Generations in a row that ended in a failed collective before they finished an iteration, and since when.
     failed_starts: u32,
     failing_since: Tick,
+    /// What ranks were doing when they hung, and how often, and the number of finished iterations at that time.
+    hangs: (u64, BTreeMap<String, u32>),
+    /// Generations that were opened after the last checkpoint was committed.
+    closing: u32,
     stage: Stage,
     steps: Steps,
     /// Iterations that were computed again, over the whole run.
@@ -151,6 +159,8 @@ struct Reattaching {
 struct Gathering {
     /// Since when workers are too few.
     short_since: Tick,
+    /// Workers lost since then, while they loaded what the run reads.
+    failed_loads: u32,
     /// Since when there are enough to start with.
     enough_since: Option<Tick>,
     /// Whether to wait a while for more than `min_workers`: only before the first generation.
@@ -159,6 +169,20 @@ struct Gathering {
     not_before: Tick,
     /// Why there is no generation.
     reason: String,
+}
+
+impl Gathering {
+    /// Workers are awaited since `now`.
+    fn since(now: Tick, reason: String) -> Self {
+        Self {
+            short_since: now,
+            failed_loads: 0,
+            enough_since: None,
+            patient: false,
+            not_before: now,
+            reason,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -267,6 +291,7 @@ impl Core {
             resumed: !history.is_empty(),
             evaluate_teacher: teacher_diversity.is_none() && terms.scored,
             teacher_diversity,
+            evaluated: None,
             scored: history.iter().rev().find_map(|record| match record {
                 Record::Evaluated(evaluation) => Some(evaluation.order()),
                 _ => None,
@@ -286,12 +311,11 @@ impl Core {
             unsure: None,
             failed_starts: 0,
             failing_since: Tick::default(),
+            hangs: (0, BTreeMap::new()),
+            closing: 0,
             stage: Stage::Gathering(Gathering {
-                short_since: Tick::default(),
-                enough_since: None,
                 patient: true,
-                not_before: Tick::default(),
-                reason: "the run starts".into(),
+                ..Gathering::since(Tick::default(), "the run starts".into())
             }),
             steps: Steps::new(terms.micro_batches, terms.micro_batch, start),
             terms,
@@ -350,7 +374,7 @@ impl Core {
                 let due = if patient { since.after(self.terms.timeouts.dead_millis) } else { *since };
                 Some(due.max(gathering.not_before))
             }
-            Stage::Gathering(gathering) => Some(gathering.short_since.after(self.terms.timeouts.wait_millis)),
+            Stage::Gathering(gathering) => Some(self.gathered_by(gathering)),
         };
         [stage, self.members.next_deadline()].into_iter().flatten().min()
     }

@@ -115,13 +115,7 @@ impl Core {
         if missing > 0 && !late {
             return;
         }
-        let empty = Stage::Gathering(Gathering {
-            short_since: self.now,
-            enough_since: None,
-            patient: false,
-            not_before: self.now,
-            reason: String::new(),
-        });
+        let empty = Stage::Gathering(Gathering::since(self.now, String::new()));
         let Stage::Reattaching(reattaching) = std::mem::replace(&mut self.stage, empty) else {
             return;
         };

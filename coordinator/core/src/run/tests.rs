@@ -374,6 +374,79 @@ fn a_worker_that_brings_state_is_the_source() {
     assert_eq!(source(&actions), Source::Peer { rank: 0 });
 }
 
+#[test]
+fn a_worker_that_loads_and_makes_progress_is_coming() {
+    let mut world = World::new(setup(2, 2));
+    world.attach(0);
+    world.step(Event::Attached { stream: StreamId(1), hello: hello("slow") });
+    let beats = |world: &mut World, millis: u64, moves: bool| {
+        let (end, mut actions) = (world.now + millis, Vec::new());
+        while world.now < end {
+            world.now = end.min(world.now + DEAD / 10);
+            actions.extend(world.says(0, heartbeat(0, Cursor::default())));
+            let (generation, cursor) = (Generation(0), Cursor::default());
+            let progress = if moves { world.now } else { 7 };
+            let activity = "embedding prompts".into();
+            let message = FromWorker::Heartbeat { generation, cursor, progress, activity, waiting: false };
+            actions.extend(world.says(1, message));
+        }
+        actions
+    };
+    assert!(outcome(&beats(&mut world, 5 * WAIT, true)).is_none());
+    let status = world.core.status();
+    assert!(status.reason.contains("1 of 2 workers, and 1 that load"), "{}", status.reason);
+    // From its last progress on, it is awaited as long as any other.
+    assert!(outcome(&beats(&mut world, WAIT - DEAD, false)).is_none());
+    let reason = failure(&beats(&mut world, 2 * DEAD, false));
+    for part in ["1 of the 2 workers", "slow", "is embedding prompts, without progress for 5.0 s"] {
+        assert!(reason.contains(part), "{part}: {reason}");
+    }
+}
+
+#[test]
+fn workers_that_die_while_they_load_are_not_awaited_for_ever() {
+    let mut world = World::new(setup(1, 1));
+    let mut actions = Vec::new();
+    for n in 0..100 {
+        world.step(Event::Attached { stream: StreamId(n), hello: hello(&format!("w{n}")) });
+        world.now += DEAD / 2;
+        let (generation, cursor) = (Generation(0), Cursor::default());
+        let (progress, activity) = (n + 1, "loading".into());
+        actions.extend(
+            world.says(n, FromWorker::Heartbeat { generation, cursor, progress, activity, waiting: false }),
+        );
+        actions.extend(world.close(n));
+        if outcome(&actions).is_some() {
+            break;
+        }
+    }
+    let reason = failure(&actions);
+    assert!(reason.contains("were lost while they loaded"), "{reason}");
+}
+
+#[test]
+fn the_student_is_not_scored_twice_after_the_same_iteration() {
+    let mut setup = setup(1, 2);
+    setup.terms.scored = true;
+    let mut world = World::new(setup);
+    world.attach(0);
+    world.attach(1);
+    for iteration in 0..2 {
+        world.report(0, iteration);
+        world.report(1, iteration);
+    }
+    world.says(0, FromWorker::Evaluation(scored(Subject::Student, 2, None)));
+    world.close(1);
+    let actions = world.later(MOMENT);
+    let of = |actions: &[Action]| assignments(actions)[0].1.existing.evaluated;
+    assert_eq!(of(&actions), Some(2));
+    // All that had this state are gone: what is computed again is another state, and is scored again.
+    world.close(0);
+    world.later(MOMENT);
+    let actions = world.attach(2);
+    assert_eq!(of(&actions), None);
+}
+
 /// An evaluation by the first generation in which only diversity was measured.
 fn scored(subject: Subject, iteration: u64, diversity: Option<f64>) -> Evaluation {
     let scores = Scores { diversity, ..Scores::default() };
@@ -1027,6 +1100,69 @@ fn a_rank_that_makes_progress_is_left_alone() {
     let actions = heartbeats(&mut world, 20 * DEAD, &[0, 1], &[]);
     assert!(abandoned(&actions).is_empty());
     assert_eq!(world.core.generation, Generation(1));
+}
+
+/// Lets time pass until the only rank is taken to hang at this work.
+fn hang(world: &mut World, stream: u64, work: &str) -> Vec<Action> {
+    let mut actions = Vec::new();
+    while world.core.rank(StreamId(stream)).is_some() && outcome(&actions).is_none() {
+        let (generation, cursor) = (world.core.generation, Cursor::default());
+        let activity = work.to_owned();
+        let beat = FromWorker::Heartbeat { generation, cursor, progress: 1, activity, waiting: false };
+        world.now += DEAD / 10;
+        actions.extend(world.says(stream, beat));
+    }
+    actions
+}
+
+#[test]
+fn ranks_that_hang_at_the_same_work_again_and_again_end_the_run() {
+    let mut world = World::training(1, 1);
+    for n in 0..4 {
+        assert!(outcome(&hang(&mut world, n, "training")).is_none());
+        world.attach(n + 1);
+    }
+    let reason = failure(&hang(&mut world, 4, "training"));
+    for part in ["hung 5 times", "training", "w4", "no progress for 4.", "cluster.failure_timeout"] {
+        assert!(reason.contains(part), "{part}: {reason}");
+    }
+}
+
+#[test]
+fn hangs_at_different_work_or_with_iterations_between_do_not_add_up() {
+    let mut world = World::training(1, 1);
+    for n in 1..=12u64 {
+        if n.is_multiple_of(4) {
+            world.report(n - 1, 0);
+        }
+        let work = if n.is_multiple_of(2) { "one" } else { "the other" };
+        assert!(outcome(&hang(&mut world, n - 1, work)).is_none());
+        world.attach(n);
+    }
+    assert_eq!(world.core.status().state(), wire::RunState::Training);
+}
+
+#[test]
+fn a_complete_run_does_not_fail_for_its_pictures() {
+    let mut world = World::training(1, 1);
+    for iteration in 0..ITERATIONS {
+        world.report(0, iteration);
+    }
+    world.receipt(0, ITERATIONS);
+    world.committed(ITERATIONS);
+    let mut actions = Vec::new();
+    for n in 1..=3 {
+        world.close(n - 1);
+        world.later(MOMENT);
+        actions = world.attach(n);
+        let [(_, assignment)] = &assignments(&actions)[..] else { panic!("no assignment {n}") };
+        assert_eq!(assignment.existing.saved, Some(ITERATIONS), "it is not written again");
+    }
+    assert!(outcome(&actions).is_none());
+    world.close(3);
+    world.later(MOMENT);
+    let actions = world.attach(4);
+    assert_eq!(outcome(&actions), Some(Outcome::Succeeded { iteration: ITERATIONS }));
 }
 
 // ------------------------------------------------------------------------------------------------ a successor

@@ -242,7 +242,7 @@ impl World {
     fn contributes(&mut self, process: usize) {
         let (generation, rank, world_size) = self.place(process);
         let of = &self.processes[process];
-        let (turn, flags, state) = (of.turn, of.flags, of.state);
+        let (flags, state) = (of.flags, of.state);
         let reducing = of.stage == Stage::Reducing;
         let group = self.groups.entry(generation.0).or_default();
         let mine = state.filter(|_| reducing);
@@ -259,13 +259,9 @@ impl World {
             self.breaks(format!("ranks of {generation} reduce different states: {mine:?}, {theirs:?}"));
         } else if broken {
             self.fails_soon(process);
-        } else {
-            // The collective's own timeout: a peer's end may not have been reported.
-            let bound = 6 * self.scenario.failure_millis;
-            self.plan(bound, Happening::Fails { process, turn, error: "timed out" });
-            if complete {
-                self.completes(generation.0);
-            }
+        } else if complete {
+            // It has no timeout of its own: the coordinator finds the rank that does not come.
+            self.completes(generation.0);
         }
     }
 
