@@ -8,6 +8,8 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use crate::pieces;
+
 /// SHA-256 of a file, or of a folder's files, hexadecimal. Of a folder the names and contents of `.json`, `.txt` and
 /// `.safetensors` files in it and in its sub-folders count, in the order of their paths; hidden files are left out.
 ///
@@ -66,6 +68,7 @@ fn add(hasher: &mut Sha256, path: &Path) -> io::Result<()> {
             0 => return Ok(()),
             n => hasher.update(&buffer[..n]),
         }
+        pieces::count();
     }
 }
 

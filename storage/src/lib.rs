@@ -39,6 +39,7 @@ mod faults;
 pub mod journal;
 pub mod layout;
 mod patience;
+pub mod pieces;
 pub mod retention;
 mod root;
 mod run;

@@ -9,7 +9,7 @@ use object_store::{ObjectStore, ObjectStoreExt, local::LocalFileSystem, path::Pa
 use tokio::io::AsyncWriteExt;
 
 use crate::{
-    Error,
+    Error, pieces,
     root::{Root, environment, shown},
 };
 
@@ -85,7 +85,9 @@ impl Source {
     pub async fn read(&self, name: &str) -> Result<Bytes, Error> {
         let path = self.path_of(name);
         let got = self.store.get(&path).await.map_err(|source| self.failed("read", source))?;
-        got.bytes().await.map_err(|source| self.failed("read", source))
+        let bytes = got.bytes().await.map_err(|source| self.failed("read", source))?;
+        pieces::count();
+        Ok(bytes)
     }
 
     /// Copies one of the listed objects to a local file, piece by piece.
@@ -103,6 +105,7 @@ impl Source {
         let mut pieces = got.into_stream();
         while let Some(piece) = pieces.try_next().await.map_err(failed)? {
             file.write_all(&piece).await.map_err(local)?;
+            pieces::count();
         }
         file.sync_all().await.map_err(local)
     }

@@ -356,6 +356,10 @@ bool potstill_group_nccl(const uint8_t* image, size_t length, const potstill_sto
   });
 }
 
+bool potstill_group_set_timeout(const potstill_group* group, int64_t timeout_ms, potstill_error* error) {
+  return failed(error, [&] { group->backend->setTimeout(milliseconds(timeout_ms)); });
+}
+
 bool potstill_group_abort(const potstill_group* group, potstill_error* error) {
   return failed(error, [&] { group->backend->abort(); });
 }

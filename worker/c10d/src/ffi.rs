@@ -108,6 +108,7 @@ unsafe extern "C" {
         out: *mut *mut Group,
         error: *mut ErrorText,
     ) -> bool;
+    pub fn potstill_group_set_timeout(group: *const Group, timeout_ms: i64, error: *mut ErrorText) -> bool;
     pub fn potstill_group_abort(group: *const Group, error: *mut ErrorText) -> bool;
     pub fn potstill_group_free(group: *mut Group, orderly: bool);
 

@@ -75,7 +75,7 @@ struct Inner {
     aborted: AtomicBool,
     failed: AtomicBool,
     /// The timeout of each operation.
-    timeout: Duration,
+    timeout: Mutex<Duration>,
 }
 
 // SAFETY: c10d's groups are bound to no thread. Issuing is serialized by `issued`; `abort` may run beside it,
@@ -98,7 +98,7 @@ impl ProcessGroup {
     ///
     /// With Gloo it waits until all have joined and connected, at most `timeout`; it cannot be aborted meanwhile, so
     /// run it on a thread that may block. With NCCL the first operation connects. `timeout` also bounds every operation
-    /// of the group.
+    /// of the group, until it gets [another](Self::set_timeout).
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`] when a peer did not join, [`ErrorKind::PeerLost`] when one has ended, the store's error,
@@ -163,9 +163,23 @@ impl ProcessGroup {
             issued: Mutex::new(0),
             aborted: AtomicBool::new(false),
             failed: AtomicBool::new(false),
-            timeout: bound,
+            timeout: Mutex::new(bound),
         };
         Ok(ProcessGroup { inner: Arc::new(inner) })
+    }
+
+    /// Bounds every operation that is issued from now on.
+    ///
+    /// # Errors
+    /// c10d's error.
+    pub fn set_timeout(&self, timeout: Duration) -> Result<(), Error> {
+        call(|error| {
+            // SAFETY: the group is alive as long as `self`.
+            unsafe { ffi::potstill_group_set_timeout(self.as_ptr(), milliseconds(timeout), error) }
+        })
+        .map_err(|cause| self.failure("set the timeout", cause))?;
+        *self.inner.timeout.lock().unwrap_or_else(PoisonError::into_inner) = timeout;
+        Ok(())
     }
 
     /// This process's rank in the group.
@@ -277,10 +291,11 @@ impl ProcessGroup {
                 .map_err(|error| self.failure("settle", error.to_string()))?;
             let work = self.all_reduce(&token, ReduceOp::Max)?;
             let started = Instant::now();
+            let timeout = *self.inner.timeout.lock().unwrap_or_else(PoisonError::into_inner);
             while !work.wait_for(LOOK)? {
                 self.ensure_not_aborted()?;
-                if started.elapsed() >= self.inner.timeout {
-                    return Err(self.failure("settle", format!("timed out after {:?}", self.inner.timeout)));
+                if started.elapsed() >= timeout {
+                    return Err(self.failure("settle", format!("timed out after {timeout:?}")));
                 }
             }
         }

@@ -22,6 +22,7 @@ fn rank() {
             "stopped" => stopped(&seat),
             "stopped_in_backward" => stopped_in_backward(&seat),
             "timeout" => timeout(&seat),
+            "late" => late(&seat),
             "no_peer_joins" => no_peer_joins(&seat),
             "waiting_beside" => waiting_beside(&seat),
             "strangers" => strangers(&seat),
@@ -208,7 +209,8 @@ fn a_collective_that_a_peer_never_joins_times_out() {
 }
 
 fn timeout(seat: &Seat) {
-    let group = seat.join("g1", Duration::from_secs(2));
+    let group = seat.join("g1", LONG);
+    group.set_timeout(Duration::from_secs(1)).expect("a timeout");
     if seat.rank == 1 {
         return be_absent();
     }
@@ -219,6 +221,32 @@ fn timeout(seat: &Seat) {
     let error = work.wait(None).expect_err("too late");
     assert_eq!(error.kind, ErrorKind::Timeout, "{error}");
     assert!(work.is_completed().expect("over"));
+}
+
+#[test]
+fn a_slow_peer_is_waited_for_as_long_as_the_timeout_says() {
+    let mut cluster = launch("late", 2);
+    assert_eq!(cluster.ranks[0].hear(), "waiting");
+    // The later rank first.
+    while let Some(rank) = cluster.ranks.pop() {
+        rank.finish();
+    }
+}
+
+fn late(seat: &Seat) {
+    const SHORT: Duration = Duration::from_millis(300);
+    let group = seat.join("g1", LONG);
+    group.set_timeout(SHORT).expect("a timeout");
+    group.set_timeout(LONG).expect("a timeout");
+    if seat.rank == 1 {
+        wait_for_test();
+    }
+    let work = all_reduce(&group).expect("issued");
+    if seat.rank == 0 {
+        assert!(!work.wait_for(2 * SHORT).expect("no failure yet"));
+        say("waiting");
+    }
+    work.wait(None).expect("both are there");
 }
 
 #[test]

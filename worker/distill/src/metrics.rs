@@ -43,30 +43,35 @@ impl Moments {
 }
 
 /// Improved precision and recall (1904.06991): the share of generated samples inside the k-nearest-neighbor manifold of
-/// the real ones, and the reverse. Features are [N, D] and [M, D]; both N and M exceed `k`.
+/// the real ones, and the reverse. Features are [N, D] and [M, D]; both N and M exceed `k`. `tell` is called often: with tens
+/// of thousands of features it takes minutes.
 #[must_use]
-pub fn precision_recall(real: &Tensor, generated: &Tensor, k: i64) -> (f64, f64) {
+pub fn precision_recall(real: &Tensor, generated: &Tensor, k: i64, tell: &mut dyn FnMut()) -> (f64, f64) {
     let (real, generated) = (real.to_kind(Kind::Double), generated.to_kind(Kind::Double));
-    (covered(&generated, &real, k), covered(&real, &generated, k))
+    (covered(&generated, &real, k, tell), covered(&real, &generated, k, tell))
 }
 
-/// Rows at a time, which bounds the memory of the distance matrix.
-const ROWS: i64 = 1024;
+/// Rows at a time, which bounds the memory of the distance matrix, and the time between two calls of `tell`.
+const ROWS: i64 = 128;
 
 /// Share of `points` that lie in at least one of the balls around `centres`, whose radii reach their k-th nearest
 /// neighbor.
-fn covered(points: &Tensor, centres: &Tensor, k: i64) -> f64 {
+fn covered(points: &Tensor, centres: &Tensor, k: i64, tell: &mut dyn FnMut()) -> f64 {
     let radii: Vec<Tensor> = centres
         .split(ROWS, 0)
         .iter()
-        // The nearest is the point itself.
-        .map(|rows| distances(rows, centres).kthvalue(k + 1, 1, false).0)
+        .map(|rows| {
+            tell();
+            // The nearest is the point itself.
+            distances(rows, centres).kthvalue(k + 1, 1, false).0
+        })
         .collect();
     let radii = Tensor::cat(&radii, 0);
     let inside: i64 = points
         .split(ROWS, 0)
         .iter()
         .map(|rows| {
+            tell();
             let inside = distances(rows, centres).le_tensor(&radii).any_dim(1, false);
             inside.sum(Kind::Int64).int64_value(&[])
         })
@@ -165,7 +170,7 @@ mod tests {
         };
         let (r, f) = (rows(&real), rows(&fake));
         for k in [1, 3, 5] {
-            let (precision, recall) = precision_recall(&real, &fake, k);
+            let (precision, recall) = precision_recall(&real, &fake, k, &mut || {});
             assert!((precision - share(&f, &r, k as usize)).abs() < 1e-12);
             assert!((recall - share(&r, &f, k as usize)).abs() < 1e-12);
         }

@@ -20,7 +20,7 @@ fn scores_agree_with_the_reference() {
         let fid = Moments::of(&real).frechet_distance(&Moments::of(&generated));
         println!("{case}: FID {fid}, expected {}", expected[0]);
         assert!((fid - expected[0]).abs() < 1e-3 * expected[0].max(1.0), "{case}: {fid}");
-        let (precision, recall) = precision_recall(&real, &generated, 3);
+        let (precision, recall) = precision_recall(&real, &generated, 3, &mut || {});
         assert_eq!([precision, recall], expected[1..], "{case}");
     }
 }

@@ -195,6 +195,7 @@ fn serve(
     };
     let host = host.to_string();
     let storage = service.storage.as_deref().unwrap_or(&terms.storage_url);
+    session.progress.set_activity("loading what the run reads");
     let job = match prepare(&terms, storage, &run_id, runtime, device) {
         Ok(job) => job,
         Err(error) => return give_up(&mut session, Generation::default(), error),
@@ -228,15 +229,8 @@ fn work(
         }
         // Several messages may have followed an interrupted generation; only the newest assignment counts.
         while let Some(assignment) = session.orders()?.assignment.take() {
-            let ending = run_generation(
-                job,
-                session,
-                holding,
-                &mut saving,
-                &assignment,
-                host,
-                terms.collective_timeout,
-            );
+            let ending =
+                run_generation(job, session, holding, &mut saving, &assignment, host, terms.joining_timeout);
             let (generation, cursor) = (assignment.generation, holding.cursor);
             match ending {
                 Ok(Ending::Finished) => session.send(FromWorker::Finished { generation, cursor }),

@@ -11,7 +11,7 @@ use super::{
     tally::Tally,
     tars,
 };
-use crate::data::protocol::Picture;
+use crate::{data::protocol::Picture, process::work};
 
 /// The requirements on images.
 #[derive(Clone, Copy)]
@@ -95,6 +95,7 @@ impl Collected {
             }
             Err(error) => self.tally.broken(format!("{name}: {error:#}")),
         }
+        work::complete();
     }
 
     /// Reorders the bytes from pixels to channels, as tensors have them.

@@ -7,8 +7,8 @@ use potstill_distill::metrics;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{digest_of, message, torch_script, trial_images};
-use crate::{data::protocol, model::Space};
+use super::torch_script::{at_a_time, digest_of, message, torch_script, trial_images};
+use crate::{data::protocol, model::Space, process::work};
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D],
 /// text embeddings [N, D]). The tokens are those of the model's first tokenizer: for SD 1.x, 2.x and SDXL OpenAI's
@@ -56,8 +56,19 @@ impl Clip {
     pub fn scores(&self, images: &Tensor, prompts: &Tensor) -> anyhow::Result<Tensor> {
         let known = self.space.evaluation_prompts().context("there are no prompts")?;
         let tokens = known.tokens(&Vec::try_from(prompts)?)?;
-        let images = &protocol::apply(self.protocol, images)?;
-        let inputs = [images, &tokens].map(|input| IValue::Tensor(input.to_device(self.device)));
+        let images = protocol::apply(self.protocol, images)?;
+        let few = at_a_time(self.device);
+        let mut scores = Vec::new();
+        for (images, tokens) in images.split(few, 0).iter().zip(tokens.split(few, 0)) {
+            scores.push(self.forward(images, &tokens)?);
+            work::complete();
+        }
+        Ok(Tensor::cat(&scores, 0))
+    }
+
+    /// The score of each image with its tokens.
+    fn forward(&self, images: &Tensor, tokens: &Tensor) -> anyhow::Result<Tensor> {
+        let inputs = [images, tokens].map(|input| IValue::Tensor(input.to_device(self.device)));
         let output = no_grad(|| self.module.forward_is(&inputs)).map_err(|e| {
             let (images, tokens) = (images.size(), tokens.size());
             anyhow!("fails on images of shape {images:?} and tokens of shape {tokens:?}: {}", message(&e))
@@ -68,7 +79,7 @@ impl Clip {
         let Ok([IValue::Tensor(images), IValue::Tensor(texts)]) = <[IValue; 2]>::try_from(parts) else {
             return Err(anyhow!("returns a tuple that is not (image embeddings, text embeddings)"));
         };
-        let (of_images, of_texts, count) = (images.size(), texts.size(), prompts.size()[0]);
+        let (of_images, of_texts, count) = (images.size(), texts.size(), tokens.size()[0]);
         ensure!(
             of_images == of_texts && matches!(of_images[..], [n, _] if n == count),
             "turns {count} images and prompts into embeddings {of_images:?} and {of_texts:?}; expected [{count}, D] twice"

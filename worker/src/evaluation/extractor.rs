@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, anyhow, ensure};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{digest_of, message, parameters, torch_script, trial_images};
-use crate::data::Shape;
+use super::torch_script::{at_a_time, digest_of, message, parameters, torch_script, trial_images};
+use crate::{data::Shape, process::work};
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
 pub struct Extractor {
@@ -117,11 +117,23 @@ impl Extractor {
         self.width
     }
 
-    /// Features of images [N, C, H, W] in [−1, 1], on its device.
+    /// Features of images [N, C, H, W] in [−1, 1], on its device; a few images at a time.
     ///
     /// # Errors
     /// The module fails, or returns another kind of value.
     pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
+        for images in images.split(at_a_time(self.device), 0) {
+            let extracted = self.forward(&images)?;
+            features.push(extracted.features);
+            logits.extend(extracted.logits);
+            work::complete();
+        }
+        let logits = (!logits.is_empty()).then(|| Tensor::cat(&logits, 0));
+        Ok(Extracted { features: Tensor::cat(&features, 0), logits })
+    }
+
+    fn forward(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let arguments = self.signature.arguments(&images.to_device(self.device));
         let output = no_grad(|| self.module.forward_is(&arguments))
             .map_err(|e| anyhow!("fails on images of shape {:?}: {}", images.size(), message(&e)))?;

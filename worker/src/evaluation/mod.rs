@@ -11,7 +11,6 @@ pub mod pictures;
 mod reference;
 pub mod samples;
 mod torch_script;
-pub mod watched;
 
 use std::time::Instant;
 
@@ -32,6 +31,7 @@ use self::{
 use crate::{
     data::{Shape, protocol},
     model::Space,
+    process::work,
 };
 
 /// Evaluates samples.
@@ -237,7 +237,8 @@ impl Evaluator {
             Some(real) => {
                 // The distances between tens of thousands of rows are computed on a GPU if there is one.
                 let [real, features] = [real, features].map(|x| x.to_device(self.extractor.device));
-                Some(metrics::precision_recall(&real, &features, self.spec.neighbours.into()))
+                let neighbours = self.spec.neighbours.into();
+                Some(metrics::precision_recall(&real, &features, neighbours, &mut work::complete))
             }
             None => None,
         };

@@ -34,6 +34,11 @@ pub fn trial_images(shape: [i64; 4], device: Device) -> Tensor {
     ((&x * 0.37).sin() * (x * 0.0123).cos()).reshape(shape).to_kind(Kind::Float)
 }
 
+/// How many images go through a module at a time: on the CPU few, so that each step is short.
+pub fn at_a_time(device: Device) -> i64 {
+    if device == Device::Cpu { 4 } else { 50 }
+}
+
 /// Types and names of the parameters of a module's `forward`, without the module itself. libtorch's Rust interface has no other way
 /// to them than the message about too many arguments.
 pub fn parameters(module: &CModule) -> Vec<(String, String)> {

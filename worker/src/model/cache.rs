@@ -6,7 +6,8 @@ use std::{
 };
 
 use anyhow::Context;
-use nix::fcntl::{Flock, FlockArg};
+
+use super::lock;
 
 /// The file or folder of this name in the cache, which `make` makes under another path if it is not there.
 ///
@@ -18,7 +19,7 @@ pub fn once(name: &str, make: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyho
     std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     let lock = place.with_extension("lock");
     let lock = File::create(&lock).with_context(|| format!("cannot create {}", lock.display()))?;
-    let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+    let _held = lock::exclusive(lock, &place)?;
     if place.exists() {
         return Ok(place);
     }

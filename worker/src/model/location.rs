@@ -8,6 +8,7 @@ use potstill_storage::{Source, digest::hexadecimal};
 use sha2::{Digest, Sha256};
 
 use super::cache::once;
+use crate::process::work;
 
 /// The files of a repository that belong to a model folder.
 fn belongs(name: &str) -> bool {
@@ -82,6 +83,7 @@ fn from_hub(location: &str) -> anyhow::Result<PathBuf> {
         }
         None => hf_hub::Repo::model(location.to_owned()),
     };
+    let here = hf_hub::Cache::from_env().repo(repository.clone());
     let repository = api.repo(repository);
     let info = repository.info().context(advice)?;
     let names: Vec<String> =
@@ -91,12 +93,32 @@ fn from_hub(location: &str) -> anyhow::Result<PathBuf> {
     let wanted = names.iter().filter(|name| !name.contains(".fp16") || !names.contains(&full(name)));
     let mut folder = None;
     for name in wanted {
-        let path = repository.get(name).with_context(|| format!("{name}: {advice}"))?;
+        let path = match here.get(name) {
+            Some(path) => path,
+            None => {
+                tracing::info!(name, "fetching the model from the hub");
+                let fetched = repository.download_with_progress(name, Pieces);
+                fetched.with_context(|| format!("{name}: {advice}"))?
+            }
+        };
         if name == "model_index.json" {
             folder = path.parent().map(Path::to_owned);
         }
     }
     folder.with_context(|| format!("{location} on the hub holds no model_index.json"))
+}
+
+/// Counts the pieces of a download.
+struct Pieces;
+
+impl hf_hub::api::Progress for Pieces {
+    fn init(&mut self, _bytes: usize, _name: &str) {}
+
+    fn update(&mut self, _bytes: usize) {
+        work::complete();
+    }
+
+    fn finish(&mut self) {}
 }
 
 #[cfg(test)]

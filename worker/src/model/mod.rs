@@ -4,12 +4,14 @@ pub mod adapters;
 mod cache;
 mod composed;
 mod location;
+mod lock;
 mod prompts;
 mod real_pairs;
 mod row_cache;
 mod space;
 mod steps;
 pub mod student;
+mod watched;
 
 use std::{path::Path, rc::Rc};
 
@@ -28,7 +30,9 @@ pub use self::{
     prompts::{Prompts, Wanted},
     space::Space,
     steps::{initial_timestep, is_stock, times},
+    watched::Watched,
 };
+use crate::process::work;
 
 /// A network, and for a text-to-image model its text encoders and autoencoder.
 pub struct Model {
@@ -91,8 +95,11 @@ impl Model {
         let folder = ModelFolder::open(path)?;
         let conditioner = folder.text(device)?;
         folder.check(&conditioner)?;
+        work::complete();
         let autoencoder = folder.autoencoder(device)?;
+        work::complete();
         let mut network = folder.denoiser(device)?.with_recomputation(recompute);
+        work::complete();
         if let Some(sides) = image_size {
             let cell = autoencoder.config().downscale();
             ensure!(

@@ -13,7 +13,10 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::row_cache::RowCache;
-use crate::data::prompt_file::{Read, read_prompts};
+use crate::{
+    data::prompt_file::{Read, read_prompts},
+    process::work,
+};
 
 /// The source of a text-to-image model's prompts.
 pub enum Wanted<'a> {
@@ -265,6 +268,9 @@ pub(super) fn distinct(indices: &[i64]) -> (Vec<i64>, Tensor) {
     (places.into_keys().collect(), Tensor::from_slice(&order))
 }
 
+/// Texts that are embedded at a time for the cache.
+const EMBEDDED_AT_A_TIME: usize = 8;
+
 fn embed_all(
     folder: &Path,
     digest: &str,
@@ -273,9 +279,15 @@ fn embed_all(
 ) -> anyhow::Result<RowCache> {
     let identity = std::iter::once(digest.as_bytes()).chain(texts.iter().map(|text| text.as_bytes()));
     RowCache::open(folder, identity, texts.len(), |rows| {
-        let embedded = conditioner.embed(&texts[rows])?;
-        let pooled = embedded.pooled.map(|pooled| ("pooled", pooled));
-        Ok([("states", embedded.states)].into_iter().chain(pooled).collect())
+        let (mut states, mut pooled) = (Vec::new(), Vec::new());
+        for texts in texts[rows].chunks(EMBEDDED_AT_A_TIME) {
+            let embedded = conditioner.embed(texts)?;
+            states.push(embedded.states);
+            pooled.extend(embedded.pooled);
+            work::complete();
+        }
+        let pooled = (!pooled.is_empty()).then(|| ("pooled", Tensor::cat(&pooled, 0)));
+        Ok([("states", Tensor::cat(&states, 0))].into_iter().chain(pooled).collect())
     })
 }
 

@@ -18,7 +18,7 @@ use super::{
     row_cache::RowCache,
     space::{Space, Texts},
 };
-use crate::data::pairs::Pair;
+use crate::{data::pairs::Pair, process::work};
 
 /// See the module's documentation.
 pub struct RealPairs {
@@ -90,6 +90,7 @@ impl RealPairs {
                 no_grad(|| autoencoder.moments(&image.to_device(autoencoder.device())));
             means.push(mean.to_device(Device::Cpu));
             log_variances.push(log_variance.to_device(Device::Cpu));
+            work::complete();
         }
         Ok((Tensor::cat(&means, 0), Tensor::cat(&log_variances, 0)))
     }

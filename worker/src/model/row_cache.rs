@@ -5,17 +5,22 @@ use std::{
     fs::File,
     ops::Range,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use nix::fcntl::{Flock, FlockArg};
 use potstill_models::weights::{self, Named};
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
+use super::lock;
+
 /// Rows in one file, which are computed at a time.
 const ROWS: usize = 64;
+
+/// How often it says how far it is.
+const SAY: Duration = Duration::from_secs(10);
 
 /// See the module's documentation.
 pub struct RowCache {
@@ -40,13 +45,14 @@ impl RowCache {
         let folder = folder.join(name(identity));
         std::fs::create_dir_all(&folder)?;
         let lock = File::create(folder.join("lock"))?;
-        let _held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
-        let mut files = Vec::new();
+        let _held = lock::exclusive(lock, &folder)?;
+        let (mut files, mut said) = (Vec::new(), Instant::now());
         for first in (0..count).step_by(ROWS) {
             let path = folder.join(format!("{:06}.safetensors", first / ROWS));
             if !path.is_file() {
                 write(&path, &compute(first..(first + ROWS).min(count))?)?;
-                if (first / ROWS).is_multiple_of(100) {
+                if said.elapsed() >= SAY {
+                    said = Instant::now();
                     tracing::info!(folder = %folder.display(), rows = first, of = count, "filling a cache");
                 }
             }

@@ -8,6 +8,7 @@ use potstill_torch_ext::Autocast;
 use tch::{Device, Tensor, no_grad};
 
 use super::prompts::Prompts;
+use crate::process::work;
 
 /// The space of a network's samples, and their conditions.
 #[derive(Clone)]
@@ -67,7 +68,11 @@ impl Space {
             samples
                 .split(1, 0)
                 .iter()
-                .map(|one| texts.autoencoder.decode_tiled(one).clamp(-1.0, 1.0))
+                .map(|one| {
+                    let image = texts.autoencoder.decode_tiled(one).clamp(-1.0, 1.0);
+                    work::complete();
+                    image
+                })
                 .collect()
         });
         Tensor::cat(&images, 0)

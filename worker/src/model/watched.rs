@@ -1,25 +1,14 @@
-//! A network whose evaluations are progress: sampling with many steps, or on a slow device, is not a hang.
-
-use std::sync::Arc;
+//! A network whose evaluations are completed work: sampling with many steps, or on a slow device, is not a hang.
 
 use potstill_models::{Condition, Denoiser, ForwardProcess, Mode, Parameters};
 use tch::Tensor;
 
-use crate::session::Progress;
+use crate::process::work;
 
 /// See the module's documentation.
-pub struct Watched {
-    network: Box<dyn Denoiser>,
-    progress: Arc<Progress>,
-}
+pub struct Watched<'a>(pub &'a dyn Denoiser);
 
-impl Watched {
-    pub fn new(network: Box<dyn Denoiser>, progress: &Arc<Progress>) -> Self {
-        Self { network, progress: Arc::clone(progress) }
-    }
-}
-
-impl Denoiser for Watched {
+impl Denoiser for Watched<'_> {
     fn denoise_and_encode(
         &self,
         x_t: &Tensor,
@@ -27,46 +16,46 @@ impl Denoiser for Watched {
         condition: &Condition,
         mode: Mode,
     ) -> (Tensor, Tensor) {
-        let made = self.network.denoise_and_encode(x_t, time, condition, mode);
-        self.progress.tick();
+        let made = self.0.denoise_and_encode(x_t, time, condition, mode);
+        work::complete();
         made
     }
 
     fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
-        let made = self.network.encode(x_t, time, condition, mode);
-        self.progress.tick();
+        let made = self.0.encode(x_t, time, condition, mode);
+        work::complete();
         made
     }
 
     fn process(&self) -> &ForwardProcess {
-        self.network.process()
+        self.0.process()
     }
 
     fn parameters(&self) -> &Parameters {
-        self.network.parameters()
+        self.0.parameters()
     }
 
     fn sample_shape(&self) -> [i64; 3] {
-        self.network.sample_shape()
+        self.0.sample_shape()
     }
 
     fn classes(&self) -> i64 {
-        self.network.classes()
+        self.0.classes()
     }
 
     fn augment_dim(&self) -> i64 {
-        self.network.augment_dim()
+        self.0.augment_dim()
     }
 
     fn time_range(&self) -> [f64; 2] {
-        self.network.time_range()
+        self.0.time_range()
     }
 
     fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
-        self.network.over(flat, trainable)
+        self.0.over(flat, trainable)
     }
 
     fn config_json(&self) -> String {
-        self.network.config_json()
+        self.0.config_json()
     }
 }

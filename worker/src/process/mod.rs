@@ -1,7 +1,8 @@
 //! The process environment of all commands: devices, the network, a lifeline to the process that started this one, and fault
-//! injection.
+//! injection, and the count of completed work.
 
 pub mod device;
 pub mod faults;
 pub mod lifeline;
 pub mod network;
+pub mod work;

@@ -42,7 +42,8 @@ pub struct Terms {
     pub specification: String,
     pub storage_url: String,
     pub heartbeat: Duration,
-    pub collective_timeout: Duration,
+    /// How long the ranks of a generation may take to meet.
+    pub joining_timeout: Duration,
     /// How long to continue without a coordinator.
     pub patience: Duration,
     /// The coordinator's name, which its storage holds too.
@@ -60,18 +61,24 @@ pub(super) enum Inbound {
 /// The rank's current group, which the link can abort.
 pub type Entered = Arc<Mutex<Option<(Generation, ProcessGroup)>>>;
 
-/// Aborts the collectives of the generation that `message` ends for this rank.
-fn abort_if_called_away(entered: &Entered, message: &ToWorker) {
+/// Aborts the collectives of the rank's generation if that is one of `which`.
+pub fn abort(entered: &Entered, which: impl Fn(Generation) -> bool) {
     let Ok(entered) = entered.lock() else { return };
-    let Some((generation, group)) = entered.as_ref() else { return };
-    let called_away = match message {
-        ToWorker::Abandon { generation: abandoned, .. } => abandoned >= generation,
-        ToWorker::Assignment(assignment) => assignment.generation > *generation,
+    if let Some((generation, group)) = entered.as_ref()
+        && which(*generation)
+        && let Err(error) = group.abort()
+    {
+        tracing::warn!(%generation, %error, "cannot abort the group");
+    }
+}
+
+/// Whether `message` ends a generation for this rank.
+fn calls_away(message: &ToWorker, generation: Generation) -> bool {
+    match message {
+        ToWorker::Abandon { generation: abandoned, .. } => *abandoned >= generation,
+        ToWorker::Assignment(assignment) => assignment.generation > generation,
         ToWorker::Stop { .. } => true,
         _ => false,
-    };
-    if called_away && let Err(error) = group.abort() {
-        tracing::warn!(%generation, %error, "cannot abort the group");
     }
 }
 
@@ -128,6 +135,8 @@ impl Link {
                     incoming = stream;
                 }
                 Err(error) => {
+                    // Its peers may be gone as well, and nobody is left to say so.
+                    abort(&self.entered, |_| true);
                     let _ = inbound.send(Inbound::Lost(format!("{lost}; then {error:#}")));
                     return;
                 }
@@ -175,7 +184,7 @@ impl Link {
             }
             self.outbox.heard(&message);
             self.end_what_waits(&message);
-            abort_if_called_away(&self.entered, &message);
+            abort(&self.entered, |generation| calls_away(&message, generation));
             let over = matches!(message, ToWorker::Stop { .. } | ToWorker::Refused { .. });
             if inbound.send(Inbound::Message(message)).is_err() || over {
                 return None;
@@ -209,7 +218,7 @@ impl Link {
                 specification,
                 storage_url,
                 heartbeat_millis,
-                collective_timeout_millis,
+                joining_timeout_millis,
                 patience_millis,
                 coordinator,
             } => {
@@ -218,7 +227,7 @@ impl Link {
                     specification,
                     storage_url,
                     heartbeat: Duration::from_millis(heartbeat_millis),
-                    collective_timeout: Duration::from_millis(collective_timeout_millis),
+                    joining_timeout: Duration::from_millis(joining_timeout_millis),
                     patience: Duration::from_millis(patience_millis),
                     coordinator,
                     address: address.clone(),

@@ -102,6 +102,11 @@ impl Session {
         }
     }
 
+    /// Ends the operations of the rank's group, if it is in one.
+    pub fn abort_group(&self) {
+        link::abort(&self.entered, |_| true);
+    }
+
     /// The rank has left its group.
     pub fn leave_group(&self) {
         if let Ok(mut entered) = self.entered.lock() {

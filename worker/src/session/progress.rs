@@ -14,6 +14,8 @@ use potstill_proto::{
     message::FromWorker,
 };
 
+use crate::process::work;
+
 /// How often work with a timeout of its own counts as progress.
 const BUSY: Duration = Duration::from_secs(1);
 
@@ -27,7 +29,6 @@ pub struct Progress {
     whole: AtomicBool,
     /// The newest generation whose state it was.
     loaded: AtomicU64,
-    units: AtomicU64,
     waiting: AtomicBool,
     activity: Mutex<&'static str>,
 }
@@ -35,7 +36,7 @@ pub struct Progress {
 impl Progress {
     /// Counts a completed unit of work.
     pub fn tick(&self) {
-        self.units.fetch_add(1, Ordering::Relaxed);
+        work::complete();
     }
 
     /// The rank holds a complete state at this cursor.
@@ -116,7 +117,7 @@ impl Progress {
         FromWorker::Heartbeat {
             generation: Generation(self.generation.load(Ordering::Relaxed)),
             cursor: self.held().unwrap_or_default(),
-            progress: self.units.load(Ordering::Relaxed),
+            progress: work::completed(),
             activity: self.activity.lock().map(|a| a.to_string()).unwrap_or_default(),
             waiting: self.waiting.load(Ordering::Relaxed),
         }

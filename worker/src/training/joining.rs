@@ -18,6 +18,11 @@ use super::{interruption::Interruption, job::Job, transfer};
 use crate::{checkpoint, session::Session};
 use potstill_logging::chain;
 
+/// The collectives of a generation have no timeout of their own: a rank that computes for long does not let its peers fail.
+/// The coordinator finds ranks that are dead or hang, and ends the generation of those that wait for them; without a
+/// coordinator a rank leaves its group when its patience is over.
+const COLLECTIVES: Duration = Duration::MAX;
+
 /// How often a rank that waits to join checks for other orders.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -48,7 +53,8 @@ pub(super) fn join(
     let (joined, joining) = mpsc::channel();
     thread::spawn(move || {
         let group = Store::of(store, timeout)
-            .and_then(|store| ProcessGroup::new(&backend, &store, rank, world_size, timeout));
+            .and_then(|store| ProcessGroup::new(&backend, &store, rank, world_size, timeout))
+            .and_then(|group| group.set_timeout(COLLECTIVES).map(|()| group));
         let _ = joined.send(group);
     });
     loop {

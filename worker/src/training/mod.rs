@@ -39,7 +39,8 @@ pub use self::{
 };
 use crate::{
     checkpoint::{self, Save, Share},
-    evaluation::{Scoring, pictures, samples::Sampler, watched::Watched},
+    evaluation::{Scoring, pictures, samples::Sampler},
+    model::Watched,
     process::faults,
     session::Session,
 };
@@ -95,11 +96,15 @@ pub fn run_generation(
     saving: &mut Option<Save>,
     assignment: &Assignment,
     host: &str,
-    collective_timeout: Duration,
+    joining_timeout: Duration,
 ) -> anyhow::Result<Ending> {
     session.progress.set_generation(assignment.generation);
     session.progress.set_waiting(false);
-    let result = take_part(job, session, holding, saving, assignment, host, collective_timeout);
+    let result = take_part(job, session, holding, saving, assignment, host, joining_timeout);
+    if result.is_err() {
+        // What is in flight may wait for peers that no longer come.
+        session.abort_group();
+    }
     session.leave_group();
     match result {
         Ok(ending) => Ok(ending),
@@ -174,13 +179,17 @@ impl Member<'_> {
             let at_boundary = cursor.phase == Phase::FakeScore;
             let last = at_boundary && cursor.iteration >= iterations;
             // Evaluated before it is saved: a collapsed student is not saved.
-            if at_boundary && !stop && self.job.evaluation_due(cursor.iteration) {
+            let existing = self.assignment.existing;
+            let evaluated = existing.evaluated == Some(cursor.iteration);
+            if at_boundary && !stop && !evaluated && self.job.evaluation_due(cursor.iteration) {
                 self.evaluate(state, cursor.iteration, Subject::Student)?;
             }
             if last || stop {
                 self.finish_saving()?;
-                // Nothing but this save is left to do, so it waits for a storage that fails.
-                self.save(state, cursor.iteration, self.patience);
+                if existing.saved != Some(cursor.iteration) {
+                    // Nothing but this save is left to do, so it waits for a storage that fails.
+                    self.save(state, cursor.iteration, self.patience);
+                }
             } else if save {
                 self.save(state, cursor.iteration, Duration::ZERO);
             }
@@ -237,7 +246,7 @@ impl Member<'_> {
         }
     }
 
-    fn sampler<'s>(&'s self, subject: Subject, network: &'s Watched) -> Sampler<'s> {
+    fn sampler<'s>(&'s self, subject: Subject, network: &'s Watched<'s>) -> Sampler<'s> {
         match subject {
             Subject::Teacher => Sampler::Teacher(network),
             Subject::Student => {
@@ -260,7 +269,7 @@ impl Member<'_> {
             Subject::Teacher => ("evaluating the teacher", self.job.teacher.frozen()),
             Subject::Student => ("evaluating the student", self.generator_ema(state)?),
         };
-        let network = Watched::new(network, progress);
+        let network = Watched(network.as_ref());
         let sampler = self.sampler(subject, &network);
         progress.set_activity(activity);
         let scores = evaluator.score(sampler, &self.trainer.group, |what| {
@@ -287,8 +296,8 @@ impl Member<'_> {
         let generator = self.generator_ema(state)?;
         let [columns, rows] = self.job.samples.picture_layout();
         let (rank, world) = (self.assignment.rank as usize, self.assignment.world_size as usize);
-        let images = |subject, network| -> Result<Tensor, Interruption> {
-            let network = Watched::new(network, progress);
+        let images = |subject, network: Box<dyn Denoiser>| -> Result<Tensor, Interruption> {
+            let network = Watched(network.as_ref());
             let sampler = self.sampler(subject, &network);
             let images = self.job.samples.picture(sampler, i64::from(columns * rows), rank, world);
             let group = &self.trainer.group;

@@ -25,7 +25,7 @@ use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
 use super::{interruption::Interruption, reduction::Reduction};
-use crate::{process::faults, session::Progress, training::transfer};
+use crate::{model::Watched, process::faults, session::Progress, training::transfer};
 
 /// Everything that decides an optimizer step besides the gradient.
 #[derive(Clone, Debug, PartialEq)]
@@ -343,16 +343,18 @@ impl<'a> Trainer<'a> {
             Network::FakeScore => self.draws.fake_score(iteration, index),
             Network::Generator => self.draws.generator(iteration, index),
         };
-        let generator = state.generator.network();
+        let (generator, fake_score) = (state.generator.network(), state.fake_score.network());
+        let (generator, fake_score, teacher) =
+            (Watched(generator), Watched(fake_score), Watched(self.teacher));
         let _autocast = match mixed_precision {
             Some(precision) => Some(Autocast::enter(settings.device, *precision)?),
             None => None,
         };
         Ok(match network {
-            Network::FakeScore => phase::fake_score(generator, state.fake_score.network(), &draw, settings),
+            Network::FakeScore => phase::fake_score(&generator, &fake_score, &draw, settings),
             Network::Generator => {
-                let fake_score = self.frozen_fake_score.as_ref();
-                phase::generator(generator, fake_score, self.teacher, &draw, settings, iteration)
+                let fake_score = Watched(self.frozen_fake_score.as_ref());
+                phase::generator(&generator, &fake_score, &teacher, &draw, settings, iteration)
             }
         })
     }

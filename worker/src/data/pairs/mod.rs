@@ -14,6 +14,7 @@ use super::{
     tally::Tally,
     tars,
 };
+use crate::process::work;
 
 /// One image of the model's size with its caption.
 pub struct Pair {
@@ -100,6 +101,7 @@ impl Collected {
             Ok(pair) => self.pairs.push(pair),
             Err(error) => self.tally.broken(format!("{place}: {error:#}")),
         }
+        work::complete();
     }
 
     fn pair(&self, encoded: Vec<u8>, mut captions: Vec<String>) -> anyhow::Result<Pair> {
