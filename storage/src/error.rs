@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::refusals;
+
 /// A storage operation that failed; names the object and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -15,7 +17,7 @@ pub enum Error {
         problem: String,
     },
     /// The store reported an error.
-    #[error("cannot {operation} {place}: {source}")]
+    #[error("cannot {operation} {place}: {}", refusals::told(source, place))]
     Store {
         /// What was tried: "read", "write", "list" …
         operation: &'static str,

@@ -31,6 +31,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod aws_profile;
 pub mod checkpoint;
 pub mod coordinators;
 pub mod digest;
@@ -38,8 +39,10 @@ mod error;
 mod faults;
 pub mod journal;
 pub mod layout;
+mod new_file;
 mod patience;
 pub mod pieces;
+mod refusals;
 pub mod retention;
 mod root;
 mod run;

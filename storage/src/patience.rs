@@ -5,7 +5,7 @@ use std::{future::Future, time::Duration};
 use backon::{ExponentialBuilder, Retryable};
 use object_store::Error as StoreError;
 
-use crate::Error;
+use crate::{Error, refusals};
 
 /// Timeout of one operation. The store's own retries, which end after three minutes, fit into it.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -44,8 +44,10 @@ pub(crate) async fn asked<T, F: Future<Output = Result<T, StoreError>>>(
     let patience = PATIENCE + PATIENCE_PER_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
     let again =
         ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_times(RETRIES).with_jitter();
+    let may_pass = |error: &StoreError| may_pass(error) && refusals::advice(error, place).is_none();
     let answered = question.retry(again).when(may_pass).notify(|error, pause| {
-        tracing::warn!(place, %error, ?pause, "cannot {operation} it; trying again");
+        let error = refusals::told(error, place);
+        tracing::warn!(place, error, ?pause, "cannot {operation} it; trying again");
     });
     match tokio::time::timeout(patience, answered).await {
         Ok(Ok(answer)) => Ok(answer),

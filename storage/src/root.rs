@@ -2,13 +2,14 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use bytes::Bytes;
 use object_store::{
     Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, path::Path,
 };
 use url::Url;
 use uuid::Uuid;
 
-use crate::{Error, RunId, faults, patience::asked};
+use crate::{Error, RunId, aws_profile, faults, new_file, patience::asked};
 
 /// Environment variables with these prefixes configure the cloud stores, as with those stores' own tools.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
@@ -64,7 +65,7 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 impl Root {
     /// Opens a path, or a URL of `file://`, `s3://`, `gs://`, `az://` or `memory://`. A local folder is created, and
     /// everything written to it is synced to disk. Credentials for the cloud stores come from their usual environment
-    /// variables. The content of `memory://` is visible to this value and its clones only.
+    /// variables, and for S3 also from a profile of AWS's shared files. The content of `memory://` is visible to this value and its clones only.
     ///
     /// # Errors
     /// The URL is not one of a supported store, or the folder cannot be created.
@@ -129,6 +130,10 @@ impl Root {
         if !["s3", "gs", "az", "memory"].contains(&scheme) {
             return Err(bad(format!("the scheme {scheme}:// is not known")));
         }
+        let variables: Vec<(String, String)> = match scheme {
+            "s3" => aws_profile::with_profile(variables).map_err(bad)?.into_iter().collect(),
+            _ => variables.into_iter().collect(),
+        };
         let options = variables
             .into_iter()
             .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))
@@ -174,8 +179,8 @@ impl Root {
         let path = self.prefix.clone().join("runs").join(format!(".probe-{}", Uuid::new_v4()));
         let place = self.describe(&path);
         let create = || async {
-            match self.store.put_opts(&path, "probe".into(), PutMode::Create.into()).await {
-                Ok(_) => Ok(true),
+            match self.put_new(&path, "probe".into()).await {
+                Ok(()) => Ok(true),
                 Err(StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }) => Ok(false),
                 Err(error) => Err(error),
             }
@@ -190,6 +195,22 @@ impl Root {
         match again? {
             false => Ok(()),
             true => Err(Error::NotConditional { url: self.url.clone() }),
+        }
+    }
+
+    /// Writes an object that must not exist.
+    ///
+    /// # Errors
+    /// The store's error: [`StoreError::AlreadyExists`] or [`StoreError::Precondition`] where it exists.
+    pub(crate) async fn put_new(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let put = self.store.put_opts(path, bytes.clone().into(), PutMode::Create.into()).await;
+        let Some(folder) = &self.folder else { return put.map(drop) };
+        match put {
+            Err(error) if new_file::lacks_links(&error) => {
+                let file = folder.join(path.as_ref());
+                tokio::task::spawn_blocking(move || new_file::create(&file, &bytes)).await?
+            }
+            other => other.map(drop),
         }
     }
 

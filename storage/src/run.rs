@@ -4,7 +4,7 @@ use std::future::Future;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::{Error as StoreError, ObjectStoreExt, PutMode, path::Path};
+use object_store::{Error as StoreError, ObjectStoreExt, path::Path};
 
 use crate::{Error, Root, RunId, layout, patience::asked};
 
@@ -94,7 +94,7 @@ impl Run {
     /// [`Error::AlreadyExists`] when it exists with another content; otherwise the store's error.
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(key);
-        let put = || self.root.store().put_opts(&path, bytes.clone().into(), PutMode::Create.into());
+        let put = || self.root.put_new(&path, bytes.clone());
         let Err(error) = self.ask("write", key, bytes.len() as u64, put).await else { return Ok(()) };
         let conflict = matches!(
             &error,

@@ -16,6 +16,9 @@ use tracing_subscriber::{
     fmt::{MakeWriter, time::ChronoUtc},
 };
 
+/// The storage's client tells of each of its own retries; what fails in the end is told by the program.
+const DEFAULT_LEVELS: &str = "info,object_store=warn";
+
 /// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
@@ -41,13 +44,15 @@ impl LogFormat {
         self.start_with(std::io::stderr);
     }
 
-    /// Starts logging to a writer that stands for standard error. `RUST_LOG` sets the log level; the default is `info`.
+    /// Starts logging to a writer that stands for standard error. `RUST_LOG` sets the log level; the default is `info`, but for libraries.
     /// A logger that is set up already stays, as in tests.
     pub fn start_with(self, writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static) {
         let colours =
             std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
         let log = tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
+            .with_env_filter(
+                EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_LEVELS)),
+            )
             .with_ansi(colours)
             .with_writer(writer);
         let _ = match self {

@@ -1,0 +1,151 @@
+//! The shared files of AWS's tools, `~/.aws/credentials` and `~/.aws/config`: static keys, region and endpoint of a profile, for a
+//! client that itself reads the environment alone.
+//!
+//! As with those tools, keys in the environment come before a profile's.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use ini::{Ini, Properties};
+
+const KEY: &str = "AWS_ACCESS_KEY_ID";
+const PROFILE: &str = "AWS_PROFILE";
+/// The settings that are taken, and the variables for which they stand.
+const TAKEN: [(&str, &str); 5] = [
+    ("aws_access_key_id", KEY),
+    ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+    ("aws_session_token", "AWS_SESSION_TOKEN"),
+    ("region", "AWS_REGION"),
+    ("endpoint_url", "AWS_ENDPOINT_URL"),
+];
+/// Variables with which other credentials are found, which come before a profile that nobody named.
+const OTHERS: [&str; 3] = [
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+];
+/// Settings of a profile from which keys could be had, but not here.
+const NOT_READ: [&str; 7] = [
+    "credential_process",
+    "credential_source",
+    "login_session",
+    "role_arn",
+    "source_profile",
+    "sso_session",
+    "sso_start_url",
+];
+
+/// The variables, with those of the profile that they name, or of `default`, where they hold no keys.
+///
+/// # Errors
+/// The profile is not there, holds no keys, or gets them in a way that is not read; a file cannot be read.
+pub(crate) fn with_profile(
+    variables: impl IntoIterator<Item = (String, String)>,
+) -> Result<BTreeMap<String, String>, String> {
+    let mut variables: BTreeMap<String, String> = variables.into_iter().collect();
+    let is_set = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
+    if is_set(KEY) || (!is_set(PROFILE) && OTHERS.iter().any(|name| is_set(name))) {
+        return Ok(variables);
+    }
+    let named = variables.get(PROFILE).filter(|name| !name.is_empty()).cloned();
+    let profile = named.as_deref().unwrap_or("default");
+    let file = |variable: &str, name: &str| {
+        let home = variables.get("HOME").map(|home| PathBuf::from(home).join(".aws").join(name));
+        variables.get(variable).map(PathBuf::from).or(home)
+    };
+    let credentials = section(file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), &[profile])?;
+    let prefixed = format!("profile {profile}");
+    let config = section(file("AWS_CONFIG_FILE", "config"), &[&prefixed, profile])?;
+    let found = |key: &str| {
+        let value = [&credentials, &config].into_iter().flatten().find_map(|section| section.get(key));
+        value.filter(|value| !value.is_empty()).map(str::to_owned)
+    };
+    if named.is_some() && found(TAKEN[0].0).is_none() {
+        let advice = "give AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN instead, as in eval \"$(aws configure \
+                      export-credentials --format env)\"";
+        if credentials.is_none() && config.is_none() {
+            return Err(format!(
+                "{PROFILE} names {profile}, which is neither in AWS's credentials file nor in its config file"
+            ));
+        }
+        let why = match NOT_READ.iter().find(|key| found(key).is_some()) {
+            Some(key) => format!("gets its keys by {key}, which is not read"),
+            None => "holds no keys".to_owned(),
+        };
+        return Err(format!("the profile {profile}, which {PROFILE} names, {why}: {advice}"));
+    }
+    let taken: Vec<(String, String)> =
+        TAKEN.iter().filter_map(|(key, variable)| Some(((*variable).to_owned(), found(key)?))).collect();
+    for (variable, value) in taken {
+        // Region and endpoint may be given in the environment.
+        variables.entry(variable).or_insert(value);
+    }
+    Ok(variables)
+}
+
+/// The first of these sections that a file has; none where there is no such file.
+fn section(file: Option<PathBuf>, names: &[&str]) -> Result<Option<Properties>, String> {
+    let Some(file) = file else { return Ok(None) };
+    let text = match std::fs::read_to_string(&file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("cannot read {}: {error}", file.display())),
+    };
+    let parsed =
+        Ini::load_from_str_noescape(&text).map_err(|error| format!("{}: {error}", file.display()))?;
+    Ok(names.iter().find_map(|name| parsed.section(Some(*name)).cloned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn home(credentials: &str, config: &str) -> tempfile::TempDir {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::create_dir(home.path().join(".aws")).unwrap();
+        std::fs::write(home.path().join(".aws/credentials"), credentials).unwrap();
+        std::fs::write(home.path().join(".aws/config"), config).unwrap();
+        home
+    }
+
+    fn read(home: &tempfile::TempDir, given: &[(&str, &str)]) -> Result<BTreeMap<String, String>, String> {
+        let given = given.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        with_profile(given.chain([("HOME".to_owned(), home.path().display().to_string())]))
+    }
+
+    const CREDENTIALS: &str = "[default]\naws_access_key_id = A\naws_secret_access_key = a/b+c=\n\n[lab]\naws_access_key_id=B\n\
+                               aws_secret_access_key=b\naws_session_token=t#1;2\n";
+    const CONFIG: &str = "[default]\nregion = eu-central-1\n[profile lab]\nregion = us-west-2\nendpoint_url = http://minio:9000\n\
+                          [profile sso]\nsso_session = x\n[profile empty]\nregion = us-east-1\n";
+
+    #[test]
+    fn a_profile_gives_keys_region_and_endpoint() {
+        let home = home(CREDENTIALS, CONFIG);
+        let found = read(&home, &[]).unwrap();
+        assert_eq!(
+            [&found[KEY], &found["AWS_SECRET_ACCESS_KEY"], &found["AWS_REGION"]],
+            ["A", "a/b+c=", "eu-central-1"]
+        );
+        let found = read(&home, &[(PROFILE, "lab"), ("AWS_REGION", "here")]).unwrap();
+        assert_eq!([&found[KEY], &found["AWS_SESSION_TOKEN"], &found["AWS_REGION"]], ["B", "t#1;2", "here"]);
+        assert_eq!(found["AWS_ENDPOINT_URL"], "http://minio:9000");
+    }
+
+    #[test]
+    fn keys_in_the_environment_come_first() {
+        let home = home(CREDENTIALS, CONFIG);
+        let found = read(&home, &[(KEY, "E"), (PROFILE, "lab")]).unwrap();
+        assert_eq!((found[KEY].as_str(), found.get("AWS_SESSION_TOKEN")), ("E", None));
+        assert_eq!(read(&home, &[(OTHERS[0], "/token")]).unwrap().get(KEY), None);
+    }
+
+    #[test]
+    fn a_profile_that_cannot_be_used_says_why() {
+        let home = home(CREDENTIALS, CONFIG);
+        for (profile, part) in [("sso", "sso_session"), ("empty", "holds no keys"), ("lost", "neither")] {
+            let error = read(&home, &[(PROFILE, profile)]).unwrap_err();
+            assert!(error.contains(part) && error.contains(profile), "{error}");
+        }
+        let none = tempfile::tempdir().unwrap();
+        assert_eq!(read(&none, &[]).unwrap().get(KEY), None);
+    }
+}
