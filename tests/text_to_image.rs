@@ -158,6 +158,54 @@ fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers()
     assert!(studio.cluster.checkpoint("straight", 20) == studio.cluster.checkpoint("none", 20));
 }
 
+/// Longer than the run waits for workers: one that loads is coming.
+#[test]
+fn a_worker_that_embeds_many_prompts_is_waited_for() {
+    let studio = Studio::new("sd15");
+    let many: String = (0..12_000).map(|n| format!("photo {n} of a red circle\n")).collect();
+    std::fs::write(studio.path("many.txt"), many).unwrap();
+    let cache = format!("prompts.cache={}", studio.path("prompts").display());
+    let data = format!("prompts.data={}", studio.path("many.txt").display());
+    let patience = ["cluster.failure_timeout=2s", "cluster.wait_timeout=2s"];
+    let sets =
+        [&["distillation.iterations=1", "evaluation.teacher_steps=2", &cache, &data][..], &patience].concat();
+    studio.succeed("long", 1, &sets, &[]);
+}
+
+/// As SSD-1B has it, as latent consistency models have it, and with the tokenizer as transformers 5 writes it.
+#[test]
+fn other_u_nets_and_tokenizers_are_teachers_whose_students_diffusers_loads() {
+    let studio = Studio::new("sd15");
+    let python = python("other_u_nets_…");
+    for unet in ["sd_unet_asymmetric", "sd_guided"] {
+        let model = studio.path("model");
+        tiny_model::replace_unet(&model, unet);
+        tiny_model::join_tokenizer(&model);
+        if unet == "sd_guided" {
+            let index = model.join("model_index.json");
+            let pipeline = std::fs::read_to_string(&index).unwrap();
+            let pipeline = pipeline.replace("StableDiffusionPipeline", "LatentConsistencyModelPipeline");
+            std::fs::write(&index, pipeline).unwrap();
+        }
+        studio.succeed(unet, 1, &["distillation.iterations=2"], &[]);
+        let path = |name: &str| studio.path(&format!("{name}-{unet}")).to_str().unwrap().to_owned();
+        let (exported, pictures, noise) = (path("exported"), path("pictures"), path("noise"));
+        let run = studio.cluster.run(unet);
+        potstill(&["export", "--checkpoint", run.to_str().unwrap(), "--out", &exported]);
+        let asked = ["--prompt", "a red circle", "--prompt", "two blue squares", "--count", "2"];
+        let files = ["sample", "--checkpoint", &exported, "--out", &pictures, "--save-noise", &noise];
+        potstill(&[&files[..], &asked].concat());
+        if let Some(python) = &python {
+            let checked = Command::new(python)
+                .arg(repository().join("tests/diffusers_image.py"))
+                .args([&exported, &noise, &pictures, "a red circle", "two blue squares"])
+                .output()
+                .unwrap();
+            assert!(checked.status.success(), "{unet}: {}", text(&checked.stderr));
+        }
+    }
+}
+
 #[test]
 fn what_saves_memory_changes_nothing() {
     let studio = Studio::new("sdxl");

@@ -11,10 +11,8 @@ use crate::repository;
 /// # Panics
 /// The fixture cannot be read, or the folder cannot be written.
 pub fn write(family: &str, folder: &Path) {
-    let path = repository().join(format!("tests/fixtures/sd_model_{family}.safetensors"));
-    let bytes = std::fs::read(path).expect("the fixture can be read");
-    let (_, header) = SafeTensors::read_metadata(&bytes).expect("the fixture is safetensors");
-    let metadata: HashMap<String, String> = header.metadata().clone().expect("the fixture has metadata");
+    let bytes = fixture_bytes(&format!("sd_model_{family}"));
+    let metadata = strings(&bytes);
     let archive = SafeTensors::deserialize(&bytes).expect("the fixture is safetensors");
     let write = |name: &str, content: &[u8]| {
         let path = folder.join(name);
@@ -55,6 +53,50 @@ pub fn write(family: &str, folder: &Path) {
         let bytes = safetensors::serialize(tensors, None).expect("safetensors");
         write(&format!("{part}/{stem}.safetensors"), &bytes);
     }
+}
+
+/// Puts the U-Net of a fixture in the place of that of a model's folder.
+///
+/// # Panics
+/// The fixture cannot be read, or the folder cannot be written.
+pub fn replace_unet(folder: &Path, fixture: &str) {
+    let bytes = fixture_bytes(fixture);
+    let metadata = strings(&bytes);
+    let archive = SafeTensors::deserialize(&bytes).expect("the fixture is safetensors");
+    let tensors: Vec<(String, TensorView)> = archive
+        .iter()
+        .filter_map(|(name, view)| Some((name.strip_prefix("unet.")?.to_owned(), view)))
+        .collect();
+    let bytes = safetensors::serialize(tensors, None).expect("safetensors");
+    let unet = folder.join("unet");
+    std::fs::write(unet.join("config.json"), &metadata["unet"]).expect("a file");
+    std::fs::write(unet.join("diffusion_pytorch_model.safetensors"), bytes).expect("a file");
+}
+
+/// Puts the same tokenizer as transformers 5 writes it, in one file, in the place of that of a model's folder.
+///
+/// # Panics
+/// The fixture cannot be read, or the folder cannot be written.
+pub fn join_tokenizer(folder: &Path) {
+    let metadata = strings(&fixture_bytes("sd_tokenizer"));
+    let folder = folder.join("tokenizer");
+    std::fs::remove_dir_all(&folder).expect("a folder");
+    std::fs::create_dir(&folder).expect("a folder");
+    for (name, content) in &metadata {
+        if let Some(name) = name.strip_prefix("whole/") {
+            std::fs::write(folder.join(name), content).expect("a file");
+        }
+    }
+}
+
+fn fixture_bytes(name: &str) -> Vec<u8> {
+    std::fs::read(repository().join(format!("tests/fixtures/{name}.safetensors")))
+        .expect("the fixture can be read")
+}
+
+fn strings(fixture: &[u8]) -> HashMap<String, String> {
+    let (_, header) = SafeTensors::read_metadata(fixture).expect("the fixture is safetensors");
+    header.metadata().clone().expect("the fixture has metadata")
 }
 
 /// Writes a tar in the WebDataset layout.

@@ -28,7 +28,7 @@ use potstill_access::Locator;
 
 use crate::{
     commands::rank::{self, Service},
-    process::{device::Choice, network},
+    process::{device::Choice, environment, network},
 };
 use potstill_logging::chain;
 
@@ -41,17 +41,6 @@ const FRUITLESS: usize = 10;
 /// Exit code of an agent whose ranks have saved and ended because it was asked to stop; they can be started again.
 /// EX_TEMPFAIL of sysexits.h, like the exit code of `potstill launch` after a save.
 const LEFT_ON_REQUEST: u8 = 75;
-
-/// Variables of the ranks' environment, unless they are set already.
-///
-/// The first two keep glibc from returning memory to the system between two passes over the network, which costs page
-/// faults: an eighth of a small network's time. The third keeps c10d's warnings, with their stacks, out of the log,
-/// which holds the rank's own lines.
-const ENVIRONMENT: [(&str, &str); 3] = [
-    ("MALLOC_TRIM_THRESHOLD_", "1073741824"),
-    ("MALLOC_MMAP_THRESHOLD_", "33554432"),
-    ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-];
 
 #[derive(Args)]
 pub struct Arguments {
@@ -150,7 +139,7 @@ fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCo
             .envs(interface.iter().map(|name| ("NCCL_SOCKET_IFNAME", format!("={name}"))))
             // Otherwise libtorch's OpenMP pool would be sized before the rank sets its number of threads.
             .env("OMP_NUM_THREADS", threads.to_string())
-            .envs(ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none()).copied());
+            .envs(environment::of_children());
         let (tell, ranks, invitation) = (tell.clone(), Arc::clone(&ranks), invitation.clone());
         // The thread that spawns must live as long as the child: the kernel's death signal refers to it.
         std::thread::spawn(move || {

@@ -32,14 +32,14 @@ use crate::{
     evaluation::{Evaluator, Scoring},
     model::student::Student,
     model::{Model, Prompts, Space, Wanted, load_network},
-    process::device::Choice,
     process::lifeline,
+    process::{device::Choice, environment},
 };
 
 /// All processes are on this machine.
 const HOST: &str = "127.0.0.1";
-/// Timeout of one collective: the slowest process may still be sampling.
-const PATIENCE: Duration = Duration::from_secs(3600);
+/// How long the processes may take to meet: each loads the model before.
+const MEETING: Duration = Duration::from_secs(3600);
 
 #[derive(Args)]
 pub struct Arguments {
@@ -354,7 +354,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     // Only now, when all arguments have been checked: the other processes load the same files.
     let meeting = tempfile::tempdir().context("cannot make a temporary folder")?;
     let file = arguments.store.clone().unwrap_or_else(|| meeting.path().join("store"));
-    let store = Store::in_file(&file, PATIENCE)?;
+    let store = Store::in_file(&file, MEETING)?;
     if arguments.join.is_none() {
         for rank in 1..arguments.workers {
             supervise(start(rank, &file, threads, kept.as_deref())?);
@@ -365,7 +365,9 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         _ => Backend::Gloo { host: HOST.to_owned() },
     };
     let world = arguments.workers as usize;
-    let group = ProcessGroup::new(&backend, &store, rank as usize, world, PATIENCE)?;
+    let group = ProcessGroup::new(&backend, &store, rank as usize, world, MEETING)?;
+    // The slowest process may still be sampling; one that ends early is noticed.
+    group.set_timeout(Duration::MAX)?;
     let bar = progress(&spec, evaluator.kept_samples(), rank)?;
     let tell = |what| match what {
         Scoring::Sampled(images) => bar.inc(images),
@@ -411,13 +413,14 @@ fn start(rank: u32, store: &Path, threads: u32, kept: Option<&Path>) -> anyhow::
         .args([OsStr::new("--store"), store.as_os_str()])
         .args(kept.into_iter().flat_map(|folder| [OsStr::new("--kept"), folder.as_os_str()]))
         .env("OMP_NUM_THREADS", threads.to_string())
+        .envs(environment::of_children())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
         .context("cannot start a process")
 }
 
-/// Ends this process when another one fails: otherwise a collective would wait for its timeout.
+/// Ends this process when another one fails: otherwise the others would wait for it.
 fn supervise(mut child: Child) {
     // Waiting for the child closes its stdin, which is its lifeline, unless that is held elsewhere.
     let held = child.stdin.take();

@@ -15,6 +15,9 @@ pub const PROGRAM: &str = "potstill-worker";
 /// Environment variable that names the program's file, before any search.
 pub const OVERRIDE: &str = "POTSTILL_WORKER";
 
+/// OpenMP's threads give up the processor soon where they wait for each other: it reads this when the program is loaded.
+const SPINNING: (&str, &str) = ("GOMP_SPINCOUNT", "1000");
+
 /// The worker program cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
@@ -93,7 +96,12 @@ pub async fn check(program: &Path, specification: String) -> Result<(), WorkerEr
 /// See [`WorkerError`].
 pub fn become_worker(subcommand: &str, arguments: &[OsString]) -> Result<Infallible, WorkerError> {
     let program = find()?;
-    let source = Command::new(&program).arg(subcommand).args(arguments).exec();
+    let mut command = Command::new(&program);
+    command.arg(subcommand).args(arguments);
+    if std::env::var_os(SPINNING.0).is_none() {
+        command.env(SPINNING.0, SPINNING.1);
+    }
+    let source = command.exec();
     Err(WorkerError::Refused { program, source })
 }
 

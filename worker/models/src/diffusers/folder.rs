@@ -200,7 +200,8 @@ impl ModelFolder {
         let tokenizer = Tokenizer::load(&folder, config.max_position_embeddings as usize)?;
         if tokenizer.vocabulary() > config.vocab_size {
             return Err(LoadError::Folder(format!(
-                "has tokens up to {}, but {encoder} has {}: it is another encoder's tokenizer",
+                "has tokens up to {}, but {encoder} has {} rows for them: it is another encoder's tokenizer, or tokens were added to \
+                 it and the encoder was not resized",
                 tokenizer.vocabulary() - 1,
                 config.vocab_size
             ))
