@@ -3,8 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::{
+    collections::BTreeMap,
+    process::{Command, Stdio},
+};
+
 use nix::sys::signal::Signal;
-use potstill_tests::{Cluster, Process, kill, relative_difference, text, worker_pid};
+use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, repository, text, worker_pid};
 
 #[test]
 fn a_finished_run_leaves_scores_pictures_and_metrics() {
@@ -80,6 +85,56 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     for iteration in [4, 6] {
         assert!(!cluster.checkpoint("results", iteration).is_empty());
     }
+}
+
+/// The real TensorBoard, if `scripts/test.sh` has installed it.
+#[test]
+fn tensorboard_reads_a_run_that_was_resumed() {
+    let python = repository().join(".venv/bin/python");
+    let has = Command::new(&python).args(["-c", "import tensorboard"]).stderr(Stdio::null()).status();
+    if !has.is_ok_and(|status| status.success()) {
+        return lacks("tensorboard", "tensorboard_reads_a_run_…", "pip install -r requirements-test.txt");
+    }
+    let cluster = Cluster::default();
+    let sets = |iterations: &'static str| [iterations, "evaluation.every=10", "checkpoint.every=10"];
+    assert!(cluster.run_to_end("board", 1, &sets("distillation.iterations=20"), &[]).status.success());
+    // What follows the older checkpoint is computed again.
+    let checkpoints = cluster.run("board").join("checkpoints");
+    std::fs::remove_dir_all(checkpoints.join(format!("{:012}", 20))).unwrap();
+    let again = cluster.run_to_end("board", 1, &sets("distillation.iterations=30"), &["--resume"]);
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    let read = Command::new(python)
+        .arg(repository().join("tests/tensorboard_events.py"))
+        .arg(cluster.run("board").join("tensorboard"))
+        .output()
+        .unwrap();
+    assert!(read.status.success(), "{}", text(&read.stderr));
+    let found: serde_json::Value = serde_json::from_slice(&read.stdout).unwrap();
+
+    let metrics = cluster.metrics("board");
+    let of = |kind: &str, key: &str| -> Vec<(u64, f64)> {
+        let rows = metrics.iter().filter(|row| row["kind"] == kind && row["subject"] != "teacher");
+        rows.map(|row| (row["iteration"].as_u64().unwrap(), row.pointer(key).unwrap().as_f64().unwrap()))
+            .collect()
+    };
+    for (tag, expected) in [
+        ("loss/generator", of("iteration", "/generator_loss")),
+        ("gradient_norm/fake_score", of("iteration", "/fake_score_grad_norm")),
+        ("student/fid", of("evaluation", "/scores/fid")),
+    ] {
+        let read: Vec<(u64, f64)> = serde_json::from_value(found["scalars"][tag].clone()).unwrap();
+        // The state from which a run is resumed is scored again.
+        let read: Vec<(u64, f64)> = BTreeMap::from_iter(read).into_iter().collect();
+        assert_eq!(read.len(), expected.len(), "{tag}: {read:?}, {expected:?}");
+        for ((step, value), (iteration, number)) in read.iter().zip(&expected) {
+            assert_eq!(step, iteration, "{tag}");
+            assert!((value - number).abs() <= 1e-6 * number.abs(), "{tag}: {value}, {number}");
+        }
+    }
+    let pictures: Vec<[u64; 3]> = serde_json::from_value(found["images"]["student"].clone()).unwrap();
+    assert_eq!(pictures.iter().map(|picture| picture[0]).collect::<Vec<_>>(), [0, 10, 20, 30]);
+    let specification = found["texts"]["specification/text_summary"][0].as_str().unwrap();
+    assert!(specification.contains("[distillation]"), "{specification}");
 }
 
 /// The iteration of a run's only checkpoint: it was asked to stop, and saved at the next boundary.

@@ -16,8 +16,8 @@ pub struct ClusterSpec {
     /// Workers beyond this number are standby.
     pub max_workers: u32,
     /// A worker that is silent for this long is dead. All other timeouts but `wait_timeout` derive from it: a worker
-    /// sends a heartbeat every tenth of it, a worker without progress for four times as long hangs, and a collective
-    /// may take six times as long.
+    /// sends a heartbeat every tenth of it, a worker without progress for four times as long hangs, and the ranks of a
+    /// generation must meet within six times as long.
     #[serde(with = "duration")]
     #[schemars(with = "String")]
     pub failure_timeout: Duration,
@@ -25,6 +25,11 @@ pub struct ClusterSpec {
     #[serde(with = "duration")]
     #[schemars(with = "String")]
     pub wait_timeout: Duration,
+    /// A rank whose forward and backward passes take this many times the median, for twenty iterations in a row, is named
+    /// as a straggler.
+    pub straggler_factor: f64,
+    /// A spare takes the place of a straggler.
+    pub replace_stragglers: bool,
 }
 
 impl Default for ClusterSpec {
@@ -34,6 +39,8 @@ impl Default for ClusterSpec {
             max_workers: 1,
             failure_timeout: Duration::from_secs(10),
             wait_timeout: Duration::from_secs(300),
+            straggler_factor: 1.5,
+            replace_stragglers: false,
         }
     }
 }
@@ -56,6 +63,9 @@ impl ClusterSpec {
                 )
             });
         }
+        problems.require(self.straggler_factor > 1.0, || {
+            format!("cluster.straggler_factor is {}; it must be above 1", self.straggler_factor)
+        });
         let [failure, wait] = [self.failure_timeout, self.wait_timeout].map(humantime::format_duration);
         problems.require(
             (Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&self.failure_timeout),

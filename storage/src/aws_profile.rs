@@ -59,7 +59,8 @@ pub(crate) fn with_profile(
         let value = [&credentials, &config].into_iter().flatten().find_map(|section| section.get(key));
         value.filter(|value| !value.is_empty()).map(str::to_owned)
     };
-    if named.is_some() && found(TAKEN[0].0).is_none() {
+    let other = NOT_READ.iter().find(|key| found(key).is_some());
+    if found(TAKEN[0].0).is_none() && (named.is_some() || other.is_some()) {
         let advice = "give AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN instead, as in eval \"$(aws configure \
                       export-credentials --format env)\"";
         if credentials.is_none() && config.is_none() {
@@ -67,11 +68,11 @@ pub(crate) fn with_profile(
                 "{PROFILE} names {profile}, which is neither in AWS's credentials file nor in its config file"
             ));
         }
-        let why = match NOT_READ.iter().find(|key| found(key).is_some()) {
+        let why = match other {
             Some(key) => format!("gets its keys by {key}, which is not read"),
             None => "holds no keys".to_owned(),
         };
-        return Err(format!("the profile {profile}, which {PROFILE} names, {why}: {advice}"));
+        return Err(format!("the profile {profile} of AWS's files {why}: {advice}"));
     }
     let taken: Vec<(String, String)> =
         TAKEN.iter().filter_map(|(key, variable)| Some(((*variable).to_owned(), found(key)?))).collect();
@@ -145,6 +146,8 @@ mod tests {
             let error = read(&home, &[(PROFILE, profile)]).unwrap_err();
             assert!(error.contains(part) && error.contains(profile), "{error}");
         }
+        let sso = self::home("", "[default]\nsso_session = x\n");
+        assert!(read(&sso, &[]).unwrap_err().contains("sso_session"), "the default profile too");
         let none = tempfile::tempdir().unwrap();
         assert_eq!(read(&none, &[]).unwrap().get(KEY), None);
     }

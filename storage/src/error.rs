@@ -9,7 +9,7 @@ use crate::refusals;
 #[non_exhaustive]
 pub enum Error {
     /// The URL is not one of a supported store.
-    #[error("storage {url:?}: {problem}; use a path, or a URL of file://, s3://, gs://, az:// or memory://")]
+    #[error("storage {url:?}: {problem}")]
     BadUrl {
         /// The URL.
         url: String,

@@ -14,10 +14,20 @@ pub const CHECKPOINTS: &str = "checkpoints";
 /// Images of teacher and student at the run's end.
 pub const SAMPLES: &str = "samples.png";
 
+/// Folder of the pictures of the student.
+pub const PICTURES: &str = "pictures";
+
 /// The picture of the student after so many iterations.
 #[must_use]
 pub fn picture_key(iteration: u64) -> String {
-    format!("pictures/{iteration:012}.png")
+    format!("{PICTURES}/{iteration:012}.png")
+}
+
+/// The iteration of a picture's key; `None` for other keys.
+#[must_use]
+pub fn picture_iteration(key: &str) -> Option<u64> {
+    let iteration = key.strip_prefix(PICTURES)?.strip_prefix('/')?.strip_suffix(".png")?.parse().ok()?;
+    (picture_key(iteration) == key).then_some(iteration)
 }
 
 /// A journal record.

@@ -38,7 +38,8 @@ pub(crate) fn advice(error: &StoreError, place: &str) -> Option<String> {
         "NotImplemented" => NOT_THERE.to_owned(),
         _ if text.contains("redirect without LOCATION") => REGION.to_owned(),
         _ if text.contains("501 Not Implemented") => NOT_THERE.to_owned(),
-        _ if matches!(error, StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. })
+        // Without a code of its own.
+        "" if matches!(error, StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. })
             && place.contains("://") =>
         {
             format!("it refuses the credentials: check {}", variables(place))

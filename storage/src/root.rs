@@ -4,7 +4,8 @@ use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use object_store::{
-    Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, path::Path,
+    Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, local::LocalFileSystem, memory::InMemory,
+    path::Path,
 };
 use url::Url;
 use uuid::Uuid;
@@ -13,6 +14,11 @@ use crate::{Error, RunId, aws_profile, faults, new_file, patience::asked};
 
 /// Environment variables with these prefixes configure the cloud stores, as with those stores' own tools.
 const CREDENTIALS: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
+
+/// Schemes of stores.
+const SCHEMES: [&str; 4] = ["s3", "gs", "az", "memory"];
+/// What a location may be.
+const WANTED: &str = "use a path, or a URL of file://, s3://, gs://, az:// or memory://";
 
 /// A location for messages: of a URL neither password, query nor fragment.
 pub(crate) fn shown(location: &str) -> String {
@@ -32,6 +38,19 @@ pub(crate) fn shown(location: &str) -> String {
     url.set_query(None);
     url.set_fragment(None);
     url.to_string()
+}
+
+/// A variable as the stores' clients take it, which end the process where one cannot be sent: without spaces and line ends around it,
+/// as secrets that were made with an editor have them; none where it is empty.
+fn usable(name: String, value: &str) -> Result<Option<(String, String)>, String> {
+    let value = value.trim();
+    if value.chars().any(char::is_control) {
+        return Err(format!("the variable {name} has a line end or another control character inside"));
+    }
+    if name.contains("ENDPOINT") && !value.is_empty() && !value.contains("://") {
+        return Err(format!("the variable {name} is {value:?}; an endpoint begins with https:// or http://"));
+    }
+    Ok((!value.is_empty()).then(|| (name.to_ascii_lowercase(), value.to_owned())))
 }
 
 /// Refuses a URL with credentials: locations are stored with the run, sent to workers and shown.
@@ -96,12 +115,22 @@ impl Root {
     ) -> Result<Self, Error> {
         let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         if !location.contains("://") {
+            let scheme = location.split_once(':').map(|(scheme, _)| scheme.to_lowercase());
+            if scheme.is_some_and(|scheme| [&SCHEMES[..], &["file"]].concat().contains(&scheme.as_str())) {
+                return Err(bad(format!("a URL has two slashes behind its scheme; {WANTED}")));
+            }
+            if location.starts_with("~/") || location == "~" {
+                return Err(bad(
+                    "~ stands for a home only where the shell sees it; write the whole path".to_owned()
+                ));
+            }
             return Self::local(std::path::absolute(location).map_err(|e| bad(e.to_string()))?, location);
         }
-        let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
+        let url = Url::parse(location).map_err(|e| bad(format!("{e}; {WANTED}")))?;
         if url.scheme() == "file" {
-            let folder =
-                url.to_file_path().map_err(|()| bad("it is not a path of this machine".to_owned()))?;
+            let folder = url
+                .to_file_path()
+                .map_err(|()| bad(format!("it is not a path of this machine; {WANTED}")))?;
             return Self::local(folder, location);
         }
         let (store, prefix) = Self::open_store(location, variables)?;
@@ -123,12 +152,34 @@ impl Root {
         let bad = |problem: String| Error::BadUrl { url: shown(location), problem };
         // The cloud clients use the process's own TLS provider; an error means that one is installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let url = Url::parse(location).map_err(|e| bad(e.to_string()))?;
+        let url = Url::parse(location).map_err(|e| bad(format!("{e}; {WANTED}")))?;
         without_credentials(location, &url)?;
         let scheme = url.scheme();
         // object_store supports more schemes, but in some of them part of the location is where `url` does not keep it.
-        if !["s3", "gs", "az", "memory"].contains(&scheme) {
-            return Err(bad(format!("the scheme {scheme}:// is not known")));
+        if !SCHEMES.contains(&scheme) {
+            return Err(bad(format!("the scheme {scheme}:// is not known; {WANTED}")));
+        }
+        if url.port().is_some() {
+            let problem = "the name behind the scheme is a bucket and has no port; the address of a store goes into AWS_ENDPOINT_URL";
+            return Err(bad(problem.to_owned()));
+        }
+        if scheme != "az" && !url.username().is_empty() {
+            return Err(bad(
+                "it has a user before the bucket: credentials go into environment variables".to_owned()
+            ));
+        }
+        if url.fragment().is_some() {
+            return Err(bad("it has a #, which no name in a store has in a URL".to_owned()));
+        }
+        if scheme != "memory" && url.host_str().is_none_or(str::is_empty) {
+            return Err(bad(format!("it names no bucket; {WANTED}")));
+        }
+        if scheme == "memory" {
+            if url.host_str().is_some_and(|host| !host.is_empty()) {
+                return Err(bad(format!("there are no machines in memory; {WANTED}")));
+            }
+            let path = Path::parse(url.path()).map_err(|e| bad(e.to_string()))?;
+            return Ok((Arc::new(InMemory::new()), path));
         }
         let variables: Vec<(String, String)> = match scheme {
             "s3" => aws_profile::with_profile(variables).map_err(bad)?.into_iter().collect(),
@@ -137,7 +188,9 @@ impl Root {
         let options = variables
             .into_iter()
             .filter(|(name, _)| CREDENTIALS.iter().any(|prefix| name.starts_with(prefix)))
-            .map(|(name, value)| (name.to_ascii_lowercase(), value));
+            .filter_map(|(name, value)| usable(name, &value).transpose())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(bad)?;
         let (store, path) = object_store::parse_url_opts(&url, options).map_err(|e| bad(e.to_string()))?;
         Ok((store.into(), path))
     }

@@ -1,6 +1,6 @@
 //! One run's folder: plain reads and writes, and the create-only write for commits.
 
-use std::future::Future;
+use std::{future::Future, path::PathBuf};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -44,6 +44,12 @@ impl Run {
     #[must_use]
     pub fn describe(&self, key: &str) -> String {
         self.root.describe(&self.path(key))
+    }
+
+    /// The path of an object on this machine, where the store is a folder.
+    #[must_use]
+    pub fn local(&self, key: &str) -> Option<PathBuf> {
+        Some(self.root.folder()?.join(self.path(key).as_ref()))
     }
 
     /// [`asked`] about an object of this run.
@@ -124,7 +130,7 @@ impl Run {
     ///
     /// # Errors
     /// The store's error.
-    pub(crate) async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>, Error> {
+    pub async fn list(&self, folder: &str) -> Result<Vec<(String, u64)>, Error> {
         self.list_after(folder, None).await
     }
 

@@ -72,6 +72,31 @@ async fn a_refusal_is_met_once_and_says_what_to_do() {
     }
 }
 
+#[test]
+fn settings_that_cannot_be_sent_are_named_and_empty_ones_are_none() {
+    for (more, part) in [
+        (&[("AWS_ENDPOINT", "minio:9000")][..], "https://"),
+        (&[("AWS_SESSION_TOKEN", "a\nb")], "AWS_SESSION_TOKEN"),
+    ] {
+        let given = variables("http://127.0.0.1:1", &[&KEYS[..], more].concat());
+        let error = Root::open_with("s3://bucket/p", given).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    let given = [("AWS_ENDPOINT", ""), ("AWS_SESSION_TOKEN", "t\n"), ("AWS_ALLOW_HTTP", "")];
+    let given = variables("http://127.0.0.1:1", &[&KEYS[..], &given].concat());
+    assert!(Root::open_with("s3://bucket/p", given).is_ok());
+    for (location, part) in [
+        ("s3:/bucket/x", "two slashes"),
+        ("~/runs", "~"),
+        ("s3://minio:9000/bucket", "no port"),
+        ("s3://KEY@bucket/x", "environment"),
+        ("s3://bucket/x#y", "#"),
+    ] {
+        let error = Root::open_with(location, []).unwrap_err().to_string();
+        assert!(error.contains(part), "{location}: {error}");
+    }
+}
+
 #[tokio::test]
 async fn keys_of_a_profile_are_used() {
     let home = tempfile::tempdir().unwrap();

@@ -56,6 +56,10 @@ pub struct MemberStatus {
     pub activity: String,
     /// `alive` or `unknown`.
     pub liveness: String,
+    /// Seconds that it computed for a micro-batch in the last finished iteration.
+    pub compute_seconds: Option<f64>,
+    /// Whether it computes much more slowly than the others.
+    pub straggles: bool,
 }
 
 /// Asks a run's coordinator; where it does not answer, reads the journal, if the storage is known.
@@ -132,6 +136,8 @@ impl From<wire::StatusReply> for RunStatus {
             device: m.device,
             rank: m.rank,
             activity: m.activity,
+            compute_seconds: m.compute_seconds,
+            straggles: m.straggles,
         };
         Self {
             state: state_name(reply.state()).to_owned(),
@@ -148,6 +154,12 @@ impl From<wire::StatusReply> for RunStatus {
 }
 
 impl RunStatus {
+    /// Whether the run has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        ["succeeded", "stopped", "failed"].contains(&self.state.as_str())
+    }
+
     /// As text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -167,13 +179,25 @@ impl RunStatus {
         if !self.members.is_empty() {
             let mut table = Table::new();
             table.load_style(presets::UTF8_FULL_CONDENSED);
-            table.set_header(["rank", "worker", "host", "process", "device", "at", "doing", "liveness"]);
+            table.set_header([
+                "rank",
+                "worker",
+                "host",
+                "process",
+                "device",
+                "at",
+                "doing",
+                "micro-batch",
+                "liveness",
+            ]);
             for m in &self.members {
                 let rank = m.rank.map_or_else(|| "standby".to_owned(), |rank| rank.to_string());
                 let (worker, host, pid) = (m.worker.clone(), m.host.clone(), m.pid.to_string());
                 let (device, at) = (m.device.clone(), m.cursor.clone());
                 let (doing, liveness) = (m.activity.clone(), m.liveness.clone());
-                table.add_row([rank, worker, host, pid, device, at, doing, liveness]);
+                let pace = m.compute_seconds.map_or_else(String::new, |seconds| format!("{seconds:.3} s"));
+                let pace = if m.straggles { format!("{pace}, slow") } else { pace };
+                table.add_row([rank, worker, host, pid, device, at, doing, pace, liveness]);
             }
             text += &format!("\n{table}");
         }

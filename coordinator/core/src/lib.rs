@@ -25,6 +25,8 @@
 //!         collapse_share: 0.25,
 //!         sliced: false,
 //!         stop_after_failures: None,
+//!         straggler_factor: 1.5,
+//!         replace_stragglers: false,
 //!     },
 //!     specification: String::new(),
 //!     storage_url: "memory:///".into(),
@@ -40,8 +42,8 @@
 //! ```
 //!
 //! One job for each module: who is attached and alive ([`membership`]); who gets which place in a generation and where
-//! its state comes from ([`assignment`]); what every iteration computed, exactly once ([`steps`]); which checkpoints exist
-//! ([`ledger`]); and the life of the run that ties them together ([`Core`]).
+//! its state comes from ([`assignment`]); what every iteration computed, exactly once ([`steps`]), and which ranks the others
+//! wait for ([`stragglers`]); which checkpoints exist ([`ledger`]); and the life of the run that ties them together ([`Core`]).
 
 pub mod assignment;
 pub mod ledger;
@@ -50,6 +52,7 @@ pub mod observation;
 pub mod record;
 mod run;
 pub mod steps;
+pub mod stragglers;
 pub mod terms;
 
 use std::collections::BTreeSet;

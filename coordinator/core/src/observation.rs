@@ -58,6 +58,17 @@ pub enum Observation {
         /// Which worker is lost, or what failed.
         reason: String,
     },
+    /// A rank computes much more slowly than the others for many iterations, or does so no longer.
+    Straggler {
+        /// As text: id, host, process, device, rank.
+        worker: String,
+        /// Whether it straggles from now on.
+        straggles: bool,
+        /// Seconds that it computed for a micro-batch in the last iteration.
+        seconds: f64,
+        /// The median over all ranks.
+        median: f64,
+    },
     /// An iteration is finished: every rank has reported it, or a surviving member had completed it. An index comes
     /// again only where a run had to go back to an older checkpoint because no surviving worker held its newest state.
     Iteration(IterationTotals),

@@ -27,7 +27,12 @@ pub enum Reported {
     /// Other ranks have still to report this iteration.
     Incomplete,
     /// The iteration is finished.
-    Finished(IterationTotals),
+    Finished {
+        /// What was computed.
+        totals: IterationTotals,
+        /// Seconds of each rank's forward and backward passes for a micro-batch.
+        paces: Vec<f64>,
+    },
     /// This rank had reported the iteration already.
     Repeated,
 }
@@ -150,7 +155,11 @@ impl Steps {
         }
         let reports = self.pending.remove(&iteration).unwrap_or_default();
         self.finished = iteration + 1;
-        Ok(Reported::Finished(self.totals(iteration, &reports)))
+        let pace = |report: &StepReport| {
+            report.seconds.unwrap_or_default().compute / f64::from(report.micro_batches.max(1))
+        };
+        let paces = reports.values().map(pace).collect();
+        Ok(Reported::Finished { totals: self.totals(iteration, &reports), paces })
     }
 
     /// Sums the reports. Means are over the samples of the ranks that reported.
@@ -224,7 +233,7 @@ mod tests {
         assert_eq!(steps.report(1, report(0, 1, 2)), Ok(Reported::Incomplete));
         assert_eq!(steps.report(1, report(1, 1, 2)), Ok(Reported::Incomplete));
         assert_eq!(steps.report(1, report(0, 1, 2)), Ok(Reported::Repeated));
-        let Ok(Reported::Finished(totals)) = steps.report(0, report(0, 0, 2)) else { panic!() };
+        let Ok(Reported::Finished { totals, .. }) = steps.report(0, report(0, 0, 2)) else { panic!() };
         assert_eq!((totals.iteration, totals.samples, totals.world_size), (0, 12, 2));
         assert_eq!((totals.fake_score_loss, totals.fake_score_grad_norm), (0.25, 1.0));
         assert_eq!(totals.seconds.total, 1.0);
@@ -261,7 +270,7 @@ mod tests {
         let said: Vec<_> = closed.iter().map(|t| (t.iteration, t.samples, t.fake_score_loss)).collect();
         assert_eq!(said, [(0, 12, 0.25), (1, 12, 0.25)]);
         assert_eq!(steps.finished(), 2);
-        assert!(matches!(steps.report(0, report(2, 0, 1)), Ok(Reported::Finished(_))));
+        assert!(matches!(steps.report(0, report(2, 0, 1)), Ok(Reported::Finished { .. })));
     }
 
     #[test]
@@ -269,7 +278,7 @@ mod tests {
         let mut steps = steps(2);
         steps.report(1, report(0, 1, 2)).unwrap();
         assert_eq!(steps.open(1, at(0, true)), []);
-        assert!(matches!(steps.report(0, report(0, 0, 1)), Ok(Reported::Finished(_))));
+        assert!(matches!(steps.report(0, report(0, 0, 1)), Ok(Reported::Finished { .. })));
         assert!(steps.report(0, report(2, 0, 1)).is_err());
     }
 
@@ -278,7 +287,7 @@ mod tests {
         let mut steps = steps(1);
         steps.open(1, at(4, false));
         assert!(steps.report(0, report(3, 0, 1)).is_err());
-        assert!(matches!(steps.report(0, report(6, 0, 1)), Ok(Reported::Finished(_))));
+        assert!(matches!(steps.report(0, report(6, 0, 1)), Ok(Reported::Finished { .. })));
         assert_eq!(steps.finished(), 7);
     }
 }

@@ -25,6 +25,10 @@ pub struct Terms {
     pub collapse_share: f64,
     /// The run ends after this number of failed checkpoints in a row; if none, failed checkpoints never end it.
     pub stop_after_failures: Option<NonZeroU32>,
+    /// A rank that computes for this many times the median is a straggler.
+    pub straggler_factor: f64,
+    /// Whether a spare takes the place of a straggler.
+    pub replace_stragglers: bool,
 }
 
 /// Every timeout of a run, derived from `failure_timeout` so that they cannot contradict each other.

@@ -176,6 +176,8 @@ pub fn terms(spec: &RunSpec) -> Terms {
         collapse_share: spec.evaluation.collapse_share,
         sliced: spec.memory.shard_optimizer,
         stop_after_failures: spec.checkpoint.stop_after_failures,
+        straggler_factor: spec.cluster.straggler_factor,
+        replace_stragglers: spec.cluster.replace_stragglers,
     }
 }
 

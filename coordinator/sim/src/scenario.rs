@@ -235,6 +235,8 @@ impl Scenario {
             collapse_share: 0.0,
             sliced: self.sliced,
             stop_after_failures: None,
+            straggler_factor: 1.5,
+            replace_stragglers: true,
         }
     }
 

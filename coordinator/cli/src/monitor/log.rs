@@ -22,6 +22,17 @@ pub fn observation(observation: &Observation) {
         Observation::GenerationAbandoned { generation, reason } => {
             warn!(generation = generation.0, %reason, "generation abandoned");
         }
+        Observation::Straggler { worker, straggles: true, seconds, median } => warn!(
+            %worker, seconds, median,
+            "the others wait for this rank: it computes {:.1} times as long for a micro-batch as the median",
+            seconds / median
+        ),
+        Observation::Straggler { worker, straggles: false, seconds, median } => {
+            info!(%worker, seconds, median, "this rank keeps up again");
+        }
+        Observation::Iteration(t) if t.samples > 0 && t.non_finite_samples >= t.samples => {
+            warn!(iteration = t.iteration, "no sample of this iteration was finite: it has changed nothing");
+        }
         Observation::Iteration(t) => debug!(
             iteration = t.iteration,
             world_size = t.world_size,

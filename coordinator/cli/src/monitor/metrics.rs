@@ -244,13 +244,30 @@ impl Metrics {
     }
 
     /// Training continues from the state after `iteration` iterations: removes the lines beyond it. The teacher does
-    /// not train, so its evaluations stay.
-    pub fn rewind(&mut self, iteration: u64) {
+    /// not train, so its evaluations stay. Returns whether there were any.
+    pub fn rewind(&mut self, iteration: u64) -> bool {
+        let before = self.rows.len();
         self.window.retain(|totals| totals.iteration < iteration);
         self.rows.retain(|row| match row {
             Row::Iteration(training) => training.iteration <= iteration,
             Row::Evaluation(e) => e.subject == Subject::Teacher || e.iteration <= iteration,
         });
+        self.rows.len() < before
+    }
+
+    /// All lines, oldest first.
+    pub fn rows(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter()
+    }
+
+    /// The iteration of the line that is furthest; none without lines.
+    #[must_use]
+    pub fn reached(&self) -> Option<u64> {
+        let iterations = self.rows.iter().map(|row| match row {
+            Row::Iteration(training) => training.iteration,
+            Row::Evaluation(evaluation) => evaluation.iteration,
+        });
+        iterations.max()
     }
 
     /// All windows, oldest first.

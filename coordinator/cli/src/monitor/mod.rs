@@ -1,4 +1,5 @@
-//! The live view of a run: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, and the final table.
+//! The live view of a run: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, files for TensorBoard, and the
+//! final table.
 
 pub mod curves;
 #[cfg(test)]
@@ -9,8 +10,9 @@ pub mod number;
 pub mod progress;
 pub mod screen;
 pub mod summary;
+mod tensorboard;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use potstill_core::observation::{Observation, Outcome};
@@ -28,6 +30,10 @@ use metrics::Metrics;
 use progress::Progress;
 use screen::Screen;
 use summary::Summary;
+use tensorboard::Tensorboard;
+
+/// How often metrics are saved that no checkpoint or evaluation has saved.
+const SAVE: Duration = Duration::from_secs(30);
 
 /// Metrics, one JSON object a line.
 pub const METRICS: &str = "metrics.jsonl";
@@ -41,6 +47,9 @@ pub struct Monitor {
     run: Run,
     name: String,
     metrics: Metrics,
+    tensorboard: Tensorboard,
+    /// Whether there are metrics that are not saved.
+    unsaved: bool,
     progress: Progress,
     started: Instant,
     ended: Option<Instant>,
@@ -77,8 +86,16 @@ impl Monitor {
             Some(bytes) => Metrics::resume(spec, &String::from_utf8_lossy(&bytes)).context(path)?,
             None => Metrics::new(spec),
         };
+        let specification = spec.to_toml()?;
         Ok(Self {
             name: run.id().to_string(),
+            tensorboard: Tensorboard::new(
+                run.clone(),
+                specification,
+                metrics.wall_seconds(),
+                metrics.reached(),
+            ),
+            unsaved: false,
             earlier_seconds: metrics.wall_seconds(),
             run,
             metrics,
@@ -93,10 +110,23 @@ impl Monitor {
 
     /// Processes all observations until the run has ended.
     pub async fn follow(mut self, mut observations: UnboundedReceiver<Observation>) -> Self {
-        while let Some(observation) = observations.recv().await {
-            self.observe(observation).await;
+        let mut interval = tokio::time::interval(SAVE);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                observation = observations.recv() => match observation {
+                    Some(observation) => self.observe(observation).await,
+                    None => return self,
+                },
+                _ = interval.tick(), if self.unsaved => {
+                    self.save_lines().await;
+                    // In an object store each save is a file of its own.
+                    if self.run.local(tensorboard::FOLDER).is_some() {
+                        self.save_events().await;
+                    }
+                }
+            }
         }
-        self
     }
 
     async fn observe(&mut self, observation: Observation) {
@@ -111,9 +141,9 @@ impl Monitor {
                 self.world_size = Some(world_size);
                 self.repeated = repeated;
                 match source {
-                    Source::Fresh => self.metrics.rewind(0),
+                    Source::Fresh => self.rewind(0),
                     Source::Checkpoint { manifest_key } => match manifest_iteration(&manifest_key) {
-                        Some(iteration) => self.metrics.rewind(iteration),
+                        Some(iteration) => self.rewind(iteration),
                         None => warn!(manifest_key, "no iteration in the manifest's key: metrics may repeat"),
                     },
                     Source::Peer { .. } => {}
@@ -122,7 +152,10 @@ impl Monitor {
                 self.metrics.close_window(wall_seconds);
                 self.save_metrics().await;
             }
-            Observation::Iteration(totals) => self.metrics.iteration(totals, wall_seconds),
+            Observation::Iteration(totals) => {
+                self.metrics.iteration(totals, wall_seconds);
+                self.unsaved = true;
+            }
             Observation::Evaluated(report) => {
                 self.metrics.evaluation(&report, wall_seconds);
                 self.save_metrics().await;
@@ -184,11 +217,36 @@ impl Monitor {
         self.earlier_seconds + (now - self.started).as_secs_f64()
     }
 
-    async fn save_metrics(&self) {
+    fn rewind(&mut self, iteration: u64) {
+        if self.metrics.rewind(iteration) {
+            self.tensorboard.rewind(iteration);
+        }
+    }
+
+    async fn save_metrics(&mut self) {
+        self.save_lines().await;
+        self.save_events().await;
+    }
+
+    async fn save_lines(&mut self) {
+        self.unsaved = false;
         match self.metrics.to_jsonl() {
             Ok(text) if text.is_empty() => {}
             Ok(text) => self.save(METRICS, text.into_bytes()).await,
             Err(error) => warn!(%error, "cannot write {METRICS}"),
+        }
+    }
+
+    async fn save_events(&mut self) {
+        let (wall_seconds, now) = (self.wall_seconds(), chrono::Utc::now().timestamp_micros() as f64 * 1e-6);
+        let before = match self.ended {
+            Some(_) => u64::MAX,
+            None => self.metrics.reached().unwrap_or(0),
+        };
+        if self.is_owner(tensorboard::FOLDER).await
+            && let Err(error) = self.tensorboard.save(self.metrics.rows(), before, wall_seconds, now).await
+        {
+            warn!(error = format!("{error:#}"), "TensorBoard's files cannot be written");
         }
     }
 
@@ -202,17 +260,21 @@ impl Monitor {
         }
     }
 
+    /// Whether this coordinator may write: where another one has taken over, the files are that one's.
+    async fn is_owner(&self, key: &str) -> bool {
+        let Some(own) = &self.coordinator else { return true };
+        let place = self.run.describe(key);
+        match self.run.coordinator().await {
+            Ok(Some(owner)) if owner.name == *own => return true,
+            Ok(_) => warn!("{place} is not written: another coordinator owns the run"),
+            Err(error) => warn!(%error, "{place} is not written"),
+        }
+        false
+    }
+
     async fn save(&self, key: &str, bytes: Vec<u8>) {
-        // Where another coordinator has taken over, the file is its own.
-        if let Some(own) = &self.coordinator {
-            match self.run.coordinator().await {
-                Ok(Some(owner)) if owner.name == *own => {}
-                Ok(_) => {
-                    let place = self.run.describe(key);
-                    return warn!("{place} is not written: another coordinator owns the run");
-                }
-                Err(error) => return warn!(%error, "{} is not written", self.run.describe(key)),
-            }
+        if !self.is_owner(key).await {
+            return;
         }
         if let Err(error) = self.run.put(key, bytes.into()).await {
             warn!(%error, "cannot write {}", self.run.describe(key));

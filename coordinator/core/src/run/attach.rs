@@ -123,7 +123,7 @@ impl Core {
     }
 
     /// Asks the ranks to yield at the next boundary, unless they are about to end anyway.
-    fn ask_to_yield(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
+    pub(super) fn ask_to_yield(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
         let Stage::Training(training) = &mut self.stage else { return };
         let asked = training.yielding.as_ref().map(|(cause, _)| *cause);
         if self.stop.is_some() || !training.finished.is_empty() || asked >= Some(cause) {

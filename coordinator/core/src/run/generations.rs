@@ -376,6 +376,7 @@ impl Core {
         let closed = self.steps.open(world_size, plan.start);
         actions.extend(closed.into_iter().map(|totals| Action::Observe(Observation::Iteration(totals))));
         self.ledger.open(generation, world_size);
+        self.stragglers.open(world_size);
         self.placed.extend(of_rank.iter().cloned());
         (self.named, self.awaited, self.unsure) = (of_rank, false, None);
         actions.push(Action::Observe(Observation::GenerationOpened {

@@ -172,8 +172,9 @@ impl Core {
                 }
                 match reported {
                     Reported::Incomplete => {}
-                    Reported::Finished(totals) => {
+                    Reported::Finished { totals, paces } => {
                         actions.push(Action::Observe(Observation::Iteration(totals)));
+                        self.look_for_stragglers(&paces, actions);
                     }
                     Reported::Repeated => {
                         log(actions, format!("ignored: rank {rank} reported iteration {iteration} already"));

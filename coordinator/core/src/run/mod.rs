@@ -7,6 +7,7 @@ mod hangs;
 mod messages;
 mod newcomers;
 mod reattaching;
+mod slow;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use crate::{
     observation::Outcome,
     record::Record,
     steps::Steps,
+    stragglers::Stragglers,
     terms::Terms,
 };
 
@@ -117,6 +119,7 @@ pub struct Core {
     closing: u32,
     stage: Stage,
     steps: Steps,
+    stragglers: Stragglers,
     /// Iterations that were computed again, over the whole run.
     repeated: u64,
     ledger: Ledger,
@@ -318,6 +321,7 @@ impl Core {
                 ..Gathering::since(Tick::default(), "the run starts".into())
             }),
             steps: Steps::new(terms.micro_batches, terms.micro_batch, start),
+            stragglers: Stragglers::new(terms.straggler_factor),
             terms,
             repeated,
             ledger: Ledger::new(checkpoints),

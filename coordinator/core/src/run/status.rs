@@ -28,6 +28,7 @@ impl Core {
             Stage::Ended(Outcome::Stopped { reason, .. }) => (RunState::Stopped, reason.clone()),
             Stage::Ended(Outcome::Failed { reason }) => (RunState::Failed, reason.clone()),
         };
+        let pace = |stream| self.stragglers.of(self.rank(stream)?);
         let member = |(stream, m): (StreamId, &Member)| wire::Member {
             worker_id: m.id().to_string(),
             host: m.hello.host.clone(),
@@ -42,6 +43,8 @@ impl Core {
                 Liveness::Unknown => wire::Liveness::Unknown,
             }
             .into(),
+            compute_seconds: pace(stream).map(|(seconds, _)| seconds),
+            straggles: pace(stream).is_some_and(|(_, straggles)| straggles),
         };
         wire::StatusReply {
             run_id: self.run_id.clone(),

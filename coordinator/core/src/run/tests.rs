@@ -36,6 +36,8 @@ fn setup(min: u32, max: u32) -> Setup {
         collapse_share: 0.25,
         sliced: false,
         stop_after_failures: None,
+        straggler_factor: 1.5,
+        replace_stragglers: false,
     };
     Setup {
         coordinator: "c".into(),
@@ -1163,6 +1165,66 @@ fn a_complete_run_does_not_fail_for_its_pictures() {
     world.later(MOMENT);
     let actions = world.attach(4);
     assert_eq!(outcome(&actions), Some(Outcome::Succeeded { iteration: ITERATIONS }));
+}
+
+// ------------------------------------------------------------------------------------------------ stragglers
+
+/// Iterations in which worker 1 takes three times as long as the others.
+fn slow_iterations(world: &mut World, iterations: std::ops::Range<u64>) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for iteration in iterations {
+        for stream in [0, 1] {
+            let rank = world.core.rank(StreamId(stream)).unwrap();
+            let mut report = report(world.core.generation.0, iteration, rank, 2);
+            let compute = if stream == 1 { 6.0 } else { 2.0 };
+            report.seconds = Some(wire::StepSeconds { compute, ..Default::default() });
+            actions.extend(world.says(stream, FromWorker::StepReport(report)));
+        }
+    }
+    actions
+}
+
+fn straggling(replace: bool) -> World {
+    let mut setup = setup(1, 2);
+    setup.terms.replace_stragglers = replace;
+    setup.terms.iterations = 1000;
+    let mut world = World::new(setup);
+    (0..3).for_each(|stream| drop(world.attach(stream)));
+    world
+}
+
+#[test]
+fn a_rank_for_which_the_others_wait_is_named_with_figures() {
+    let mut world = straggling(false);
+    let actions = slow_iterations(&mut world, 0..40);
+    let named: Vec<_> = actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Observe(Observation::Straggler { worker, straggles, seconds, median }) => {
+                Some((worker.as_str(), *straggles, *seconds, *median))
+            }
+            _ => None,
+        })
+        .collect();
+    let [(worker, true, 3.0, 1.0)] = named[..] else { panic!("{named:?}") };
+    assert!(worker.starts_with("w1") && worker.ends_with("rank 1"), "{worker}");
+    let status = world.core.status();
+    assert!(status.members[1].straggles && !status.members[0].straggles);
+    assert_eq!((status.members[1].compute_seconds, status.members[2].compute_seconds), (Some(3.0), None));
+    assert!(requests(&actions).is_empty(), "it keeps its place");
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_straggler_where_the_run_wants_it() {
+    let mut world = straggling(true);
+    let actions = slow_iterations(&mut world, 0..30);
+    assert_eq!(requests(&actions), [(0, Request::Yield), (1, Request::Yield)]);
+    world.yields(0, 30);
+    let actions = world.yields(1, 30);
+    let ranks: Vec<u64> = assignments(&actions).iter().map(|(stream, _)| *stream).collect();
+    assert_eq!(ranks, [0, 2]);
+    // It is a spare itself from now on, after a while.
+    assert_eq!(world.core.status().members.len(), 3);
 }
 
 // ------------------------------------------------------------------------------------------------ a successor
