@@ -48,6 +48,10 @@ fn teacher() {
     );
     let reshaped = with(&replaced(&whole, r#"\"model_channels\":16"#, r#"\"model_channels\":32"#));
     says(&cluster.refused(&[&reshaped], &[]), &["t.safetensors", "model.dec.4x4_block0.affine.bias"]);
+    let mut broken = whole.clone();
+    let last = broken.len() - 4;
+    broken[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    says(&cluster.refused(&[&with(&broken)], &[]), &["weights are not finite"]);
 }
 
 /// `bytes` with one occurrence of some text replaced by another of the same length.

@@ -244,6 +244,17 @@ fn an_added_token_with_another_number_is_refused() {
     for file in ["vocab.json", "merges.txt"] {
         std::fs::write(folder.path().join(file), &archive.metadata[file]).unwrap();
     }
+    for (name, content, part) in [
+        ("tokenizer_config.json", r#"{"padding_side": "left"}"#, "padding_side"),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": []}"#, "added_tokens_decoder"),
+        ("tokenizer_config.json", "[]", "is no object"),
+        ("added_tokens.json", "[]", "is no object"),
+    ] {
+        std::fs::write(folder.path().join(name), content).unwrap();
+        let error = Tokenizer::load(folder.path(), 77).err().unwrap().to_string();
+        assert!(error.contains(part), "{content}: {error}");
+        std::fs::remove_file(folder.path().join(name)).unwrap();
+    }
     std::fs::write(folder.path().join("added_tokens.json"), r#"{"<sks>": 100000}"#).unwrap();
     let error = Tokenizer::load(folder.path(), 77).err().unwrap().to_string();
     assert!(error.contains("<sks>") && error.contains("100000"), "{error}");
@@ -252,6 +263,11 @@ fn an_added_token_with_another_number_is_refused() {
     }
     let error = Tokenizer::load(folder.path(), 77).err().unwrap().to_string();
     assert!(error.contains("vocab.json is missing") && error.contains("tokenizer.json"), "{error}");
+    for content in ["[]", "{}", r#"{"model": {"type": "WordPiece", "vocab": {}}}"#] {
+        std::fs::write(folder.path().join("tokenizer.json"), content).unwrap();
+        let error = Tokenizer::load(folder.path(), 77).err().unwrap().to_string();
+        assert!(error.contains("is not the tokenizer of a CLIP text encoder"), "{content}: {error}");
+    }
 }
 
 /// A U-Net that takes the guidance scale is at one scale an ordinary one.

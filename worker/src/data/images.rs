@@ -18,6 +18,8 @@ use crate::{data::protocol::Picture, process::work};
 pub(super) struct Wanted {
     /// Channels, height and width after the treatment.
     pub shape: [i64; 3],
+    /// Number of classes; 0: labels are not needed.
+    pub classes: i64,
     pub protocol: Protocol,
 }
 
@@ -27,18 +29,43 @@ pub(super) async fn from_folder(
     names: &[String],
     wanted: Wanted,
 ) -> anyhow::Result<Dataset> {
-    let names: Vec<String> = names.iter().filter(|name| is_image(name)).cloned().collect();
+    // Notebooks and macOS leave hidden folders.
+    let hidden = |name: &str| name.split('/').any(|part| part.starts_with('.') || part == "__MACOSX");
+    let labelled = names.iter().any(|name| name == "dataset.json");
+    let names: Vec<String> = names.iter().filter(|name| is_image(name) && !hidden(name)).cloned().collect();
     ensure!(
         !names.is_empty(),
         "holds no images: expected a .safetensors or .tar file, a folder of .tar files, or a folder with one sub-folder of \
          {FORMATS:?} images per class"
     );
+    if wanted.classes > 0 {
+        ensure!(
+            !labelled,
+            "has its classes in dataset.json, which is not read: put the images of each class into a sub-folder of their own"
+        );
+        if let Some(flat) = names.iter().find(|name| !name.contains('/')) {
+            bail!("{flat} lies in no sub-folder, so its class is not known: each class has a sub-folder");
+        }
+        if let Some(deep) = names.iter().find(|name| name.matches('/').count() > 1) {
+            bail!(
+                "{deep} lies in a sub-folder of a sub-folder: name the folder whose sub-folders are the classes"
+            );
+        }
+    }
     let folder = |name: &str| name.split_once('/').map(|(folder, _)| folder.to_owned());
     let classes: Vec<Option<String>> = names.iter().map(|name| folder(name)).collect();
     let mut known: Vec<&String> = classes.iter().flatten().collect();
     known.sort_unstable();
     known.dedup();
     let numbered = known.iter().all(|name| name.parse::<u32>().is_ok());
+    ensure!(
+        wanted.classes == 0 || numbered || known.len() as i64 == wanted.classes,
+        "has {} sub-folders, such as {:?}, for {} classes: give all classes a sub-folder, or name the sub-folders by the numbers of \
+         their classes",
+        known.len(),
+        known[0],
+        wanted.classes
+    );
     let mut collected = Collected::new(wanted);
     // In batches, so that the files' bytes are not all in memory beside their pixels.
     for (names, classes) in names.chunks(256).zip(classes.chunks(256)) {
@@ -54,8 +81,8 @@ pub(super) async fn from_folder(
     collected.finish()
 }
 
-/// Reads images with a `.cls` or `.json` file under the same key. A sample without either has class 0, which a network
-/// without classes ignores.
+/// Reads images with a `.cls` or `.json` file under the same key. A network without classes needs
+/// neither.
 pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) -> anyhow::Result<Dataset> {
     let mut collected = Collected::new(wanted);
     for tar in tars {
@@ -64,6 +91,9 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
         for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
             let Some(image) = sample.image else { continue };
             match image.and_then(|image| Ok((image, sample.label?))) {
+                Ok(((name, _), None)) if wanted.classes > 0 => {
+                    collected.tally.broken(format!("{file}: {name}: has no label (.cls, or label in .json)"));
+                }
                 Ok(((name, image), label)) => {
                     collected.add(&format!("{file}: {name}"), &image, label.unwrap_or(0));
                 }
@@ -153,6 +183,10 @@ mod tests {
         Dataset::load(location.to_str().unwrap(), SHAPE)
     }
 
+    fn load_for(location: &Path, classes: i64) -> anyhow::Result<Dataset> {
+        Dataset::load(location.to_str().unwrap(), Shape { classes, ..SHAPE })
+    }
+
     fn labels(dataset: &Dataset) -> Vec<i64> {
         Vec::try_from(&dataset.labels).unwrap()
     }
@@ -176,13 +210,37 @@ mod tests {
         assert_eq!(first, [1., 1., 1., 1., -1., -1., -1., -1., -1., 1., -1., 1.], "channel by channel");
 
         write("cats/c.png", &png(3));
-        assert_eq!(labels(&load(folder.path()).unwrap()), [0, 1, 2], "names go in order: 10, 2, cats");
+        write(".ipynb_checkpoints/a.png", &png(3));
+        write("__MACOSX/cats/c.png", &png(3));
+        let found = load_for(folder.path(), 3).unwrap();
+        assert_eq!(labels(&found), [0, 1, 2], "names go in order: 10, 2, cats; hidden folders are none");
+        let error = format!("{:#}", load(folder.path()).err().unwrap());
+        assert!(error.contains("3 sub-folders") && error.contains("12 classes"), "{error}");
 
         write("cats/broken.png", b"no PNG");
-        assert_eq!(load(folder.path()).unwrap().len(), 3, "one broken image is left out");
+        assert_eq!(load_for(folder.path(), 3).unwrap().len(), 3, "one broken image is left out");
         write("cats/small.png", &png_of(1, 2, |_, _| [0, 0, 0]));
-        let error = format!("{:#}", load(folder.path()).err().unwrap());
+        let error = format!("{:#}", load_for(folder.path(), 3).err().unwrap());
         assert!(error.contains("2 of 5 images") && error.contains("2×1"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_whose_classes_are_not_known_is_refused() {
+        for (names, part) in [
+            (&["train/0/a.png", "train/1/b.png"][..], "sub-folder of a sub-folder"),
+            (&["a.png", "1/b.png"], "lies in no sub-folder"),
+            (&["00000/a.png", "00000/b.png", "dataset.json"], "dataset.json"),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            for name in names {
+                let path = folder.path().join(name);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, png(7)).unwrap();
+            }
+            let error = format!("{:#}", load(folder.path()).err().unwrap());
+            assert!(error.contains(part), "{names:?}: {error}");
+            assert!(load_for(folder.path(), 0).is_ok(), "{names:?}: without classes it does not matter");
+        }
     }
 
     #[test]
@@ -205,14 +263,38 @@ mod tests {
         assert_eq!(labels(&both), [3, 7, 1]);
         assert_eq!(labels(&both.limit(2)), [3, 7]);
 
-        tar(&second, &[("x.png", &png(9)), ("x.cls", b"1"), ("x.txt", b"caf\xe9"), ("y.png", &png(9))]);
+        tar(
+            &second,
+            &[
+                ("x.png", &png(9)),
+                ("x.cls", b"1"),
+                ("x.txt", b"caf\xe9"),
+                ("y.png", &png(9)),
+                ("y.cls", b"0"),
+            ],
+        );
         assert_eq!(labels(&load(&second).unwrap()), [1, 0], "captions do not matter here");
         tar(&second, &[("x.png", &png(9)), ("x.cls", b"one"), ("y.png", &png(9)), ("y.cls", b"two")]);
         let error = format!("{:#}", load(&second).err().unwrap());
         assert!(error.contains("x.cls") && error.contains("one"), "{error}");
-        tar(&second, &[("x.png", &png(9)), ("x.cls", b"12"), ("y.png", &png(1))]);
+        tar(&second, &[("x.png", &png(9)), ("x.cls", b"12"), ("y.png", &png(1)), ("y.cls", b"1")]);
         let error = format!("{:#}", load(&second).err().unwrap());
         assert!(error.contains("label 12 of image 0"), "{error}");
+        tar(
+            &second,
+            &[
+                ("x.png", &png(9)),
+                ("x.json", br#"{"label": "3"}"#),
+                ("y.png", &png(1)),
+                ("y.json", br#"{"label": 4.0}"#),
+            ],
+        );
+        assert_eq!(labels(&load(&second).unwrap()), [3, 4]);
+        for nothing in [&b"{}"[..], br#"{"label": null}"#, br#"{"label": "cat"}"#] {
+            tar(&second, &[("x.png", &png(9)), ("x.json", nothing), ("y.png", &png(1)), ("y.json", nothing)]);
+            let error = format!("{:#}", load(&second).err().unwrap());
+            assert!(error.contains("2 of 2 images") && error.contains("label"), "{error}");
+        }
         std::fs::write(&second, b"no tar at all").unwrap();
         assert!(load(&second).is_err());
     }
@@ -226,14 +308,14 @@ mod tests {
         let high = png_of(4, 12, |_, y| if (4..8).contains(&y) { [255, 0, 0] } else { [0, 0, 255] });
         tar(&path, &[("a.png", &wide), ("b.png", &high)]);
         for protocol in [Protocol::Resized(2), Protocol::Patch(2)] {
-            let images = Dataset::load_as(path.to_str().unwrap(), SHAPE, protocol).unwrap().images();
+            let images = Dataset::load_reference(path.to_str().unwrap(), SHAPE, protocol).unwrap().images();
             assert_eq!(images.size(), [2, 3, 2, 2]);
             let mean = |channel| images.select(1, channel).mean(tch::Kind::Float).double_value(&[]);
             assert!(mean(0) == 1.0 && mean(2) == -1.0, "{protocol:?}: {} {}", mean(0), mean(2));
         }
         tar(&path, &[("a.png", &wide), ("b.png", &high), ("c.png", &high)]);
         let shape = Shape { sample: [3, 6, 6], classes: 12 };
-        let load = |protocol| Dataset::load_as(path.to_str().unwrap(), shape, protocol);
+        let load = |protocol| Dataset::load_reference(path.to_str().unwrap(), shape, protocol);
         let error = format!("{:#}", load(Protocol::Patch(6)).err().unwrap());
         assert!(error.contains("b.png") && error.contains("12×4"), "{error}");
         assert!(load(Protocol::AsMade).is_err());

@@ -19,29 +19,34 @@ use super::{
 };
 
 impl Dataset {
-    /// Reads all images at `location`, a path or a URL, and checks that they fit the model.
+    /// Reads all images at `location`, a path or a URL, with their labels where the model has classes, and checks that they fit
+    /// the model.
     ///
     /// # Errors
-    /// An image or a label does not fit, with its place.
+    /// An image or a label does not fit, with its place; a label is missing.
     pub fn load(location: &str, shape: Shape) -> anyhow::Result<Self> {
-        Self::load_as(location, shape, Protocol::AsMade)
+        Self::load_as(location, shape, shape.classes, Protocol::AsMade)
     }
 
-    /// [`load`](Self::load) with a treatment that brings images to the size of `shape`; before it they may have any
-    /// size that the treatment accepts.
+    /// [`load`](Self::load) of images whose labels do not matter, with a treatment that brings them to the size of `shape`;
+    /// before it they may have any size that the treatment accepts.
     ///
     /// # Errors
-    /// As `load`; images that are too small for the treatment.
-    pub fn load_as(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+    /// An image or a label that is there does not fit; images that are too small for the treatment.
+    pub fn load_reference(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+        Self::load_as(location, shape, 0, protocol)
+    }
+
+    fn load_as(location: &str, shape: Shape, classes: i64, protocol: Protocol) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let read = runtime.block_on(Self::read(location, shape, protocol));
+        let read = runtime.block_on(Self::read(location, shape, classes, protocol));
         read.with_context(|| format!("images at {location}"))
     }
 
-    async fn read(location: &str, shape: Shape, protocol: Protocol) -> anyhow::Result<Self> {
+    async fn read(location: &str, shape: Shape, classes: i64, protocol: Protocol) -> anyhow::Result<Self> {
         let source = Source::open(location)?;
         let names = source.list().await?;
-        let wanted = images::Wanted { shape: shape.sample, protocol };
+        let wanted = images::Wanted { shape: shape.sample, classes, protocol };
         let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
             Some("safetensors") => tensors::parse(&source.read("").await?)?.after(protocol)?,
             _ if tars::is_tar(source.name()) => images::from_tars(&source, &[String::new()], wanted).await?,

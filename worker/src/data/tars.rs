@@ -42,12 +42,20 @@ fn is_hidden_twin(name: &str) -> bool {
 /// It is not a tar, is cut off, or holds tars.
 pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
     let (_, bytes) = compressed::opened(name, bytes)?;
+    // Two blocks of zeros are its end; a writer that was stopped between two members has not written them.
+    ensure!(
+        bytes.len() >= 512 && bytes[bytes.len() - 512..].iter().all(|byte| *byte == 0),
+        "is no tar, or is cut off"
+    );
     let mut members: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
     let mut archive = tar::Archive::new(&bytes[..]);
+    // Tars that were appended to each other.
+    archive.set_ignore_zeros(true);
     let mut inner = None;
     for entry in archive.entries().context("is not a tar")? {
         let mut entry = entry.context("is damaged or cut off")?;
-        if !entry.header().entry_type().is_file() {
+        let kind = entry.header().entry_type();
+        if !kind.is_file() && !kind.is_hard_link() {
             continue;
         }
         let name = entry.path().context("has a member whose name cannot be read")?.display().to_string();
@@ -63,7 +71,14 @@ pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
         let Some(dot) = name[file..].find('.') else { continue };
         let key = name[..file + dot].to_owned();
         let mut content = Vec::new();
-        entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
+        if kind.is_hard_link() {
+            let target = entry.link_name().ok().flatten().map(|target| target.display().to_string());
+            let found = target.as_ref().and_then(|target| linked(&members, target));
+            let missing = || format!("member {name} is a link to {target:?}, which is not before it");
+            content = found.cloned().with_context(missing)?;
+        } else {
+            entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
+        }
         // A file that is there twice has its last content, as when it is unpacked.
         members.entry(key).or_default().insert(name, content);
     }
@@ -74,6 +89,11 @@ pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
         }
         _ => Ok(samples),
     }
+}
+
+/// The content of a member that is read already.
+fn linked<'a>(members: &'a BTreeMap<String, BTreeMap<String, Vec<u8>>>, target: &str) -> Option<&'a Vec<u8>> {
+    members.values().find_map(|files| files.get(target))
 }
 
 /// What comes behind the key's dot, in lower case.
@@ -137,7 +157,13 @@ fn described(content: &[u8]) -> anyhow::Result<(Option<i64>, Vec<String>)> {
     let value = text::json(content).context("is not JSON")?;
     ensure!(value.is_object(), "is not a JSON object");
     let mut found = ["caption", "prompt", "text"].iter().map(|key| captions(&value[*key]));
-    Ok((value["label"].as_i64(), found.find(|all| !all.is_empty()).unwrap_or_default()))
+    let label = match &value["label"] {
+        Value::Null => None,
+        label => Some(
+            text::whole(label).with_context(|| format!("has the label {label}, which is no whole number"))?,
+        ),
+    };
+    Ok((label, found.find(|all| !all.is_empty()).unwrap_or_default()))
 }
 
 /// The captions in a value: a text, or a list of such.
@@ -221,6 +247,41 @@ mod tests {
         let error = read_members(&[("0.tar", b""), ("1.tar.gz", b"")]).unwrap_err().to_string();
         assert!(error.contains("holds tars, such as 0.tar"), "{error}");
         assert!(is_tar("a/0.TAR") && is_tar("x.tgz") && !is_tar("a/._0.tar") && !is_tar("x.zip"));
+    }
+
+    #[test]
+    fn all_parts_and_links_of_a_tar_are_read_and_one_without_its_end_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = |members: &[(&str, &[u8])]| {
+            let path = folder.path().join("a.tar");
+            crate::data::read::tests::tar(&path, members);
+            std::fs::read(path).unwrap()
+        };
+        let (first, second) =
+            (bytes(&[("0.png", b"x"), ("0.txt", b"a")]), bytes(&[("1.png", b"y"), ("1.txt", b"b")]));
+        let both = read("a.tar", [&first[..], &second].concat().into()).unwrap();
+        assert_eq!(images(&both), ["0.png", "1.png"]);
+
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut add = |name: &str, content: &[u8], target: Option<&str>| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            match target {
+                Some(target) => {
+                    header.set_entry_type(tar::EntryType::Link);
+                    builder.append_link(&mut header, name, target).unwrap();
+                }
+                None => builder.append_data(&mut header, name, content).unwrap(),
+            }
+        };
+        add("0.png", b"x", None);
+        add("1.png", b"", Some("0.png"));
+        let linked = read("a.tar", builder.into_inner().unwrap().into()).unwrap();
+        assert_eq!(linked[1].image.as_ref().unwrap().as_ref().unwrap().1, b"x");
+
+        // Cut between two members.
+        let error = read("a.tar", first[..1024].to_vec().into()).unwrap_err().to_string();
+        assert!(error.contains("is cut off"), "{error}");
     }
 
     #[test]

@@ -64,6 +64,12 @@ pub fn json(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     })
 }
 
+/// A whole number, also where it was written as 4.0 or "4".
+pub fn whole(value: &Value) -> Option<i64> {
+    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < 9e15).map(|x| x as i64);
+    value.as_i64().or_else(float).or_else(|| value.as_str()?.trim().parse().ok())
+}
+
 /// JSON with null for each NaN and infinity outside strings.
 fn without_nan(text: &str) -> String {
     let (mut out, mut rest, mut in_string) = (String::with_capacity(text.len()), text, false);

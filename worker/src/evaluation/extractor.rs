@@ -10,6 +10,8 @@ use crate::{data::Shape, process::work};
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
 pub struct Extractor {
+    /// For messages.
+    name: String,
     module: CModule,
     pub device: Device,
     /// SHA-256 of its file, by which statistics name the extractor that made them.
@@ -59,6 +61,9 @@ impl Signature {
     }
 }
 
+/// Most features of an image: a covariance of more does not fit a machine's memory.
+const MOST_FEATURES: i64 = 32_768;
+
 /// The output of an extractor.
 pub struct Extracted {
     /// [N, D].
@@ -74,20 +79,19 @@ impl Extractor {
     /// Not TorchScript; another signature; logits for another number of classes.
     pub fn load(path: &Path, shape: Shape, device: Device) -> anyhow::Result<Self> {
         let context = || format!("feature extractor {}", path.display());
+        ensure!(
+            !path.to_string_lossy().contains("://"),
+            "{}: an extractor is a file of this machine, no URL: copy it here",
+            context()
+        );
         let bytes = std::fs::read(path).with_context(context)?;
         let digest = digest_of(&bytes);
         let module = torch_script(&bytes, device).with_context(context)?;
         let signature = Signature::of(&module);
-        let mut extractor = Self { module, device, digest, width: 0, signature };
+        let mut extractor = Self { name: context(), module, device, digest, width: 0, signature };
         let [channels, height, width] = shape.sample;
         let trial = trial_images([2, channels, height, width], device);
-        let Extracted { features, logits } = extractor.run(&trial).with_context(context)?;
-        ensure!(
-            features.size().len() == 2 && features.size()[0] == 2,
-            "{}: turns 2 images into features {:?}; expected [2, D]",
-            context(),
-            features.size()
-        );
+        let Extracted { features, logits } = extractor.run(&trial)?;
         let finite = bool::try_from(features.isfinite().all())?;
         ensure!(finite, "{}: its features of a trial image are not finite", context());
         let differ = !bool::try_from(features.get(0).eq_tensor(&features.get(1)).all())?;
@@ -98,7 +102,7 @@ impl Extractor {
             ensure!(finite, "{}: its logits of a trial image are not finite", context());
             let size = logits.size();
             ensure!(
-                size.len() == 2 && size[0] == 2 && (shape.classes == 0 || size[1] == shape.classes),
+                shape.classes == 0 || size[1] == shape.classes,
                 "{}: turns 2 images into logits {size:?}; expected [2, {}], one for each of the teacher's classes",
                 context(),
                 shape.classes
@@ -124,7 +128,21 @@ impl Extractor {
     pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let (mut features, mut logits) = (Vec::new(), Vec::new());
         for images in images.split(at_a_time(self.device), 0) {
-            let extracted = self.forward(&images)?;
+            let extracted = self.forward(&images).with_context(|| self.name.clone())?;
+            let (size, count) = (extracted.features.size(), images.size()[0]);
+            ensure!(
+                matches!(size[..], [n, d] if n == count && d > 0 && d <= MOST_FEATURES),
+                "{}: turns {count} images into features {size:?}; expected [{count}, D], D at most {MOST_FEATURES}",
+                self.name
+            );
+            if let Some(logits) = &extracted.logits {
+                let size = logits.size();
+                ensure!(
+                    matches!(size[..], [n, _] if n == count),
+                    "{}: turns {count} images into logits {size:?}; expected [{count}, classes]",
+                    self.name
+                );
+            }
             features.push(extracted.features);
             logits.extend(extracted.logits);
             work::complete();

@@ -78,7 +78,7 @@ impl Reference {
                 return Ok(Self::new(features.shallow_clone(), made_by.to_owned(), protocol));
             }
         }
-        let images = Dataset::load_as(&location, shape, protocol)?;
+        let images = Dataset::load_reference(&location, shape, protocol)?;
         let features = images
             .batches(CHUNK)
             .map(|batch| Ok(extractor.run(&batch)?.features.to_device(Device::Cpu)))

@@ -67,6 +67,7 @@ impl Model {
                 teacher.sha256.as_deref(),
                 device,
             )?;
+            finite(&network)?;
             return Ok(Self { network: Box::new(network), latent: None });
         }
         let keeps = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some())
@@ -74,6 +75,7 @@ impl Model {
         let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
         let mut model = Self::from_folder(&found.path, teacher.image_size, recompute, device)?;
+        finite(model.network.as_ref())?;
         if let Some(latent) = &mut model.latent {
             latent.digest = found.digest;
         }
@@ -146,6 +148,20 @@ impl Model {
         let texts = Texts { autoencoder: latent.autoencoder, prompts, evaluation, digest: latent.digest };
         Ok((self.network, Space { sample, classes, texts: Some(Rc::new(texts)) }))
     }
+}
+
+/// Checks that all weights of a teacher are numbers.
+fn finite(network: &dyn Denoiser) -> anyhow::Result<()> {
+    let parameters = network.parameters();
+    for (entry, leaf) in parameters.entries().iter().zip(parameters.leaves()) {
+        let all = bool::try_from(leaf.isfinite().all())?;
+        ensure!(
+            all,
+            "the teacher's weights are not finite, such as {}: the file is damaged, or it diverged",
+            entry.name
+        );
+    }
+    Ok(())
 }
 
 /// Loads an EDM network and checks that it is the one with which the run was started.

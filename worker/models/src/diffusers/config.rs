@@ -42,6 +42,15 @@ impl<T: Copy> PerBlock<T> {
         }
     }
 
+    /// The values.
+    #[must_use]
+    pub fn all(&self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![*value],
+            Self::Each(values) => values.clone(),
+        }
+    }
+
     /// Whether there is a value for each of `blocks`.
     #[must_use]
     pub fn fits(&self, blocks: usize) -> bool {
@@ -62,7 +71,12 @@ pub(crate) fn parse<T: DeserializeOwned>(
     rest: impl Fn(&T) -> &Rest,
     neutral: &[&str],
 ) -> Result<T, ConfigError> {
-    let config: T = serde_json::from_str(json).map_err(|error| culprit::<T>(json).unwrap_or(error.into()))?;
+    let config: T = serde_json::from_str(json).map_err(|error| match error.to_string() {
+        // Only of a value that has several forms the message does not say which one it is.
+        said if said.contains("untagged enum") => culprit::<T>(json).unwrap_or(error.into()),
+        said if said.starts_with("invalid type") => culprit::<T>(json).unwrap_or(error.into()),
+        _ => error.into(),
+    })?;
     let says_something = |value: &Value| match value {
         Value::Null | Value::Bool(false) => false,
         Value::Array(values) => !values.is_empty(),

@@ -197,7 +197,10 @@ impl ModelFolder {
         };
         let config = self.text_config(encoder)?;
         let folder = self.path.join(tokenizer);
-        let tokenizer = Tokenizer::load(&folder, config.max_position_embeddings as usize)?;
+        let positions = config.max_position_embeddings as usize;
+        // As the pipelines do it.
+        let tokens = Tokenizer::asked_length(&folder).map_or(positions, |asked| asked.min(positions));
+        let tokenizer = Tokenizer::load(&folder, tokens.max(2))?;
         if tokenizer.vocabulary() > config.vocab_size {
             return Err(LoadError::Folder(format!(
                 "has tokens up to {}, but {encoder} has {} rows for them: it is another encoder's tokenizer, or tokens were added to \

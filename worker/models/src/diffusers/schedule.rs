@@ -97,6 +97,16 @@ impl ScheduleConfig {
             problems
                 .push("`num_train_timesteps` must be at least 2, and as many as `trained_betas`".to_owned());
         }
+        if problems.is_empty() {
+            let alphas = config.alphas_cumprod();
+            // Each step keeps less of the image than the one before; at the last timestep nothing may be left.
+            let falls = alphas.windows(2).all(|pair| pair[1] < pair[0]);
+            if !(falls && alphas[0] < 1.0 && alphas.last().is_some_and(|last| *last >= 0.0)) {
+                problems.push(
+                    "`beta_start`, `beta_end` and `trained_betas`: each β must be between 0 and 1".to_owned(),
+                );
+            }
+        }
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Problems { problems }) }
     }
 
@@ -164,6 +174,8 @@ mod tests {
             (r#"{"_class_name": "DDIMScheduler", "prediction_type": "flow"}"#, "flow"),
             (r#"{"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": true}"#, "zero_snr"),
             (r#"{"_class_name": "DDIMScheduler", "trained_betas": [0.1]}"#, "trained_betas"),
+            (r#"{"_class_name": "DDIMScheduler", "beta_start": 2.0}"#, "each β"),
+            (r#"{"_class_name": "DDIMScheduler", "beta_end": -0.1}"#, "each β"),
             ("{}", "_class_name"),
         ] {
             let error = ScheduleConfig::parse(json).unwrap_err().to_string();

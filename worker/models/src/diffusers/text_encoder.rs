@@ -77,6 +77,14 @@ impl TextEncoderConfig {
                 config.num_attention_heads > 0 && config.hidden_size % config.num_attention_heads == 0,
                 "`hidden_size` must be a multiple of `num_attention_heads`".to_owned(),
             ),
+            (
+                (2..=1 << 13).contains(&config.max_position_embeddings),
+                format!(
+                    "`max_position_embeddings` is {}; it must be between 2 and {}",
+                    config.max_position_embeddings,
+                    1 << 13
+                ),
+            ),
             (config.num_hidden_layers >= 2, "`num_hidden_layers` must be at least 2".to_owned()),
         ] {
             if !holds {

@@ -16,7 +16,7 @@ use tokenizers::{
     processors::roberta::RobertaProcessing,
 };
 
-use crate::weights::LoadError;
+use crate::weights::{LoadError, failed_download};
 
 /// Texts → tokens: a fixed number for each text, truncated or padded.
 pub struct Tokenizer {
@@ -119,6 +119,14 @@ impl Tokenizer {
         Ok(Self { inner, tokens })
     }
 
+    /// The number of tokens of a text that a folder's configuration asks for, if it has one.
+    #[must_use]
+    pub fn asked_length(folder: &Path) -> Option<usize> {
+        let asked = json(folder, CONFIGURATION).ok()?.get("model_max_length")?.as_u64()?;
+        // What has no limit is written as a very large number.
+        usize::try_from(asked).ok().filter(|length| *length < 1 << 20)
+    }
+
     /// One more than the greatest token.
     #[must_use]
     pub fn vocabulary(&self) -> i64 {
@@ -152,11 +160,19 @@ fn pairs(folder: &Path) -> Result<BPE, String> {
         return builder.build().map_err(|error| error.to_string());
     }
     if is_there(WHOLE) {
-        let model = json(folder, WHOLE)?["model"].take();
-        if model["end_of_word_suffix"] != SUFFIX || model["unk_token"] != END {
+        let whole = json(folder, WHOLE)?;
+        let model = whole.get("model").cloned().unwrap_or_default();
+        let has_pairs = model["merges"].as_array().is_some_and(|merges| !merges.is_empty());
+        if model["end_of_word_suffix"] != SUFFIX || !has_pairs {
             let problem = "is not the tokenizer of a CLIP text encoder";
-            return Err(format!("{WHOLE} {problem}: its words do not end with {SUFFIX:?}"));
+            return Err(format!("{WHOLE} {problem}: it has no words that end with {SUFFIX:?}"));
         }
+        // As transformers' own class for CLIP reads it: vocabulary and pairs alone, all else is fixed.
+        let model = serde_json::json!({
+            "type": "BPE", "vocab": model["vocab"], "merges": model["merges"], "unk_token": END,
+            "end_of_word_suffix": SUFFIX, "continuing_subword_prefix": "", "dropout": null, "fuse_unk": false,
+            "byte_fallback": false, "ignore_merges": false,
+        });
         // The library reads from text only.
         return serde_json::from_str(&model.to_string()).map_err(|error| format!("{WHOLE}: {error}"));
     }
@@ -168,6 +184,9 @@ fn pairs(folder: &Path) -> Result<BPE, String> {
 
 fn json(folder: &Path, name: &str) -> Result<Value, String> {
     let text = std::fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"))?;
+    if let Some(problem) = failed_download(text.as_bytes()) {
+        return Err(format!("{name} {problem}"));
+    }
     serde_json::from_str(&text).map_err(|error| format!("{name}: {error}"))
 }
 
@@ -194,13 +213,30 @@ fn added(folder: &Path) -> Result<BTreeMap<u32, AddedToken>, String> {
         found.insert(number, token);
         Ok(())
     };
-    if let Some(tokens) = read(CONFIGURATION)?["added_tokens_decoder"].as_object() {
-        for (number, token) in tokens {
-            add(CONFIGURATION, number.parse().ok(), token)?;
-        }
-        return Ok(found);
+    let configuration = read(CONFIGURATION)?;
+    if !configuration.is_null() && !configuration.is_object() {
+        return Err(format!("{CONFIGURATION} is no object"));
     }
-    if let Some(tokens) = read(ADDED)?.as_object() {
+    for side in ["padding_side", "truncation_side"] {
+        if configuration[side].as_str().is_some_and(|side| side != "right") {
+            return Err(format!("{CONFIGURATION}: `{side}` is {}; supported: right", configuration[side]));
+        }
+    }
+    match &configuration["added_tokens_decoder"] {
+        Value::Null => {}
+        Value::Object(tokens) => {
+            for (number, token) in tokens {
+                add(CONFIGURATION, number.parse().ok(), token)?;
+            }
+            return Ok(found);
+        }
+        _ => return Err(format!("{CONFIGURATION}: `added_tokens_decoder` is no object")),
+    }
+    let legacy = read(ADDED)?;
+    if !legacy.is_null() && !legacy.is_object() {
+        return Err(format!("{ADDED} is no object"));
+    }
+    if let Some(tokens) = legacy.as_object() {
         for (content, number) in tokens {
             let number = number.as_u64().and_then(|number| u32::try_from(number).ok());
             add(ADDED, number, &Value::from(content.as_str()))?;

@@ -2,19 +2,13 @@
 
 use std::{fs::File, io::Read, path::Path};
 
-/// What a file is instead of safetensors, as far as its beginning tells, and what to do about it.
-pub fn what_it_is(file: &Path) -> Option<&'static str> {
-    let mut start = [0; 64];
-    let length = File::open(file).and_then(|mut file| file.read(&mut start)).ok()?;
-    let start = &start[..length];
-    let text = start.trim_ascii_start().to_ascii_lowercase();
+/// What a file is instead of any file: what a download has left that went wrong.
+#[must_use]
+pub fn failed_download(start: &[u8]) -> Option<&'static str> {
+    let text: Vec<u8> =
+        start.iter().take(64).copied().collect::<Vec<u8>>().trim_ascii_start().to_ascii_lowercase();
     if start.is_empty() {
         Some("is empty: its download was interrupted")
-    } else if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
-        Some(
-            "is a pickle, which can run any code when it is read: take the model's .safetensors file, or convert one that you trust \
-             with Python's safetensors",
-        )
     } else if start.starts_with(b"version https://git-lfs") {
         Some("is a Git LFS pointer and not the file that it stands for: run `git lfs pull`")
     } else if text.starts_with(b"<!doctype") || text.starts_with(b"<html") {
@@ -24,4 +18,18 @@ pub fn what_it_is(file: &Path) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// What a file is instead of safetensors, as far as its beginning tells, and what to do about it.
+pub fn what_it_is(file: &Path) -> Option<&'static str> {
+    let mut start = [0; 64];
+    let length = File::open(file).and_then(|mut file| file.read(&mut start)).ok()?;
+    let start = &start[..length];
+    if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
+        return Some(
+            "is a pickle, which can run any code when it is read: take the model's .safetensors file, or convert one that you trust \
+             with Python's safetensors",
+        );
+    }
+    failed_download(start)
 }

@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, path::Path};
 use safetensors::SafeTensors;
 use tch::{Device, Kind, Tensor};
 
+pub use self::foreign::failed_download;
 use self::stored::{kind, unknown_kind};
 pub(crate) use self::written::to_safetensors;
 pub use self::{

@@ -68,7 +68,11 @@ fn is_header(line: &str, column: &str) -> bool {
     let is_name = |name: &String| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
     let prompts = names.iter().any(|name| [column, "prompt", "caption"].contains(&name.as_str()));
     let usual = names.iter().filter(|name| USUAL.contains(&name.as_str())).count();
-    names.len() > 1 && names.iter().all(is_name) && (prompts || usual > 1)
+    let alone = |name: &String| [column, "prompt", "prompts", "caption", "captions"].contains(&name.as_str());
+    match &names[..] {
+        [one] => alone(one),
+        several => several.iter().all(is_name) && (prompts || usual > 1),
+    }
 }
 
 fn from_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
@@ -77,6 +81,8 @@ fn from_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
             !is_header(header, column),
             "line {number}: {header:?} is the header of a table: name the file .csv or .tsv"
         );
+        let object = text::json(header.as_bytes()).is_ok_and(|value| value.is_object());
+        ensure!(!object, "line {number} is a JSON object: name the file .jsonl");
     }
     for (number, line) in text::lines(text) {
         rows.add(&format!("line {number}"), Ok(Row { text: line.to_owned(), label: None }));
@@ -94,7 +100,9 @@ fn from_json_lines(text: &str, column: &str, rows: &mut Rows) -> anyhow::Result<
 }
 
 fn from_json(bytes: &[u8], column: &str, rows: &mut Rows) -> anyhow::Result<()> {
-    let value = text::json(bytes).context("is not JSON; a file with an object a line is called .jsonl")?;
+    let text = text::decode(bytes)?;
+    let value =
+        text::json(text.as_bytes()).context("is not JSON; a file with an object a line is called .jsonl")?;
     let Value::Array(values) = value else { bail!("is not a list of objects, as a .json of prompts is") };
     for (index, value) in values.iter().enumerate() {
         let row = match value {
@@ -116,8 +124,20 @@ fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyho
         format!("has no column {column:?}, {COLUMN}; its columns are {names:?}")
     })?;
     let labels = place(LABEL);
+    // A quote that is not closed takes all that follows into one field.
+    let open = text.matches('"').count() % 2 == 1;
     for (index, record) in reader.records().enumerate() {
         let row = record.context("is no row of a table").and_then(|record| {
+            ensure!(
+                record.len() == names.len(),
+                "has {} fields, the header has {}: a text with commas or tabs is put into quotes",
+                record.len(),
+                names.len()
+            );
+            ensure!(
+                !(open && record.iter().any(|field| field.contains('\n'))),
+                "has a quote that is not closed"
+            );
             let text = record.get(prompts).context("is too short")?.to_owned();
             let label = labels.and_then(|at| record.get(at)).filter(|label| !label.is_empty());
             Ok(Row { text, label: label.map(|label| Value::String(label.to_owned())) })
@@ -175,14 +195,19 @@ pub(super) mod tests {
         std::io::Write::write_all(&mut gz, json.as_bytes()).unwrap();
         let zst = zstd::encode_all(json.as_bytes(), 1).unwrap();
         let utf16: Vec<u8> = format!("\u{feff}{lines}").encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let files: [(&str, Vec<u8>, bool); 13] = [
+        let files: [(&str, Vec<u8>, bool); 14] = [
             ("p.txt", lines.into(), false),
             ("P.TXT", format!("\u{feff}{lines}").into(), false),
             ("utf16.txt", utf16, false),
             ("old-mac.txt", "a red circle\rzwei blaue Würfel".into(), false),
             ("p.jsonl", json.into(), true),
             ("p.ndjson", format!("\u{feff}{json}").into(), true),
-            ("p.json", list.into(), true),
+            ("p.json", list.clone().into(), true),
+            (
+                "utf16.json",
+                format!("\u{feff}{list}").encode_utf16().flat_map(u16::to_le_bytes).collect(),
+                true,
+            ),
             ("p.csv", csv.into(), true),
             ("p.tsv", csv.replace(',', "\t").into(), true),
             ("p.jsonl.gz", gz.finish().unwrap(), true),
@@ -236,6 +261,13 @@ pub(super) mod tests {
             ("p.txt", b"\n \n".to_vec(), "holds no prompts"),
             ("p.txt", b"good\nb\xffd\n".to_vec(), "line 2: is not UTF-8"),
             ("p.txt", b"prompt,label\na red circle,0\n".to_vec(), "is the header of a table"),
+            ("p.txt", b"prompt\na red circle\n".to_vec(), "is the header of a table"),
+            ("p.txt", b"{\"prompt\": \"a red circle\"}\n".to_vec(), "name the file .jsonl"),
+            ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n".to_vec(), "Git LFS"),
+            ("p.csv", b"<!DOCTYPE html><html></html>".to_vec(), "HTML page"),
+            ("p.jsonl", b"\x1f\x8b\x08".to_vec(), "name it p.jsonl.gz"),
+            ("p.csv", b"id,prompt\n1,a red circle, on white\n".to_vec(), "has 3 fields, the header has 2"),
+            ("p.csv", b"prompt\n\"a red circle\na blue one\n".to_vec(), "a quote that is not closed"),
             ("p.jsonl", twice("{\"caption\": \"y\"}"), "line 2: has nothing under \"prompt\""),
             ("p.jsonl", twice("{\"caption\": \"y\"}"), "its keys are [\"caption\"]"),
             ("p.jsonl", twice("nothing"), "2 of 3 rows cannot be used: line 2: is not JSON"),

@@ -3,7 +3,7 @@
 use anyhow::{bail, ensure};
 use serde_json::Value;
 
-use crate::data::tally::Tally;
+use crate::data::{tally::Tally, text};
 
 /// The content of a file of prompts.
 #[derive(Debug, Default)]
@@ -42,7 +42,7 @@ impl Rows {
             Ok(row) if row.text.trim().is_empty() => {}
             Ok(row) => {
                 let label = row.label.filter(|label| !label.is_null());
-                let number = label.as_ref().and_then(whole);
+                let number = label.as_ref().and_then(text::whole);
                 if let (Some(label), None) = (&label, number) {
                     self.strange.get_or_insert_with(|| format!("{place}: {label}"));
                 }
@@ -69,12 +69,6 @@ impl Rows {
         let labels: Option<Vec<i64>> = self.labels.into_iter().collect();
         Ok(Read { texts: self.texts, labels })
     }
-}
-
-/// A whole number, also where it was written as 4.0 or "4".
-fn whole(value: &Value) -> Option<i64> {
-    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && x.abs() < 9e15).map(|x| x as i64);
-    value.as_i64().or_else(float).or_else(|| value.as_str()?.trim().parse().ok())
 }
 
 /// The prompt of a row that is a JSON object.

@@ -253,6 +253,16 @@ impl UNetConfig {
         }
     }
 
+    /// All numbers of transformer blocks.
+    fn transformer_layers(&self) -> impl Iterator<Item = i64> {
+        let down = match &self.transformer_layers_per_block {
+            TransformerLayers::Same(layers) => vec![*layers],
+            TransformerLayers::PerBlock(blocks) => blocks.iter().flat_map(PerBlock::all).collect(),
+        };
+        let up = self.reverse_transformer_layers_per_block.iter().flatten().flat_map(PerBlock::all);
+        down.into_iter().chain(up.collect::<Vec<_>>())
+    }
+
     /// The numbers of transformer blocks that are missing, one line for each.
     fn missing_layers(&self) -> Vec<String> {
         let blocks = self.block_out_channels.len();
@@ -323,6 +333,34 @@ impl UNetConfig {
         };
         let blocks = self.block_out_channels.len();
         require(blocks > 0, "`block_out_channels` is empty".into());
+        let sides = self.sample_size.map(SampleSize::sides);
+        for (key, most, numbers) in [
+            ("block_out_channels", 1 << 16, self.block_out_channels.clone()),
+            ("in_channels", 1 << 12, vec![self.in_channels]),
+            ("out_channels", 1 << 12, vec![self.out_channels]),
+            ("sample_size", 1 << 13, sides.map_or_else(Vec::new, Vec::from)),
+            ("layers_per_block", 100, self.layers_per_block.all()),
+            ("attention_head_dim", 1 << 12, self.attention_head_dim.all()),
+            ("cross_attention_dim", 1 << 16, self.cross_attention_dim.all()),
+        ] {
+            for number in numbers.iter().filter(|number| !(1..=most).contains(*number)) {
+                require(false, format!("`{key}` has {number}; it must be between 1 and {most}"));
+            }
+        }
+        for number in self.transformer_layers().filter(|layers| !(0..=1000).contains(layers)) {
+            require(
+                false,
+                format!("`transformer_layers_per_block` has {number}; it must be between 0 and 1000"),
+            );
+        }
+        require(
+            self.norm_eps > 0.0 && self.norm_eps.is_finite(),
+            format!("`norm_eps` is {}; it must be above 0", self.norm_eps),
+        );
+        require(
+            (0.0..1.0).contains(&self.dropout),
+            format!("`dropout` is {}; it must be a share below 1", self.dropout),
+        );
         for (key, types, known) in [
             ("down_block_types", &self.down_block_types, ["DownBlock2D", "CrossAttnDownBlock2D"]),
             ("up_block_types", &self.up_block_types, ["UpBlock2D", "CrossAttnUpBlock2D"]),
@@ -418,6 +456,13 @@ mod tests {
                 r#"{"reverse_transformer_layers_per_block": [[4, 4], 1, 1, 1]}"#,
                 "`reverse_transformer_layers_per_block` has 2 numbers for block 0; it needs 3",
             ),
+            (r#"{"layers_per_block": -1}"#, "`layers_per_block` has -1"),
+            (r#"{"layers_per_block": 100000000000}"#, "layers_per_block"),
+            (r#"{"transformer_layers_per_block": 1000000000}"#, "transformer_layers_per_block"),
+            (r#"{"block_out_channels": [-24, 32, 32, 32]}"#, "block_out_channels"),
+            (r#"{"sample_size": 0}"#, "sample_size"),
+            (r#"{"norm_eps": -1.0}"#, "norm_eps"),
+            (r#"{"in_channels": 4, "in_channels": 8}"#, "in_channels"),
             (r#"{"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}"#, "mid_block_type"),
             (r#"{"block_out_channels": [320, 640]}"#, "down_block_types"),
             (r#"{"addition_embed_type": "text_time"}"#, "addition_time_embed_dim"),
