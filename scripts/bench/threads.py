@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How OpenMP's threads should wait for each other: an iteration of one rank on all cores, with and without other busy processes.
 
-    scripts/bench/threads.py              two configurations of threads and three ways to wait, idle and busy; about 10 minutes
+    scripts/bench/threads.py              two configurations of threads and three ways to wait, idle and busy; about 15 minutes
     scripts/bench/threads.py --rounds 5   more of each
 """
 
