@@ -31,7 +31,7 @@ pub fn observation(observation: &Observation) {
             info!(%worker, seconds, median, "this rank keeps up again");
         }
         Observation::Iteration(t) if t.samples > 0 && t.non_finite_samples >= t.samples => {
-            warn!(iteration = t.iteration, "no sample of this iteration was finite: it has changed nothing");
+            warn!(iteration = t.iteration, "no sample of a phase was finite, so that it has changed nothing");
         }
         Observation::Iteration(t) => debug!(
             iteration = t.iteration,

@@ -260,14 +260,11 @@ impl Metrics {
         self.rows.iter()
     }
 
-    /// The iteration of the line that is furthest; none without lines.
+    /// The furthest iteration that a line about the student has; none without such a line.
     #[must_use]
     pub fn reached(&self) -> Option<u64> {
-        let iterations = self.rows.iter().map(|row| match row {
-            Row::Iteration(training) => training.iteration,
-            Row::Evaluation(evaluation) => evaluation.iteration,
-        });
-        iterations.max()
+        let trained = self.training().map(|training| training.iteration);
+        trained.chain(self.evaluations(Subject::Student).map(|evaluation| evaluation.iteration)).max()
     }
 
     /// All windows, oldest first.

@@ -127,7 +127,7 @@ struct Plugin {
 pub struct Tensorboard {
     run: Run,
     specification: String,
-    /// The file of this machine to which it appends, and a unique part of the names of others.
+    /// None before the first save.
     writer: Option<Writer>,
     /// `wall_seconds` of the newest row that is written.
     written: f64,
@@ -159,8 +159,7 @@ impl Tensorboard {
     }
 
     /// Writes the rows that are new, and the pictures of iterations before `before`: later ones may be of a state from which training
-    /// has gone back. `wall_seconds` is the present on the clock of the rows, `now` the same moment in
-    /// seconds since 1970.
+    /// has gone back. `wall_seconds` is the present on the clock of the rows, `now` the same moment in seconds since 1970.
     ///
     /// # Errors
     /// The storage's error: what could not be written is written the next time.

@@ -103,7 +103,10 @@ impl Core {
     /// A worker can be given a place from now on.
     pub(super) fn can_be_placed(&mut self, stream: StreamId, actions: &mut Actions) {
         match &self.stage {
-            Stage::Training(_) if self.rank(stream).is_none() => self.welcome_joiners(actions),
+            Stage::Training(_) if self.rank(stream).is_none() => {
+                self.welcome_joiners(actions);
+                self.replace_a_straggler(actions);
+            }
             Stage::Gathering(_) => self.recount(actions),
             _ => {}
         }

@@ -246,7 +246,7 @@ impl Core {
         if gathering.failed_loads > 0 {
             why += &format!("; {} workers were lost while they loaded", gathering.failed_loads);
         }
-        for (_, member) in self.members.iter().filter(|(_, member)| !member.is_ready()).take(1) {
+        if let Some((_, member)) = self.members.iter().find(|(_, member)| !member.is_ready()) {
             let still = seconds(self.now.0 - member.moved.0);
             why += &format!(
                 "; worker {} is {}, without progress for {still:.1} s",

@@ -30,6 +30,7 @@ impl Core {
         // The ranks keep their reports until a checkpoint covers them, and send them again.
         self.start = Start { cursor: Cursor::boundary(start.max(saved)), exact: false };
         self.steps.reopen(world_size, self.start);
+        self.stragglers.open(world_size);
         self.ledger.open(self.generation, world_size);
         self.stage = Stage::Reattaching(Reattaching {
             expected,
@@ -57,6 +58,7 @@ impl Core {
         // What they reported up to here counts already.
         self.start = Start { cursor: Cursor::boundary(finished), exact: false };
         self.steps.reopen(world_size, self.start);
+        self.stragglers.open(world_size);
         self.ledger.open(self.generation, world_size);
         log(actions, format!("all ranks of {} seem lost but may be alive: {reason}", self.generation));
         self.stage = Stage::Reattaching(Reattaching {

@@ -1223,8 +1223,34 @@ fn a_spare_takes_the_place_of_a_straggler_where_the_run_wants_it() {
     let actions = world.yields(1, 30);
     let ranks: Vec<u64> = assignments(&actions).iter().map(|(stream, _)| *stream).collect();
     assert_eq!(ranks, [0, 2]);
-    // It is a spare itself from now on, after a while.
-    assert_eq!(world.core.status().members.len(), 3);
+    // It is a spare itself: it takes the next place that is free.
+    world.pass(WAIT / 2, 3);
+    world.close(2);
+    let actions = world.later(MOMENT);
+    let ranks: Vec<u64> = assignments(&actions).iter().map(|(stream, _)| *stream).collect();
+    assert_eq!(ranks, [0, 1]);
+}
+
+#[test]
+fn a_spare_that_comes_later_takes_the_place_too() {
+    let mut world = straggling(true);
+    world.close(2);
+    assert!(requests(&slow_iterations(&mut world, 0..30)).is_empty(), "there is no spare");
+    assert_eq!(requests(&world.attach(3)), [(0, Request::Yield), (1, Request::Yield)]);
+}
+
+#[test]
+fn a_successor_sees_stragglers_too() {
+    let mut setup = setup(1, 2);
+    setup.terms.iterations = 1000;
+    setup.history = journal(2);
+    let mut world = World::new(setup);
+    for n in 0..2u32 {
+        world.attach_with(n.into(), returning(n.into(), n, 3));
+    }
+    let actions = slow_iterations(&mut world, 3..33);
+    let named = |action: &Action| matches!(action, Action::Observe(Observation::Straggler { .. }));
+    assert_eq!(actions.iter().filter(|action| named(action)).count(), 1);
 }
 
 // ------------------------------------------------------------------------------------------------ a successor
