@@ -252,9 +252,16 @@ fn status_says_who_is_there_and_what_a_run_waits_for() {
     let named = reason.contains(&format!("process {lost},")) && reason.contains("is lost");
     assert!(named && reason.contains("1 of 2 workers"), "it says who is missing: {reason}");
 
+    let watching = ["--watch", "--json"];
+    let watching = cluster.about("status", "asked").args(watching).stdout(Stdio::piped()).spawn().unwrap();
     served.signal(Signal::SIGTERM);
     assert_eq!(served.end().0, Some(75));
     assert_eq!(first.end().0, Some(0));
+    let watched = watching.wait_with_output().unwrap();
+    assert!(watched.status.success());
+    let last: serde_json::Value =
+        serde_json::from_str(text(&watched.stdout).lines().last().unwrap()).unwrap();
+    assert_eq!(last["state"], "stopped", "it watches until the run has ended");
     let stopped = status();
     assert_eq!(stopped["state"], "stopped");
     assert!(stopped["reason"].as_str().unwrap().contains("SIGTERM"), "{stopped}");

@@ -115,6 +115,24 @@ fn python(test: &str) -> Option<PathBuf> {
     found.then_some(python)
 }
 
+const PROMPTS: [&str; 2] = ["a red circle", "two blue squares"];
+
+/// The arguments of `potstill sample` that ask for an image of each prompt.
+fn asked() -> [&'static str; 6] {
+    ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--count", "2"]
+}
+
+/// Loads an export with diffusers, which must make the images that were sampled from this noise.
+fn diffusers_makes_the_same(python: &Path, exported: &str, noise: &str, pictures: &str) {
+    let checked = Command::new(python)
+        .arg(repository().join("tests/diffusers_image.py"))
+        .args([exported, noise, pictures])
+        .args(PROMPTS)
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{exported}: {}", text(&checked.stderr));
+}
+
 #[test]
 fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers() {
     let studio = Studio::new("sdxl");
@@ -135,7 +153,7 @@ fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers()
         let exported = format!("{storage}/exported-{preset}");
         potstill(&["export", "--checkpoint", &run, "--out", &exported]);
         let (pictures, noise) = (format!("{storage}/{preset}"), format!("{storage}/{preset}.safetensors"));
-        let asked = ["--prompt", "a red circle", "--prompt", "two blue squares", "--count", "2"];
+        let asked = asked();
         potstill(
             &[&["sample", "--checkpoint", &exported, "--out", &pictures, "--save-noise", &noise], &asked[..]]
                 .concat(),
@@ -145,12 +163,7 @@ fn sdxl_is_distilled_with_each_preset_resumed_exported_and_loaded_by_diffusers()
         let read = |folder: &str| std::fs::read(Path::new(folder).join("000001.png")).unwrap();
         assert_eq!(read(&pictures), read(&again), "{preset}: the run's and its export's images differ");
         if let Some(python) = &python {
-            let checked = Command::new(python)
-                .arg(repository().join("tests/diffusers_image.py"))
-                .args([&exported, &noise, &pictures, "a red circle", "two blue squares"])
-                .output()
-                .unwrap();
-            assert!(checked.status.success(), "{preset}: {}", text(&checked.stderr));
+            diffusers_makes_the_same(python, &exported, &noise, &pictures);
         }
     }
     // Twenty iterations are the same as ten and ten more, bit by bit.
@@ -192,16 +205,11 @@ fn other_u_nets_and_tokenizers_are_teachers_whose_students_diffusers_loads() {
         let (exported, pictures, noise) = (path("exported"), path("pictures"), path("noise"));
         let run = studio.cluster.run(unet);
         potstill(&["export", "--checkpoint", run.to_str().unwrap(), "--out", &exported]);
-        let asked = ["--prompt", "a red circle", "--prompt", "two blue squares", "--count", "2"];
+        let asked = asked();
         let files = ["sample", "--checkpoint", &exported, "--out", &pictures, "--save-noise", &noise];
         potstill(&[&files[..], &asked].concat());
         if let Some(python) = &python {
-            let checked = Command::new(python)
-                .arg(repository().join("tests/diffusers_image.py"))
-                .args([&exported, &noise, &pictures, "a red circle", "two blue squares"])
-                .output()
-                .unwrap();
-            assert!(checked.status.success(), "{unet}: {}", text(&checked.stderr));
+            diffusers_makes_the_same(python, &exported, &noise, &pictures);
         }
     }
 }

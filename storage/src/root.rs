@@ -84,7 +84,8 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 impl Root {
     /// Opens a path, or a URL of `file://`, `s3://`, `gs://`, `az://` or `memory://`. A local folder is created, and
     /// everything written to it is synced to disk. Credentials for the cloud stores come from their usual environment
-    /// variables, and for S3 also from a profile of AWS's shared files. The content of `memory://` is visible to this value and its clones only.
+    /// variables, and for S3 also from a profile of AWS's shared files. The content of `memory://` is visible to this value
+    /// and its clones only.
     ///
     /// # Errors
     /// The URL is not one of a supported store, or the folder cannot be created.

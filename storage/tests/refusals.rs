@@ -8,6 +8,7 @@ use std::{
     sync::mpsc,
 };
 
+use object_store::{aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey};
 use potstill_storage::Root;
 
 /// A server that answers all requests alike; returns its address, and the headers of each request.
@@ -95,6 +96,30 @@ fn settings_that_cannot_be_sent_are_named_and_empty_ones_are_none() {
         let error = Root::open_with(location, []).unwrap_err().to_string();
         assert!(error.contains(part), "{location}: {error}");
     }
+}
+
+/// Those that docs/FORMATS.md names, beside AWS_PROFILE, which is read here.
+#[test]
+fn the_variables_that_are_named_are_those_of_the_clients() {
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/FORMATS.md");
+    let text = std::fs::read_to_string(document).unwrap();
+    let stores = text.split("## Stores").nth(1).unwrap().split("\n## ").next().unwrap();
+    let names = stores.split('`').filter(|name| {
+        let name = name.split('=').next().unwrap();
+        name.contains('_') && name.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+    });
+    let mut checked = 0;
+    for name in names.map(|name| name.split('=').next().unwrap()).filter(|name| *name != "AWS_PROFILE") {
+        let key = name.to_lowercase();
+        let known = match name.split('_').next().unwrap() {
+            "AWS" => key.parse::<AmazonS3ConfigKey>().is_ok(),
+            "GOOGLE" => key.parse::<GoogleConfigKey>().is_ok(),
+            _ => key.parse::<AzureConfigKey>().is_ok(),
+        };
+        assert!(known, "{name}");
+        checked += 1;
+    }
+    assert!(checked > 12, "{checked}");
 }
 
 #[tokio::test]

@@ -81,8 +81,7 @@ pub(super) async fn from_folder(
     collected.finish()
 }
 
-/// Reads images with a `.cls` or `.json` file under the same key. A network without classes needs
-/// neither.
+/// Reads images with a `.cls` or `.json` file under the same key. A network without classes needs neither.
 pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) -> anyhow::Result<Dataset> {
     let mut collected = Collected::new(wanted);
     for tar in tars {

@@ -308,8 +308,12 @@ impl Member<'_> {
         let student = images(Subject::Student, generator)?;
         if rank == 0 {
             let written = self.written_picture(picture_key(iteration), pictures::grid(&[&student], columns));
-            // Training does not wait for a slow storage.
-            self.job.runtime.spawn(written);
+            match last {
+                // This process is about to end.
+                true => self.job.runtime.block_on(progress.while_busy(written)),
+                // Training does not wait for a slow storage.
+                false => drop(self.job.runtime.spawn(written)),
+            }
         }
         if last {
             progress.set_activity("drawing the teacher");

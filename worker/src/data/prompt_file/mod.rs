@@ -124,9 +124,12 @@ fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyho
         format!("has no column {column:?}, {COLUMN}; its columns are {names:?}")
     })?;
     let labels = place(LABEL);
-    // A quote that is not closed takes all that follows into one field.
-    let open = text.matches('"').count() % 2 == 1;
+    let mut swallows = None;
     for (index, record) in reader.records().enumerate() {
+        swallows = match &record {
+            Ok(record) if record.iter().any(|field| field.contains('\n')) => Some(index),
+            _ => None,
+        };
         let row = record.context("is no row of a table").and_then(|record| {
             ensure!(
                 record.len() == names.len(),
@@ -134,15 +137,15 @@ fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyho
                 record.len(),
                 names.len()
             );
-            ensure!(
-                !(open && record.iter().any(|field| field.contains('\n'))),
-                "has a quote that is not closed"
-            );
             let text = record.get(prompts).context("is too short")?.to_owned();
             let label = labels.and_then(|at| record.get(at)).filter(|label| !label.is_empty());
             Ok(Row { text, label: label.map(|label| Value::String(label.to_owned())) })
         });
         rows.add(&format!("row {index}"), row);
+    }
+    // A quote that is not closed takes all that follows into one field of the last row.
+    if let Some(index) = swallows {
+        ensure!(text.matches('"').count() % 2 == 0, "row {index}: has a quote that is not closed");
     }
     Ok(())
 }
@@ -267,7 +270,11 @@ pub(super) mod tests {
             ("p.csv", b"<!DOCTYPE html><html></html>".to_vec(), "HTML page"),
             ("p.jsonl", b"\x1f\x8b\x08".to_vec(), "name it p.jsonl.gz"),
             ("p.csv", b"id,prompt\n1,a red circle, on white\n".to_vec(), "has 3 fields, the header has 2"),
-            ("p.csv", b"prompt\n\"a red circle\na blue one\n".to_vec(), "a quote that is not closed"),
+            (
+                "p.csv",
+                format!("prompt\n{}\"a red circle\na blue one\n", "x\n".repeat(300)).into(),
+                "row 300: has a quote that is not closed",
+            ),
             ("p.jsonl", twice("{\"caption\": \"y\"}"), "line 2: has nothing under \"prompt\""),
             ("p.jsonl", twice("{\"caption\": \"y\"}"), "its keys are [\"caption\"]"),
             ("p.jsonl", twice("nothing"), "2 of 3 rows cannot be used: line 2: is not JSON"),
