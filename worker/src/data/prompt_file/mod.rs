@@ -145,7 +145,7 @@ fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyho
     }
     // A quote that is not closed takes all that follows into one field of the last row.
     if let Some(index) = swallows {
-        ensure!(text.matches('"').count() % 2 == 0, "row {index}: has a quote that is not closed");
+        ensure!(text.matches('"').count().is_multiple_of(2), "row {index}: has a quote that is not closed");
     }
     Ok(())
 }
