@@ -41,6 +41,16 @@ pub fn lacks(what: &str, test: &str, reason: &str) {
     eprint!("skipped: {line}");
 }
 
+/// A browser of Chromium's kind, if there is one.
+#[must_use]
+pub fn browser() -> Option<PathBuf> {
+    let folders = std::env::var_os("PATH")?;
+    ["chromium", "chromium-browser", "google-chrome"]
+        .iter()
+        .flat_map(|name| std::env::split_paths(&folders).map(move |folder| folder.join(name)))
+        .find(|path| path.is_file())
+}
+
 /// The root of the repository.
 #[must_use]
 pub fn repository() -> PathBuf {

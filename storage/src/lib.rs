@@ -50,6 +50,7 @@ mod run_id;
 mod source;
 
 pub use error::Error;
+pub use patience::retries;
 pub use root::Root;
 pub use run::Run;
 pub use run_id::{BadRunId, RunId};

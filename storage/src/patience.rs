@@ -1,6 +1,10 @@
 //! How long a store operation may take, and how often it is repeated.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use backon::{ExponentialBuilder, Retryable};
 use object_store::Error as StoreError;
@@ -15,6 +19,15 @@ const RETRIES: usize = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Added to the timeout for each MiB that the operation moves: a slower link counts as broken.
 const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
+
+/// See [`retries`].
+static REPEATED: AtomicU64 = AtomicU64::new(0);
+
+/// Operations that this process has repeated because the store answered with an error that may pass.
+#[must_use]
+pub fn retries() -> u64 {
+    REPEATED.load(Ordering::Relaxed)
+}
 
 /// Whether an operation with this error may succeed when it is repeated.
 fn may_pass(error: &StoreError) -> bool {
@@ -46,6 +59,7 @@ pub(crate) async fn asked<T, F: Future<Output = Result<T, StoreError>>>(
         ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_times(RETRIES).with_jitter();
     let may_pass = |error: &StoreError| may_pass(error) && refusals::advice(error, place).is_none();
     let answered = question.retry(again).when(may_pass).notify(|error, pause| {
+        REPEATED.fetch_add(1, Ordering::Relaxed);
         let error = refusals::told(error, place);
         tracing::warn!(place, error, ?pause, "cannot {operation} it; trying again");
     });

@@ -6,6 +6,7 @@ mod launch;
 mod monitor;
 mod report;
 mod status;
+mod web;
 
 fn main() -> std::process::ExitCode {
     commands::main()

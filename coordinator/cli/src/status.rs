@@ -33,6 +33,8 @@ pub struct RunStatus {
     pub repeated_iterations: u64,
     /// The newest checkpoint.
     pub committed_iteration: Option<u64>,
+    /// The address of the run's page; none without a coordinator.
+    pub page: Option<String>,
     /// The attached workers.
     pub members: Vec<MemberStatus>,
 }
@@ -102,6 +104,7 @@ fn from_journal(run: &Run, history: &[Record], state: &str, reason: String) -> R
         iterations: None,
         repeated_iterations: 0,
         committed_iteration: None,
+        page: None,
         members: Vec::new(),
     };
     for record in history {
@@ -148,6 +151,7 @@ impl From<wire::StatusReply> for RunStatus {
             iterations: Some(reply.iterations),
             repeated_iterations: reply.repeated_iterations,
             committed_iteration: reply.committed_iteration,
+            page: Some(reply.page).filter(|page| !page.is_empty()),
             members: reply.members.into_iter().map(member).collect(),
         }
     }
@@ -175,6 +179,12 @@ impl RunStatus {
         text += &format!("\ngeneration {}, iteration {}{of}; {saved}", self.generation, self.iteration);
         if self.repeated_iterations > 0 {
             text += &format!("\n{} iterations were computed again", self.repeated_iterations);
+        }
+        if let Some(page) = &self.page {
+            text += &format!(
+                "\nlive page: {page} (`potstill page {}` prints the address that opens it)",
+                self.run
+            );
         }
         if !self.members.is_empty() {
             let mut table = Table::new();

@@ -3,13 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Output},
 };
 
 use image::{Rgb, RgbImage};
 use potstill_spec::RunSpec;
-use potstill_tests::lacks;
+use potstill_tests::{browser, lacks};
 
 const SUMMARY: &str = r#"{"run": "demo", "world_size": 2, "iterations": 20, "images": 2560, "images_per_second": 900.0,
     "wall_seconds": 194.0,
@@ -137,15 +137,6 @@ fn a_run_that_is_not_finished_says_so_and_one_that_is_not_there_is_an_error() {
     let output = report(empty.path(), &[]);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("no run demo"));
-}
-
-/// A browser, if there is one.
-fn browser() -> Option<PathBuf> {
-    let folders = std::env::var_os("PATH")?;
-    ["chromium", "chromium-browser", "google-chrome"]
-        .iter()
-        .flat_map(|name| std::env::split_paths(&folders).map(move |folder| folder.join(name)))
-        .find(|path| path.is_file())
 }
 
 #[test]

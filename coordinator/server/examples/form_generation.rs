@@ -71,6 +71,7 @@ async fn measure(count: usize, insecure: bool) {
         resume: Resume::Never,
         from_teacher: false,
         security: if insecure { Security::Insecure } else { Security::Own },
+        page: String::new(),
         ranks_may_live: true,
     })
     .await

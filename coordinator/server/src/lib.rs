@@ -11,7 +11,7 @@ pub mod client;
 mod clock;
 mod error;
 mod identity;
-mod listener;
+pub mod listener;
 mod opening;
 mod options;
 mod rendezvous;
@@ -19,11 +19,15 @@ mod service;
 mod shell;
 mod storing;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use potstill_access::{Invitation, Role};
+use potstill_access::{Invitation, JoinKey, Role};
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::{MAX_MESSAGE_BYTES, status::state_name, wire::coordinator_server::CoordinatorServer};
+use potstill_proto::{
+    MAX_MESSAGE_BYTES,
+    status::state_name,
+    wire::{StatusReply, coordinator_server::CoordinatorServer},
+};
 use tokio::{
     net::TcpSocket,
     sync::{
@@ -59,12 +63,29 @@ pub struct Running {
     pub address: SocketAddr,
     /// What a worker on this machine connects with.
     pub invitation: Invitation,
+    /// By which others of its services let callers in; none where everybody is let in.
+    pub join_key: Option<JoinKey>,
+    /// TLS with its certificate; none without TLS.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
     /// Its observations, in order; the last is [`Observation::Ended`].
     pub observations: UnboundedReceiver<Observation>,
     control: UnboundedSender<Input>,
     outcome: watch::Receiver<Option<Outcome>>,
     /// Aborts its tasks when it is dropped.
     _tasks: JoinSet<()>,
+}
+
+/// Asks a coordinator in this process for its status.
+#[derive(Clone)]
+pub struct Asking(UnboundedSender<Input>);
+
+impl Asking {
+    /// The status with some of its members, from `first_member` on; none when the coordinator has ended.
+    pub async fn status(&self, first_member: u32) -> Option<StatusReply> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Input::Status { first_member, reply }).ok()?;
+        answer.await.ok()
+    }
 }
 
 /// Starts serving a run: checks the storage, freezes or compares the specification, opens the journal, listens.
@@ -87,6 +108,7 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
 
     let timeouts = opening::terms(&options.spec).timeouts;
     let identity = Identity::of(&options.security)?;
+    let page = options.page.clone();
     let run_id = options.run_id.to_string();
     let fingerprint = identity.as_ref().map(|identity| identity.fingerprint);
     let opened = opening::open(options, &address::advertised(listening), fingerprint).await?;
@@ -106,13 +128,13 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
     let (observe, observations) = mpsc::unbounded_channel();
     let (decide, outcome) = watch::channel(None);
     let (farewell, over) = oneshot::channel::<()>();
-    let mut shell = Shell::new(opened, clock.clone(), observe);
+    let mut shell = Shell::new(opened, page, clock.clone(), observe);
     // Before the first record: another process may have begun to listen. What connects waits for that record.
     let listener = socket.listen(BACKLOG).map_err(bind)?;
     shell.start().await?;
 
     let (accepted, connections) = mpsc::channel(1);
-    let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender, key))
+    let service = CoordinatorServer::new(Service::new(clock.clone(), inbox_sender, key.clone()))
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     // Keepalive ends connections to machines that vanished: after the worker's own timeout, whose reason is clearer, and so
@@ -125,13 +147,9 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), async {
             let _ = over.await;
         });
+    let tls = identity.map(|identity| identity.tls);
     let mut tasks = JoinSet::new();
-    tasks.spawn(listener::accept(
-        listener,
-        identity.map(|identity| identity.tls),
-        accepted,
-        listener::room(),
-    ));
+    tasks.spawn(listener::accept(listener, tls.clone(), accepted, listener::room()));
     tasks.spawn(clock.keep());
     tasks.spawn(async move {
         let mut server = std::pin::pin!(server);
@@ -148,7 +166,16 @@ pub async fn start(options: Options) -> Result<Running, StartError> {
         };
         decide.send_replace(Some(outcome));
     });
-    Ok(Running { address: listening, invitation, observations, control, outcome, _tasks: tasks })
+    Ok(Running {
+        address: listening,
+        invitation,
+        join_key: key,
+        tls,
+        observations,
+        control,
+        outcome,
+        _tasks: tasks,
+    })
 }
 
 impl Running {
@@ -163,12 +190,16 @@ impl Running {
         let _ = self.control.send(Input::Fail { reason });
     }
 
+    /// Asks for the status from within this process.
+    #[must_use]
+    pub fn asking(&self) -> Asking {
+        Asking(self.control.clone())
+    }
+
     /// How far the run is and what is saved, as text; and whether there is a checkpoint.
     pub async fn unfinished(&self) -> (String, bool) {
-        let (reply, answer) = oneshot::channel();
-        let _ = self.control.send(Input::Status { first_member: 0, reply });
-        match answer.await {
-            Ok(status) => {
+        match self.asking().status(0).await {
+            Some(status) => {
                 let saved = match status.committed_iteration {
                     Some(iteration) => format!("the newest checkpoint is of iteration {iteration}"),
                     None => "there is no checkpoint".to_owned(),
@@ -178,7 +209,7 @@ impl Running {
                     format!("{saved}, the run has done {} ({state} {})", status.iteration, status.reason);
                 (text, status.committed_iteration.is_some())
             }
-            Err(_) => ("the coordinator's task has ended".to_owned(), false),
+            None => ("the coordinator's task has ended".to_owned(), false),
         }
     }
 

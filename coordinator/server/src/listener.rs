@@ -66,6 +66,14 @@ impl Peer {
     }
 }
 
+impl Connection {
+    /// What a call on it knows of it.
+    #[must_use]
+    pub fn peer(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
 impl Connected for Connection {
     type ConnectInfo = Peer;
 
@@ -75,6 +83,7 @@ impl Connected for Connection {
 }
 
 /// The connections that this process has room for.
+#[must_use]
 pub fn room() -> usize {
     usize::try_from(descriptors().saturating_sub(RESERVED)).unwrap_or(Semaphore::MAX_PERMITS).max(1)
 }

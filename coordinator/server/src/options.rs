@@ -23,6 +23,8 @@ pub struct Options {
     pub from_teacher: bool,
     /// How it shows who it is, and whom it lets in.
     pub security: Security,
+    /// The address of the run's page, for those who ask for the status; empty without one.
+    pub page: String,
     /// Whether workers of an earlier coordinator of this run may be alive; false where they end with their coordinator.
     pub ranks_may_live: bool,
 }

@@ -63,6 +63,8 @@ pub struct Shell {
     core: Core,
     announced: Coordinator,
     changed_specification: Option<String>,
+    /// The address of the run's page.
+    page: String,
     clock: Clock,
     run: Run,
     journal: Journal,
@@ -96,7 +98,12 @@ pub struct Shell {
 
 impl Shell {
     /// A shell around an opened run.
-    pub fn new(opened: Opened, clock: Clock, observations: mpsc::UnboundedSender<Observation>) -> Self {
+    pub fn new(
+        opened: Opened,
+        page: String,
+        clock: Clock,
+        observations: mpsc::UnboundedSender<Observation>,
+    ) -> Self {
         let Opened { setup, retention, changed_specification, run, journal, .. } = opened;
         let patience = Duration::from_millis(setup.terms.timeouts.wait_millis);
         let announced = Coordinator {
@@ -108,6 +115,7 @@ impl Shell {
             core: Core::new(setup),
             announced,
             changed_specification,
+            page,
             clock,
             run,
             journal,
@@ -250,6 +258,7 @@ impl Shell {
                 let mut status = self.core.status();
                 let members = status.members.into_iter().skip(first_member as usize);
                 status.members = members.take(MEMBERS_AT_ONCE).collect();
+                status.page.clone_from(&self.page);
                 if let Some(since) = self.persisting_since.filter(|since| since.elapsed() >= SLOW) {
                     let waits = format!(
                         "waiting for the storage to write the journal, for {:.0} s",
@@ -463,12 +472,13 @@ mod tests {
             resume: Resume::Never,
             from_teacher: false,
             security: Security::Insecure,
+            page: String::new(),
             ranks_may_live: true,
         };
         let opened = opening::open(options, "127.0.0.1:1", None).await.expect("a new run");
         let run = opened.run.clone();
         let (observe, _) = mpsc::unbounded_channel();
-        (Shell::new(opened, Clock::start(Duration::from_secs(1)), observe), run, folder)
+        (Shell::new(opened, String::new(), Clock::start(Duration::from_secs(1)), observe), run, folder)
     }
 
     /// A message that is processed after the answer of the journal has been received and before it has been processed must not

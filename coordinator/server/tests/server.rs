@@ -84,6 +84,7 @@ impl Lab {
             resume,
             from_teacher: false,
             security: Security::Own,
+            page: String::new(),
             ranks_may_live: true,
         }
     }

@@ -5,6 +5,7 @@ mod checkpoint;
 mod exit;
 mod handed_on;
 mod invite;
+mod page;
 mod report;
 mod run;
 mod run_name;
@@ -19,6 +20,7 @@ use self::{
     exit::{complain, ended},
     handed_on::HandedOn,
     invite::InviteArguments,
+    page::PageArguments,
     report::{AFTER_REPORT_HELP, ReportArguments},
     run::{AFTER_HELP, Launch, Serve},
     run_name::AskedRun,
@@ -47,6 +49,8 @@ enum Command {
     Report(ReportArguments),
     /// Show what a run is doing: its workers, its progress, what it waits for
     Status(StatusArguments),
+    /// Print the address of a run's live page, with the token that opens it
+    Page(PageArguments),
     /// Save a checkpoint now; list, verify or restore checkpoints
     #[command(subcommand)]
     Checkpoint(Checkpoint),
@@ -77,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Serve(arguments) => return arguments.main(),
         Command::Report(arguments) => return ended(arguments.write()),
         Command::Status(arguments) => return ended(arguments.show()),
+        Command::Page(arguments) => return ended(arguments.show()),
         Command::Checkpoint(command) => return ended(command.main()),
         Command::Invite(arguments) => return ended(arguments.write()),
         Command::Cancel(run) => return ended(cancel::cancel(&run)),

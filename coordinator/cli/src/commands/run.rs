@@ -123,6 +123,10 @@ struct RunArguments {
     /// Seconds in which the workers must save after the first Ctrl-C, SIGTERM or SIGUSR1
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     grace: u64,
+    /// Address of the run's live page and of /metrics for Prometheus; port 0 takes a free port. On an address that is not this
+    /// machine's loopback it is served with the coordinator's certificate. `potstill page` prints the address that opens it
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = listening)]
+    page: SocketAddr,
     /// Format of log lines
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     log_format: LogFormat,
@@ -214,6 +218,7 @@ impl RunArguments {
             },
             from_teacher: self.from_teacher,
             listen,
+            page: self.page,
             security,
             grace: Duration::from_secs(self.grace),
             log_format: self.log_format,

@@ -20,7 +20,10 @@ use tokio::{
 use tracing::{error, info, warn};
 use worker::WorkerError;
 
-use crate::monitor::{Ending, Monitor, screen::Screen};
+use crate::{
+    monitor::{Ending, Monitor, screen::Screen},
+    web,
+};
 
 /// How long an agent may take to end after the run's end; longer where its ranks may have a state to rescue.
 const LEAVING: Duration = Duration::from_secs(10);
@@ -89,6 +92,8 @@ pub struct Job {
     pub from_teacher: bool,
     /// The address on which it listens for workers.
     pub listen: SocketAddr,
+    /// The address of its page.
+    pub page: SocketAddr,
     /// How it shows who it is, and whom it lets in.
     pub security: Security,
     /// How long the workers have to save when the run is asked to stop.
@@ -112,9 +117,10 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
         if let Some(plan) = &job.agent {
             worker::check(&plan.program, job.spec.to_toml().map_err(StartError::from)?).await?;
         }
-        let report =
-            Monitor::open(job.storage.run(&job.run_id), &job.spec, job.resume != Resume::Never, &screen)
-                .await?;
+        let run = job.storage.run(&job.run_id);
+        let report = Monitor::open(run.clone(), &job.spec, job.resume != Resume::Never, &screen).await?;
+        let page = web::bind(job.page, &job.security)
+            .map_err(|source| StartError::Listen { address: job.page, source })?;
         let options = Options {
             listen: job.listen,
             spec: job.spec,
@@ -123,13 +129,24 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
             resume: job.resume,
             from_teacher: job.from_teacher,
             security: job.security,
+            page: page.url.clone(),
             // The local agent ends with the launcher.
             ranks_may_live: job.agent.is_none(),
         };
-        Ok::<_, LaunchError>((report, potstill_server::start(options).await?))
+        let running = potstill_server::start(options).await?;
+        let page = page.serve(run, report.feed(), report.prometheus(), &running);
+        Ok::<_, LaunchError>((report, running, page))
     };
-    let (report, mut running) = tokio::select! {
-        started = starting => started?,
+    let resume = job.resume;
+    let (report, mut running, page) = tokio::select! {
+        started = starting => match started {
+            // A scheduler starts the same command again until it has ended well: there is nothing left to do.
+            Err(LaunchError::Start(error @ StartError::Complete { .. })) if resume == Resume::Auto => {
+                info!("{error}");
+                return Ok(Exit::Succeeded);
+            }
+            started => started?,
+        },
         _ = signals.next() => return Ok(Exit::Interrupted),
     };
 
@@ -176,7 +193,10 @@ pub async fn run(job: Job) -> Result<Exit, LaunchError> {
             agent.leave(if rescues { RESCUING } else { LEAVING }).await;
         }
         let report = reporting.await.context("the monitor's task ended early")?;
-        anyhow::Ok(report.finish(&outcome).await)
+        let ending = report.finish(&outcome).await;
+        // Last: what the run has left can be looked at while it is written.
+        page.end().await;
+        anyhow::Ok(ending)
     };
     let Ending { mut text, resumable } = tokio::select! {
         closed = closing => closed?,

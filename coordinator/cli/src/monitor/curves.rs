@@ -423,7 +423,9 @@ mod tests {
     #[test]
     fn without_evaluations_only_the_losses_are_drawn() {
         let mut metrics = Metrics::new(&spec(200));
-        (0..200).for_each(|i| metrics.iteration(totals(i), 0.0));
+        for i in 0..200 {
+            metrics.iteration(totals(i), 0.0);
+        }
         let picture = decode(&Curves::new("r", &metrics).draw().unwrap().unwrap());
         assert!(picture.pixels().any(|p| p.0 == [FAKE_SCORE.0, FAKE_SCORE.1, FAKE_SCORE.2]));
         assert!(!picture.pixels().any(|p| p.0 == [STUDENT.0, STUDENT.1, STUDENT.2]));

@@ -176,8 +176,8 @@ impl Metrics {
         Ok(text)
     }
 
-    /// Adds an iteration; ends the window where one ends.
-    pub fn iteration(&mut self, totals: IterationTotals, wall_seconds: f64) {
+    /// Adds an iteration; ends the window where one ends, and returns its line then.
+    pub fn iteration(&mut self, totals: IterationTotals, wall_seconds: f64) -> Option<&Training> {
         let completed = totals.iteration + 1;
         // A new coordinator receives reports again that its predecessor had counted, but not evaluations.
         let begun = totals.iteration;
@@ -187,14 +187,15 @@ impl Metrics {
             || completed.is_multiple_of(self.checkpoint_every)
             || completed == self.iterations
         {
-            self.close_window(wall_seconds);
+            return self.close_window(wall_seconds);
         }
+        None
     }
 
-    /// Ends the current window, if it holds an iteration.
-    pub fn close_window(&mut self, wall_seconds: f64) {
+    /// Ends the current window, if it holds an iteration, and returns its line.
+    pub fn close_window(&mut self, wall_seconds: f64) -> Option<&Training> {
         let window = std::mem::take(&mut self.window);
-        let Some(last) = window.last() else { return };
+        let last = window.last()?;
         let iteration = last.iteration + 1;
         let weight = 1.0 / window.len() as f64;
         let mean = |of: fn(&IterationTotals) -> f64| window.iter().map(of).sum::<f64>() * weight;
@@ -226,21 +227,19 @@ impl Metrics {
             non_finite_gradients: window.iter().map(|t| t.non_finite_gradients).sum(),
             wall_seconds,
         }));
+        self.training().last()
     }
 
-    /// Adds an evaluation; a second one of the same subject and iteration replaces the first.
-    pub fn evaluation(&mut self, evaluation: &scores::Evaluation, wall_seconds: f64) {
+    /// Adds an evaluation, and returns its line; a second one of the same subject and iteration replaces the first.
+    pub fn evaluation(&mut self, evaluation: &scores::Evaluation, wall_seconds: f64) -> Evaluation {
         let scores::Evaluation { iteration, subject, scores, .. } = *evaluation;
         self.rows.retain(
             |row| !matches!(row, Row::Evaluation(e) if e.subject == subject && e.iteration == iteration),
         );
-        self.rows.push(Row::Evaluation(Evaluation {
-            subject,
-            iteration,
-            images: iteration * self.global_batch,
-            scores,
-            wall_seconds,
-        }));
+        let images = iteration * self.global_batch;
+        let row = Evaluation { subject, iteration, images, scores, wall_seconds };
+        self.rows.push(Row::Evaluation(row.clone()));
+        row
     }
 
     /// Training continues from the state after `iteration` iterations: removes the lines beyond it. The teacher does

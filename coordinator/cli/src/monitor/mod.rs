@@ -1,22 +1,29 @@
-//! The live view of a run: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, files for TensorBoard, and the
-//! final table.
+//! The live view of a run: the log, the progress, `metrics.jsonl`, `curves.png`, `summary.json`, files for TensorBoard, what its page
+//! and Prometheus are told, and the final table.
 
 pub mod curves;
+pub mod feed;
 #[cfg(test)]
 mod fixtures;
+mod kubeflow;
 pub mod log;
 pub mod metrics;
 pub mod number;
 pub mod progress;
+pub mod prometheus;
 pub mod screen;
 pub mod summary;
 mod tensorboard;
+mod unix_time;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use potstill_core::observation::{Observation, Outcome};
-use potstill_proto::message::Source;
+use potstill_proto::{message::Source, scores::Subject};
 use potstill_spec::RunSpec;
 use potstill_storage::{
     Run,
@@ -26,8 +33,11 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::warn;
 
 use curves::Curves;
-use metrics::Metrics;
+use feed::Feed;
+use kubeflow::Teller;
+use metrics::{Metrics, Row};
 use progress::Progress;
+use prometheus::Prometheus;
 use screen::Screen;
 use summary::Summary;
 use tensorboard::Tensorboard;
@@ -48,6 +58,11 @@ pub struct Monitor {
     name: String,
     metrics: Metrics,
     tensorboard: Tensorboard,
+    feed: Arc<Feed>,
+    prometheus: Arc<Prometheus>,
+    /// Where Kubeflow runs this.
+    kubeflow: Option<Teller>,
+    iterations: u64,
     /// Whether there are metrics that are not saved.
     unsaved: bool,
     progress: Progress,
@@ -95,6 +110,10 @@ impl Monitor {
                 metrics.wall_seconds(),
                 metrics.reached(),
             ),
+            feed: Arc::new(Feed::new(spec, metrics.rows().cloned().collect(), metrics.wall_seconds())),
+            prometheus: Arc::new(Prometheus::new(&run.id().to_string(), spec.distillation.iterations)),
+            kubeflow: Teller::start(),
+            iterations: spec.distillation.iterations,
             unsaved: false,
             earlier_seconds: metrics.wall_seconds(),
             run,
@@ -106,6 +125,18 @@ impl Monitor {
             repeated: 0,
             coordinator: None,
         })
+    }
+
+    /// What the run's page shows.
+    #[must_use]
+    pub fn feed(&self) -> Arc<Feed> {
+        Arc::clone(&self.feed)
+    }
+
+    /// The run's numbers for Prometheus.
+    #[must_use]
+    pub fn prometheus(&self) -> Arc<Prometheus> {
+        Arc::clone(&self.prometheus)
     }
 
     /// Processes all observations until the run has ended.
@@ -132,6 +163,8 @@ impl Monitor {
     async fn observe(&mut self, observation: Observation) {
         log::observation(&observation);
         self.progress.observe(&observation, Instant::now());
+        self.prometheus.observe(&observation);
+        self.feed.observe(&observation);
         let wall_seconds = self.wall_seconds();
         match observation {
             Observation::Started { coordinator, repeated, .. } => {
@@ -149,15 +182,19 @@ impl Monitor {
                     Source::Peer { .. } => {}
                 }
                 // A coordinator that takes over continues the count from here.
-                self.metrics.close_window(wall_seconds);
+                self.close_window(wall_seconds);
                 self.save_metrics().await;
             }
             Observation::Iteration(totals) => {
-                self.metrics.iteration(totals, wall_seconds);
+                let done = totals.iteration + 1;
+                if let Some(row) = self.metrics.iteration(totals, wall_seconds) {
+                    self.feed.row(&Row::Iteration(row.clone()));
+                    self.tell_kubeflow(done, false);
+                }
                 self.unsaved = true;
             }
             Observation::Evaluated(report) => {
-                self.metrics.evaluation(&report, wall_seconds);
+                self.feed.row(&Row::Evaluation(self.metrics.evaluation(&report, wall_seconds)));
                 self.save_metrics().await;
                 self.save_curves().await;
             }
@@ -172,9 +209,15 @@ impl Monitor {
         self.progress.clear();
         let mut text = String::new();
         let wall_seconds = self.wall_seconds();
-        self.metrics.close_window(wall_seconds);
+        self.close_window(wall_seconds);
         self.save_metrics().await;
         self.save_curves().await;
+        if let Outcome::Succeeded { iteration } = outcome {
+            self.tell_kubeflow(*iteration, true);
+        }
+        if let Some(teller) = self.kubeflow.take() {
+            teller.finish().await;
+        }
         let mut keys = vec![];
         if let Outcome::Succeeded { iteration } | Outcome::Stopped { iteration, .. } = outcome {
             let summary = Summary {
@@ -220,7 +263,38 @@ impl Monitor {
     fn rewind(&mut self, iteration: u64) {
         if self.metrics.rewind(iteration) {
             self.tensorboard.rewind(iteration);
+            self.feed.rewind(iteration, self.metrics.rows().cloned().collect());
         }
+    }
+
+    fn close_window(&mut self, wall_seconds: f64) {
+        if let Some(row) = self.metrics.close_window(wall_seconds) {
+            self.feed.row(&Row::Iteration(row.clone()));
+        }
+    }
+
+    /// Tells the run's progress with the numbers of the newest rows.
+    fn tell_kubeflow(&self, iteration: u64, done: bool) {
+        let Some(teller) = &self.kubeflow else { return };
+        let mut metrics = Vec::new();
+        if let Some(row) = self.metrics.training().last() {
+            metrics.extend([
+                ("fake_score_loss", row.fake_score_loss),
+                ("generator_loss", row.generator_loss),
+                ("images_per_second", row.images_per_second),
+            ]);
+        }
+        if let Some(fid) = self.metrics.evaluations(Subject::Student).last().and_then(|e| e.scores.fid) {
+            metrics.push(("fid", fid));
+        }
+        let remaining_seconds = if done { Some(0.0) } else { self.progress.seconds_left(iteration) };
+        teller.tell(kubeflow::Progress {
+            iteration,
+            iterations: self.iterations,
+            done,
+            remaining_seconds,
+            metrics,
+        });
     }
 
     async fn save_metrics(&mut self) {
@@ -238,7 +312,7 @@ impl Monitor {
     }
 
     async fn save_events(&mut self) {
-        let (wall_seconds, now) = (self.wall_seconds(), chrono::Utc::now().timestamp_micros() as f64 * 1e-6);
+        let (wall_seconds, now) = (self.wall_seconds(), unix_time::now());
         let before = match self.ended {
             Some(_) => u64::MAX,
             None => self.metrics.reached().unwrap_or(0),

@@ -50,6 +50,12 @@ impl Progress {
         }
     }
 
+    /// Seconds until the last iteration, at the pace of the last ones; none before the first.
+    #[must_use]
+    pub fn seconds_left(&self, done: u64) -> Option<f64> {
+        self.pace.map(|pace| self.iterations.saturating_sub(done) as f64 * pace)
+    }
+
     /// Removes the bar from the screen.
     pub fn clear(&self) {
         self.bar.finish_and_clear();

@@ -425,7 +425,9 @@ mod tests {
         let mut metrics = Metrics::new(&spec(40));
         let mut board = Tensorboard::new(run.clone(), "[teacher]\n".into(), 0.0, None);
         metrics.evaluation(&evaluation(Subject::Teacher, 0, 3.0), 1.0);
-        (0..30).for_each(|i| metrics.iteration(totals(i), 2.0 + i as f64));
+        for i in 0..30 {
+            metrics.iteration(totals(i), 2.0 + i as f64);
+        }
         board.save(metrics.rows(), 30, 40.0, 1000.0).await.unwrap();
         board.save(metrics.rows(), 30, 41.0, 1001.0).await.unwrap();
         let mut png = std::io::Cursor::new(Vec::new());
@@ -438,7 +440,9 @@ mod tests {
         let mut board = Tensorboard::new(run.clone(), "[teacher]\n".into(), metrics.wall_seconds(), Some(30));
         metrics.rewind(20);
         board.rewind(20);
-        (20..40).for_each(|i| metrics.iteration(totals(i), 50.0 + i as f64));
+        for i in 20..40 {
+            metrics.iteration(totals(i), 50.0 + i as f64);
+        }
         board.save(metrics.rows(), u64::MAX, 90.0, 990.0).await.unwrap();
         run
     }

@@ -57,6 +57,8 @@ impl Core {
             iterations: self.terms.iterations,
             repeated_iterations: self.repeated,
             committed_iteration: self.ledger.newest().map(|checkpoint| checkpoint.iteration),
+            // Known to the process that serves it.
+            page: String::new(),
         }
     }
 }
