@@ -1,9 +1,20 @@
-"""Full SiD iterations of a text-to-image U-Net with random weights in eager PyTorch and diffusers: the baseline of `iteration`, the example of
-worker/distill. Losses, sizes, precision and activation checkpointing are the same.
+"""SiD iterations of a text-to-image U-Net with random weights in PyTorch and diffusers: what gpu_check.py puts beside
+Potstill's. Losses, guidance, batch, precision, recomputation, optimizer and average are those of the same run.
 
-    python scripts/bench/gpu_check_eager.py UNET_CONFIG SIDE TOKENS MICRO_BATCH ITERATIONS cpu|cuda
+    python gpu_check_eager.py '{"model": "sdxl", "device": "cuda", …}'     prints a line of JSON for each iteration and
+                                                                           one for all
+
+Keys besides: tokens, micro_batch, iterations, warm_up (iterations that are not counted), bf16_weights (bf16 weights
+with fp32 master copies; else fp32 weights), autocast (to bf16, of fp32 weights), recompute (gradient checkpointing),
+offload_ema (the average lies in the host's memory), lora_rank (null: whole networks), and tuning: "plain", what a
+straightforward program does; "blocks", also channels-last, pinned memory, cuDNN's benchmark mode and compiled
+transformer blocks (diffusers' compile_repeated_blocks); "networks", with torch.compile on whole networks instead.
+
+Adam is the fused one. Two choices save memory that Potstill does not need either, so that SDXL fits a card of 80 GB:
+Adam's first moment, whose decay is 0, is one for both networks, and gradients are converted one by one.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -12,142 +23,254 @@ import time
 import torch
 from diffusers import UNet2DConditionModel
 
-KAPPA, BETAS, RATE, EPSILON = 1.5, (0.0, 0.999), 1e-6, 1e-8
-T_INIT = 625
+import gpu_models
+
+KAPPA, BETAS, RATE, EPSILON, T_INIT = 1.5, (0.0, 0.999), 1e-6, 1e-8, 625
+# What Potstill adapts, by DMD2's public code (the default of lora.targets).
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 
 
 class Trained:
-    """A network of lower precision with fp32 master weights and Adam's moments."""
+    """The trained parameters of a network and their optimizer. Weights of lower precision have fp32 master copies."""
 
-    def __init__(self, network: torch.nn.Module):
-        self.network = network
-        self.parameters = [p.requires_grad_() for p in network.parameters()]
-        self.masters = [p.detach().float().clone() for p in self.parameters]
-        self.optimizer = torch.optim.Adam(self.masters, lr=RATE, betas=BETAS, eps=EPSILON, foreach=True)
+    def __init__(self, network: torch.nn.Module, first_moments: list[torch.Tensor]):
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.low = self.parameters[0].dtype != torch.float32
+        self.masters = [p.detach().float().clone() for p in self.parameters] if self.low else self.parameters
+        self.optimizer = torch.optim.Adam(self.masters, lr=RATE, betas=BETAS, eps=EPSILON, fused=True)
+        if not first_moments:
+            first_moments += [torch.zeros_like(master) for master in self.masters]
+        for master, first in zip(self.masters, first_moments):
+            step = torch.zeros((), device=master.device)
+            self.optimizer.state[master] = {"step": step, "exp_avg": first, "exp_avg_sq": torch.zeros_like(master)}
 
     def step(self) -> None:
         for master, parameter in zip(self.masters, self.parameters):
-            master.grad = torch.nan_to_num(parameter.grad.float(), 0.0, 0.0, 0.0)
-            parameter.grad = None
+            gradient, parameter.grad = parameter.grad, None
+            # Some blocks' biases take no part in the loss.
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float().nan_to_num_(0.0, 0.0, 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.masters)
+        if self.low:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+
+
+class Average:
+    """The generator's average: on the device, or in the host's memory."""
+
+    def __init__(self, masters: list[torch.Tensor], offload: bool, pinned: bool):
+        self.masters, self.offload, self.staging = masters, offload, None
+        self.values = [master.detach().to("cpu" if offload else master.device, copy=True) for master in masters]
+        if offload and pinned:
+            self.staging = [torch.empty_like(value, pin_memory=True) for value in self.values]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        masters = self.masters
+        if self.staging is not None:
+            torch._foreach_copy_(self.staging, masters, non_blocking=True)
+            torch.cuda.synchronize()
+            masters = self.staging
+        elif self.offload:
+            masters = [master.to("cpu") for master in masters]
+        torch._foreach_lerp_(self.values, masters, 0.01)
+
+
+class Networks:
+    """Teacher, generator and fake score. With adapters they share their frozen weights."""
+
+    def __init__(self, wanted: dict, config: dict):
+        device, tuned = wanted["device"], wanted["tuning"] != "plain"
+        kind = torch.bfloat16 if wanted["bf16_weights"] else torch.float32
+        with torch.device(device):
+            self.teacher = UNet2DConditionModel.from_config(config).to(kind)
+        if tuned:
+            self.teacher.to(memory_format=torch.channels_last)
+        weights = self.teacher.state_dict()
+        made = []
+        for _ in range(2):
+            with torch.device("meta"):
+                network = UNet2DConditionModel.from_config(config)
+            share = wanted["lora_rank"] is not None
+            copies = weights if share else {name: value.clone() for name, value in weights.items()}
+            network.load_state_dict(copies, assign=True)
+            network.requires_grad_(not share)
+            if share:
+                from peft import LoraConfig
+
+                rank = wanted["lora_rank"]
+                with torch.device(device):
+                    network.add_adapter(
+                        LoraConfig(r=rank, lora_alpha=8, init_lora_weights=True, target_modules=TARGETS)
+                    )
+                for parameter in network.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.float()
+            made.append(network)
+        self.generator, self.fake = made
+        self.teacher.requires_grad_(False)
+        for network in (self.teacher, *made):
+            if wanted["recompute"]:
+                network.enable_gradient_checkpointing()
+            # Gradient checkpointing is on in training mode only; there is no dropout.
+            network.train()
+            if wanted["tuning"] == "blocks":
+                network.compile_repeated_blocks(backend=wanted["backend"])
+            elif wanted["tuning"] == "networks":
+                network.compile(backend=wanted["backend"])
+        moments: list[torch.Tensor] = []
+        self.trained_fake = Trained(self.fake, moments)
+        self.trained_generator = Trained(self.generator, moments)
+        self.fake_parameters = self.trained_fake.parameters
+        self.average = Average(self.trained_generator.masters, wanted["offload_ema"], tuned and device == "cuda")
 
 
 def main() -> None:
-    config, side, tokens, batch, iterations, device = sys.argv[1:]
-    side, tokens, batch, iterations = int(side), int(tokens), int(batch), int(iterations)
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    with open(config) as file:
-        config = json.load(file)
+    wanted = json.loads(sys.argv[1])
+    config, device, batch, tokens = (
+        gpu_models.UNETS[wanted["model"]],
+        wanted["device"],
+        wanted["micro_batch"],
+        wanted["tokens"],
+    )
+    # Dynamo compiles a block again for each width, batch and set of tensors that take a gradient.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+    wanted.setdefault("backend", "inductor")
+    torch.backends.cudnn.benchmark = wanted["tuning"] != "plain"
     torch.manual_seed(0)
-
-    def network() -> UNet2DConditionModel:
-        with torch.device(device):
-            made = UNet2DConditionModel.from_config(config).to(kind)
-        made.enable_gradient_checkpointing()
-        # Gradient checkpointing is on in training mode only; there is no dropout.
-        return made.train()
-
-    teacher, generator, fake = network(), network(), network()
-    for other in (generator, fake):
-        other.load_state_dict(teacher.state_dict())
-    teacher.requires_grad_(False)
-    trained_generator, trained_fake = Trained(generator), Trained(fake)
-    # On the host, where Potstill's is too in this measurement.
-    average = [master.to("cpu", copy=True) for master in trained_generator.masters]
+    nets = Networks(wanted, config)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0).float().to(device)
-    shape = (batch, teacher.config.in_channels, side, side)
-    width = teacher.config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    xl = teacher.config.addition_embed_type == "text_time"
-    pooled_width = teacher.config.projection_class_embeddings_input_dim or 0
-    pooled_width -= 6 * (teacher.config.addition_time_embed_dim or 0)
-    sizes = torch.tensor([[8.0 * side, 8.0 * side, 0, 0, 8.0 * side, 8.0 * side]], device=device)
+    side = config["sample_size"]
+    shape = (batch, config["in_channels"], side, side)
+    kind = torch.bfloat16 if wanted["bf16_weights"] else torch.float32
+    null = gpu_models.inputs(config, 1, tokens, device, kind)
 
-    def noise(*size: int) -> torch.Tensor:
-        return torch.randn(size, device=device)
+    def noise() -> torch.Tensor:
+        return torch.randn(shape, device=device)
 
-    def condition() -> list[torch.Tensor]:
-        return [noise(batch, tokens, width).to(kind), noise(batch, pooled_width).to(kind)]
+    def condition() -> dict:
+        return gpu_models.inputs(config, batch, tokens, device, kind)
 
-    def denoise(net, x_t, t, text):
-        added = {"text_embeds": text[1], "time_ids": sizes.expand(x_t.shape[0], 6)} if xl else None
-        epsilon = net(x_t.to(kind), t, text[0], added_cond_kwargs=added).sample.float()
+    def doubled(given: dict) -> dict:
+        """The condition, after the empty one."""
+        both = {"encoder_hidden_states": twice("encoder_hidden_states", given)}
+        if "added_cond_kwargs" in given:
+            own, empty = given["added_cond_kwargs"], null["added_cond_kwargs"]
+            both["added_cond_kwargs"] = {
+                key: torch.cat([empty[key].expand(batch, -1), own[key]]) for key in ("text_embeds", "time_ids")
+            }
+        return both
+
+    def twice(key: str, given: dict) -> torch.Tensor:
+        return torch.cat([null[key].expand(batch, *null[key].shape[1:]), given[key]])
+
+    def denoise(network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, given: dict) -> torch.Tensor:
+        extra = {key: given[key] for key in ("encoder_hidden_states", "added_cond_kwargs") if key in given}
+        epsilon = network(x_t.to(kind), t, **extra).sample.float()
         a = alphas[t].view(-1, 1, 1, 1)
         return (x_t - (1 - a).sqrt() * epsilon) / a.sqrt()
 
-    def guided(net, x_t, t, text):
-        null = [noise(1, *part.shape[1:]).to(kind).expand_as(part) for part in text]
-        both = [torch.cat(pair) for pair in zip(null, text)]
-        u, c = denoise(net, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    def guided(network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, given: dict) -> torch.Tensor:
+        u, c = denoise(network, torch.cat([x_t, x_t]), torch.cat([t, t]), doubled(given)).chunk(2)
         return u + KAPPA * (c - u)
 
-    def generate(text):
+    def generate(given: dict) -> torch.Tensor:
         t = torch.full((batch,), T_INIT, device=device)
-        return denoise(generator, (1 - alphas[T_INIT]).sqrt() * noise(*shape), t, text)
+        return denoise(nets.generator, (1 - alphas[T_INIT]).sqrt() * noise(), t, given)
 
-    def noised(x):
-        t, n = torch.randint(20, 980, (batch,), device=device), noise(*shape)
+    def noised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        t = torch.randint(20, 980, (batch,), device=device)
         a = alphas[t].view(-1, 1, 1, 1)
-        return t, a, a.sqrt() * x + (1 - a).sqrt() * n
+        return t, a, a.sqrt() * x + (1 - a).sqrt() * noise()
 
-    parts = [f"{who}: {what}" for who in ("fake score", "generator") for what in ("forward", "backward", "step")]
-    seconds = {part: [] for part in parts}
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    finite = True
-    for iteration in range(iterations):
-        clock = time.perf_counter()
+    def precision() -> contextlib.AbstractContextManager:
+        return torch.autocast(device, torch.bfloat16) if wanted["autocast"] else contextlib.nullcontext()
+
+    def fake_phase() -> torch.Tensor:
+        given = condition()
+        with precision():
+            with torch.no_grad():
+                x = generate(given)
+            t, a, x_t = noised(x)
+            return ((a / (1 - a)) * (guided(nets.fake, x_t, t, given) - x) ** 2).sum() / batch
+
+    def generator_phase() -> torch.Tensor:
+        given = condition()
+        with precision():
+            x = generate(given)
+            t, _, x_t = noised(x)
+            f_phi, f_psi = guided(nets.teacher, x_t, t, given), guided(nets.fake, x_t, t, given)
+            omega = 1 / (x - f_phi).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()
+            return (omega * (f_phi - f_psi) * (f_psi - x)).sum() / batch
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {}
+    totals, finite = [], True
+    for iteration in range(wanted["iterations"]):
+        clock = started = time.perf_counter()
 
         def note(part: str) -> None:
             nonlocal clock
-            synchronise()
-            if iteration > 0 or iterations == 1:
-                seconds[part].append(time.perf_counter() - clock)
-            clock = time.perf_counter()
+            synchronize()
+            now = time.perf_counter()
+            # The first iterations load, choose and compile kernels.
+            if iteration >= wanted["warm_up"]:
+                seconds.setdefault(part, []).append(now - clock)
+            clock = now
 
-        text = condition()
-        with torch.no_grad():
-            x = generate(text)
-        t, a, x_t = noised(x)
-        fake.requires_grad_(True)
-        loss = ((a / (1 - a)) * (guided(fake, x_t, t, text) - x) ** 2).sum() / batch
+        for p in nets.fake_parameters:
+            p.requires_grad_(True)
+        loss = fake_phase()
         note("fake score: forward")
         loss.backward()
         finite &= bool(torch.isfinite(loss))
         note("fake score: backward")
-        trained_fake.step()
+        nets.trained_fake.step()
         note("fake score: step")
-
-        text = condition()
-        x = generate(text)
-        t, a, x_t = noised(x)
-        fake.requires_grad_(False)
-        f_phi, f_psi = guided(teacher, x_t, t, text), guided(fake, x_t, t, text)
-        omega = 1 / (x - f_phi).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5).detach()
-        loss = (omega * (f_phi - f_psi) * (f_psi - x)).sum() / batch
+        for p in nets.fake_parameters:
+            p.requires_grad_(False)
+        loss = generator_phase()
         note("generator: forward")
         loss.backward()
         finite &= bool(torch.isfinite(loss))
         note("generator: backward")
-        trained_generator.step()
-        with torch.no_grad():
-            for mean, master in zip(average, trained_generator.masters):
-                mean.lerp_(master.to("cpu"), 0.01)
+        nets.trained_generator.step()
         note("generator: step")
-    medians = {part: statistics.median(values) for part, values in seconds.items()}
+        nets.average.update()
+        note("average")
+        if iteration >= wanted["warm_up"]:
+            totals.append(clock - started)
+        print(json.dumps({"iteration": iteration, "seconds": clock - started}), flush=True)
     report = {
-        "parameters": sum(p.numel() for p in teacher.parameters()),
-        "seconds": medians,
-        "seconds_per_iteration": sum(medians.values()),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "parameters": sum(p.numel() for p in nets.teacher.parameters()),
+        "trained": sum(p.numel() for p in nets.trained_generator.parameters),
+        "seconds": {part: statistics.median(values) for part, values in seconds.items()},
+        "seconds_per_iteration": statistics.median(totals),
         "finite": finite,
     }
-    print(json.dumps(report))
+    if device == "cuda":
+        report |= {
+            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "peak_reserved": torch.cuda.max_memory_reserved(),
+        }
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

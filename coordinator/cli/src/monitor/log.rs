@@ -39,6 +39,9 @@ pub fn observation(observation: &Observation) {
             fake_score_loss = t.fake_score_loss,
             generator_loss = t.generator_loss,
             seconds = t.seconds.total,
+            compute = t.seconds.compute,
+            communication = t.seconds.communication,
+            optimizer = t.seconds.optimizer,
             "iteration"
         ),
         Observation::Evaluated(evaluation) => {
