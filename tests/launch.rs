@@ -12,6 +12,42 @@ use nix::sys::signal::Signal;
 use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, repository, text, worker_pid};
 
 #[test]
+fn the_doctor_finds_what_is_there_and_what_is_not() {
+    let cluster = Cluster::default();
+    let doctor = |arguments: &[&str]| {
+        let mut command = Command::new(potstill_tests::binary("potstill"));
+        let output = command.arg("doctor").args(arguments).output().unwrap();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let storage = cluster.storage().display().to_string();
+    let (code, said, problem) = doctor(&["--storage", &storage, "--device", "cpu"]);
+    assert_eq!(code, Some(0), "{said}{problem}");
+    for part in [
+        "ok   program",
+        "libtorch 2.11.0",
+        "Gloo: a group of one rank reduces",
+        "\"create if absent\" honored",
+    ] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    assert_eq!(
+        std::fs::read_dir(cluster.storage().join("runs")).unwrap().count(),
+        0,
+        "its probes are removed"
+    );
+
+    // Each problem is found, and named with what to do about it.
+    let port = format!("127.0.0.1:{}", potstill_tests::free_port());
+    let (code, said, _) =
+        doctor(&["--storage", "/nowhere/at/all", "--coordinator", &port, "--interface", "nowhere0"]);
+    assert_eq!(code, Some(1), "{said}");
+    let failed: Vec<_> =
+        said.lines().filter_map(|line| line.strip_prefix("FAIL ")?.split("  ").next()).collect();
+    assert_eq!(failed, ["network", "collectives", "coordinator", "storage"], "{said}");
+    assert!(said.contains("no interface nowhere0") && said.contains("nothing answers at"), "{said}");
+}
+
+#[test]
 fn a_finished_run_leaves_scores_pictures_and_metrics() {
     let cluster = Cluster::default();
     let sets = ["distillation.iterations=6", "evaluation.every=3", "checkpoint.every=4"];

@@ -252,6 +252,27 @@ impl Root {
         }
     }
 
+    /// By how many seconds the store's clock is ahead of this machine's; a request's time makes it uncertain by as much.
+    ///
+    /// # Errors
+    /// [`Error::Store`] where it cannot be written or read.
+    pub async fn clock_skew(&self) -> Result<f64, Error> {
+        let path = self.prefix.clone().join("runs").join(format!(".probe-{}", Uuid::new_v4()));
+        let place = self.describe(&path);
+        let put = || async { self.store.put(&path, "probe".into()).await.map(drop) };
+        asked("write to", 0, &place, put).await?;
+        let now = std::time::SystemTime::now();
+        let head = asked("read", 0, &place, || self.store.head(&path)).await;
+        if let Err(error) = self.store.delete(&path).await {
+            tracing::debug!(%place, %error, "the probe could not be removed");
+        }
+        let written = std::time::SystemTime::from(head?.last_modified);
+        Ok(match written.duration_since(now) {
+            Ok(ahead) => ahead.as_secs_f64(),
+            Err(behind) => -behind.duration().as_secs_f64(),
+        })
+    }
+
     /// Writes an object that must not exist.
     ///
     /// # Errors

@@ -49,7 +49,8 @@ pub struct Arguments {
     /// Ranks on this machine.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     ranks: u32,
-    /// Spare processes beyond these, with everything loaded, each of which takes the place of a rank that dies.
+    /// Spare processes beyond these, with everything loaded, each of which takes the place of a rank that dies. On
+    /// GPUs each spare holds a device of its own.
     #[arg(long, default_value_t = 0)]
     spares: u32,
     /// Threads per rank; by default the machine's cores divided by the ranks.

@@ -2,6 +2,7 @@
 
 mod agent;
 mod check;
+mod doctor;
 mod evaluate;
 mod export;
 mod plan;
@@ -11,13 +12,19 @@ mod source;
 mod train_teacher;
 
 use potstill_logging::chain;
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::LazyLock};
 
 use clap::{Parser, Subcommand};
 
+/// With the commit that a release was built from (`POTSTILL_COMMIT` in the build's environment), and libtorch's version.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let commit = option_env!("POTSTILL_COMMIT").unwrap_or("no release");
+    format!("{} ({commit}), libtorch {}", env!("CARGO_PKG_VERSION"), env!("POTSTILL_TORCH_VERSION"))
+});
+
 /// Potstill's worker: trains, evaluates and saves as the coordinator assigns.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version = VERSION.as_str(), about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -39,6 +46,8 @@ enum Command {
     Sample(sample::Arguments),
     /// Reads a run specification from standard input and loads all files that it names.
     Check,
+    /// Checks what a run needs of this machine, and says what to mend.
+    Doctor(doctor::Arguments),
     /// Trains a small EDM teacher on an image file.
     TrainTeacher(train_teacher::Arguments),
 }
@@ -53,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Export(arguments) => export::main(arguments),
         Command::Sample(arguments) => sample::main(arguments),
         Command::Check => check::main(),
+        Command::Doctor(arguments) => doctor::main(&arguments),
         Command::TrainTeacher(arguments) => train_teacher::main(arguments),
     };
     result.unwrap_or_else(|error| {

@@ -11,7 +11,7 @@ mod run;
 mod run_name;
 mod status;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::LazyLock};
 
 use clap::{Parser, Subcommand};
 
@@ -28,9 +28,15 @@ use self::{
 };
 use crate::launch::Exit;
 
+/// With the commit that a release was built from (`POTSTILL_COMMIT` in the build's environment).
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let commit = option_env!("POTSTILL_COMMIT").unwrap_or("no release");
+    format!("{} ({commit})", env!("CARGO_PKG_VERSION"))
+});
+
 /// Distills a diffusion model into a generator of a few steps, on one machine or on a cluster.
 #[derive(Debug, Parser)]
-#[command(name = "potstill", version, after_help = AFTER_HELP)]
+#[command(name = "potstill", version = VERSION.as_str(), after_help = AFTER_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -62,6 +68,8 @@ enum Command {
     Agent(HandedOn),
     /// Run one worker (potstill-worker)
     Rank(HandedOn),
+    /// Check what a run needs of this machine: devices, collectives, network, storage, limits (potstill-worker)
+    Doctor(HandedOn),
     /// Train a small teacher on an image file (potstill-worker)
     TrainTeacher(HandedOn),
     /// Compute the metrics of a student or a teacher against real images (potstill-worker)
@@ -87,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Cancel(run) => return ended(cancel::cancel(&run)),
         Command::Agent(handed) => handed.on("agent"),
         Command::Rank(handed) => handed.on("rank"),
+        Command::Doctor(handed) => handed.on("doctor"),
         Command::TrainTeacher(handed) => handed.on("train-teacher"),
         Command::Evaluate(handed) => handed.on("evaluate"),
         Command::Plan(handed) => handed.on("plan"),

@@ -42,7 +42,8 @@ pub struct Launch {
     /// Threads of each worker [default: the machine's cores divided by the workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
-    /// Spare workers beyond these, with everything loaded, each of which takes the place of a worker that dies
+    /// Spare workers beyond these, with everything loaded, each of which takes the place of a worker that dies. On GPUs each spare
+    /// holds a device of its own
     #[arg(long, value_name = "N", default_value_t = 0)]
     spares: u32,
     /// Device of the workers: auto gives each worker a GPU of its own if there is one, otherwise the CPU
