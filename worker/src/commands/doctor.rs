@@ -20,6 +20,7 @@ use potstill_logging::{chain, print};
 use potstill_storage::Root;
 use tch::{Cuda, Device, Kind, Tensor};
 
+use super::version::VERSION;
 use crate::process::{device::Choice, network};
 
 /// How long a group of one rank may take to form: it waits for nobody.
@@ -95,7 +96,7 @@ pub fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 }
 
 fn program() -> anyhow::Result<Found> {
-    Ok(Fine(format!("potstill-worker {}", super::VERSION.as_str())))
+    Ok(Fine(format!("potstill-worker {}", VERSION.as_str())))
 }
 
 /// What the driver says of itself and of its devices.

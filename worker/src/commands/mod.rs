@@ -10,21 +10,16 @@ mod rank;
 mod sample;
 mod source;
 mod train_teacher;
+mod version;
 
 use potstill_logging::chain;
-use std::{process::ExitCode, sync::LazyLock};
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// With the commit that a release was built from (`POTSTILL_COMMIT` in the build's environment), and libtorch's version.
-static VERSION: LazyLock<String> = LazyLock::new(|| {
-    let commit = option_env!("POTSTILL_COMMIT").unwrap_or("no release");
-    format!("{} ({commit}), libtorch {}", env!("CARGO_PKG_VERSION"), env!("POTSTILL_TORCH_VERSION"))
-});
-
 /// Potstill's worker: trains, evaluates and saves as the coordinator assigns.
 #[derive(Parser)]
-#[command(version = VERSION.as_str(), about)]
+#[command(version = version::VERSION.as_str(), about)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

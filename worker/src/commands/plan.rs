@@ -79,9 +79,12 @@ impl Sizes {
             "a plan is for text-to-image models, and {} is not one",
             spec.teacher
         );
-        let folder = ModelFolder::open(&teacher_folder(&spec.teacher, false)?.path)?;
-        let (unet, autoencoder) = (folder.unet_config()?, folder.autoencoder_config()?);
-        let (text, tokens) = folder.text_size()?;
+        let found = teacher_folder(&spec.teacher, false)?;
+        let read = || -> anyhow::Result<_> {
+            let folder = ModelFolder::open(&found.path)?;
+            Ok((folder.unet_config()?, folder.autoencoder_config()?, folder.text_size()?))
+        };
+        let (unet, autoencoder, (text, tokens)) = read().map_err(|error| found.named(error))?;
         let cell = autoencoder.downscale() as u32;
         let sides = match spec.teacher.image_size {
             Some(sides) => sides.map(|side| i64::from(side / cell)),
