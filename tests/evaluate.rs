@@ -174,8 +174,15 @@ class Infinite(torch.nn.Module):
     def forward(self, x, ids):
         return x.flatten(1) / 0.0, x.flatten(1)
 
+class Fixed(torch.nn.Module):
+    def forward(self, x, ids):
+        x = x.reshape(len(x), -1)[:, :3]
+        return x, x + ids.sum(1)[:, None]
+
 for kind in [One, Three, Widths, Mean, Small, Infinite]:
     torch.jit.script(kind()).save(f'{sys.argv[1]}/{kind.__name__}.pt')
+example = torch.zeros(8, 3, 16, 16), torch.zeros(8, 16, dtype=torch.long)
+torch.jit.trace(Fixed(), example).save(f'{sys.argv[1]}/Fixed.pt')
 ";
 
 #[test]
@@ -193,6 +200,7 @@ fn what_is_no_clip_is_refused() {
         ("Widths.pt", "expected [2, D] twice"),
         ("Mean.pt", "expected [2, D] twice"),
         ("Small.pt", "fails on images of shape [2, 3, 16, 16] and tokens of shape [2, 16]"),
+        ("Fixed.pt", "takes a batch of 8, but not one of 2: it was traced with a fixed batch size"),
         ("Infinite.pt", "embeddings of a trial image are not finite"),
         ("make.py", "is not a TorchScript module"),
         ("none.pt", "none.pt"),

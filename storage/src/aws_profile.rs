@@ -10,13 +10,14 @@ use ini::{Ini, Properties};
 const KEY: &str = "AWS_ACCESS_KEY_ID";
 const PROFILE: &str = "AWS_PROFILE";
 /// The settings that are taken, and the variables for which they stand.
-const TAKEN: [(&str, &str); 5] = [
+const TAKEN: [(&str, &str); 4] = [
     ("aws_access_key_id", KEY),
     ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
     ("aws_session_token", "AWS_SESSION_TOKEN"),
     ("region", "AWS_REGION"),
-    ("endpoint_url", "AWS_ENDPOINT_URL"),
 ];
+/// The variables that set the endpoint of a store, each of which comes before those of a profile.
+const ENDPOINTS: [&str; 3] = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"];
 /// Variables with which other credentials are found, which come before a profile that nobody named.
 const OTHERS: [&str; 3] = [
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -54,7 +55,8 @@ pub(crate) fn with_profile(
     };
     let credentials = section(file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), &[profile])?;
     let prefixed = format!("profile {profile}");
-    let config = section(file("AWS_CONFIG_FILE", "config"), &[&prefixed, profile])?;
+    let config_file = file("AWS_CONFIG_FILE", "config");
+    let config = section(config_file.clone(), &[&prefixed, profile])?;
     let found = |key: &str| {
         let value = [&credentials, &config].into_iter().flatten().find_map(|section| section.get(key));
         value.filter(|value| !value.is_empty()).map(str::to_owned)
@@ -74,13 +76,43 @@ pub(crate) fn with_profile(
         };
         return Err(format!("the profile {profile} of AWS's files {why}: {advice}"));
     }
-    let taken: Vec<(String, String)> =
-        TAKEN.iter().filter_map(|(key, variable)| Some(((*variable).to_owned(), found(key)?))).collect();
+    let mut taken: Vec<(&str, String)> =
+        TAKEN.iter().filter_map(|(key, variable)| Some((*variable, found(key)?))).collect();
+    if !ENDPOINTS.iter().any(|name| is_set(name)) {
+        let of_s3 = match found("services") {
+            Some(services) => endpoint_of_s3(config_file, profile, &services)?,
+            None => None,
+        };
+        if let Some(endpoint) = of_s3.or_else(|| found("endpoint_url")) {
+            if !endpoint.contains("://") {
+                return Err(format!(
+                    "the endpoint_url of the profile {profile} of AWS's files is {endpoint:?}; an endpoint begins with https:// \
+                     or http://"
+                ));
+            }
+            taken.push((ENDPOINTS[0], endpoint));
+        }
+    }
     for (variable, value) in taken {
-        // Region and endpoint may be given in the environment.
-        variables.entry(variable).or_insert(value);
+        // The region may be given in the environment.
+        let present = variables.entry(variable.to_owned()).or_default();
+        if present.is_empty() {
+            *present = value;
+        }
     }
     Ok(variables)
+}
+
+/// The endpoint of S3 in the section `services` that a profile names.
+fn endpoint_of_s3(config: Option<PathBuf>, profile: &str, services: &str) -> Result<Option<String>, String> {
+    let name = format!("services {services}");
+    let section = section(config, &[&name])?.ok_or_else(|| {
+        format!(
+            "the profile {profile} of AWS's files has services = {services}, and the config file has no section [{name}]: add \
+             it, or remove that line"
+        )
+    })?;
+    Ok(section.get("s3.endpoint_url").filter(|value| !value.is_empty()).map(str::to_owned))
 }
 
 /// The first of these sections that a file has; none where there is no such file.
@@ -92,8 +124,27 @@ fn section(file: Option<PathBuf>, names: &[&str]) -> Result<Option<Properties>, 
         Err(error) => return Err(format!("cannot read {}: {error}", file.display())),
     };
     let parsed =
-        Ini::load_from_str_noescape(&text).map_err(|error| format!("{}: {error}", file.display()))?;
+        Ini::load_from_str_noescape(&flat(&text)).map_err(|error| format!("{}: {error}", file.display()))?;
     Ok(names.iter().find_map(|name| parsed.section(Some(*name)).cloned()))
+}
+
+/// A file with each setting that is nested below another, as in `s3 =` and then, indented, `endpoint_url = …`, under the name of both:
+/// `s3.endpoint_url = …`. The reader of the file has no nesting.
+fn flat(text: &str) -> String {
+    let mut parent = None;
+    let lines = text.lines().map(|line| {
+        let setting = line.trim();
+        // The reader would also take an indented comment for a setting.
+        if setting.is_empty() || setting.starts_with(['#', ';']) {
+            return setting.to_owned();
+        }
+        if line.starts_with([' ', '\t']) {
+            return parent.map_or_else(|| line.to_owned(), |parent| format!("{parent}.{setting}"));
+        }
+        parent = setting.strip_suffix('=').map(str::trim_end);
+        line.to_owned()
+    });
+    lines.collect::<Vec<String>>().join("\n")
 }
 
 #[cfg(test)]
@@ -129,6 +180,36 @@ mod tests {
         let found = read(&home, &[(PROFILE, "lab"), ("AWS_REGION", "here")]).unwrap();
         assert_eq!([&found[KEY], &found["AWS_SESSION_TOKEN"], &found["AWS_REGION"]], ["B", "t#1;2", "here"]);
         assert_eq!(found["AWS_ENDPOINT_URL"], "http://minio:9000");
+    }
+
+    #[test]
+    fn endpoints_of_services_come_before_the_one_of_the_profile_and_after_the_environments() {
+        let config = "[profile lab]\nservices = own\nendpoint_url = http://all:1\ns3 =\n  endpoint_url = http://no:1\n\
+                      [services own]\ndynamodb =\n  endpoint_url = http://tables:1\ns3 = \n\n  # of MinIO\n  endpoint_url = \
+                      http://minio:9000\nsqs =\n\tendpoint_url = http://queues:1\n[services tables]\ndynamodb =\n  \
+                      endpoint_url = http://tables:1\n";
+        let endpoint = |config: &str, given: &[(&str, &str)]| {
+            let home = home(CREDENTIALS, config);
+            let found = read(&home, &[&[(PROFILE, "lab")][..], given].concat())?;
+            Ok::<_, String>(found.get("AWS_ENDPOINT_URL").cloned())
+        };
+        let is = |url: &str| Ok(Some(url.to_owned()));
+        assert_eq!(endpoint(config, &[]), is("http://minio:9000"));
+        assert_eq!(endpoint(config, &[("AWS_ENDPOINT_URL", "http://here:1")]), is("http://here:1"));
+        assert_eq!(endpoint(config, &[("AWS_ENDPOINT_URL", "")]), is("http://minio:9000"), "empty is none");
+        for name in ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"] {
+            assert_eq!(endpoint(config, &[(name, "http://here:1")]), Ok(None), "{name} is what counts");
+        }
+        let without_s3 = config.replace("services = own", "services = tables");
+        assert_eq!(endpoint(&without_s3, &[]), is("http://all:1"));
+        let nested = "[profile lab]\ns3 =\n  endpoint_url = http://no:1\n  max_concurrent_requests = 20\n";
+        assert_eq!(endpoint(nested, &[]), Ok(None), "settings of s3 commands are none of the profile");
+        let lost = endpoint("[profile lab]\nservices = lost\n", &[]).unwrap_err();
+        assert!(lost.contains("lab") && lost.contains("[services lost]"), "{lost}");
+        let bare = endpoint("[profile lab]\nendpoint_url = minio:9000\n", &[]).unwrap_err();
+        assert!(bare.contains("endpoint_url") && bare.contains("https://"), "{bare}");
+        let indented = "[profile lab]\n  region = us-west-2\n  endpoint_url = http://minio:9000\n";
+        assert_eq!(endpoint(indented, &[]), is("http://minio:9000"));
     }
 
     #[test]

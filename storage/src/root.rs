@@ -256,6 +256,7 @@ impl Root {
     ///
     /// # Errors
     /// [`Error::Store`] where it cannot be written or read.
+    #[expect(clippy::disallowed_methods, reason = "the wall clock is what is asked about")]
     pub async fn clock_skew(&self) -> Result<f64, Error> {
         let path = self.prefix.clone().join("runs").join(format!(".probe-{}", Uuid::new_v4()));
         let place = self.describe(&path);

@@ -90,6 +90,23 @@ impl Source {
         Ok(bytes)
     }
 
+    /// The beginning of one of the listed objects, enough to see what kind of file it is; the rest is not read.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub async fn start(&self, name: &str) -> Result<Bytes, Error> {
+        const ENOUGH: usize = 512;
+        let failed = |source| self.failed("read", source);
+        let mut pieces = self.store.get(&self.path_of(name)).await.map_err(failed)?.into_stream();
+        let mut start = Vec::new();
+        while start.len() < ENOUGH
+            && let Some(piece) = pieces.try_next().await.map_err(failed)?
+        {
+            start.extend_from_slice(&piece);
+        }
+        Ok(start.into())
+    }
+
     /// Copies one of the listed objects to a local file, piece by piece.
     ///
     /// # Errors

@@ -2,37 +2,52 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 
-/// The host and port of a coordinator, as `host:port`. `http://` before it is accepted, and changes nothing: whether a connection
-/// is encrypted is the coordinator's choice.
+/// The host and port of a coordinator, as `host:port`. `http://` before it is accepted, in either case, and changes nothing: whether
+/// a connection is encrypted is the coordinator's choice. Spaces around it are passed over.
 ///
 /// # Errors
-/// Another scheme, no port, or a path.
+/// Another scheme, no port, a path, or an address that is only listened on.
 pub fn coordinator(text: &str) -> Result<String, String> {
     let expected = "expected host:port, such as node-1:7070 or [::1]:7070";
-    if let Some((scheme, _)) = text.split_once("://").filter(|(scheme, _)| *scheme != "http") {
-        return Err(format!(
-            "{scheme}:// is not a scheme here: {expected}. Connections are encrypted unless the coordinator was started with \
-             --insecure"
-        ));
-    }
-    let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let address = match text.trim().split_once("://") {
+        Some((scheme, address)) if scheme.eq_ignore_ascii_case("http") => address,
+        Some((scheme, _)) => {
+            return Err(format!(
+                "{scheme}:// is not a scheme here: {expected}. Connections are encrypted unless the coordinator was started \
+                 with --insecure"
+            ));
+        }
+        None => text.trim(),
+    };
+    let address = address.trim_end_matches('/');
     let (host, port) = address.rsplit_once(':').ok_or_else(|| format!("it has no port; {expected}"))?;
-    let bracketed = host.starts_with('[') && host.ends_with(']');
-    if host.is_empty() || host.contains(['/', '@', ' ']) || (host.contains(':') && !bracketed) {
+    let inside = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    if host.is_empty() || host.contains(['/', '@', ' ']) || (host.contains(':') && inside.is_none()) {
         return Err(format!("{host:?} is not a host; {expected}"));
     }
+    if inside.unwrap_or(host).parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_unspecified()) {
+        return Err(format!(
+            "{host} stands for all interfaces of a machine, which only --listen takes: give the name or the address of the \
+             coordinator's machine; {expected}"
+        ));
+    }
     match port.parse::<u16>() {
-        Ok(port) if port > 0 => Ok(address.to_owned()),
-        _ => Err(format!("{port:?} is not a port; {expected}")),
+        Ok(0) => Err(format!(
+            "port 0 lets the system choose a port, which only --listen takes: give the port at which the coordinator listens; \
+             {expected}"
+        )),
+        Ok(_) => Ok(address.to_owned()),
+        Err(_) => Err(format!("{port:?} is not a port; {expected}")),
     }
 }
 
-/// An address to listen on: `127.0.0.1:7070`, `localhost:7070`, or `:7070` for all interfaces.
+/// An address to listen on: `127.0.0.1:7070`, `localhost:7070`, or `:7070` for all interfaces. Spaces around it are passed over.
 ///
 /// # Errors
 /// It is not one, or its name is not known on this machine.
 pub fn listening(text: &str) -> Result<SocketAddr, String> {
     let expected = "expected an address and a port, such as 0.0.0.0:7070, localhost:7070 or :7070";
+    let text = text.trim();
     if let Ok(address) = text.parse() {
         return Ok(address);
     }
@@ -62,15 +77,20 @@ mod tests {
             ("http://node_1:7070/", "node_1:7070"),
             ("[::1]:7070", "[::1]:7070"),
             ("10.0.0.1:1", "10.0.0.1:1"),
+            ("HTTP://node-1:7070", "node-1:7070"),
+            (" node-1:7070\n", "node-1:7070"),
         ] {
             assert_eq!(coordinator(text).as_deref(), Ok(expected));
         }
         for (text, problem) in [
             ("https://node:7070", "https:// is not a scheme"),
             ("tcp://node:7070", "tcp:// is not a scheme"),
+            ("Https://node:7070", "Https:// is not a scheme"),
+            ("GRPC://node:7070", "GRPC:// is not a scheme"),
             ("node", "no port"),
             ("node:http", "is not a port"),
-            ("node:0", "is not a port"),
+            ("node:0", "port 0 lets the system choose"),
+            ("http://node:0/", "port 0 lets the system choose"),
             ("node:70700", "is not a port"),
             (":7070", "is not a host"),
             ("::1:7070", "is not a host"),
@@ -82,10 +102,24 @@ mod tests {
     }
 
     #[test]
-    fn one_listens_on_addresses_names_and_all_interfaces() {
-        for (text, expected) in
-            [("127.0.0.1:7070", "127.0.0.1:7070"), (":7070", "0.0.0.0:7070"), ("[::1]:0", "[::1]:0")]
+    fn what_is_only_listened_on_is_no_coordinator() {
+        for text in
+            ["0.0.0.0:1", "[::]:7070", "HTTP://0.0.0.0:7070/", "[0:0::0]:7070", "[::ffff:0.0.0.0]:7070"]
         {
+            let said = coordinator(text).unwrap_err();
+            assert!(said.contains("all interfaces") && said.contains("--listen"), "{text}: {said}");
+        }
+        assert_eq!(coordinator("0.0.0.1:7070").as_deref(), Ok("0.0.0.1:7070"));
+    }
+
+    #[test]
+    fn one_listens_on_addresses_names_and_all_interfaces() {
+        for (text, expected) in [
+            ("127.0.0.1:7070", "127.0.0.1:7070"),
+            (":7070", "0.0.0.0:7070"),
+            ("[::1]:0", "[::1]:0"),
+            (" :7070\n", "0.0.0.0:7070"),
+        ] {
             assert_eq!(listening(text), Ok(expected.parse().unwrap()), "{text}");
         }
         assert!(listening("localhost:7070").is_ok_and(|address| address.ip().is_loopback()));

@@ -270,6 +270,66 @@ fn an_added_token_with_another_number_is_refused() {
     }
 }
 
+#[test]
+fn a_tokenizer_that_is_incomplete_is_refused() {
+    let (_, archive) = files("sd_tokenizer").swap_remove(0);
+    let folder = tempfile::tempdir().unwrap();
+    let said = |vocabulary: &str, merges: &str| {
+        std::fs::write(folder.path().join("vocab.json"), vocabulary).unwrap();
+        std::fs::write(folder.path().join("merges.txt"), merges).unwrap();
+        Tokenizer::load(folder.path(), 77).err().map_or_else(String::new, |error| error.to_string())
+    };
+    let [vocabulary, merges] = ["vocab.json", "merges.txt"].map(|name| archive.metadata[name].as_str());
+    let lines: Vec<&str> = merges.lines().collect();
+    let first = |count: usize| lines[..count].join("\n");
+    assert_eq!(said(vocabulary, merges), "");
+    assert_eq!(said(vocabulary, &first(lines.len())), "", "without the last line's end");
+    // Cut at a line's end, within a line's second token, and within its first one.
+    let (cut, last) = (first(30), lines[30]);
+    let half = &last[..=last.find(' ').unwrap() + 1];
+    assert!(half.len() < last.len(), "{last}");
+    for (merges, counts) in [
+        (cut.clone(), "it has 29, without pairs for 7"),
+        (format!("{cut}\n{half}"), "it has 30, without pairs for 7"),
+    ] {
+        let error = said(vocabulary, &merges);
+        assert!(error.contains("merges.txt must have 36 pairs") && error.contains(counts), "{error}");
+    }
+    let error = said(vocabulary, &format!("{cut}\n{}", &last[..1]));
+    assert!(error.contains("merges.txt, line 31") && error.contains("not two tokens"), "{error}");
+    // More than the vocabulary has.
+    let error = said(vocabulary, &format!("{merges}wor wor\n"));
+    assert!(error.contains("it has 37, without pairs for 0 of these tokens, and 1 for others"), "{error}");
+    for (change, part) in [
+        (("word</w>", 547, 600), "numbers from 0 to 549, but none has 547"),
+        (("word</w>", 547, 546), "none has 547"),
+        (("!", 0, 0), "lacks 1 of the 512 tokens of single bytes"),
+        (("<|startoftext|>", 548, 548), "vocab.json has no \"<|startoftext|>\""),
+    ] {
+        let (token, number, new) = change;
+        let mut changed: serde_json::Value = serde_json::from_str(vocabulary).unwrap();
+        assert_eq!(changed[token], number);
+        match number == new {
+            // Another token in its place.
+            true => {
+                changed.as_object_mut().unwrap().remove(token);
+                changed["another"] = new.into();
+            }
+            false => changed[token] = new.into(),
+        }
+        let error = said(&changed.to_string(), merges);
+        assert!(error.contains(part), "{token}: {error}");
+    }
+    // The same in one file.
+    let whole = tempfile::tempdir().unwrap();
+    let mut content: serde_json::Value =
+        serde_json::from_str(&archive.metadata["whole/tokenizer.json"]).unwrap();
+    content["model"]["merges"].as_array_mut().unwrap().truncate(20);
+    std::fs::write(whole.path().join("tokenizer.json"), content.to_string()).unwrap();
+    let error = Tokenizer::load(whole.path(), 77).err().unwrap().to_string();
+    assert!(error.contains("tokenizer.json must have 36 pairs") && error.contains("it has 20"), "{error}");
+}
+
 /// A U-Net that takes the guidance scale is at one scale an ordinary one.
 #[test]
 fn guided_u_nets_equal_diffusers() {
@@ -447,6 +507,105 @@ fn what_is_wrong_with_a_folder_is_named() {
             assert!(said.contains(part), "{part:?} is not in {said:?}");
         }
     }
+}
+
+/// What [`said_of`] says when the index of a folder is another one.
+fn said_of_index(change: impl FnOnce(&mut serde_json::Value)) -> String {
+    said_of(|path| {
+        let file = path.join("model_index.json");
+        let mut index = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        change(&mut index);
+        std::fs::write(&file, index.to_string()).unwrap();
+    })
+}
+
+#[test]
+fn classes_that_are_not_supported_are_named() {
+    for (part, library, class, supported) in [
+        ("unet", "diffusers", "UNet3DConditionModel", "UNet2DConditionModel"),
+        ("vae", "diffusers", "AutoencoderTiny", "AutoencoderKL"),
+        ("vae", "diffusers", "AsymmetricAutoencoderKL", "AutoencoderKL"),
+        ("text_encoder", "transformers", "T5EncoderModel", "CLIPTextModel, CLIPTextModelWithProjection"),
+        ("tokenizer", "transformers", "T5Tokenizer", "CLIPTokenizer, CLIPTokenizerFast"),
+        ("scheduler", "diffusers", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"),
+    ] {
+        let said = said_of_index(|index| index[part] = serde_json::json!([library, class]));
+        let expected = format!("/model_index.json: \"{part}\" is a {class}; supported: {supported}");
+        assert!(said.starts_with(&expected), "{said}");
+        let Some(own) = ["unet", "vae"].into_iter().find(|own| *own == part) else { continue };
+        let said = said_of(|path| {
+            let file = path.join(own).join("config.json");
+            let config = std::fs::read_to_string(&file).unwrap();
+            let config = config.replacen('{', &format!("{{\"_class_name\": \"{class}\", "), 1);
+            std::fs::write(&file, config).unwrap();
+        });
+        let expected = format!("/{own}/config.json: `_class_name` is \"{class}\"; supported: {supported}");
+        assert_eq!(said, expected);
+    }
+    let said = said_of_index(|index| {
+        index["unet"] = serde_json::json!([null, null]);
+        index["transformer"] = serde_json::json!(["diffusers", "PixArtTransformer2DModel"]);
+    });
+    assert!(
+        said.contains("needs \"unet\"") && said.contains("PixArtTransformer2DModel, which is not"),
+        "{said}"
+    );
+    let said = said_of(|path| {
+        let config = r#"{"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}}"#;
+        std::fs::write(path.join("text_encoder/config.json"), config).unwrap();
+    });
+    assert!(
+        said.starts_with("/text_encoder/config.json: is the configuration of a whole CLIP model"),
+        "{said}"
+    );
+    // What the published models have beside these.
+    let said = said_of_index(|index| {
+        index["tokenizer"] = serde_json::json!(["transformers", "CLIPTokenizerFast"]);
+        index["scheduler"] = serde_json::json!(["diffusers", "PNDMScheduler"]);
+        index["safety_checker"] = serde_json::json!(["stable_diffusion", "StableDiffusionSafetyChecker"]);
+        index["feature_extractor"] = serde_json::json!(["transformers", "CLIPImageProcessor"]);
+        index["image_encoder"] = serde_json::json!([null, null]);
+    });
+    assert_eq!(said, "it loads");
+}
+
+#[test]
+fn one_part_of_a_model_is_called_that() {
+    let (_, archive) = files("sd_model_sd15").swap_remove(0);
+    let model = folder(&archive);
+    let error = ModelFolder::open(&model.path().join("unet")).unwrap_err().to_string();
+    assert!(error.contains("/unet: is one part of a model: name the folder above it"), "{error}");
+}
+
+#[test]
+fn small_files_that_a_download_left_are_called_what_they_are() {
+    for name in [
+        "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+    ] {
+        for (content, what) in [
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+            ("<!DOCTYPE html><html>", "is an HTML page"),
+            ("", "is empty"),
+        ] {
+            let said = said_of(|path| std::fs::write(path.join(name), content).unwrap());
+            let (part, file) = name.rsplit_once('/').unwrap_or(("", name));
+            assert!(said.contains(part) && said.contains(file) && said.contains(what), "{name}: {said}");
+        }
+    }
+    let said = said_of(|path| {
+        std::fs::remove_file(path.join("tokenizer/vocab.json")).unwrap();
+        let pointer = "version https://git-lfs.github.com/spec/v1\n";
+        std::fs::write(path.join("tokenizer/tokenizer.json"), pointer).unwrap();
+    });
+    assert!(said.contains("tokenizer.json is a Git LFS pointer"), "{said}");
 }
 
 #[test]

@@ -7,6 +7,35 @@ use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use potstill_models::weights::failed_download;
 
+const GZIP: &[u8] = b"\x1f\x8b";
+const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
+
+/// The content of a file that may be compressed, whatever its name says: programs that copy files drop an ending, or unpack and
+/// keep it.
+///
+/// # Errors
+/// It is damaged, or what a failed download has left.
+pub fn unpacked(bytes: Bytes) -> anyhow::Result<Bytes> {
+    if let Some(problem) = failed_download(&bytes) {
+        bail!(problem);
+    }
+    match &bytes[..] {
+        start if start.starts_with(GZIP) => from_gzip(&bytes),
+        start if start.starts_with(ZSTD) => from_zstd(&bytes),
+        _ => Ok(bytes),
+    }
+}
+
+fn from_gzip(bytes: &[u8]) -> anyhow::Result<Bytes> {
+    let mut content = Vec::new();
+    MultiGzDecoder::new(bytes).read_to_end(&mut content).context("is not gzip, or damaged")?;
+    Ok(content.into())
+}
+
+fn from_zstd(bytes: &[u8]) -> anyhow::Result<Bytes> {
+    Ok(zstd::decode_all(bytes).context("is not zstd, or damaged")?.into())
+}
+
 /// A file's name in lower case without the ending of a compression, and its content without the compression.
 ///
 /// # Errors
@@ -18,15 +47,12 @@ pub fn opened(name: &str, bytes: Bytes) -> anyhow::Result<(String, Bytes)> {
     }
     let tar = || name.strip_suffix(".tgz").map(|stem| format!("{stem}.tar"));
     if let Some(name) = name.strip_suffix(".gz").map(str::to_owned).or_else(tar) {
-        let mut content = Vec::new();
-        MultiGzDecoder::new(&bytes[..]).read_to_end(&mut content).context("is not gzip, or damaged")?;
-        return Ok((name, content.into()));
+        return Ok((name, from_gzip(&bytes)?));
     }
     if let Some(name) = name.strip_suffix(".zst") {
-        let content = zstd::decode_all(&bytes[..]).context("is not zstd, or damaged")?;
-        return Ok((name.to_owned(), content.into()));
+        return Ok((name.to_owned(), from_zstd(&bytes)?));
     }
-    for (mark, ending) in [(&b"\x1f\x8b"[..], ".gz"), (&b"\x28\xb5\x2f\xfd"[..], ".zst")] {
+    for (mark, ending) in [(GZIP, ".gz"), (ZSTD, ".zst")] {
         ensure!(!bytes.starts_with(mark), "is compressed: name it {name}{ending}");
     }
     Ok((name, bytes))

@@ -1,16 +1,86 @@
-//! The formats of image files.
+//! The formats of image files, and of files that are given in their place.
 
-use anyhow::ensure;
+use std::collections::HashSet;
+
+use anyhow::{bail, ensure};
 use image::{DynamicImage, ImageFormat};
 
 /// Extensions of the files that are read as images.
 pub(super) const FORMATS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
+/// Extensions of images of other formats, which are broken ones where nothing else is there.
+const OTHERS: [&str; 7] = ["gif", "bmp", "tif", "tiff", "heic", "heif", "avif"];
+
+/// A kind of file that is not read, by its first bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Foreign {
+    Image(&'static str),
+    Archive(&'static str),
+    Compressed(&'static str),
+}
+
+impl Foreign {
+    /// The kind of a file that begins so.
+    pub(super) fn of(start: &[u8]) -> Option<Self> {
+        const MARKS: [(&[u8], Foreign); 11] = [
+            (b"GIF87a", Foreign::Image("GIF")),
+            (b"GIF89a", Foreign::Image("GIF")),
+            (b"II*\0", Foreign::Image("TIFF")),
+            (b"MM\0*", Foreign::Image("TIFF")),
+            (b"PK\x03\x04", Foreign::Archive("zip")),
+            (b"PK\x05\x06", Foreign::Archive("zip")),
+            (b"Rar!\x1a\x07", Foreign::Archive("RAR")),
+            (b"7z\xbc\xaf\x27\x1c", Foreign::Archive("7z")),
+            (b"\xfd7zXZ\0", Foreign::Compressed("xz")),
+            (b"BZh91AY&SY", Foreign::Compressed("bzip2")),
+            (b"\x04\x22\x4d\x18", Foreign::Compressed("lz4")),
+        ];
+        let marked = MARKS.iter().find(|(mark, _)| start.starts_with(mark)).map(|(_, kind)| *kind);
+        // Two letters alone may begin a text: the four bytes behind the size are 0.
+        let bitmap = || start.starts_with(b"BM") && start.get(6..10) == Some(&[0u8; 4][..]);
+        let heif = || match (start.get(4..8)?, start.get(8..12)?) {
+            (b"ftyp", b"avif" | b"avis") => Some(Self::Image("AVIF")),
+            (b"ftyp", b"heic" | b"heix" | b"mif1" | b"msf1") => Some(Self::Image("HEIC")),
+            _ => None,
+        };
+        marked.or_else(|| bitmap().then_some(Self::Image("BMP"))).or_else(heif)
+    }
+}
+
+impl std::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Image(kind) => {
+                write!(f, "is a {kind} image, which is not read: convert it to PNG, JPEG or WebP")
+            }
+            Self::Archive(kind) => write!(f, "is a {kind} archive: unpack it, and name the folder"),
+            Self::Compressed(kind) => write!(
+                f,
+                "is compressed with {kind}, which is not read: unpack it, or compress it with gzip or zstd"
+            ),
+        }
+    }
+}
+
+/// Why a file cannot be a set of images, as far as its beginning tells.
+pub(super) fn no_set(start: &[u8]) -> Option<String> {
+    // A tar begins with a name, which may be like the mark of anything.
+    if start.get(257..262) == Some(&b"ustar"[..]) {
+        return None;
+    }
+    let is_read =
+        matches!(image::guess_format(start), Ok(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP));
+    let image = || is_read.then(|| "is one image: name the folder of all".to_owned());
+    Foreign::of(start).map(|kind| kind.to_string()).or_else(image)
+}
 
 /// Decodes an image.
 ///
 /// # Errors
-/// It is none, is damaged, or is cut off; some decoders fill in what is missing.
+/// It is none, is of another format, is damaged, or is cut off; some decoders fill in what is missing.
 pub(super) fn decoded(bytes: &[u8]) -> anyhow::Result<DynamicImage> {
+    if let Some(kind) = Foreign::of(bytes) {
+        bail!("{kind}");
+    }
     let whole = match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => jpeg_has_its_end(bytes),
         Ok(ImageFormat::Png) => bytes.windows(4).any(|name| name == b"IEND"),
@@ -49,7 +119,32 @@ fn jpeg_has_its_end(bytes: &[u8]) -> bool {
     }
 }
 
-/// Whether a file's name has the extension of an image.
+/// Whether a file's name has the extension of an image, of those that are read or another.
 pub(super) fn is_image(name: &str) -> bool {
-    name.rsplit_once('.').is_some_and(|(_, extension)| FORMATS.contains(&extension.to_lowercase().as_str()))
+    is_read(name) || has_extension(name, &OTHERS)
+}
+
+fn is_read(name: &str) -> bool {
+    has_extension(name, &FORMATS)
+}
+
+fn has_extension(name: &str, known: &[&str]) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, extension)| known.contains(&extension.to_lowercase().as_str()))
+}
+
+/// A name without its extension.
+pub(super) fn stem(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(stem, _)| stem)
+}
+
+/// Whether a file or a folder above it is hidden, as notebooks, macOS and caches leave them beside images.
+pub(super) fn is_hidden(name: &str) -> bool {
+    name.split('/').any(|part| part.starts_with('.') || part == "__MACOSX")
+}
+
+/// The images among the names of a folder. One of a format that is not read is passed over beside one of the same name that is.
+pub(super) fn images(names: &[String]) -> Vec<String> {
+    let read: HashSet<&str> = names.iter().filter(|name| is_read(name)).map(|name| stem(name)).collect();
+    let is_one = |name: &&String| is_read(name) || (is_image(name) && !read.contains(stem(name)));
+    names.iter().filter(is_one).cloned().collect()
 }

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::{
     dataset::Dataset,
-    formats::{FORMATS, decoded, is_image},
+    formats::{self, FORMATS, Foreign, decoded},
     tally::Tally,
     tars,
 };
@@ -23,21 +23,35 @@ pub(super) struct Wanted {
     pub protocol: Protocol,
 }
 
-/// Reads a folder with one sub-folder per class.
+/// Files of a folder without images whose beginnings are read.
+const LOOKED_AT: usize = 16;
+
+/// What a folder without images holds instead, if one of its first files tells, for the end of a message.
+pub(super) async fn instead(source: &Source, names: &[String]) -> anyhow::Result<String> {
+    for name in names.iter().take(LOOKED_AT) {
+        if let Some(kind) = Foreign::of(&source.start(name).await?) {
+            return Ok(format!("; {name} {kind}"));
+        }
+    }
+    Ok(String::new())
+}
+
+/// Reads a folder with one sub-folder per class. `names` are without hidden ones.
 pub(super) async fn from_folder(
     source: &Source,
     names: &[String],
     wanted: Wanted,
 ) -> anyhow::Result<Dataset> {
-    // Notebooks and macOS leave hidden folders.
-    let hidden = |name: &str| name.split('/').any(|part| part.starts_with('.') || part == "__MACOSX");
     let labelled = names.iter().any(|name| name == "dataset.json");
-    let names: Vec<String> = names.iter().filter(|name| is_image(name) && !hidden(name)).cloned().collect();
-    ensure!(
-        !names.is_empty(),
-        "holds no images: expected a .safetensors or .tar file, a folder of .tar files, or a folder with one sub-folder of \
-         {FORMATS:?} images per class"
-    );
+    let files = names;
+    let names = formats::images(files);
+    if names.is_empty() {
+        bail!(
+            "holds no images: expected a .safetensors or .tar file, a folder of .tar files, or a folder with one sub-folder of \
+             {FORMATS:?} images per class{}",
+            instead(source, files).await?
+        );
+    }
     if wanted.classes > 0 {
         ensure!(
             !labelled,
@@ -87,7 +101,7 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
     for tar in tars {
         let bytes = source.read(tar).await?;
         let file = if tar.is_empty() { source.name() } else { tar };
-        for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
+        for sample in tars::read(bytes).with_context(|| format!("tar {file:?}"))? {
             let Some(image) = sample.image else { continue };
             match image.and_then(|image| Ok((image, sample.label?))) {
                 Ok(((name, _), None)) if wanted.classes > 0 => {
@@ -327,5 +341,80 @@ mod tests {
         assert!(error.contains("holds no images") && error.contains("sub-folder"), "{error}");
         let error = format!("{:#}", load(&folder.path().join("nowhere")).err().unwrap());
         assert!(error.contains("nowhere"), "{error}");
+    }
+
+    const ZIP: &[u8] = b"PK\x03\x04\x14\0\0\0\x08\0";
+
+    #[test]
+    fn tars_are_known_by_their_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = folder.path().join("plain");
+        tar(&plain, &[("BM0001.png", &png(0)), ("BM0001.cls", b"3"), ("b.png", &png(1)), ("b.cls", b"4")]);
+        let bytes = std::fs::read(&plain).unwrap();
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut gz, &bytes).unwrap();
+        let gz = gz.finish().unwrap();
+        let zst = zstd::encode_all(&bytes[..], 1).unwrap();
+        for (name, bytes) in
+            [("a.tar", &gz), ("b.tar", &zst), ("c.tar.gz", &bytes), ("d.tar.gz", &zst), ("e.data", &gz)]
+        {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(labels(&load(&path).unwrap()), [3, 4], "{name}");
+        }
+        for name in ["plain", "e.data"] {
+            assert!(load(&folder.path().join(name)).is_ok(), "{name}");
+            std::fs::remove_file(folder.path().join(name)).unwrap();
+        }
+        assert_eq!(load(folder.path()).unwrap().len(), 8, "a folder of them");
+    }
+
+    #[test]
+    fn what_is_given_instead_of_images_is_called_what_it_is() {
+        let bitmap = [&b"BM\x46\0\0\0\0\0\0\0"[..], &[0; 60]].concat();
+        for (name, content, parts) in [
+            ("a.zip", ZIP, ["zip archive", "unpack it"]),
+            ("a.tar", ZIP, ["zip archive", "unpack it"]),
+            ("a.rar", b"Rar!\x1a\x07\x01\0", ["RAR archive", "unpack it"]),
+            ("a.7z", b"7z\xbc\xaf\x27\x1c\0\x04", ["7z archive", "unpack it"]),
+            ("a.tar.xz", b"\xfd7zXZ\0\0\x04", ["compressed with xz", "gzip or zstd"]),
+            ("a.tar.bz2", b"BZh91AY&SY\0", ["compressed with bzip2", "gzip or zstd"]),
+            ("a.gif", b"GIF89a\x01\0\x01\0", ["GIF image", "convert it"]),
+            ("a.png", b"GIF89a\x01\0\x01\0", ["GIF image", "convert it"]),
+            ("a.bmp", &bitmap, ["BMP image", "convert it"]),
+            ("a.tif", b"II*\0\x08\0\0\0", ["TIFF image", "convert it"]),
+            ("a.TIFF", b"MM\0*\0\0\0\x08", ["TIFF image", "convert it"]),
+            ("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0", ["HEIC image", "convert it"]),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join(name);
+            std::fs::write(&file, content).unwrap();
+            let image = folder.path().join("image.tar");
+            // As a data set, in a folder, and in a tar.
+            let mut errors = vec![
+                format!("{:#}", load_for(&file, 0).err().unwrap()),
+                format!("{:#}", load_for(folder.path(), 0).err().unwrap()),
+            ];
+            if !tars::is_tar(name) {
+                tar(&image, &[(name, content)]);
+                errors.push(format!("{:#}", load_for(&image, 0).err().unwrap()));
+            }
+            for error in errors {
+                assert!(
+                    parts.iter().all(|part| error.contains(part)) && error.contains(name),
+                    "{name}: {error}"
+                );
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.png");
+        std::fs::write(&file, png(1)).unwrap();
+        let error = format!("{:#}", load(&file).err().unwrap());
+        assert!(error.contains("is one image"), "{error}");
+        for name in ["b.png", "a.gif"] {
+            std::fs::write(folder.path().join(name), png(2)).unwrap();
+        }
+        std::fs::write(folder.path().join("a.gif"), b"GIF89a\x01\0\x01\0").unwrap();
+        assert_eq!(load_for(folder.path(), 0).unwrap().len(), 2, "a preview beside an image is passed over");
     }
 }

@@ -3,18 +3,18 @@
 //!   white;
 //! - a folder with one sub-folder of images (PNG, JPEG, WebP) per class: the class is the sub-folder's name if all names
 //!   are numbers, else its index in the sorted order;
-//! - a tar in the WebDataset layout, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`) under one
-//!   key.
+//! - a tar in the WebDataset layout, compressed or not, or a folder of such: an image and a `.cls` or `.json` (`{"label": 3}`)
+//!   under one key.
 //!
 //! Pixels become x = 2·v/white − 1, in [−1, 1].
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use potstill_spec::Protocol;
 use potstill_storage::Source;
 
 use super::{
     dataset::{Dataset, Shape},
-    formats::is_image,
+    formats::{is_hidden, is_image, no_set},
     images, tars, tensors,
 };
 
@@ -45,11 +45,18 @@ impl Dataset {
 
     async fn read(location: &str, shape: Shape, classes: i64, protocol: Protocol) -> anyhow::Result<Self> {
         let source = Source::open(location)?;
-        let names = source.list().await?;
+        let mut names = source.list().await?;
+        names.retain(|name| !is_hidden(name));
         let wanted = images::Wanted { shape: shape.sample, classes, protocol };
         let dataset = match source.name().rsplit_once('.').map(|(_, extension)| extension) {
             Some("safetensors") => tensors::parse(&source.read("").await?)?.after(protocol)?,
-            _ if tars::is_tar(source.name()) => images::from_tars(&source, &[String::new()], wanted).await?,
+            // A file, whatever its name.
+            _ if names == [""] => {
+                if let Some(problem) = no_set(&source.start("").await?) {
+                    bail!(problem);
+                }
+                images::from_tars(&source, &names, wanted).await?
+            }
             _ if names.iter().any(|name| tars::is_tar(name)) && !names.iter().any(|name| is_image(name)) => {
                 let tars: Vec<String> = names.into_iter().filter(|name| tars::is_tar(name)).collect();
                 images::from_tars(&source, &tars, wanted).await?

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{
     compressed,
-    formats::{FORMATS, is_image},
+    formats::{FORMATS, Foreign, is_image, no_set},
     text,
 };
 
@@ -36,12 +36,15 @@ fn is_hidden_twin(name: &str) -> bool {
     name.rsplit('/').next().is_some_and(|file| file.starts_with("._"))
 }
 
-/// The samples of a tar in the order of their keys. Files of other kinds are ignored.
+/// The samples of a tar in the order of their keys. Files of other kinds are ignored. Whether it is compressed its content says.
 ///
 /// # Errors
-/// It is not a tar, is cut off, or holds tars.
-pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
-    let (_, bytes) = compressed::opened(name, bytes)?;
+/// It is not a tar, is cut off, or holds archives instead of images.
+pub fn read(bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
+    let bytes = compressed::unpacked(bytes)?;
+    if let Some(problem) = no_set(&bytes) {
+        bail!(problem);
+    }
     // Two blocks of zeros are its end; a writer that was stopped between two members has not written them.
     ensure!(
         bytes.len() >= 512 && bytes[bytes.len() - 512..].iter().all(|byte| *byte == 0),
@@ -51,7 +54,7 @@ pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
     let mut archive = tar::Archive::new(&bytes[..]);
     // Tars that were appended to each other.
     archive.set_ignore_zeros(true);
-    let mut inner = None;
+    let (mut inner, mut archive_in_it) = (None, None);
     for entry in archive.entries().context("is not a tar")? {
         let mut entry = entry.context("is damaged or cut off")?;
         let kind = entry.header().entry_type();
@@ -79,15 +82,18 @@ pub fn read(name: &str, bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
         } else {
             entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
         }
+        if let Some(kind @ (Foreign::Archive(_) | Foreign::Compressed(_))) = Foreign::of(&content) {
+            archive_in_it.get_or_insert_with(|| (name.clone(), kind));
+        }
         // A file that is there twice has its last content, as when it is unpacked.
         members.entry(key).or_default().insert(name, content);
     }
     let samples: Vec<Sample> = members.into_values().map(sample).collect();
-    match inner {
-        Some(inner) if samples.iter().all(|sample| sample.image.is_none()) => {
-            bail!("holds tars, such as {inner}: unpack it, and name the folder of them")
-        }
-        _ => Ok(samples),
+    match (inner, archive_in_it) {
+        _ if samples.iter().any(|sample| sample.image.is_some()) => Ok(samples),
+        (Some(inner), _) => bail!("holds tars, such as {inner}: unpack it, and name the folder of them"),
+        (None, Some((name, kind))) => bail!("holds no images but {name}, which {kind}"),
+        (None, None) => Ok(samples),
     }
 }
 
@@ -184,7 +190,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.tar");
         crate::data::read::tests::tar(&path, members);
-        read("a.tar", std::fs::read(path).unwrap().into())
+        read(std::fs::read(path).unwrap().into())
     }
 
     fn images(samples: &[Sample]) -> Vec<&str> {
@@ -259,7 +265,7 @@ mod tests {
         };
         let (first, second) =
             (bytes(&[("0.png", b"x"), ("0.txt", b"a")]), bytes(&[("1.png", b"y"), ("1.txt", b"b")]));
-        let both = read("a.tar", [&first[..], &second].concat().into()).unwrap();
+        let both = read([&first[..], &second].concat().into()).unwrap();
         assert_eq!(images(&both), ["0.png", "1.png"]);
 
         let mut builder = tar::Builder::new(Vec::new());
@@ -276,11 +282,11 @@ mod tests {
         };
         add("0.png", b"x", None);
         add("1.png", b"", Some("0.png"));
-        let linked = read("a.tar", builder.into_inner().unwrap().into()).unwrap();
+        let linked = read(builder.into_inner().unwrap().into()).unwrap();
         assert_eq!(linked[1].image.as_ref().unwrap().as_ref().unwrap().1, b"x");
 
         // Cut between two members.
-        let error = read("a.tar", first[..1024].to_vec().into()).unwrap_err().to_string();
+        let error = read(first[..1024].to_vec().into()).unwrap_err().to_string();
         assert!(error.contains("is cut off"), "{error}");
     }
 
@@ -293,10 +299,8 @@ mod tests {
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         std::io::Write::write_all(&mut gz, &plain).unwrap();
         let gz = gz.finish().unwrap();
-        for (name, bytes) in
-            [("a.tgz", gz.clone()), ("A.TAR.GZ", gz), ("a.tar.zst", zstd::encode_all(&plain[..], 1).unwrap())]
-        {
-            assert_eq!(images(&read(name, bytes.into()).unwrap()), ["0.png"], "{name}");
+        for bytes in [gz, zstd::encode_all(&plain[..], 1).unwrap(), plain] {
+            assert_eq!(images(&read(bytes.into()).unwrap()), ["0.png"]);
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::borrow::Cow;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
+use csv::StringRecord;
 use serde_json::Value;
 
 /// The text of a file in UTF-8 or, with its mark, UTF-16; without the mark.
@@ -50,6 +51,45 @@ pub fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let ends = move |c: char| c == '\n' || (c == '\r' && !with_lf);
     let numbered = text.split(ends).enumerate().map(|(index, line)| (index + 1, line.trim_end_matches('\r')));
     numbered.filter(|(_, line)| !line.trim().is_empty())
+}
+
+/// A table with a header.
+pub struct Table {
+    /// The names of its columns.
+    pub names: Vec<String>,
+    /// Its rows; each has as many fields as there are columns, or says what is wrong.
+    pub rows: Vec<anyhow::Result<StringRecord>>,
+}
+
+/// Reads CSV, or TSV.
+///
+/// # Errors
+/// It has no header, or a quote that is not closed.
+pub fn table(text: &str, delimiter: u8) -> anyhow::Result<Table> {
+    let mut reader =
+        csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
+    let names: Vec<String> =
+        reader.headers().context("is not a table")?.iter().map(|name| name.trim().to_owned()).collect();
+    let records: Vec<csv::Result<StringRecord>> = reader.records().collect();
+    // A quote that is not closed takes all that follows into one field of the last row.
+    if let Some(Ok(last)) = records.last()
+        && last.iter().any(|field| field.contains('\n'))
+    {
+        let index = records.len() - 1;
+        ensure!(text.matches('"').count().is_multiple_of(2), "row {index}: has a quote that is not closed");
+    }
+    let whole = |record: csv::Result<StringRecord>| {
+        let record = record.context("is no row of a table")?;
+        ensure!(
+            record.len() == names.len(),
+            "has {} fields, the header has {}: a text with commas or tabs is put into quotes",
+            record.len(),
+            names.len()
+        );
+        Ok(record)
+    };
+    let rows = records.into_iter().map(whole).collect();
+    Ok(Table { names, rows })
 }
 
 /// JSON in UTF-8, with or without a mark. NaN and infinities, which Python writes and JSON does not have, are null.

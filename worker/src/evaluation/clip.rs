@@ -7,7 +7,7 @@ use potstill_distill::metrics;
 use potstill_spec::Protocol;
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{at_a_time, digest_of, message, torch_script, trial_images};
+use super::torch_script::{at_a_time, digest_of, message, on_any_batch, torch_script, trial_images};
 use crate::{data::protocol, model::Space, process::work};
 
 /// A TorchScript CLIP: images fp32 [N, C, H, W] in [−1, 1] and tokens int64 [N, tokens] → (image embeddings [N, D],
@@ -35,9 +35,12 @@ impl Clip {
         let module = torch_script(&bytes, device).with_context(context)?;
         let clip = Self { module, device, space: space.clone(), protocol, digest: digest_of(&bytes) };
         let [channels, height, width] = space.image_shape();
-        let images = trial_images([2, channels, height, width], device);
-        let trial =
-            clip.scores(&images, &Tensor::zeros([2], (Kind::Int64, Device::Cpu))).with_context(context)?;
+        let trial = on_any_batch(|batch| {
+            let images = trial_images([batch, channels, height, width], device);
+            let images = protocol::apply(clip.protocol, &images)?;
+            clip.forward(&images, &clip.tokens(&Tensor::zeros([batch], (Kind::Int64, Device::Cpu)))?)
+        })
+        .with_context(context)?;
         let finite = bool::try_from(trial.isfinite().all())?;
         ensure!(finite, "{}: its embeddings of a trial image are not finite", context());
         Ok(clip)
@@ -54,8 +57,7 @@ impl Clip {
     /// # Errors
     /// The module fails, or does not return two embeddings for each pair.
     pub fn scores(&self, images: &Tensor, prompts: &Tensor) -> anyhow::Result<Tensor> {
-        let known = self.space.evaluation_prompts().context("there are no prompts")?;
-        let tokens = known.tokens(&Vec::try_from(prompts)?)?;
+        let tokens = self.tokens(prompts)?;
         let images = protocol::apply(self.protocol, images)?;
         let few = at_a_time(self.device);
         let mut scores = Vec::new();
@@ -64,6 +66,11 @@ impl Clip {
             work::complete();
         }
         Ok(Tensor::cat(&scores, 0))
+    }
+
+    fn tokens(&self, prompts: &Tensor) -> anyhow::Result<Tensor> {
+        let known = self.space.evaluation_prompts().context("there are no prompts")?;
+        known.tokens(&Vec::try_from(prompts)?)
     }
 
     /// The score of each image with its tokens.

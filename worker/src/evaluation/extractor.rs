@@ -5,7 +5,9 @@ use std::path::Path;
 use anyhow::{Context, anyhow, ensure};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
 
-use super::torch_script::{at_a_time, digest_of, message, parameters, torch_script, trial_images};
+use super::torch_script::{
+    at_a_time, digest_of, message, on_any_batch, parameters, torch_script, trial_images,
+};
 use crate::{data::Shape, process::work};
 
 /// A TorchScript extractor: images fp32 [N, C, H, W] in [−1, 1] → features [N, D], or (features, logits [N, classes]).
@@ -90,8 +92,9 @@ impl Extractor {
         let signature = Signature::of(&module);
         let mut extractor = Self { name: context(), module, device, digest, width: 0, signature };
         let [channels, height, width] = shape.sample;
-        let trial = trial_images([2, channels, height, width], device);
-        let Extracted { features, logits } = extractor.run(&trial)?;
+        let Extracted { features, logits } =
+            on_any_batch(|batch| extractor.batch(&trial_images([batch, channels, height, width], device)))
+                .with_context(context)?;
         let finite = bool::try_from(features.isfinite().all())?;
         ensure!(finite, "{}: its features of a trial image are not finite", context());
         let differ = !bool::try_from(features.get(0).eq_tensor(&features.get(1)).all())?;
@@ -128,27 +131,31 @@ impl Extractor {
     pub fn run(&self, images: &Tensor) -> anyhow::Result<Extracted> {
         let (mut features, mut logits) = (Vec::new(), Vec::new());
         for images in images.split(at_a_time(self.device), 0) {
-            let extracted = self.forward(&images).with_context(|| self.name.clone())?;
-            let (size, count) = (extracted.features.size(), images.size()[0]);
-            ensure!(
-                matches!(size[..], [n, d] if n == count && d > 0 && d <= MOST_FEATURES),
-                "{}: turns {count} images into features {size:?}; expected [{count}, D], D at most {MOST_FEATURES}",
-                self.name
-            );
-            if let Some(logits) = &extracted.logits {
-                let size = logits.size();
-                ensure!(
-                    matches!(size[..], [n, _] if n == count),
-                    "{}: turns {count} images into logits {size:?}; expected [{count}, classes]",
-                    self.name
-                );
-            }
+            let extracted = self.batch(&images).with_context(|| self.name.clone())?;
             features.push(extracted.features);
             logits.extend(extracted.logits);
             work::complete();
         }
         let logits = (!logits.is_empty()).then(|| Tensor::cat(&logits, 0));
         Ok(Extracted { features: Tensor::cat(&features, 0), logits })
+    }
+
+    /// Features of all images at once.
+    fn batch(&self, images: &Tensor) -> anyhow::Result<Extracted> {
+        let extracted = self.forward(images)?;
+        let (size, count) = (extracted.features.size(), images.size()[0]);
+        ensure!(
+            matches!(size[..], [n, d] if n == count && d > 0 && d <= MOST_FEATURES),
+            "turns {count} images into features {size:?}; expected [{count}, D], D at most {MOST_FEATURES}"
+        );
+        if let Some(logits) = &extracted.logits {
+            let size = logits.size();
+            ensure!(
+                matches!(size[..], [n, _] if n == count),
+                "turns {count} images into logits {size:?}; expected [{count}, classes]"
+            );
+        }
+        Ok(extracted)
     }
 
     fn forward(&self, images: &Tensor) -> anyhow::Result<Extracted> {
@@ -184,6 +191,13 @@ mod tests {
             .arg(folder.path())
             .status();
         assert!(made.unwrap().success());
+        for (name, content) in [
+            ("pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+            ("page", "<!DOCTYPE html>"),
+            ("empty", ""),
+        ] {
+            std::fs::write(folder.path().join(format!("{name}.pt")), content).unwrap();
+        }
         let shape = |channels| Shape { sample: [channels, 8, 8], classes: 0 };
         let load =
             |name: &str| Extractor::load(&folder.path().join(format!("{name}.pt")), shape(3), Device::Cpu);
@@ -206,6 +220,12 @@ mod tests {
             ("constant", "the same features for different images"),
             ("notanumber", "not finite"),
             ("weights", "torch.jit.script(module).save"),
+            ("fixed1", "takes a batch of 1, but not one of 2: it was traced with a fixed batch size"),
+            ("fixed2", "takes a batch of 2, but not one of 3: it was traced with a fixed batch size"),
+            ("fixed8", "takes a batch of 8, but not one of 2: it was traced with a fixed batch size"),
+            ("pointer", "git lfs pull"),
+            ("page", "is an HTML page"),
+            ("empty", "is empty"),
         ] {
             let error = format!("{:#}", load(name).err().unwrap());
             assert!(error.contains(said), "{name}: {error}");

@@ -1,6 +1,7 @@
 //! TorchScript modules from files.
 
-use anyhow::anyhow;
+use anyhow::{anyhow, bail};
+use potstill_models::weights::failed_download;
 use potstill_storage::digest::hexadecimal;
 use sha2::{Digest, Sha256};
 use tch::{CModule, Device, IValue, Kind, Tensor, no_grad};
@@ -15,6 +16,9 @@ pub fn digest_of(bytes: &[u8]) -> String {
 /// # Errors
 /// It is not one.
 pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
+    if let Some(problem) = failed_download(bytes) {
+        bail!(problem);
+    }
     let mut module = CModule::load_data_on_device(&mut &bytes[..], device).map_err(|e| match message(&e) {
         // The file that only TorchScript's archives have.
         said if said.contains("constants.pkl") => anyhow!(
@@ -32,6 +36,29 @@ pub fn trial_images(shape: [i64; 4], device: Device) -> Tensor {
     // Frequencies that fit into no row, so that no two images are alike.
     let x = Tensor::arange(count, (Kind::Double, device));
     ((&x * 0.37).sin() * (x * 0.0123).cos()).reshape(shape).to_kind(Kind::Float)
+}
+
+/// Batches for which modules are traced, to tell what one that refuses others was made for.
+const BATCHES: [i64; 9] = [1, 2, 3, 4, 8, 16, 32, 50, 64];
+
+/// What `run` returns for a batch of 2, if it also takes one of another size: the last batch is often smaller than the others.
+///
+/// # Errors
+/// That of `run`, with the reason where the module takes batches of one size only.
+pub fn on_any_batch<T>(run: impl Fn(i64) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let (refused, error) = match (run(2), run(3)) {
+        (Ok(two), Ok(_)) => return Ok(two),
+        (Ok(_), Err(error)) => (3, error),
+        (Err(error), _) => (2, error),
+    };
+    Err(match BATCHES.into_iter().find(|batch| run(*batch).is_ok()) {
+        Some(batch) => error.context(format!(
+            "takes a batch of {batch}, but not one of {refused}: it was traced with a fixed batch size; write it with \
+             torch.jit.script(module).save(…), or trace a forward that keeps the first dimension, such as x.flatten(1) for \
+             x.view({batch}, -1)"
+        )),
+        None => error,
+    })
 }
 
 /// How many images go through a module at a time: on the CPU few, so that each step is short.

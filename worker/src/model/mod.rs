@@ -74,7 +74,8 @@ impl Model {
             || spec.adversarial.as_ref().is_some_and(|adversarial| adversarial.cache.is_some());
         let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
-        let mut model = Self::from_folder(&found.path, teacher.image_size, recompute, device)?;
+        let mut model = Self::from_folder(&found.path, teacher.image_size, recompute, device)
+            .map_err(|error| found.named(error))?;
         finite(model.network.as_ref())?;
         if let Some(latent) = &mut model.latent {
             latent.digest = found.digest;

@@ -80,6 +80,8 @@ impl Default for AutoencoderConfig {
     }
 }
 
+/// The class in diffusers.
+pub(crate) const CLASS: &str = "AutoencoderKL";
 const DOWN: &str = "DownEncoderBlock2D";
 const UP: &str = "UpDecoderBlock2D";
 const EPS: f64 = 1e-6;
@@ -92,7 +94,7 @@ impl AutoencoderConfig {
     /// [`ConfigError`]: names the keys that are not supported.
     /// [`ConfigError`]: what is not supported, by its key.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
-        let config: Self = config::parse(json, |config: &Self| &config.rest, &[])?;
+        let config: Self = config::parse(json, CLASS, |config: &Self| &config.rest, &[])?;
         let levels = config.block_out_channels.len();
         let all = |types: &[String], name: &str| types.len() == levels && types.iter().all(|t| t == name);
         let mut problems = Vec::new();

@@ -61,16 +61,26 @@ impl<T: Copy> PerBlock<T> {
     }
 }
 
+/// The key under which diffusers writes the class of what it saves.
+pub(crate) const CLASS: &str = "_class_name";
+
 /// Keys of a configuration beside those that its reader supports.
 pub(crate) type Rest = BTreeMap<String, Value>;
 
 /// Reads a configuration and rejects keys that would change the network in a way that its reader does not support:
-/// those that are neither null, false, nor empty. Keys that begin with `_` are notes of the library that wrote them.
+/// those that are neither null, false, nor empty. Keys that begin with `_` are notes of the library that wrote them, of
+/// which the name of the network's class must be `class`.
 pub(crate) fn parse<T: DeserializeOwned>(
     json: &str,
+    class: &str,
     rest: impl Fn(&T) -> &Rest,
     neutral: &[&str],
 ) -> Result<T, ConfigError> {
+    let named = serde_json::from_str::<Value>(json)?;
+    if let Some(other) = named[CLASS].as_str().filter(|name| *name != class) {
+        let problem = format!("`{CLASS}` is {other:?}; supported: {class}");
+        return Err(ConfigError::Problems { problems: vec![problem] });
+    }
     let config: T = serde_json::from_str(json).map_err(|error| match error.to_string() {
         // Only of a value that has several forms the message does not say which one it is.
         said if said.contains("untagged enum") => culprit::<T>(json).unwrap_or(error.into()),
@@ -116,7 +126,7 @@ mod tests {
     }
 
     fn read(json: &str) -> Result<Known, ConfigError> {
-        parse(json, |known: &Known| &known.rest, &["harmless"])
+        parse(json, "X", |known: &Known| &known.rest, &["harmless"])
     }
 
     #[test]
@@ -127,5 +137,8 @@ mod tests {
         let error = read(r#"{"size": 3, "gated": true, "extra_layers": 2}"#).unwrap_err().to_string();
         assert!(error.contains("`gated` is true") && error.contains("`extra_layers` is 2"), "{error}");
         assert!(read(r#"{"size": "three"}"#).is_err());
+        // Of another class the other keys say nothing.
+        let error = read(r#"{"size": "three", "_class_name": "Y"}"#).unwrap_err().to_string();
+        assert_eq!(error, r#"`_class_name` is "Y"; supported: X"#);
     }
 }

@@ -9,13 +9,13 @@ use serde_json::Value;
 use tch::Device;
 
 use super::{
-    autoencoder::{Autoencoder, AutoencoderConfig},
+    autoencoder::{self, Autoencoder, AutoencoderConfig},
     denoiser::LatentDenoiser,
-    schedule::ScheduleConfig,
+    schedule::{self, ScheduleConfig},
     text::{Reader, TextConditioner},
-    text_encoder::{TextEncoder, TextEncoderConfig},
+    text_encoder::{self, TextEncoder, TextEncoderConfig},
     tokenizer::Tokenizer,
-    unet::UNetConfig,
+    unet::{self, UNetConfig},
 };
 use crate::weights::{self, LoadError, Named};
 
@@ -43,8 +43,11 @@ impl ModelFolder {
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let file = path.join("model_index.json");
         let failed = |problem: String| LoadError::Folder(problem).in_file(&file);
-        let index: Value = serde_json::from_slice(&weights::read(&file)?)
-            .map_err(|e| failed(format!("is not JSON: {e}")))?;
+        if !file.exists() && path.join("config.json").is_file() {
+            let problem = "is one part of a model: name the folder above it, which has a model_index.json";
+            return Err(LoadError::Folder(problem.to_owned()).in_file(path));
+        }
+        let index = weights::json(&file)?;
         let class = index["_class_name"].as_str().unwrap_or_default();
         if !PIPELINES.contains(&class) {
             return Err(failed(format!("`_class_name` is {class:?}; supported: {}", PIPELINES.join(", "))));
@@ -57,13 +60,24 @@ impl ModelFolder {
                         "names {part:?}, but there is no folder of that name beside it"
                     )));
                 }
+                let supported = classes(part);
+                if !supported.contains(&class) {
+                    return Err(failed(format!(
+                        "{part:?} is a {class}; supported: {}",
+                        supported.join(", ")
+                    )));
+                }
                 parts.insert(part.to_owned(), class.to_owned());
             }
         }
         let xl = class == PIPELINES[1];
         for part in PARTS.into_iter().filter(|part| xl || !part.ends_with("_2")) {
             if !parts.contains_key(part) {
-                return Err(failed(format!("a {class} needs {part:?}, which it does not name")));
+                let mut problem = format!("a {class} needs {part:?}, which it does not name");
+                if let Some(other) = index["transformer"][1].as_str().filter(|_| part == "unet") {
+                    problem += &format!("; it names a \"transformer\", {other}, which is not supported");
+                }
+                return Err(failed(problem));
             }
         }
         if !xl {
@@ -144,7 +158,7 @@ impl ModelFolder {
         let (mut size, mut tokens) = (0, 0);
         for encoder in self.parts().filter(|part| part.starts_with("text_encoder")) {
             let config = self.text_config(encoder)?;
-            size += config.size(self.parts[encoder] == "CLIPTextModelWithProjection");
+            size += config.size(self.projects(encoder));
             tokens = config.max_position_embeddings;
         }
         Ok((size, tokens))
@@ -183,18 +197,13 @@ impl ModelFolder {
         Ok(TextConditioner::new(readers, zeros))
     }
 
+    /// Whether a text encoder's pooled output is projected.
+    fn projects(&self, encoder: &str) -> bool {
+        self.parts[encoder] == text_encoder::CLASSES[1]
+    }
+
     fn reader(&self, encoder: &str, tokenizer: &str, device: Device) -> Result<Reader, LoadError> {
-        let class = &self.parts[encoder];
-        let projects = match class.as_str() {
-            "CLIPTextModel" => false,
-            "CLIPTextModelWithProjection" => true,
-            other => {
-                return Err(LoadError::Folder(format!(
-                    "{encoder:?} is a {other}; supported: CLIPTextModel, CLIPTextModelWithProjection"
-                ))
-                .in_file(&self.path.join("model_index.json")));
-            }
-        };
+        let projects = self.projects(encoder);
         let config = self.text_config(encoder)?;
         let folder = self.path.join(tokenizer);
         let positions = config.max_position_embeddings as usize;
@@ -308,8 +317,7 @@ impl ModelFolder {
         parse: impl FnOnce(&str) -> Result<T, super::ConfigError>,
     ) -> Result<T, LoadError> {
         let path = self.path.join(part).join(name);
-        let bytes = weights::read(&path)?;
-        parse(&String::from_utf8_lossy(&bytes)).map_err(|e| LoadError::from(e).in_file(&path))
+        parse(&weights::text(&path)?).map_err(|e| LoadError::from(e).in_file(&path))
     }
 
     /// A part's tensors, and their file, for errors.
@@ -330,6 +338,17 @@ impl ModelFolder {
             _ => folder,
         };
         Ok((tensors, place))
+    }
+}
+
+/// The supported classes of a part.
+fn classes(part: &str) -> &'static [&'static str] {
+    match part {
+        "scheduler" => &schedule::KNOWN,
+        "text_encoder" | "text_encoder_2" => &text_encoder::CLASSES,
+        "tokenizer" | "tokenizer_2" => &["CLIPTokenizer", "CLIPTokenizerFast"],
+        "unet" => &[unet::config::CLASS],
+        _ => &[autoencoder::CLASS],
     }
 }
 
@@ -363,8 +382,7 @@ fn find(folder: &Path, stem: &str) -> Result<Found, LoadError> {
         if let Some(index) = indices.into_iter().find(|name| exists(name)) {
             let path = folder.join(&index);
             let failed = |problem: String| LoadError::Folder(problem).in_file(&path);
-            let parsed: Value = serde_json::from_slice(&weights::read(&path)?)
-                .map_err(|e| failed(format!("is not JSON: {e}")))?;
+            let parsed = weights::json(&path)?;
             let map =
                 parsed["weight_map"].as_object().ok_or_else(|| failed("has no `weight_map`".to_owned()))?;
             let files: BTreeSet<String> =

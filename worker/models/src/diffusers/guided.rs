@@ -29,9 +29,7 @@ fn width(config: &Value) -> Option<i64> {
 }
 
 fn config(folder: &Path) -> Result<Value, LoadError> {
-    let path = folder.join("unet/config.json");
-    serde_json::from_slice(&weights::read(&path)?)
-        .map_err(|error| LoadError::Folder(format!("is not JSON: {error}")).in_file(&path))
+    weights::json(&folder.join("unet/config.json"))
 }
 
 /// Makes the U-Net in a model's folder one that takes no guidance scale, and that predicts what it predicts at [`SCALE`].

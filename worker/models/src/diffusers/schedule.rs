@@ -36,7 +36,7 @@ impl Default for ScheduleConfig {
 }
 
 /// Scheduler classes of DDPM processes.
-const KNOWN: [&str; 16] = [
+pub(super) const KNOWN: [&str; 16] = [
     "DDIMScheduler",
     "DDPMScheduler",
     "PNDMScheduler",

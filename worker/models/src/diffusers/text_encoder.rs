@@ -1,6 +1,7 @@
 //! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection` (2103.00020).
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{
@@ -57,6 +58,12 @@ impl Default for TextEncoderConfig {
     }
 }
 
+/// The classes in transformers, without and with the projection of the pooled output.
+pub(crate) const CLASSES: [&str; 2] = ["CLIPTextModel", "CLIPTextModelWithProjection"];
+const KIND: &str = "clip_text_model";
+const WHOLE: &str = "is the configuration of a whole CLIP model, of images and texts (`CLIPModel`), and not of its text encoder alone: \
+     save that with transformers' CLIPTextModel.from_pretrained(…).save_pretrained(…)";
+
 /// The end token in old files, by which they mean the greatest token.
 const LEGACY_EOS: i64 = 2;
 
@@ -66,6 +73,17 @@ impl TextEncoderConfig {
     /// # Errors
     /// [`ConfigError`]: names the keys that are not supported.
     pub fn parse(json: &str) -> Result<Self, ConfigError> {
+        let named: Value = serde_json::from_str(json)?;
+        let kind = named["model_type"].as_str();
+        let problem = match kind {
+            Some("clip") => Some(WHOLE.to_owned()),
+            _ if named["text_config"].is_object() => Some(WHOLE.to_owned()),
+            Some(other) if other != KIND => Some(format!("`model_type` is {other:?}; supported: {KIND}")),
+            _ => None,
+        };
+        if let Some(problem) = problem {
+            return Err(ConfigError::Problems { problems: vec![problem] });
+        }
         let config: Self = serde_json::from_str(json)?;
         let mut problems = Vec::new();
         for (holds, problem) in [
@@ -274,5 +292,27 @@ impl Layer {
         let h = self.widen.forward(&self.norm2.forward(&x));
         let h = if self.quick { (&h * 1.702).sigmoid() * h } else { h.gelu("none") };
         self.narrow.forward(&h) + x
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_of_another_model_is_called_what_it_is() {
+        assert!(TextEncoderConfig::parse(r#"{"model_type": "clip_text_model"}"#).is_ok());
+        assert!(TextEncoderConfig::parse("{}").is_ok());
+        for (json, said) in [
+            (r#"{"model_type": "clip", "text_config": {"hidden_size": 8}}"#, "a whole CLIP model"),
+            (r#"{"architectures": ["CLIPModel"], "text_config": {}}"#, "CLIPTextModel.from_pretrained"),
+            (
+                r#"{"model_type": "t5", "hidden_size": "none"}"#,
+                "`model_type` is \"t5\"; supported: clip_text_model",
+            ),
+        ] {
+            let error = TextEncoderConfig::parse(json).unwrap_err().to_string();
+            assert!(error.contains(said), "{json}: {error}");
+        }
     }
 }

@@ -10,12 +10,13 @@ use tch::Tensor;
 use tokenizers::{
     AddedToken, NormalizerWrapper, PaddingDirection, PaddingParams, PaddingStrategy, PostProcessorWrapper,
     PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer as Inner, TruncationParams,
-    models::bpe::BPE,
+    models::bpe::{BPE, Vocab},
     normalizers::{self, replace::ReplacePattern},
     pre_tokenizers::{self, split::SplitPattern},
     processors::roberta::RobertaProcessing,
 };
 
+use super::original::vocabulary::byte_characters;
 use crate::weights::{LoadError, failed_download};
 
 /// Texts → tokens: a fixed number for each text, truncated or padded.
@@ -30,6 +31,8 @@ const WHOLE: &str = "tokenizer.json";
 const ADDED: &str = "added_tokens.json";
 const CONFIGURATION: &str = "tokenizer_config.json";
 const SUFFIX: &str = "</w>";
+const FOREIGN: &str = "so that it is not the tokenizer of a CLIP text encoder";
+const INCOMPLETE: &str = "a file is incomplete or another model's; download the tokenizer again";
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 /// Words, contractions, single digits and runs of punctuation: no token of CLIP extends over more than one.
@@ -44,17 +47,17 @@ impl Tokenizer {
     /// A file that is missing or malformed, a vocabulary without CLIP's start and end tokens, or an added token whose number does
     /// not follow on the others.
     pub fn load(folder: &Path, tokens: usize) -> Result<Self, LoadError> {
-        let failed =
-            |problem: String| LoadError::Folder(format!("tokenizer {}: {problem}", folder.display()));
+        let failed = |problem: String| LoadError::Folder(format!("tokenizer: {problem}")).in_file(folder);
         let library = |e: tokenizers::Error| failed(e.to_string());
-        let bpe = pairs(folder).map_err(failed)?;
-        let mut inner = Inner::new(bpe);
+        let bpe = Pairs::read(folder).and_then(|pairs| {
+            pairs.check()?;
+            pairs.bpe()
+        });
+        let mut inner = Inner::new(bpe.map_err(failed)?);
         let id = |inner: &Inner, token: &str| {
-            inner.token_to_id(token).ok_or_else(|| {
-                failed(format!(
-                    "the vocabulary has no {token:?}: this is not the tokenizer of a CLIP text encoder"
-                ))
-            })
+            inner
+                .token_to_id(token)
+                .ok_or_else(|| failed(format!("the vocabulary has no {token:?}, {FOREIGN}")))
         };
         let (start, end) = (id(&inner, START)?, id(&inner, END)?);
         let pad = padding(folder).map_err(failed)?.unwrap_or_else(|| END.to_owned());
@@ -150,44 +153,139 @@ impl Tokenizer {
     }
 }
 
-/// The vocabulary and the pairs that are merged: from two files of their own, or from those of the whole tokenizer.
-fn pairs(folder: &Path) -> Result<BPE, String> {
-    let path = |name: &str| folder.join(name).display().to_string();
-    let is_there = |name: &str| folder.join(name).is_file();
-    if is_there(VOCABULARY) && is_there(MERGES) {
-        let builder = BPE::from_file(&path(VOCABULARY), &path(MERGES));
-        let builder = builder.unk_token(END.to_owned()).end_of_word_suffix(SUFFIX.to_owned());
-        return builder.build().map_err(|error| error.to_string());
-    }
-    if is_there(WHOLE) {
-        let whole = json(folder, WHOLE)?;
-        let model = whole.get("model").cloned().unwrap_or_default();
-        let has_pairs = model["merges"].as_array().is_some_and(|merges| !merges.is_empty());
-        if model["end_of_word_suffix"] != SUFFIX || !has_pairs {
-            let problem = "is not the tokenizer of a CLIP text encoder";
-            return Err(format!("{WHOLE} {problem}: it has no words that end with {SUFFIX:?}"));
+/// The vocabulary and the pairs that are merged.
+struct Pairs {
+    /// Where they are from, for messages.
+    names: [&'static str; 2],
+    /// Token → number.
+    vocabulary: Vocab,
+    merges: Vec<(String, String)>,
+}
+
+impl Pairs {
+    /// From two files of their own, or from that of the whole tokenizer.
+    fn read(folder: &Path) -> Result<Self, String> {
+        let is_there = |name: &str| folder.join(name).is_file();
+        if is_there(VOCABULARY) && is_there(MERGES) {
+            let names = [VOCABULARY, MERGES];
+            let vocabulary = numbers(VOCABULARY, json(folder, VOCABULARY)?)?;
+            let text = text(folder, MERGES)?;
+            let lines = (1..).zip(text.lines());
+            let merges = lines.filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
+            let merges = merges.map(|(number, line)| {
+                pair(line).ok_or_else(|| {
+                    format!("{MERGES}, line {number} is {line:?}, not two tokens: {INCOMPLETE}")
+                })
+            });
+            return Ok(Self { names, vocabulary, merges: merges.collect::<Result<_, _>>()? });
         }
-        // As transformers' own class for CLIP reads it: vocabulary and pairs alone, all else is fixed.
-        let model = serde_json::json!({
-            "type": "BPE", "vocab": model["vocab"], "merges": model["merges"], "unk_token": END,
-            "end_of_word_suffix": SUFFIX, "continuing_subword_prefix": "", "dropout": null, "fuse_unk": false,
-            "byte_fallback": false, "ignore_merges": false,
-        });
-        // The library reads from text only.
-        return serde_json::from_str(&model.to_string()).map_err(|error| format!("{WHOLE}: {error}"));
+        if is_there(WHOLE) {
+            let mut whole = json(folder, WHOLE)?;
+            let model = whole.get_mut("model").map(Value::take).unwrap_or_default();
+            let merges = model["merges"].as_array().filter(|merges| !merges.is_empty());
+            let Some(merges) = merges.filter(|_| model["end_of_word_suffix"] == SUFFIX) else {
+                return Err(format!("{WHOLE} has no words that end with {SUFFIX:?}, {FOREIGN}"));
+            };
+            let merges = merges.iter().map(|merge| {
+                // One text with a space in older files.
+                let found = match merge.as_str() {
+                    Some(line) => pair(line),
+                    None => serde_json::from_value(merge.clone()).ok(),
+                };
+                found.ok_or_else(|| format!("{WHOLE}: `merges` has {merge}, not two tokens"))
+            });
+            let merges = merges.collect::<Result<_, _>>()?;
+            return Ok(Self {
+                names: [WHOLE; 2],
+                vocabulary: numbers(WHOLE, model["vocab"].clone())?,
+                merges,
+            });
+        }
+        let missing = if is_there(VOCABULARY) { MERGES } else { VOCABULARY };
+        Err(format!(
+            "{missing} is missing; a CLIP tokenizer has {VOCABULARY} and {MERGES}, or {WHOLE}, which has both"
+        ))
     }
-    let missing = if is_there(VOCABULARY) { MERGES } else { VOCABULARY };
-    Err(format!(
-        "{missing} is missing; a CLIP tokenizer has {VOCABULARY} and {MERGES}, or {WHOLE}, which has both"
-    ))
+
+    /// Checks that nothing is missing: the vocabulary consists of the bytes, the bytes at a word's end, what pairs are merged to, and
+    /// the two marks, with the numbers from 0 on. With fewer pairs, words would become other tokens.
+    fn check(&self) -> Result<(), String> {
+        let [vocabulary, merges] = self.names;
+        let tokens = self.vocabulary.len();
+        for mark in [START, END] {
+            if !self.vocabulary.contains_key(mark) {
+                return Err(format!("{vocabulary} has no {mark:?}, {FOREIGN}"));
+            }
+        }
+        let taken: BTreeSet<u32> = self.vocabulary.values().copied().collect();
+        let free = (0..).zip(&taken).find_map(|(number, found)| (number != *found).then_some(number));
+        let gap = free.or_else(|| (taken.len() < tokens).then_some(taken.len() as u32));
+        if let Some(number) = gap {
+            return Err(format!(
+                "{vocabulary} has {tokens} tokens, which must have the numbers from 0 to {}, but none has {number}: {INCOMPLETE}",
+                tokens - 1
+            ));
+        }
+        let bytes = byte_characters();
+        let bytes: BTreeSet<String> = bytes
+            .iter()
+            .map(char::to_string)
+            .chain(bytes.iter().map(|byte| format!("{byte}{SUFFIX}")))
+            .collect();
+        let missing = bytes.iter().filter(|byte| !self.vocabulary.contains_key(*byte)).count();
+        if missing > 0 {
+            return Err(format!(
+                "{vocabulary} lacks {missing} of the {} tokens of single bytes: {INCOMPLETE}",
+                bytes.len()
+            ));
+        }
+        let made: BTreeSet<String> =
+            self.merges.iter().map(|(left, right)| format!("{left}{right}")).collect();
+        let is_made = |token: &&String| made.contains(*token);
+        let wanted = |token: &&String| ![START, END].contains(&token.as_str()) && !bytes.contains(*token);
+        let (wanted, unmade) = self.vocabulary.keys().filter(wanted).partition::<Vec<_>, _>(is_made);
+        let unknown = made.iter().filter(|token| !self.vocabulary.contains_key(*token)).count();
+        if !unmade.is_empty() || unknown > 0 {
+            return Err(format!(
+                "{vocabulary} has {tokens} tokens, so that {merges} must have {} pairs, one for each token but {} of single bytes and \
+                 2 marks; it has {}, without pairs for {} of these tokens, and {unknown} for others: {INCOMPLETE}",
+                wanted.len() + unmade.len(),
+                bytes.len(),
+                self.merges.len(),
+                unmade.len()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The library's model, as transformers' own class for CLIP reads it: vocabulary and pairs alone, all else is fixed.
+    fn bpe(self) -> Result<BPE, String> {
+        let builder = BPE::builder().vocab_and_merges(self.vocabulary, self.merges);
+        let builder = builder.unk_token(END.to_owned()).end_of_word_suffix(SUFFIX.to_owned());
+        builder.build().map_err(|error| error.to_string())
+    }
+}
+
+fn numbers(name: &str, vocabulary: Value) -> Result<Vocab, String> {
+    serde_json::from_value(vocabulary).map_err(|error| format!("{name} has no numbers by tokens: {error}"))
+}
+
+fn pair(line: &str) -> Option<(String, String)> {
+    let (left, right) = line.split_once(' ')?;
+    (!left.is_empty() && !right.is_empty() && !right.contains(' '))
+        .then(|| (left.to_owned(), right.to_owned()))
+}
+
+fn text(folder: &Path, name: &str) -> Result<String, String> {
+    let text = std::fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"))?;
+    match failed_download(text.as_bytes()) {
+        Some(problem) => Err(format!("{name} {problem}")),
+        None => Ok(text),
+    }
 }
 
 fn json(folder: &Path, name: &str) -> Result<Value, String> {
-    let text = std::fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"))?;
-    if let Some(problem) = failed_download(text.as_bytes()) {
-        return Err(format!("{name} {problem}"));
-    }
-    serde_json::from_str(&text).map_err(|error| format!("{name}: {error}"))
+    serde_json::from_str(&text(folder, name)?).map_err(|error| format!("{name} is not JSON: {error}"))
 }
 
 /// The tokens that the folder adds to the vocabulary, by their numbers, as transformers finds them: those of its configuration, or
@@ -252,8 +350,10 @@ fn added(folder: &Path) -> Result<BTreeMap<u32, AddedToken>, String> {
 /// The padding token that the folder names: `"<|endoftext|>"` for SD 1.5 and SDXL's first tokenizer, `"!"` for the others.
 fn padding(folder: &Path) -> Result<Option<String>, String> {
     for name in ["special_tokens_map.json", CONFIGURATION] {
-        let Ok(text) = std::fs::read_to_string(folder.join(name)) else { continue };
-        let value: Value = serde_json::from_str(&text).map_err(|e| format!("{name}: {e}"))?;
+        if !folder.join(name).is_file() {
+            continue;
+        }
+        let value = json(folder, name)?;
         match &value["pad_token"] {
             Value::String(token) => return Ok(Some(token.clone())),
             Value::Object(token) => {

@@ -84,6 +84,30 @@ impl LoadError {
         }
     }
 
+    /// The same error of the file from which one below `copy` was made: the one with the same name below `original`, or `original`
+    /// itself where that is a file.
+    #[must_use]
+    pub fn of_original(self, copy: &Path, original: &Path) -> Self {
+        let moved = |path: PathBuf| match path.strip_prefix(copy) {
+            Ok(_) if original.is_file() => original.to_owned(),
+            Ok(rest) if rest.as_os_str().is_empty() => original.to_owned(),
+            Ok(rest) => {
+                let path = original.join(rest);
+                // Weights that were in another form have another name.
+                let weights = path.extension().is_some_and(|end| end == "safetensors");
+                path.parent().filter(|_| weights && !path.exists()).map_or(path.clone(), Path::to_owned)
+            }
+            Err(_) => path,
+        };
+        match self {
+            Self::Unreadable { path, source } => Self::Unreadable { path: moved(path), source },
+            Self::InFile { path, source } => {
+                Self::InFile { path: moved(path), source: Box::new(source.of_original(copy, original)) }
+            }
+            other => other,
+        }
+    }
+
     /// The same error, with its file.
     #[must_use]
     pub fn in_file(self, path: &Path) -> Self {

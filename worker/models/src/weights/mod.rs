@@ -8,6 +8,7 @@ mod written;
 use std::{collections::BTreeMap, path::Path};
 
 use safetensors::SafeTensors;
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 pub use self::foreign::failed_download;
@@ -68,6 +69,25 @@ impl Archive {
             })
             .collect()
     }
+}
+
+/// A text from a file, such as a configuration.
+pub(crate) fn text(path: &Path) -> Result<String, LoadError> {
+    let bytes = read(path)?;
+    let problem = match failed_download(&bytes) {
+        Some(problem) => problem.to_owned(),
+        None => match String::from_utf8(bytes) {
+            Ok(text) => return Ok(text),
+            Err(error) => format!("is not UTF-8: {error}"),
+        },
+    };
+    Err(LoadError::Foreign(problem).in_file(path))
+}
+
+/// A value from a file of JSON.
+pub(crate) fn json(path: &Path) -> Result<Value, LoadError> {
+    serde_json::from_str(&text(path)?)
+        .map_err(|error| LoadError::Foreign(format!("is not JSON: {error}")).in_file(path))
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {

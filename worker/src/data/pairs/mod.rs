@@ -10,7 +10,8 @@ use potstill_storage::Source;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    formats::{decoded, is_image},
+    formats::{self, decoded, is_hidden, no_set},
+    images::instead,
     tally::Tally,
     tars,
 };
@@ -24,8 +25,8 @@ pub struct Pair {
     pub caption: String,
 }
 
-/// Reads the pairs at `location`: a tar, a folder of tars, or a folder of images with their captions beside them or in
-/// `metadata.jsonl`. With `limit` only this many, spread evenly over all. Of several captions of an image one is drawn, by
+/// Reads the pairs at `location`: a tar, a folder of tars, or a folder of images with their captions beside them or in a
+/// list, `metadata.csv`, `.jsonl` or `.parquet`. With `limit` only this many, spread evenly over all. Of several captions of an image one is drawn, by
 /// `seed`.
 ///
 /// # Errors
@@ -37,21 +38,27 @@ pub fn load(location: &str, limit: Option<u64>, seed: u64) -> anyhow::Result<Vec
 
 async fn read(location: &str, limit: Option<u64>, seed: u64) -> anyhow::Result<Vec<Pair>> {
     let source = Source::open(location)?;
-    let names = match tars::is_tar(source.name()) {
-        true => vec![String::new()],
-        false => source.list().await?,
-    };
+    let mut names = source.list().await?;
+    names.retain(|name| !is_hidden(name));
+    if names == [""]
+        && let Some(problem) = no_set(&source.start("").await?)
+    {
+        bail!(problem);
+    }
+    let images = formats::images(&names);
     let mut collected = Collected { seed, ..Collected::default() };
     let tars: Vec<&String> = names.iter().filter(|name| name.is_empty() || tars::is_tar(name)).collect();
-    ensure!(
-        !tars.is_empty() || names.iter().any(|name| is_image(name)),
-        "holds neither tars nor images: expected WebDataset's layout, an image and a .txt (or a .json with \"caption\") under one \
-         key, or a folder of images with a .txt beside each"
-    );
+    if tars.is_empty() && images.is_empty() {
+        bail!(
+            "holds neither tars nor images: expected WebDataset's layout, an image and a .txt (or a .json with \"caption\") under \
+             one key, or a folder of images with a .txt beside each{}",
+            instead(&source, &names).await?
+        );
+    }
     for name in &tars {
         let bytes = source.read(name).await?;
         let file = if name.is_empty() { source.name() } else { name.as_str() };
-        for sample in tars::read(file, bytes).with_context(|| format!("tar {file:?}"))? {
+        for sample in tars::read(bytes).with_context(|| format!("tar {file:?}"))? {
             let Some(image) = sample.image else { continue };
             match image.and_then(|image| Ok((image, sample.captions?))) {
                 Ok(((name, encoded), captions)) => {
@@ -62,8 +69,7 @@ async fn read(location: &str, limit: Option<u64>, seed: u64) -> anyhow::Result<V
         }
     }
     if tars.is_empty() {
-        let mut captions = folder::captions(&source, &names).await?;
-        let images: Vec<String> = names.iter().filter(|name| is_image(name)).cloned().collect();
+        let mut captions = folder::captions(&source, &names, &images).await?;
         // A few at a time, in the order of their names.
         for names in images.chunks(folder::FILES_AT_A_TIME) {
             for (name, encoded) in names.iter().zip(source.read_all(names).await?) {
@@ -211,6 +217,92 @@ mod tests {
         write("e.png", &picture);
         let error = load(folder.path().to_str().unwrap(), None, 0).err().unwrap();
         assert!(format!("{error:#}").contains("d.png: has no caption"), "{error:#}");
+    }
+
+    #[test]
+    fn captions_have_endings_in_either_case_and_hidden_images_are_none() {
+        let picture = png_of(4, 4, |_, _| [9, 9, 9]);
+        let folder = tempfile::tempdir().unwrap();
+        for (name, content) in [
+            ("a.png", &picture[..]),
+            ("a.TXT", b"first"),
+            ("B.PNG", &picture),
+            ("B.Caption", b"second"),
+            ("._a.png", b"macOS"),
+            ("__MACOSX/._a.png", b"macOS"),
+            (".ipynb_checkpoints/a-checkpoint.png", &picture),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        let pairs = load(folder.path().to_str().unwrap(), None, 0).unwrap();
+        assert_eq!(pairs.iter().map(|pair| pair.caption.as_str()).collect::<Vec<_>>(), ["second", "first"]);
+    }
+
+    /// A Parquet file with two columns of texts.
+    fn parquet_of(columns: [(&str, [&str; 2]); 2]) -> Vec<u8> {
+        use ::parquet::{
+            data_type::{ByteArray, ByteArrayType},
+            file::writer::SerializedFileWriter,
+            schema::parser::parse_message_type,
+        };
+        let fields = columns.map(|(name, _)| format!("required binary {name} (UTF8);")).concat();
+        let schema = parse_message_type(&format!("message m {{ {fields} }}")).unwrap();
+        let mut bytes = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut bytes, schema.into(), Default::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        for (_, texts) in columns {
+            let mut column = rows.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&texts.map(ByteArray::from), None, None).unwrap();
+            column.close().unwrap();
+        }
+        rows.close().unwrap();
+        writer.close().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn lists_of_captions_are_tables_json_lines_or_parquet() {
+        let picture = png_of(4, 4, |_, _| [9, 9, 9]);
+        let with = |list: &str, content: &[u8]| -> anyhow::Result<Vec<String>> {
+            let folder = tempfile::tempdir().unwrap();
+            for name in ["train/a.png", "train/deep/b.png", list] {
+                let path = folder.path().join(name);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, if name == list { content } else { &picture }).unwrap();
+            }
+            let pairs = load(folder.path().to_str().unwrap(), None, 0)?;
+            Ok(pairs.into_iter().map(|pair| pair.caption).collect())
+        };
+        let parquet =
+            parquet_of([("file_name", ["a.png", "./deep/b.png"]), ("text", ["one, \"two\"", "three"])]);
+        let json = "{\"file_name\": \"./a.png\", \"text\": \"one, \\\"two\\\"\"}\n\
+                    {\"file_name\": \"deep\\\\b.png\", \"caption\": [\"three\"]}\n";
+        for (list, content) in [
+            ("train/metadata.csv", &b"file_name,text\n./a.png,\"one, \"\"two\"\"\"\ndeep/b.png,three\n"[..]),
+            (
+                "metadata.csv",
+                b"text,file_name\n\"one, \"\"two\"\"\",./train/a.png\nthree,train\\deep\\b.png\n",
+            ),
+            ("train/deep/Metadata.CSV", b"file_name,text\n../a.png,\"one, \"\"two\"\"\"\nb.png,three\n"),
+            ("train/metadata.jsonl", json.as_bytes()),
+            ("train/metadata.parquet", &parquet),
+        ] {
+            assert_eq!(with(list, content).unwrap(), ["one, \"two\"", "three"], "{list}");
+        }
+        for (list, content, parts) in [
+            ("metadata.csv", &b"file_name,text\na.png,x\n"[..], ["metadata.csv: row 0", "names a.png"]),
+            ("train/metadata.csv", b"file_name,title\na.png,x\n", ["no caption under", "\"title\""]),
+            ("train/metadata.csv", b"image,text\na.png,x\n", ["no file_name", "\"image\""]),
+            ("train/metadata.csv", b"file_name,text\na.png,x, y\n", ["row 0", "3 fields"]),
+            ("train/metadata.csv", b"file_name,text\na.png,\"x\ndeep/b.png,y\n", ["row 0", "not closed"]),
+            ("train/metadata.jsonl", b"nothing\n", ["train/metadata.jsonl", "line 1: is not JSON"]),
+            ("train/metadata.parquet", b"nothing", ["train/metadata.parquet", "is not Parquet"]),
+        ] {
+            let error = format!("{:#}", with(list, content).unwrap_err());
+            assert!(parts.iter().all(|part| error.contains(part)), "{list}: {error}");
+        }
     }
 
     #[test]

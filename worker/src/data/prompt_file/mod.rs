@@ -1,6 +1,6 @@
 //! Prompts from files of text, JSON lines, CSV and Parquet.
 
-mod parquet;
+pub(super) mod parquet;
 mod rows;
 
 use anyhow::{Context, bail, ensure};
@@ -115,37 +115,18 @@ fn from_json(bytes: &[u8], column: &str, rows: &mut Rows) -> anyhow::Result<()> 
 }
 
 fn from_table(text: &str, delimiter: u8, column: &str, rows: &mut Rows) -> anyhow::Result<()> {
-    let mut reader =
-        csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
-    let names = reader.headers().context("is not a table")?.clone();
-    let place = |wanted: &str| names.iter().position(|name| name.trim() == wanted);
-    let prompts = place(column).with_context(|| {
-        let names: Vec<&str> = names.iter().collect();
-        format!("has no column {column:?}, {COLUMN}; its columns are {names:?}")
-    })?;
+    let text::Table { names, rows: records } = text::table(text, delimiter)?;
+    let place = |wanted: &str| names.iter().position(|name| name == wanted);
+    let prompts = place(column)
+        .with_context(|| format!("has no column {column:?}, {COLUMN}; its columns are {names:?}"))?;
     let labels = place(LABEL);
-    let mut swallows = None;
-    for (index, record) in reader.records().enumerate() {
-        swallows = match &record {
-            Ok(record) if record.iter().any(|field| field.contains('\n')) => Some(index),
-            _ => None,
-        };
-        let row = record.context("is no row of a table").and_then(|record| {
-            ensure!(
-                record.len() == names.len(),
-                "has {} fields, the header has {}: a text with commas or tabs is put into quotes",
-                record.len(),
-                names.len()
-            );
-            let text = record.get(prompts).context("is too short")?.to_owned();
-            let label = labels.and_then(|at| record.get(at)).filter(|label| !label.is_empty());
-            Ok(Row { text, label: label.map(|label| Value::String(label.to_owned())) })
+    for (index, record) in records.into_iter().enumerate() {
+        let row = record.map(|record| {
+            let label = labels.map(|at| &record[at]).filter(|label| !label.is_empty());
+            let label = label.map(|label| Value::String(label.to_owned()));
+            Row { text: record[prompts].to_owned(), label }
         });
         rows.add(&format!("row {index}"), row);
-    }
-    // A quote that is not closed takes all that follows into one field of the last row.
-    if let Some(index) = swallows {
-        ensure!(text.matches('"').count().is_multiple_of(2), "row {index}: has a quote that is not closed");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Prompts from Parquet.
+//! Prompts, and captions, from Parquet.
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -37,7 +37,25 @@ pub fn read(bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow
     Ok(())
 }
 
-/// A label's value; what is no number and no text becomes its text, which is no number either.
+/// Some columns of all rows, as objects.
+///
+/// # Errors
+/// It is not Parquet, or is damaged.
+pub fn objects(bytes: Bytes, columns: &[&str]) -> anyhow::Result<Vec<Value>> {
+    let reader = SerializedFileReader::new(bytes).context("is not Parquet")?;
+    let mut objects = Vec::new();
+    for (index, row) in reader.get_row_iter(None)?.enumerate() {
+        let row = row.with_context(|| format!("row {index}"))?;
+        let taken = row.get_column_iter().map(|(name, field)| {
+            let value = if columns.contains(&name.as_str()) { json(field) } else { Value::Null };
+            (name.clone(), value)
+        });
+        objects.push(Value::Object(taken.collect()));
+    }
+    Ok(objects)
+}
+
+/// A field's value; what is no number and no text becomes its text, which is no number either.
 fn json(field: &Field) -> Value {
     match field {
         Field::Byte(value) => (*value).into(),
@@ -50,6 +68,9 @@ fn json(field: &Field) -> Value {
         Field::ULong(value) => (*value).into(),
         Field::Float(value) => (*value).into(),
         Field::Double(value) => (*value).into(),
+        Field::Null => Value::Null,
+        Field::Str(value) => value.as_str().into(),
+        Field::ListInternal(list) => list.elements().iter().map(json).collect(),
         other => other.to_string().trim_matches('"').into(),
     }
 }

@@ -56,15 +56,27 @@ pub(crate) enum Prediction {
 }
 
 const ADAPTERS: &str = "low-rank adapters: name the base as teacher.model, and this file in teacher.loras";
+const ORIGINAL_AUTOENCODER: &str = "one part of a model, its autoencoder: name the whole model's file";
+const LONE_AUTOENCODER: &str =
+    "one part of a model in diffusers' layout, its autoencoder: name the whole model's folder";
 /// Other kinds of files by the beginnings of names that only they have, for messages.
-const OTHERS: [(&str, &str); 9] = [
+const OTHERS: [(&str, &str); 15] = [
     ("joint_blocks.", "Stable Diffusion 3"),
     ("double_blocks.", "FLUX"),
     ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3"),
     ("model.diffusion_model.double_blocks.", "FLUX"),
     (REFINER_OPEN_CLIP, "SDXL's refiner"),
     ("transformer_blocks.", "one part of a model in diffusers' layout"),
-    ("down_blocks.", "one part of a model in diffusers' layout: name the folder above it"),
+    ("down_blocks.", "one part of a model in diffusers' layout, its U-Net: name the whole model's folder"),
+    ("encoder.down_blocks.", LONE_AUTOENCODER),
+    ("decoder.up_blocks.", LONE_AUTOENCODER),
+    ("encoder.down.", ORIGINAL_AUTOENCODER),
+    ("decoder.up.", ORIGINAL_AUTOENCODER),
+    ("vision_model.", "a whole CLIP model, of images and texts: name a diffusion model"),
+    (
+        "text_model.",
+        "one part of a model in diffusers' layout, its text encoder: name the whole model's folder",
+    ),
     ("control_model.", "a ControlNet"),
     ("lora_", ADAPTERS),
 ];
@@ -88,7 +100,8 @@ impl Family {
             let what = known.or_else(|| adapters.then_some(ADAPTERS));
             let without_text =
                 has(UNET).then_some("a U-Net without text encoders, which cannot be trained alone");
-            return Err(match what.or(without_text) {
+            let autoencoder = has(AUTOENCODER).then_some(ORIGINAL_AUTOENCODER);
+            return Err(match what.or(without_text).or(autoencoder) {
                 Some(what) => format!("it is {what}"),
                 None => format!(
                     "nothing in it is known, such as {}",

@@ -6,7 +6,7 @@
 
 mod families;
 pub(super) mod names;
-mod vocabulary;
+pub(super) mod vocabulary;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

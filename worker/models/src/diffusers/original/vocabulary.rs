@@ -35,7 +35,7 @@ fn vocabulary(merges: &str) -> Map<String, Value> {
 
 /// The character that stands for each byte in GPT-2's vocabularies: printable bytes first, which stand for themselves; then
 /// the others, as the characters from 256 on.
-fn byte_characters() -> Vec<char> {
+pub(crate) fn byte_characters() -> Vec<char> {
     let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let own = (0..=u8::MAX).filter(printable).map(char::from);
     let others = (0..=u8::MAX).filter(|byte| !printable(byte)).zip(256_u32..);

@@ -157,6 +157,8 @@ impl Default for UNetConfig {
     }
 }
 
+/// The class in diffusers.
+pub(crate) const CLASS: &str = "UNet2DConditionModel";
 const MID_BLOCK: &str = "UNetMidBlock2DCrossAttn";
 const MID_RESIDUAL: &str = "UNetMidBlock2D";
 
@@ -204,7 +206,7 @@ impl UNetConfig {
         // Upcasting attention changes nothing with fused kernels, which accumulate in fp32; the scale factor of
         // residual blocks and the heads of an embedding belong to kinds of blocks that are rejected.
         let neutral = ["upcast_attention", "resnet_out_scale_factor", "addition_embed_type_num_heads"];
-        let config: Self = config::parse(json, |config: &Self| &config.rest, &neutral)?;
+        let config: Self = config::parse(json, CLASS, |config: &Self| &config.rest, &neutral)?;
         config.validate()?;
         Ok(config)
     }
