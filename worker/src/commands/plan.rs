@@ -6,7 +6,7 @@ use anyhow::ensure;
 use clap::Args;
 use potstill_distill::state::Slice;
 use potstill_logging::print;
-use potstill_models::diffusers::{ModelFolder, Pass, UNetConfig};
+use potstill_models::diffusers::{Kept, ModelFolder, Pass, UNetConfig};
 use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
 use serde::Serialize;
 
@@ -205,14 +205,11 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
         Some(_) => kept(samples(1.0), true).elements / 2,
         None => 0,
     };
-    let most = |passes: &[&potstill_models::diffusers::Kept]| {
-        let again = passes.iter().map(|kept| kept.again).max().unwrap_or(0);
-        let passing = passes.iter().map(|kept| kept.passing).max().unwrap_or(0);
-        again + passing
-    };
-    let generator_phase =
-        steps * generator.elements + fake.elements + teacher.elements + most(&[&generator, &fake, &teacher]);
-    let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + most(&[&trained_fake]);
+    // The backward pass goes through both scores before the generator's steps.
+    let more = |kept: &Kept| kept.peak - kept.elements;
+    let scores = fake.elements + teacher.elements + more(&fake).max(more(&teacher));
+    let generator_phase = steps * generator.elements + scores.max(more(&generator));
+    let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + more(&trained_fake);
     let kind = match (spec.memory.bf16_weights, spec.distillation.precision) {
         (true, _) => 2,
         // Mixed precision: normalizations stay fp32 on a GPU.
@@ -378,15 +375,17 @@ mod tests {
         let slice = if spec.memory.shard_optimizer { Slice { rank: 0, world } } else { Slice::WHOLE };
         let recipe = Recipe::new(spec, settings(spec, teacher.process(), Device::Cpu));
         let first_moments = recipe.optimizer.first_moments();
-        let mut state = match &spec.lora {
+        // As in a run, where a state that starts anew is made of them: they are kept to the end.
+        let adapted = spec.lora.as_ref().map(|lora| adapters::first(teacher.as_ref(), lora, 0).unwrap());
+        let layout = |weights| Layout { slice, weights, average_on_host: false, first_moments };
+        let mut state = match &adapted {
             None => {
-                let layout = Layout { slice, weights, average_on_host: false, first_moments };
-                State::starting_from(teacher.as_ref(), teacher.as_ref(), Counters::new(false), layout)
+                let teacher = teacher.as_ref();
+                State::starting_from(teacher, teacher, Counters::new(false), layout(weights))
             }
-            Some(lora) => {
-                let layout = Layout { slice, weights: Kind::Float, average_on_host: false, first_moments };
-                let [fake_score, generator] = adapters::first(teacher.as_ref(), lora, 0).unwrap();
-                State::starting_from(fake_score.as_ref(), generator.as_ref(), Counters::new(false), layout)
+            Some([fake_score, generator]) => {
+                let [fake_score, generator] = [fake_score, generator].map(AsRef::as_ref);
+                State::starting_from(fake_score, generator, Counters::new(false), layout(Kind::Float))
             }
         };
         let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());

@@ -24,10 +24,9 @@ pub struct Pass {
 pub struct Kept {
     /// Kept from the forward pass until the backward pass.
     pub elements: i64,
-    /// In addition, while the largest recomputed block is computed again.
-    pub again: i64,
-    /// The largest temporary, which the first steps of the backward pass need too.
-    pub passing: i64,
+    /// The most at a time of the backward pass: what is kept up to a block, the temporaries of its step, and the inside of a block
+    /// that is computed again. The backward pass begins with the last block; what is kept behind a block is free by its step.
+    pub peak: i64,
 }
 
 /// Sums over a pass.
@@ -43,7 +42,7 @@ impl UNetConfig {
     pub fn kept(&self, pass: Pass) -> Kept {
         let mut sum = Sum { config: self, pass, kept: Kept::default() };
         sum.whole();
-        sum.kept
+        Kept { peak: sum.kept.peak.max(sum.kept.elements), ..sum.kept }
     }
 }
 
@@ -129,13 +128,10 @@ impl Sum<'_> {
 
     /// Adds a block that keeps `inside` elements and has this output.
     fn block(&mut self, inside: i64, output: i64) {
-        if self.pass.again {
-            self.kept.again = self.kept.again.max(inside);
-        } else {
-            self.kept.elements += inside;
-        }
-        self.kept.passing = self.kept.passing.max(2 * output);
-        self.keep(output);
+        let again = if self.pass.again { inside } else { 0 };
+        self.keep(inside - again + output);
+        // The gradients of its output and of its input.
+        self.kept.peak = self.kept.peak.max(self.kept.elements + again + 2 * output);
     }
 
     fn keep(&mut self, elements: i64) {
