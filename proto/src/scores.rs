@@ -16,10 +16,7 @@ pub enum Subject {
 
 impl std::fmt::Display for Subject {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Teacher => "teacher",
-            Self::Student => "student",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -45,6 +42,32 @@ pub struct Scores {
     pub images_per_second: Option<f64>,
     /// Number of samples evaluated.
     pub samples: u64,
+}
+
+impl Scores {
+    /// The metrics with their names, as in JSON.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, Option<f64>); 6] {
+        [
+            ("fid", self.fid),
+            ("agreement", self.agreement),
+            ("precision", self.precision),
+            ("recall", self.recall),
+            ("diversity", self.diversity),
+            ("clip_score", self.clip_score),
+        ]
+    }
+}
+
+impl Subject {
+    /// Its name, as in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Teacher => "teacher",
+            Self::Student => "student",
+        }
+    }
 }
 
 /// A metric that was measured and is finite.

@@ -126,20 +126,16 @@ impl Feed {
         self.readers() > 0
     }
 
-    /// The run's status; a message if it has changed, or if `repeat`.
+    /// The run's status; a message if more than the time has changed, or if `repeat`.
     pub fn status(&self, status: &RunStatus, members: u32, repeat: bool) {
         let Ok(mut value) = serde_json::to_value(status) else { return };
-        let mut shown = self.shown();
-        let changed = shown.status.as_ref().is_none_or(|before| {
-            let mut before = before.clone();
-            before["wall_seconds"] = Value::Null;
-            value["images"] = (status.iteration * self.global_batch).into();
-            value["members_total"] = members.into();
-            value["wall_seconds"] = Value::Null;
-            before != value
-        });
         value["images"] = (status.iteration * self.global_batch).into();
         value["members_total"] = members.into();
+        let mut shown = self.shown();
+        // The time of the one before, so that the rest is compared.
+        value["wall_seconds"] =
+            shown.status.as_ref().map_or(Value::Null, |before| before["wall_seconds"].clone());
+        let changed = shown.status.as_ref() != Some(&value);
         value["wall_seconds"] = (self.earlier_seconds + self.started.elapsed().as_secs_f64()).into();
         if changed || repeat {
             self.send("status", &value);
@@ -165,7 +161,7 @@ impl Feed {
         self.send("rewind", &json!({ "iteration": iteration }));
     }
 
-    /// Shows an observation, if people want to read it. Iterations and scores are rows.
+    /// Shows an observation as an event. Iterations and scores are rows.
     pub fn observe(&self, observation: &Observation) {
         if let Observation::Committed { iteration, bytes } = *observation {
             let saved = Saved { iteration, bytes, time: Some(now()) };

@@ -10,7 +10,6 @@ use std::{
 use potstill_core::observation::{IterationTotals, Observation};
 use potstill_proto::{
     message::Source,
-    scores::Subject,
     wire::{RunState, StatusReply},
 };
 use prometheus_client::{
@@ -257,19 +256,8 @@ impl Prometheus {
                 self.iteration(totals);
             }
             Observation::Evaluated(evaluation) => {
-                let subject = match evaluation.subject {
-                    Subject::Teacher => "teacher",
-                    Subject::Student => "student",
-                };
-                let scores = evaluation.scores;
-                for (score, value) in [
-                    ("fid", scores.fid),
-                    ("agreement", scores.agreement),
-                    ("precision", scores.precision),
-                    ("recall", scores.recall),
-                    ("diversity", scores.diversity),
-                    ("clip_score", scores.clip_score),
-                ] {
+                let subject = evaluation.subject.name();
+                for (score, value) in evaluation.scores.named() {
                     if let Some(value) = value {
                         self.scores.get_or_create(&Of { subject, score }).set(value);
                     }

@@ -13,7 +13,6 @@ use std::{
 };
 
 use anyhow::Context;
-use potstill_proto::scores::Subject;
 use potstill_storage::{
     Run,
     layout::{self, PICTURES},
@@ -347,22 +346,10 @@ fn of_training(row: &Training) -> Vec<Value> {
 }
 
 fn of_evaluation(row: &Evaluation) -> Vec<Value> {
-    let subject = match row.subject {
-        Subject::Teacher => "teacher",
-        Subject::Student => "student",
-    };
-    let scores = &row.scores;
-    let all = [
-        ("fid", scores.fid),
-        ("agreement", scores.agreement),
-        ("precision", scores.precision),
-        ("recall", scores.recall),
-        ("diversity", scores.diversity),
-        ("clip_score", scores.clip_score),
-        ("images_per_second", scores.images_per_second),
-    ];
-    let measured = all.into_iter().filter_map(|(name, number)| Some((name, number?)));
-    measured.map(|(name, number)| scalar(&format!("{subject}/{name}"), number)).collect()
+    let speed = ("images_per_second", row.scores.images_per_second);
+    let all = row.scores.named().into_iter().chain([speed]);
+    let measured = all.filter_map(|(name, number)| Some((name, number?)));
+    measured.map(|(name, number)| scalar(&format!("{}/{name}", row.subject), number)).collect()
 }
 
 /// A message with its length and the checksums of both.
@@ -380,6 +367,7 @@ fn masked(bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use potstill_proto::scores::Subject;
     use potstill_storage::Root;
 
     use super::*;

@@ -17,7 +17,7 @@ use tokenizers::{
 };
 
 use super::original::vocabulary::byte_characters;
-use crate::weights::{LoadError, failed_download};
+use crate::weights::{self, LoadError};
 
 /// Texts → tokens: a fixed number for each text, truncated or padded.
 pub struct Tokenizer {
@@ -49,8 +49,9 @@ impl Tokenizer {
     pub fn load(folder: &Path, tokens: usize) -> Result<Self, LoadError> {
         let failed = |problem: String| LoadError::Folder(format!("tokenizer: {problem}")).in_file(folder);
         let library = |e: tokenizers::Error| failed(e.to_string());
+        let added = added(folder).map_err(failed)?;
         let bpe = Pairs::read(folder).and_then(|pairs| {
-            pairs.check()?;
+            pairs.check(&added.values().map(|token| token.content.as_str()).collect())?;
             pairs.bpe()
         });
         let mut inner = Inner::new(bpe.map_err(failed)?);
@@ -91,7 +92,7 @@ impl Tokenizer {
             .map_err(library)?;
         let known: BTreeSet<String> =
             inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
-        for (number, token) in added(folder).map_err(failed)? {
+        for (number, token) in added {
             if known.contains(&token.content) {
                 continue;
             }
@@ -169,7 +170,7 @@ impl Pairs {
         if is_there(VOCABULARY) && is_there(MERGES) {
             let names = [VOCABULARY, MERGES];
             let vocabulary = numbers(VOCABULARY, json(folder, VOCABULARY)?)?;
-            let text = text(folder, MERGES)?;
+            let text = weights::text(&folder.join(MERGES)).map_err(|error| named(MERGES, error))?;
             let lines = (1..).zip(text.lines());
             let merges = lines.filter(|(_, line)| !line.starts_with("#version") && !line.is_empty());
             let merges = merges.map(|(number, line)| {
@@ -208,8 +209,9 @@ impl Pairs {
     }
 
     /// Checks that nothing is missing: the vocabulary consists of the bytes, the bytes at a word's end, what pairs are merged to, and
-    /// the two marks, with the numbers from 0 on. With fewer pairs, words would become other tokens.
-    fn check(&self) -> Result<(), String> {
+    /// the two marks, with the numbers from 0 on; and `added` ones, which some programs write there too. With fewer pairs, words would
+    /// become other tokens.
+    fn check(&self, added: &BTreeSet<&str>) -> Result<(), String> {
         let [vocabulary, merges] = self.names;
         let tokens = self.vocabulary.len();
         for mark in [START, END] {
@@ -242,7 +244,8 @@ impl Pairs {
         let made: BTreeSet<String> =
             self.merges.iter().map(|(left, right)| format!("{left}{right}")).collect();
         let is_made = |token: &&String| made.contains(*token);
-        let wanted = |token: &&String| ![START, END].contains(&token.as_str()) && !bytes.contains(*token);
+        let apart = |token: &str| [START, END].contains(&token) || added.contains(token);
+        let wanted = |token: &&String| !apart(token) && !bytes.contains(*token);
         let (wanted, unmade) = self.vocabulary.keys().filter(wanted).partition::<Vec<_>, _>(is_made);
         let unknown = made.iter().filter(|token| !self.vocabulary.contains_key(*token)).count();
         if !unmade.is_empty() || unknown > 0 {
@@ -276,16 +279,17 @@ fn pair(line: &str) -> Option<(String, String)> {
         .then(|| (left.to_owned(), right.to_owned()))
 }
 
-fn text(folder: &Path, name: &str) -> Result<String, String> {
-    let text = std::fs::read_to_string(folder.join(name)).map_err(|error| format!("{name}: {error}"))?;
-    match failed_download(text.as_bytes()) {
-        Some(problem) => Err(format!("{name} {problem}")),
-        None => Ok(text),
-    }
+fn json(folder: &Path, name: &str) -> Result<Value, String> {
+    weights::json(&folder.join(name)).map_err(|error| named(name, error))
 }
 
-fn json(folder: &Path, name: &str) -> Result<Value, String> {
-    serde_json::from_str(&text(folder, name)?).map_err(|error| format!("{name} is not JSON: {error}"))
+/// An error by the file's name alone: the folder is said once for all of them.
+fn named(name: &str, error: LoadError) -> String {
+    match error {
+        LoadError::InFile { source, .. } => format!("{name} {source}"),
+        LoadError::Unreadable { source, .. } => format!("{name}: {source}"),
+        other => other.to_string(),
+    }
 }
 
 /// The tokens that the folder adds to the vocabulary, by their numbers, as transformers finds them: those of its configuration, or

@@ -26,8 +26,8 @@ pub struct Pair {
 }
 
 /// Reads the pairs at `location`: a tar, a folder of tars, or a folder of images with their captions beside them or in a
-/// list, `metadata.csv`, `.jsonl` or `.parquet`. With `limit` only this many, spread evenly over all. Of several captions of an image one is drawn, by
-/// `seed`.
+/// list, `metadata.csv`, `.jsonl` or `.parquet`. With `limit` only this many, spread evenly over all. Of several captions of
+/// an image one is drawn, by `seed`.
 ///
 /// # Errors
 /// There are none, or more than one in a hundred is broken; with the first of these.
