@@ -108,16 +108,18 @@ impl Teller {
             .inspect_err(|error| warn!("Kubeflow is not told the progress: {error:#}"))
             .ok()??;
         info!(url = server.url, "Kubeflow is told the progress");
+        Some(Self::telling(server))
+    }
+
+    fn telling(server: Server) -> Self {
         let (progress, mut changes) = watch::channel(Progress::default());
         let task = tokio::spawn(async move {
             let mut interval = tokio::time::interval(EVERY);
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut failing = false;
-            loop {
-                let open = changes.changed().await.is_ok();
-                if open {
-                    interval.tick().await;
-                }
+            // The last value comes too: the wait fails once it has been seen and nothing can come after it.
+            while changes.changed().await.is_ok() {
+                interval.tick().await;
                 let now = changes.borrow_and_update().clone();
                 match server.tell(&now).await {
                     Ok(()) => failing = false,
@@ -128,12 +130,9 @@ impl Teller {
                         failing = true;
                     }
                 }
-                if !open {
-                    return;
-                }
             }
         });
-        Some(Self { progress, task })
+        Self { progress, task }
     }
 
     /// Tells this soon, unless something newer comes before.
@@ -202,16 +201,23 @@ mod tests {
         let url = format!("https://localhost:{port}/apis/status");
         let server = Server::new(url, token.clone(), &authority).unwrap();
         let answering = tokio::spawn(two_requests(listener, TlsAcceptor::from(Arc::new(tls))));
-        for text in ["first\n", "second\n"] {
-            std::fs::write(&token, text).unwrap();
-            server.tell(&Progress { iteration: 1, iterations: 4, ..Progress::default() }).await.unwrap();
+        std::fs::write(&token, "first\n").unwrap();
+        server.tell(&Progress { iteration: 1, iterations: 4, ..Progress::default() }).await.unwrap();
+        std::fs::write(&token, "second\n").unwrap();
+        let teller = Teller::telling(server);
+        // Of what comes at once the newest is told; nothing comes after the last.
+        for iteration in [1, 2, 4] {
+            teller.tell(Progress { iteration, iterations: 4, done: iteration == 4, ..Progress::default() });
         }
+        teller.finish().await;
         let requests = answering.await.unwrap();
-        for (request, token) in requests.iter().zip(["first", "second"]) {
-            let request = request.to_lowercase();
+        for (request, (token, percentage)) in requests.iter().zip([("first", 25), ("second", 100)]) {
+            let (head, body) = request.split_once("\r\n\r\n").unwrap();
+            let (request, body) =
+                (head.to_lowercase() + "\r\n", serde_json::from_str::<Value>(body).unwrap());
+            assert_eq!(body["trainerStatus"]["progressPercentage"], percentage);
             assert!(request.starts_with("post /apis/status http/1.1\r\n"), "{request}");
             assert!(request.contains(&format!("authorization: bearer {token}\r\n")), "{request}");
-            assert!(request.contains("\"progresspercentage\":25"), "{request}");
         }
     }
 
