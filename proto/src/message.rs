@@ -235,6 +235,17 @@ pub struct Assignment {
     pub evaluate_teacher: bool,
     /// What exists already.
     pub existing: Existing,
+    /// The ranks that it shares slices of the state with, where each rank holds a slice and there is more than one.
+    pub partners: Option<Partners>,
+}
+
+/// Each slice of a state has two holders: the rank that owns it, and a partner that makes the same steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partners {
+    /// The rank whose slice this rank holds beside its own.
+    pub copies: u32,
+    /// The rank that holds this rank's slice beside its own.
+    pub copied_by: u32,
 }
 
 /// What a generation does not make again where it starts there.
@@ -576,6 +587,9 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                     }
                     Source::Peer { rank } => wire::assignment::Source::Peer(wire::FromPeer { rank }),
                 }),
+                partners: a
+                    .partners
+                    .map(|Partners { copies, copied_by }| wire::Partners { copies, copied_by }),
             }),
             ToWorker::Abandon { generation, reason } => {
                 Kind::Abandon(wire::Abandon { generation: generation.0, reason })
@@ -631,6 +645,12 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     }
                     Some(wire::assignment::Source::Peer(p)) => Source::Peer { rank: p.rank },
                 };
+                let partners = m.partners.map(|p| Partners { copies: p.copies, copied_by: p.copied_by });
+                let other = |rank: u32| rank < m.world_size && rank != m.rank;
+                if partners.is_some_and(|p| !other(p.copies) || !other(p.copied_by)) {
+                    let problem = format!("rank {} of {} has {partners:?}", m.rank, m.world_size);
+                    return malformed("Assignment", problem);
+                }
                 ToWorker::Assignment(Assignment {
                     generation: Generation(m.generation),
                     rank: m.rank,
@@ -639,6 +659,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     source,
                     evaluate_teacher: m.evaluate_teacher,
                     existing: Existing { evaluated: m.evaluated, saved: m.saved },
+                    partners,
                 })
             }
             Kind::Abandon(m) => ToWorker::Abandon { generation: Generation(m.generation), reason: m.reason },
@@ -709,6 +730,7 @@ mod tests {
                 source,
                 evaluate_teacher: true,
                 existing: Existing { evaluated: Some(0), saved: Some(4) },
+                partners: Some(Partners { copies: 0, copied_by: 0 }),
             });
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
         }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use potstill_proto::{
     cursor::{Cursor, Generation},
-    message::{Assignment, Existing, Source},
+    message::{Assignment, Existing, Partners, Source},
     micro_batches::MicroBatches,
 };
 
@@ -29,13 +29,39 @@ pub struct Plan {
     pub source: Source,
     /// Where it starts.
     pub start: Start,
+    /// Each rank's partners; empty where there is nothing to share.
+    pub partners: Vec<Partners>,
+}
+
+/// Partners of ranks on these hosts: each slice is copied to a rank on another host, as far as no host has more than half
+/// of the ranks. Empty for one rank.
+#[must_use]
+pub fn partners(hosts: &[&str]) -> Vec<Partners> {
+    let world = hosts.len();
+    if world < 2 {
+        return vec![];
+    }
+    // Hosts one after the other: the rank that is as far behind as the largest host has ranks is on another one.
+    let mut by_host: Vec<usize> = (0..world).collect();
+    by_host.sort_by_key(|rank| hosts[*rank]);
+    let largest = by_host.chunk_by(|a, b| hosts[*a] == hosts[*b]).map(<[usize]>::len).max().unwrap_or(1);
+    let shift = if largest < world { largest } else { 1 };
+    let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
+    let mut partners = vec![Partners { copies: 0, copied_by: 0 }; world];
+    for (place, rank) in by_host.iter().enumerate() {
+        let keeper = by_host[(place + shift) % world];
+        partners[*rank].copied_by = number(keeper);
+        partners[keeper].copies = number(*rank);
+    }
+    partners
 }
 
 /// Chooses at most `max_workers` of the members that can be given a place. The order of ranks: first the members that
 /// had a rank, by that rank; then those that hold the furthest state; then all others by id. The state is that of the
-/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it.
+/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it. `sliced`:
+/// whether each rank holds a slice of the state.
 #[must_use]
-pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>) -> Plan {
+pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>, sliced: bool) -> Plan {
     let mut candidates: Vec<_> = members
         .eligible()
         .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
@@ -65,7 +91,13 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
         }
         (_, None) => (Source::Fresh, Start { cursor: saved, exact: true }),
     };
-    Plan { ranks: candidates.into_iter().map(|c| c.3).collect(), source, start }
+    let ranks: Vec<StreamId> = candidates.into_iter().map(|c| c.3).collect();
+    let host = |stream: &StreamId| members.get(*stream).map_or("", |member| member.hello.host.as_str());
+    let partners = match sliced {
+        true => partners(&ranks.iter().map(host).collect::<Vec<_>>()),
+        false => vec![],
+    };
+    Plan { ranks, source, start, partners }
 }
 
 impl Plan {
@@ -93,6 +125,7 @@ impl Plan {
                 source: self.source.clone(),
                 evaluate_teacher,
                 existing,
+                partners: self.partners.get(rank as usize).copied(),
             };
             (*stream, assignment)
         })
@@ -138,14 +171,14 @@ mod tests {
             ("z", Some(1), Some(4)),
             ("y", Some(3), Some(4)),
         ]);
-        assert_eq!(names(&members, &plan(&members, 5, None)), ["z", "y", "b", "c", "d"]);
-        assert_eq!(names(&members, &plan(&members, 3, None)), ["z", "y", "b"]);
+        assert_eq!(names(&members, &plan(&members, 5, None, false)), ["z", "y", "b", "c", "d"]);
+        assert_eq!(names(&members, &plan(&members, 3, None, false)), ["z", "y", "b"]);
     }
 
     #[test]
     fn one_that_holds_the_furthest_state_always_has_a_place() {
         let members = members(&[("a", Some(0), Some(1)), ("b", Some(1), None), ("c", None, Some(5))]);
-        let plan = plan(&members, 2, None);
+        let plan = plan(&members, 2, None, false);
         assert_eq!(
             (names(&members, &plan), plan.source),
             (vec!["a".into(), "c".into()], Source::Peer { rank: 1 })
@@ -156,7 +189,7 @@ mod tests {
     fn the_state_comes_from_the_furthest_the_newest_checkpoint_or_the_teacher() {
         let source = |members: &Members, newest: Option<u64>| {
             let newest = newest.map(checkpoint);
-            let plan = plan(members, 8, newest.as_ref());
+            let plan = plan(members, 8, newest.as_ref(), false);
             (plan.source, plan.start.cursor.iteration, plan.start.exact)
         };
         let none = members(&[("a", None, None), ("b", None, None)]);
@@ -172,18 +205,41 @@ mod tests {
     fn a_phase_counts_as_further() {
         let mut members = members(&[("a", Some(0), Some(6)), ("b", Some(1), None)]);
         members.get_mut(StreamId(1)).unwrap().hold(Cursor { iteration: 6, phase: Phase::Generator });
-        assert_eq!(plan(&members, 2, None).source, Source::Peer { rank: 1 });
+        assert_eq!(plan(&members, 2, None, false).source, Source::Peer { rank: 1 });
     }
 
     #[test]
     fn assignments_share_the_micro_batches() {
         let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
-        let plan = plan(&members, 2, None);
+        let plan = plan(&members, 2, None, false);
         let assigned: Vec<_> = plan.assignments(Generation(4), 5, true, Existing::default()).collect();
         let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
         for (_, a) in &assigned {
             assert_eq!((a.generation, a.world_size, a.evaluate_teacher), (Generation(4), 2, true));
         }
+    }
+
+    #[test]
+    fn a_slice_is_copied_to_another_host_wherever_that_is_possible() {
+        for (hosts, on_the_same) in [
+            (vec!["a", "b"], 0),
+            (vec!["a", "a", "b", "b"], 0),
+            (vec!["a", "b", "a", "b"], 0),
+            (vec!["a", "a", "a", "b", "b", "c"], 0),
+            (vec!["c", "b", "b", "a", "c"], 0),
+            (vec!["a", "a", "a"], 3),
+            (vec!["a", "a", "a", "b"], 2),
+        ] {
+            let partners = partners(&hosts);
+            for (rank, of) in partners.iter().enumerate() {
+                assert_ne!(of.copies as usize, rank);
+                assert_eq!(partners[of.copies as usize].copied_by as usize, rank, "{hosts:?}");
+            }
+            let same =
+                partners.iter().enumerate().filter(|(rank, of)| hosts[of.copies as usize] == hosts[*rank]);
+            assert_eq!(same.count(), on_the_same, "{hosts:?}");
+        }
+        assert!(partners(&["a"]).is_empty());
     }
 }

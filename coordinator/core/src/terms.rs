@@ -15,7 +15,7 @@ pub struct Terms {
     pub min_workers: u32,
     /// Workers beyond this number are standby.
     pub max_workers: u32,
-    /// Whether each rank holds a slice of the state that no other rank has.
+    /// Whether each rank holds a slice of the state, and a copy of one other rank's slice.
     pub sliced: bool,
     /// The run's timeouts.
     pub timeouts: Timeouts,

@@ -59,7 +59,9 @@ pub struct Group {
     pub assigned: u32,
     /// The state that the source broadcasts, once it has started to.
     pub source: Option<State>,
-    /// Its ranks hold the source's state in slices, and one of those is gone.
+    /// The generation whose slices of that state its ranks take over.
+    pub cut: Option<u64>,
+    /// Its ranks hold the newest state in slices, and one of those is gone.
     pub incomplete: bool,
     /// Ranks that have contributed to the current operation.
     pub arrived: BTreeSet<u32>,

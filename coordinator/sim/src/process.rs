@@ -28,6 +28,27 @@ pub enum Stage {
     Finished,
 }
 
+/// The slices of a state that a rank of a generation holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slices {
+    /// The generation that cut the state.
+    pub generation: u64,
+    /// Into how many slices.
+    pub count: u32,
+    /// The rank's own.
+    pub own: u32,
+    /// The one of another rank, of which it holds a copy.
+    pub copy: Option<u32>,
+}
+
+impl Slices {
+    /// Whether a slice is one of these.
+    #[must_use]
+    pub fn has(&self, slice: u32) -> bool {
+        self.own == slice || self.copy == Some(slice)
+    }
+}
+
 /// A worker process.
 #[derive(Debug)]
 pub struct Process {
@@ -49,10 +70,14 @@ pub struct Process {
     pub turn: u64,
     /// Whether the current operation is about to fail for it.
     pub failing: bool,
-    /// Its state; `None` when it is torn or was never loaded.
+    /// Its state, or the state that it holds slices of; `None` when it is torn or was never loaded.
     pub state: Option<State>,
-    /// The slice of the state that it holds, where each rank holds one: a rank, and the number of them.
-    pub slice: Option<(u32, u32)>,
+    /// What it holds of the state, where ranks hold slices: those of the newest generation that it loaded, and those of
+    /// the one before until a collective has shown that all ranks have loaded theirs.
+    pub slices: Vec<Slices>,
+    /// It has contributed to the reduction that steps its state: it can make that step without its peers once one of them
+    /// is known to have made it.
+    pub prepared: bool,
     /// Its newest place.
     pub place: Option<Assignment>,
     /// The requests that it has received.
@@ -84,7 +109,8 @@ impl Process {
             turn: 0,
             failing: false,
             state: None,
-            slice: None,
+            slices: Vec::new(),
+            prepared: false,
             place: None,
             flags: Flags::default(),
             leaving: None,
@@ -107,6 +133,18 @@ impl Process {
         self.turn += 1;
         self.failing = false;
         self.progress += 1;
+    }
+
+    /// Whether it holds this state, or can make the one step that leads to it.
+    #[must_use]
+    pub fn reaches(&self, state: State) -> bool {
+        self.state.is_some_and(|own| own == state || (self.prepared && own.step() == state))
+    }
+
+    /// Gives up its state.
+    pub fn forget(&mut self) {
+        (self.state, self.prepared) = (None, false);
+        self.slices.clear();
     }
 
     /// Whether it is in its generation's group.
@@ -136,10 +174,11 @@ impl Process {
         self.held().filter(|_| !about_to_be_overwritten)
     }
 
-    /// The cursor of its state: none while that is being overwritten.
+    /// The cursor of its state: none while that is being overwritten. Slices are taken over beside those that are held.
     #[must_use]
     pub fn held(&self) -> Option<Cursor> {
-        let state = self.state.filter(|_| self.stage != Stage::Loading)?;
+        let overwritten = self.stage == Stage::Loading && self.slices.is_empty();
+        let state = self.state.filter(|_| !overwritten)?;
         Some(state.cursor)
     }
 

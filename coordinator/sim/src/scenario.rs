@@ -73,8 +73,10 @@ pub struct Scenario {
     pub blind: usize,
     /// Further machines that reach the coordinator and none of the others.
     pub cut_off: usize,
-    /// Whether each rank holds a slice of the state, which is lost with it.
+    /// Whether each rank holds a slice of the state, and a copy of one other rank's.
     pub sliced: bool,
+    /// Machines of one host.
+    pub per_host: usize,
     /// With fewer workers than this the run waits.
     pub min_workers: u32,
     /// Workers beyond this number are standby.
@@ -116,6 +118,7 @@ impl Scenario {
             blind: 0,
             cut_off: 0,
             sliced: false,
+            per_host: 1,
             min_workers,
             max_workers,
             iterations: 12,
@@ -182,6 +185,7 @@ impl Scenario {
         // Alone it could train, and hold a state that no other worker can take.
         let cut_off = usize::from(rng.random_bool(0.3) && min_workers > 1 && blind == 0);
         let sliced = rng.random_bool(0.25);
+        let per_host = 1 + seed.0 as usize % 3;
         let phase = *[(5, 20), (20, 60), (40, 300)].get(rng.random_range(0..3)).unwrap_or(&(20, 60));
         Self {
             iterations: rng.random_range(4..=30),
@@ -196,6 +200,7 @@ impl Scenario {
             blind,
             cut_off,
             sliced,
+            per_host,
             ..Self::calm(min_workers, max_workers, spares)
         }
     }

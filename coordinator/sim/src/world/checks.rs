@@ -16,7 +16,7 @@ use potstill_proto::{
     message::{Assignment, Source, ToWorker},
 };
 
-use super::World;
+use super::{World, slices};
 use crate::{group::Group, process::Process, state::State};
 
 struct Hashed<'h, H>(&'h mut H);
@@ -80,10 +80,9 @@ impl World {
         }
         let ranks = || reported.iter().map(|process| &self.processes[*process]);
         let whole = |of: &Process| {
-            let (state, (_, world)) = (of.state, of.slice.unwrap_or((0, 1)));
-            let held = |rank| ranks().any(|other| other.state == state && other.slice == Some((rank, world)));
-            let given_up = state.is_some_and(|state| self.given_up.contains(&state.lineage));
-            !self.scenario.sliced || (!given_up && (0..world).all(held))
+            let Some(state) = of.state else { return false };
+            let given_up = self.given_up.contains(&state.lineage);
+            !self.scenario.sliced || (!given_up && slices::complete(ranks, state).is_some())
         };
         let process = *reported.iter().find(|process| whole(&self.processes[**process]))?;
         let held = self.processes[process].held()?;

@@ -6,6 +6,7 @@ mod faults;
 pub mod happening;
 mod links;
 mod parts;
+mod slices;
 mod workers;
 
 use std::{
@@ -53,6 +54,8 @@ pub struct World {
     ruined: bool,
     /// Lineages of states whose slices were looked for and not found.
     given_up: BTreeSet<u64>,
+    /// Slices and the processes that have held them, by the generation that cut the state.
+    holders: BTreeMap<u64, Vec<(u32, usize)>>,
     partitions: u64,
     clients: u64,
     calm: bool,
@@ -88,6 +91,7 @@ impl World {
             furthest: None,
             ruined: false,
             given_up: BTreeSet::new(),
+            holders: BTreeMap::new(),
             partitions: 0,
             clients: 0,
             calm: false,

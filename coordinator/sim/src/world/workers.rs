@@ -136,7 +136,7 @@ impl World {
             protocol: PROTOCOL,
             worker: Process::id(process),
             run_id: "run".into(),
-            host: format!("host{}", of.slot),
+            host: format!("host{}", of.slot / self.scenario.per_host),
             pid: 1,
             device: "cpu".into(),
             held: of.counted_on(),
@@ -244,6 +244,7 @@ impl World {
         let of = &self.processes[process];
         let (flags, state) = (of.flags, of.state);
         let reducing = of.stage == Stage::Reducing;
+        self.processes[process].prepared |= reducing;
         let group = self.groups.entry(generation.0).or_default();
         let mine = state.filter(|_| reducing);
         if group.arrived.is_empty() {
@@ -281,13 +282,7 @@ impl World {
         }
         group.arrived.clear();
         if self.scenario.sliced && group.from.is_none() {
-            let incomplete = !self.slices_are_there(generation);
-            if incomplete {
-                // The older states that others hold are given up with it.
-                let states = self.processes.iter().filter_map(|of| of.state);
-                self.given_up.extend(states.map(|state| state.lineage));
-            }
-            self.groups.entry(generation).or_default().incomplete = incomplete;
+            self.find_slices(generation);
         }
         let group = self.groups.entry(generation).or_default();
         if let Some(from) = group.from {
@@ -306,22 +301,11 @@ impl World {
         }
     }
 
-    /// Whether the ranks of a generation hold together, in slices, the state from which it starts.
-    fn slices_are_there(&self, generation: u64) -> bool {
-        let members = &self.groups[&generation].members;
-        let ranks = || members.iter().map(|member| &self.processes[*member]);
-        let source = ranks().find_map(|of| of.place.as_ref().map(|place| &place.source));
-        let Some(Source::Peer { rank }) = source else { return true };
-        let root = ranks().nth(*rank as usize);
-        let Some((state, (_, world))) = root.and_then(|of| of.state.zip(of.slice)) else { return false };
-        (0..world).all(|rank| ranks().any(|of| of.state == Some(state) && of.slice == Some((rank, world))))
-    }
-
     /// A rank that left its group has no state any more.
     fn loses_its_state(&mut self, process: usize, message: FromWorker) {
         self.is_gone(process);
         let of = &mut self.processes[process];
-        of.state = None;
+        of.forget();
         of.enter(Stage::Idle);
         self.says(process, message);
     }
@@ -359,7 +343,10 @@ impl World {
         if !self.processes[process].in_group() {
             return;
         }
-        let torn = self.processes[process].stage == Stage::Loading && self.rng.random_bool(0.5);
+        // Slices are taken over beside those that are held.
+        let torn = !self.scenario.sliced
+            && self.processes[process].stage == Stage::Loading
+            && self.rng.random_bool(0.5);
         self.is_gone(process);
         let of = &mut self.processes[process];
         of.enter(Stage::Idle);
@@ -376,7 +363,7 @@ impl World {
 
     /// The operation that a rank waited for is complete.
     fn reduced(&mut self, process: usize) {
-        let (generation, rank, world_size) = self.place(process);
+        let (generation, rank, _) = self.place(process);
         let group = &self.groups[&generation.0];
         let hurt = !group.gone.is_empty();
         let agreed = group.agreed;
@@ -391,19 +378,22 @@ impl World {
         let of = &mut self.processes[process];
         if of.stage == Stage::Meeting {
             let source = of.place.as_ref().map(|place| place.source.clone());
-            if source == Some(Source::Peer { rank }) {
+            if self.scenario.sliced {
+                self.catches_up(process, generation.0);
+            } else if source == Some(Source::Peer { rank }) {
                 if of.state.is_none() {
                     return self.breaks(format!("w{process}, whose state is torn, is {generation}'s source"));
                 }
                 let state = of.state;
-                of.slice = Some((rank, world_size));
                 self.groups.entry(generation.0).or_default().source = state;
                 return self.computes(process);
             }
-            of.enter(Stage::Loading);
+            self.processes[process].enter(Stage::Loading);
             return self.works_in(process, self.scenario.load);
         }
-        of.state = of.state.map(State::step);
+        (of.state, of.prepared) = (of.state.map(State::step), false);
+        // All have loaded theirs.
+        of.slices.drain(..of.slices.len().saturating_sub(1));
         let cursor = of.held().unwrap_or_default();
         if cursor.phase == Phase::Generator {
             return self.computes(process);
@@ -459,8 +449,8 @@ impl World {
                 }
             }
         };
-        let of = &mut self.processes[process];
-        (of.state, of.slice) = (Some(state), Some((place.rank, place.world_size)));
+        self.processes[process].state = Some(state);
+        self.takes_slices(process, &place);
         self.computes(process);
     }
 
