@@ -10,7 +10,7 @@ use nix::{
     sys::{signal::Signal, stat::Mode},
     unistd::mkfifo,
 };
-use potstill_tests::{Cluster, Process, kill, lacks, text, worker_pid};
+use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, text, worker_pid};
 
 /// A short run that saves once before its end.
 const SHORT: [&str; 2] = ["distillation.iterations=8", "checkpoint.every=4"];
@@ -150,6 +150,70 @@ fn ranks_may_die_faster_than_the_run_recovers() {
     assert_eq!(code, Some(0), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("hunted", "undisturbed", 100);
+}
+
+/// Each rank holds a slice of the state, and a copy of another's. Three ranks have one micro-batch or two.
+const SHARDED: [&str; 4] = [
+    "memory.shard=gradients",
+    "distillation.global_batch=32",
+    "distillation.micro_batch=8",
+    "optimizer.clip_norm=0.5",
+];
+
+#[test]
+fn a_rank_with_a_slice_of_the_state_may_die_at_any_point_of_an_iteration() {
+    let cluster = Cluster::default();
+    let sets = [&[SHORT[0], "checkpoint.every=1000"], &SHARDED[..]].concat();
+    cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
+    let points = ["forward", "reducing", "reduced", "agreed", "stepped", "gathering", "reported"];
+    let modes = ["memory.shard=optimizer", "memory.shard=gradients"];
+    for (number, (mode, at)) in (0..).zip(modes.iter().flat_map(|mode| points.map(|at| (mode, at)))) {
+        let (run, rank) = (format!("sharded-{number}-{at}"), number % 3);
+        let sets = [&sets[..], &[*mode]].concat();
+        let mut command = cluster.unscored("launch", &run, 3, &sets, &[]);
+        dies(&mut command, &cluster, "die", at, 3, rank);
+        let output = command.output().unwrap();
+        let log = text(&output.stderr);
+        assert!(output.status.success(), "{run}: {log}");
+        assert!(log.contains("generation=2"), "{run}: no rank died: {log}");
+        cluster.assert_same_end(&run, "undisturbed", 8);
+    }
+}
+
+/// One rank's group fails after all have reduced the gradient, and before it learns its norm: the others make the step.
+#[test]
+fn a_rank_that_missed_the_word_makes_the_step_that_the_others_have_made() {
+    let cluster = Cluster::default();
+    let sets = [&[SHORT[0], "checkpoint.every=1000"], &SHARDED[..]].concat();
+    cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
+    let mut command = cluster.unscored("launch", "missed", 3, &sets, &[]);
+    dies(&mut command, &cluster, "tear", "agreed", 3, 1);
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success() && log.contains("generation=2"), "{log}");
+    assert!(log.contains("this rank makes the step that others have made"), "{log}");
+    cluster.assert_same_end("missed", "undisturbed", 8);
+}
+
+#[test]
+fn when_both_holders_of_a_slice_die_the_last_checkpoint_lives_on_and_the_log_says_why() {
+    let cluster = Cluster::default();
+    let sets = [&["distillation.iterations=60", "checkpoint.every=10"], &SHARDED[..]].concat();
+    let mut launched = Process::start(cluster.unscored("launch", "pair", 3, &sets, &[]));
+    let pids = [(); 3].map(|()| worker_pid(&launched.until(&["worker attached"])));
+    launched.until(&["checkpoint committed"]);
+    // Of three ranks any two share a slice.
+    pids[..2].iter().for_each(|pid| kill(*pid, Signal::SIGKILL));
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    let said = "a slice of the state is gone with both of the ranks that held it";
+    assert!(log.contains(said) && log.contains("state_from=checkpoints/"), "{log}");
+    cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
+    let (a, b) = (cluster.checkpoint("pair", 60), cluster.checkpoint("undisturbed", 60));
+    for part in ["generator/", "fake_score/", "generator_ema/"] {
+        let difference = relative_difference(&a, &b, part);
+        assert!(difference <= 1e-4, "{part}: {difference}");
+    }
 }
 
 #[test]

@@ -258,7 +258,7 @@ impl Cluster {
         text.lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
     }
 
-    /// Every tensor of a committed checkpoint, by name, from all shards.
+    /// Every tensor of a committed checkpoint, by name, from all shards. Pieces of tensors are put together.
     ///
     /// # Panics
     /// There is no such checkpoint, or two shards hold the same tensor.
@@ -268,15 +268,26 @@ impl Cluster {
         let manifest = run.join(format!("checkpoints/{iteration:012}/manifest.json"));
         let manifest = std::fs::read(&manifest).unwrap_or_else(|e| panic!("{}: {e}", manifest.display()));
         let manifest: serde_json::Value = serde_json::from_slice(&manifest).expect("a manifest is JSON");
-        let mut tensors = BTreeMap::new();
+        let mut pieces = BTreeMap::new();
         for shard in manifest["shards"].as_array().expect("a manifest lists shards") {
             let bytes =
                 std::fs::read(run.join(shard["key"].as_str().expect("a key"))).expect("a shard can be read");
             for (name, view) in SafeTensors::deserialize(&bytes).expect("a shard is safetensors").iter() {
                 let (values, _) = view.data().as_chunks::<4>();
-                let values = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
-                assert!(tensors.insert(name.to_owned(), values).is_none(), "{name} was written twice");
+                let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                let (tensor, first) = match name.rsplit_once('@') {
+                    Some((tensor, first)) => (tensor, first.parse().expect("a number of elements")),
+                    None => (name, 0),
+                };
+                let piece = (tensor.to_owned(), first);
+                assert!(pieces.insert(piece, values).is_none(), "{name} was written twice");
             }
+        }
+        let mut tensors: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+        for ((tensor, first), values) in pieces {
+            let whole = tensors.entry(tensor).or_default();
+            assert_eq!(whole.len(), first, "pieces follow each other");
+            whole.extend(values);
         }
         tensors
     }

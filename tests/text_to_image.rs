@@ -224,8 +224,9 @@ fn what_saves_memory_changes_nothing() {
     for (run, workers, more) in [
         ("checkpointing", 2, vec!["memory.recompute=true"]),
         ("cache", 2, vec!["prompts.cache=embeddings"]),
-        ("sharded-2", 2, vec!["memory.shard_optimizer=true", "optimizer.clip_norm=1e9"]),
-        ("sharded-3", 3, vec!["memory.shard_optimizer=true", "memory.offload_ema=true"]),
+        ("sharded-2", 2, vec!["memory.shard=optimizer", "optimizer.clip_norm=1e9"]),
+        ("sharded-3", 3, vec!["memory.shard=optimizer", "memory.offload_ema=true"]),
+        ("gradients-3", 3, vec!["memory.shard=gradients", "memory.recompute=true"]),
     ] {
         studio.succeed(run, workers, &sets(&more), &[]);
         studio.assert_close(run, "plain", 6, 1e-4);
@@ -234,51 +235,29 @@ fn what_saves_memory_changes_nothing() {
     // bf16 weights with fp32 master weights: close, but not equal; sharded or not.
     let bf16 = ["distillation.precision=bf16", "memory.bf16_weights=true"];
     studio.succeed("bf16", 1, &sets(&bf16), &[]);
-    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard_optimizer=true"]].concat()), &[]);
+    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard=optimizer"]].concat()), &[]);
+    studio.succeed("bf16-gradients", 4, &sets(&[&bf16[..], &["memory.shard=gradients"]].concat()), &[]);
+    studio.succeed("bf16-whole", 3, &sets(&bf16), &[]);
     studio.assert_close("bf16", "plain", 6, 2e-2);
+    studio.assert_close("bf16-gradients", "bf16", 6, 2e-2);
+    studio.assert_close("bf16-whole", "bf16", 6, 2e-2);
     studio.assert_close("bf16-sharded", "bf16", 6, 2e-2);
     let (bf16, plain) = (studio.cluster.checkpoint("bf16", 6), studio.cluster.checkpoint("plain", 6));
     assert!(relative_difference(&bf16, &plain, "generator/") > 0.0);
 }
 
-/// Pieces of a tensor `name@first` put together.
-fn assembled(
-    tensors: std::collections::BTreeMap<String, Vec<f32>>,
-) -> std::collections::BTreeMap<String, Vec<f32>> {
-    let mut pieces: Vec<(String, usize, Vec<f32>)> = tensors
-        .into_iter()
-        .map(|(name, values)| match name.rsplit_once('@') {
-            Some((tensor, first)) => (tensor.to_owned(), first.parse().unwrap(), values),
-            None => (name, 0, values),
-        })
-        .collect();
-    pieces.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
-    let mut whole: std::collections::BTreeMap<String, Vec<f32>> = Default::default();
-    for (name, first, values) in pieces {
-        let tensor = whole.entry(name).or_default();
-        assert_eq!(tensor.len(), first, "pieces follow each other");
-        tensor.extend(values);
-    }
-    whole
-}
-
 #[test]
 fn a_sharded_optimizers_checkpoint_is_loaded_by_any_number_of_ranks() {
     let studio = Studio::new("sd15");
-    let sharded = "memory.shard_optimizer=true";
+    let sharded = "memory.shard=optimizer";
     studio.succeed("straight", 1, &["distillation.iterations=6"], &[]);
-    for (workers, then, more) in [
-        (3, 1, sharded),
-        (3, 2, sharded),
-        (2, 4, sharded),
-        (1, 3, sharded),
-        (3, 2, "memory.shard_optimizer=false"),
-    ] {
+    for (workers, then, more) in
+        [(3, 1, sharded), (3, 2, sharded), (2, 4, sharded), (1, 3, sharded), (3, 2, "memory.shard=none")]
+    {
         let run = format!("from-{workers}-to-{then}-{}", more.len());
         studio.succeed(&run, workers, &["distillation.iterations=3", sharded], &[]);
         studio.succeed(&run, then, &["distillation.iterations=6", more], &["--resume"]);
-        let (a, b) =
-            (assembled(studio.cluster.checkpoint(&run, 6)), studio.cluster.checkpoint("straight", 6));
+        let (a, b) = (studio.cluster.checkpoint(&run, 6), studio.cluster.checkpoint("straight", 6));
         for part in ["generator/", "fake_score/", "generator_ema/", "generator_adam.exp_avg_sq/"] {
             let difference = relative_difference(&a, &b, part);
             assert!(difference <= 1e-4, "{run}: {part}: {difference}");
@@ -292,34 +271,34 @@ fn a_sharded_optimizers_checkpoint_is_loaded_by_any_number_of_ranks() {
 }
 
 #[test]
-fn a_sharded_run_goes_back_to_its_checkpoint_when_a_rank_dies() {
+fn a_rank_of_a_sharded_run_dies_and_its_partner_goes_on_with_its_slice() {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=6", "checkpoint.every=2", "memory.shard_optimizer=true"];
-    studio.succeed("undisturbed", 2, &sets, &[]);
+    // bf16 weights: the master weights that a rank takes with it are nowhere else.
+    let sets = [
+        "distillation.iterations=6",
+        "checkpoint.every=1000",
+        "memory.shard=optimizer",
+        "distillation.precision=bf16",
+        "memory.bf16_weights=true",
+        "memory.offload_ema=true",
+    ];
+    studio.succeed("undisturbed", 3, &sets, &[]);
     for (at, rank) in [("forward", 0), ("stepped", 1)] {
         let run = format!("{at}-{rank}");
-        let mut command = studio.launch(&run, 2, &sets, &[]);
+        let mut command = studio.launch(&run, 3, &sets, &[]);
         let once = studio.path(&format!("once-{run}"));
         command.env("POTSTILL_FAULT", format!("die:{at}:3:{rank}:{}", once.display()));
         let output = command.output().unwrap();
         let log = text(&output.stderr);
-        assert!(output.status.success(), "{run}: {log}");
-        let end = assembled(studio.cluster.checkpoint(&run, 6));
-        let undisturbed = assembled(studio.cluster.checkpoint("undisturbed", 6));
-        for part in ["generator/", "fake_score/", "generator_ema/"] {
-            let difference = relative_difference(&end, &undisturbed, part);
-            assert!(difference <= 1e-4, "{run}: {part}: {difference}");
-        }
-        let repeated = studio.cluster.summary(&run)["repeated_iterations"].as_u64().unwrap();
-        assert!(repeated <= 2, "{run}: no more than since the checkpoint: {repeated}");
-        assert!(!log.contains("go on without it"), "{run}: the new process is not to blame: {log}");
+        assert!(output.status.success() && log.contains("generation=2"), "{run}: {log}");
+        studio.cluster.assert_same_end(&run, "undisturbed", 6);
     }
 }
 
 #[test]
 fn sharded_workers_join_without_a_step_lost() {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=60", "memory.shard_optimizer=true", "checkpoint.every=1000"];
+    let sets = ["distillation.iterations=60", "memory.shard=optimizer", "checkpoint.every=1000"];
     studio.succeed("undisturbed", 2, &sets, &[]);
     let mut serve = Command::new(binary("potstill"));
     serve
@@ -338,8 +317,8 @@ fn sharded_workers_join_without_a_step_lost() {
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("world_size=2"), "{log}");
     let _ = (first.end(), second.end());
-    let end = assembled(studio.cluster.checkpoint("joined", 60));
-    let undisturbed = assembled(studio.cluster.checkpoint("undisturbed", 60));
+    let end = studio.cluster.checkpoint("joined", 60);
+    let undisturbed = studio.cluster.checkpoint("undisturbed", 60);
     let difference = relative_difference(&end, &undisturbed, "generator/");
     assert!(difference <= 1e-4, "{difference}");
     assert_eq!(studio.cluster.summary("joined")["repeated_iterations"], 0, "{log}");
@@ -723,15 +702,8 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     let (code, said, _) = plan(&["--device-memory", "1MiB"]);
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("no:") && said.contains("memory.bf16_weights"), "{said}");
-    let (code, said, _) = plan(&[
-        "--device-memory",
-        "1GiB",
-        "--json",
-        "--workers",
-        "2",
-        "--set",
-        "memory.shard_optimizer=true",
-    ]);
+    let (code, said, _) =
+        plan(&["--device-memory", "1GiB", "--json", "--workers", "2", "--set", "memory.shard=optimizer"]);
     assert_eq!(code, Some(0));
     let sharded: serde_json::Value = serde_json::from_str(&said).unwrap();
     let (_, said, _) = plan(&["--device-memory", "1GiB", "--json"]);

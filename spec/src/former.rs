@@ -23,6 +23,8 @@ enum Fate {
     Gone,
     /// The same value under another key.
     Renamed(&'static str),
+    /// A switch that has become one of several values of another key.
+    Chosen(&'static str, &'static str),
     /// Seconds, under another key as text with a unit.
     Seconds(&'static str),
 }
@@ -57,8 +59,13 @@ pub const FORMER_KEYS: &[FormerKey] = &[
     },
     FormerKey {
         key: "memory.shard_optimiser",
-        now: "it is `memory.shard_optimizer` now",
-        fate: Fate::Renamed("memory.shard_optimizer"),
+        now: "it is `memory.shard = \"optimizer\"` now",
+        fate: Fate::Chosen("memory.shard", "optimizer"),
+    },
+    FormerKey {
+        key: "memory.shard_optimizer",
+        now: "it is `memory.shard = \"optimizer\"` now",
+        fate: Fate::Chosen("memory.shard", "optimizer"),
     },
     FormerKey {
         key: "cluster.failure_timeout_seconds",
@@ -98,6 +105,10 @@ pub(crate) fn translate(table: &mut Table) {
         match former.fate {
             Fate::Gone => {}
             Fate::Renamed(key) => put(table, key, value),
+            Fate::Chosen(key, chosen) if value.as_bool() == Some(true) => {
+                put(table, key, Value::String(chosen.to_owned()));
+            }
+            Fate::Chosen(..) => {}
             Fate::Seconds(key) => {
                 let seconds = value.as_float().or_else(|| value.as_integer().map(|s| s as f64));
                 if let Some(seconds) = seconds.filter(|s| (0.0..=1e9).contains(s)) {

@@ -43,7 +43,7 @@ pub use evaluation::{EvaluationSpec, ImageTreatment, Protocol};
 pub use generator::{GeneratorSpec, Matching};
 pub use guidance::{GuidancePreset, GuidanceSpec};
 pub use lora::LoraSpec;
-pub use memory::MemorySpec;
+pub use memory::{MemorySpec, Shard};
 pub use optimizer::{DecaySpec, OptimizerSpec};
 pub use prompts::PromptsSpec;
 pub use run::RunSpec;

@@ -5,6 +5,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::{distillation::Precision, problems::Problems};
 
+/// What each rank holds a slice of. It holds a copy of one other rank's slice too, so that a rank that dies costs no step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shard {
+    /// Nothing: every rank holds everything.
+    #[default]
+    None,
+    /// Master weights, Adam's moments and G_ema (ZeRO stage 1, 1910.02054).
+    Optimizer,
+    /// These, and the gradients: each block's are reduced to the slices as soon as they are computed (ZeRO stage 2).
+    Gradients,
+}
+
 /// Options that save memory on the devices; `potstill plan` prints how much.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -15,14 +28,19 @@ pub struct MemorySpec {
     /// Blocks of a text-to-image model's networks are computed again in the backward pass instead of keeping their
     /// activations (activation checkpointing, 1604.06174).
     pub recompute: bool,
-    /// Each rank holds and steps one slice of master weights, Adam's moments and G_ema (ZeRO stage 1, 1910.02054). The
-    /// slice of a rank that dies is then only in the newest checkpoint.
-    pub shard_optimizer: bool,
+    /// What the ranks divide among themselves instead of holding it whole.
+    pub shard: Shard,
     /// G_ema is kept in the host's memory.
     pub offload_ema: bool,
 }
 
 impl MemorySpec {
+    /// Whether each rank holds slices of the state.
+    #[must_use]
+    pub fn is_sharded(&self) -> bool {
+        self.shard != Shard::None
+    }
+
     /// `reads`: whether the teacher is a text-to-image model.
     pub(crate) fn validate(&self, reads: bool, precision: Precision, problems: &mut Problems) {
         problems.require(!self.bf16_weights || (precision == Precision::Bf16 && reads), || {

@@ -244,7 +244,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::Keep;
+    use crate::{Keep, Shard};
 
     fn valid() -> RunSpec {
         let mut spec = RunSpec::default();
@@ -265,7 +265,7 @@ mod tests {
         let mut spec = valid();
         spec.adversarial = Some(AdversarialSpec { data: "real.tar".into(), ..AdversarialSpec::default() });
         spec.optimizer.epsilon = 1e-6;
-        spec.memory.shard_optimizer = true;
+        spec.memory.shard = Shard::Optimizer;
         spec.checkpoint.keep_last = Keep::ALL;
         spec.cluster.failure_timeout = Duration::from_millis(2500);
         let now = spec.to_toml().unwrap();
@@ -273,7 +273,7 @@ mod tests {
         for (new, old) in [
             ("[adversarial]", "[adversarial]\nstart_images = 5\nscore_identity_weight = 100.0"),
             ("[optimizer]", "[optimiser]\nclip_value = 1.0"),
-            ("shard_optimizer", "shard_optimiser"),
+            ("shard = \"optimizer\"", "shard_optimiser = true"),
             ("keep_last = \"all\"", "keep_last = 0\nkeep_every = 0\nstop_after_failures = 0"),
             ("failure_timeout = \"2s 500ms\"", "failure_timeout_seconds = 2.5"),
             ("wait_timeout = \"5m\"", "wait_timeout_seconds = 300.0"),

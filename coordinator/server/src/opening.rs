@@ -174,7 +174,7 @@ pub fn terms(spec: &RunSpec) -> Terms {
         timeouts: Timeouts::new(spec.cluster.failure_timeout, spec.cluster.wait_timeout),
         scored: spec.evaluation.features.is_some(),
         collapse_share: spec.evaluation.collapse_share,
-        sliced: spec.memory.shard_optimizer,
+        sliced: spec.memory.is_sharded(),
         stop_after_failures: spec.checkpoint.stop_after_failures,
         straggler_factor: spec.cluster.straggler_factor,
         replace_stragglers: spec.cluster.replace_stragglers,

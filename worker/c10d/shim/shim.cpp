@@ -393,6 +393,18 @@ bool potstill_broadcast(const potstill_group* group, at::Tensor* tensor, int roo
   });
 }
 
+bool potstill_reduce(const potstill_group* group, at::Tensor* tensor, int root, potstill_work** out,
+                     potstill_error* error) {
+  return failed(error, [&] {
+    std::vector<at::Tensor> tensors{*tensor};
+    c10d::ReduceOptions options;
+    options.reduceOp = c10d::ReduceOp::SUM;
+    options.rootRank = root;
+    auto work = group->backend->reduce(tensors, options);
+    *out = new potstill_work{std::move(work), std::move(tensors), tensor->is_cuda()};
+  });
+}
+
 bool potstill_all_gather(const potstill_group* group, at::Tensor* tensor, at::Tensor* const* outputs, size_t count,
                          potstill_work** out, potstill_error* error) {
   return failed(error, [&] {
@@ -409,6 +421,18 @@ bool potstill_all_gather_into(const potstill_group* group, at::Tensor* output, a
                               potstill_error* error) {
   return failed(error, [&] {
     auto work = group->backend->_allgather_base(*output, *input);
+    *out = new potstill_work{std::move(work), {*output, *input}, input->is_cuda()};
+  });
+}
+
+// Sends `input` to rank `to` and receives `output` from rank `from`.
+bool potstill_exchange(const potstill_group* group, at::Tensor* output, at::Tensor* input, int to, int from,
+                       potstill_work** out, potstill_error* error) {
+  return failed(error, [&] {
+    std::vector<int64_t> received(group->backend->getSize(), 0), sent(group->backend->getSize(), 0);
+    received.at(from) = output->numel();
+    sent.at(to) = input->numel();
+    auto work = group->backend->alltoall_base(*output, *input, received, sent);
     *out = new potstill_work{std::move(work), {*output, *input}, input->is_cuda()};
   });
 }

@@ -126,6 +126,13 @@ unsafe extern "C" {
         out: *mut *mut Work,
         error: *mut ErrorText,
     ) -> bool;
+    pub fn potstill_reduce(
+        group: *const Group,
+        tensor: *const C_tensor,
+        root: c_int,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
     pub fn potstill_all_gather(
         group: *const Group,
         tensor: *const C_tensor,
@@ -145,6 +152,15 @@ unsafe extern "C" {
         group: *const Group,
         output: *const C_tensor,
         input: *const C_tensor,
+        out: *mut *mut Work,
+        error: *mut ErrorText,
+    ) -> bool;
+    pub fn potstill_exchange(
+        group: *const Group,
+        output: *const C_tensor,
+        input: *const C_tensor,
+        to: c_int,
+        from: c_int,
         out: *mut *mut Work,
         error: *mut ErrorText,
     ) -> bool;

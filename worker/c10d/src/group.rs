@@ -217,6 +217,21 @@ impl ProcessGroup {
         })
     }
 
+    /// Replaces `tensor` of rank `root`, of the same shape and kind on all ranks, by the sum of all ranks' tensors. Those of
+    /// the others are undefined afterwards.
+    ///
+    /// Neither read nor write it before the work is done.
+    pub fn reduce(&self, tensor: &Tensor, root: usize) -> Result<Work, Error> {
+        if root >= self.inner.member.world {
+            return Err(self.invalid("reduce", format!("there is no rank {root}")));
+        }
+        let root = to_c_int(root).map_err(|cause| self.invalid("reduce", cause))?;
+        self.issue("reduce", &[tensor], |group, out, error| {
+            // SAFETY: as in `all_reduce`.
+            unsafe { ffi::potstill_reduce(group, tensor.as_ptr(), root, out, error) }
+        })
+    }
+
     /// Collects all ranks' tensors, of the same shape and kind, in the order of ranks.
     ///
     /// The collected tensors are undefined until the work is done; until then do not change `tensor`.
@@ -265,6 +280,26 @@ impl ProcessGroup {
         self.issue("all_gather_into", &[output, input], |group, out, error| {
             // SAFETY: as in `all_reduce`.
             unsafe { ffi::potstill_all_gather_into(group, output.as_ptr(), input.as_ptr(), out, error) }
+        })
+    }
+
+    /// Sends `input` to rank `to`, and receives `output`, of the same size, from rank `from`. All ranks take part, and each
+    /// sends to another one. Until the work is done leave both as they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a rank that does not exist, or tensors that differ in size or kind.
+    pub fn exchange(&self, output: &Tensor, input: &Tensor, to: usize, from: usize) -> Result<Work, Error> {
+        let invalid = |cause: String| self.invalid("exchange", cause);
+        if let Some(rank) = [to, from].into_iter().find(|rank| *rank >= self.inner.member.world) {
+            return Err(invalid(format!("there is no rank {rank}")));
+        }
+        if output.numel() != input.numel() || output.kind() != input.kind() {
+            return Err(invalid("what is sent and what is received must be alike".to_owned()));
+        }
+        let (to, from) = (to_c_int(to).map_err(invalid)?, to_c_int(from).map_err(invalid)?);
+        self.issue("exchange", &[output, input], |group, out, error| {
+            // SAFETY: as in `all_reduce`.
+            unsafe { ffi::potstill_exchange(group, output.as_ptr(), input.as_ptr(), to, from, out, error) }
         })
     }
 

@@ -62,10 +62,24 @@ fn results(seat: &Seat) {
         assert_eq!(all.to_kind(Kind::Float), Tensor::from_slice(&expected));
     }
 
+    let last = world - 1;
+    let sum = Tensor::full([3], rank, (Kind::Float, Device::Cpu));
+    group.reduce(&sum, last as usize).expect("issued").wait(None).expect("reduce");
+    if rank == last {
+        assert_eq!(sum, Tensor::full([3], world * (world - 1) / 2, (Kind::Float, Device::Cpu)));
+    }
+    // Each sends its rank to the next one.
+    let own = Tensor::full([3], rank, (Kind::Float, Device::Cpu));
+    let received = own.zeros_like();
+    let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
+    let work = group.exchange(&received, &own, next as usize, previous as usize).expect("issued");
+    work.wait(None).expect("exchange");
+    assert_eq!(received, Tensor::full([3], previous, (Kind::Float, Device::Cpu)));
+
     let work = group.barrier().expect("issued");
     work.wait(None).expect("barrier");
-    // 9 all-reduces, a broadcast, three all-gathers and a reduce-scatter came before.
-    assert_eq!(work.operation(), "barrier #15");
+    // 9 all-reduces, a broadcast, three all-gathers, a reduce-scatter, a reduce and an exchange came before.
+    assert_eq!(work.operation(), "barrier #17");
 }
 
 #[test]

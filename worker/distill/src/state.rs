@@ -47,8 +47,10 @@ impl Slice {
 /// The layout of a state in memory. It affects no result but through the weights' precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// The slice of master weights, moments and average that is held.
+    /// The slice of master weights, moments and average that this rank owns.
     pub slice: Slice,
+    /// The slice of another rank that this one holds too, and steps in the same way, so that it survives its owner.
+    pub copy: Option<Slice>,
     /// Data type of the networks' weights. Where it is not fp32, fp32 master weights are held as well.
     pub weights: Kind,
     /// Whether G_ema is in the host's memory.
@@ -59,44 +61,40 @@ pub struct Layout {
 
 impl Layout {
     /// Everything in fp32, on the networks' device.
-    pub const PLAIN: Self =
-        Self { slice: Slice::WHOLE, weights: Kind::Float, average_on_host: false, first_moments: [true; 2] };
+    pub const PLAIN: Self = Self {
+        slice: Slice::WHOLE,
+        copy: None,
+        weights: Kind::Float,
+        average_on_host: false,
+        first_moments: [true; 2],
+    };
 }
 
-/// A network that trains, and its optimizer.
+/// The weights of a network that trains.
 pub struct Trained {
     network: Box<dyn Denoiser>,
     /// The weights' memory, followed by room for the slices of all ranks, which have equal lengths.
     memory: Tensor,
-    /// fp32 values of the slice: views of the weights where these are fp32.
-    master: Tensor,
-    adam: Adam,
     slice: Slice,
+    /// Whether slices have been stepped, and the weights of other ranks' slices have not followed.
+    behind: bool,
 }
 
 impl Trained {
-    fn copy_of(network: &dyn Denoiser, of: Network, layout: Layout) -> Self {
+    fn copy_of(network: &dyn Denoiser, layout: Layout) -> Self {
         let values = network.parameters().flat();
         let numel = values.numel() as i64;
         let memory = Tensor::zeros([numel + MOST_SLICES as i64], (layout.weights, values.device()));
         let weights = memory.narrow(0, 0, numel);
         no_grad(|| weights.shallow_clone().copy_(values));
-        Self::over(network, memory, weights, of, layout)
+        Self { network: network.over(weights, true), memory, slice: layout.slice, behind: false }
     }
 
-    fn over(network: &dyn Denoiser, memory: Tensor, weights: Tensor, of: Network, layout: Layout) -> Self {
-        let numel = weights.numel() as i64;
-        let range = layout.slice.range(numel);
-        let held = weights.narrow(0, range.start, range.end - range.start);
-        // A copy only where the data types differ.
-        let master = held.to_kind(Kind::Float);
-        Self {
-            adam: Adam::new(&master, layout.first_moments[of as usize]),
-            network: network.over(weights, true),
-            memory,
-            master,
-            slice: layout.slice,
-        }
+    /// The same weights, of which this rank owns another slice.
+    fn relaid(&self, slice: Slice) -> Self {
+        let weights = self.network.parameters().flat().shallow_clone();
+        let (network, memory) = (self.network.over(weights, true), self.memory.shallow_clone());
+        Self { network, memory, slice, behind: slice.world > 1 }
     }
 
     /// The network, with all its weights.
@@ -105,25 +103,84 @@ impl Trained {
         self.network.as_ref()
     }
 
-    /// Steps the slice. The weights follow if the slice is the whole; otherwise when all slices have been
-    /// [gathered](Self::gathered).
-    fn step(&mut self, gradient: &Gradient, step: u64, settings: &AdamSettings) {
-        self.adam.step(&self.master, &gradient.flat, step, settings);
-        self.write_slice();
+    fn numel(&self) -> i64 {
+        self.network.parameters().flat().numel() as i64
     }
 
-    fn write_slice(&self) {
+    fn range(&self, slice: Slice) -> Tensor {
+        let range = slice.range(self.numel());
+        self.memory.narrow(0, range.start, range.end - range.start)
+    }
+
+    /// The weights of this rank's own slice follow its master weights; those of the others are behind.
+    fn follow(&mut self, master: &Tensor) {
         if self.memory.kind() != Kind::Float {
-            let range = self.slice.range(self.network.parameters().flat().numel() as i64);
-            no_grad(|| self.memory.narrow(0, range.start, range.end - range.start).copy_(&self.master));
+            no_grad(|| self.range(self.slice).copy_(master));
         }
+        self.behind = self.slice.world > 1;
+    }
+
+    /// Whether the weights must be [gathered](Self::gathered) before the network is used.
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        self.behind
+    }
+
+    /// All ranks' slices have been gathered.
+    pub fn set_gathered(&mut self) {
+        self.behind = false;
     }
 
     /// This rank's slice of the weights, and the memory of all slices, one after the other, each as long as this one.
     pub fn gathered(&self) -> (Tensor, Tensor) {
-        let width = self.slice.width(self.network.parameters().flat().numel() as i64);
+        let width = self.slice.width(self.numel());
         let own = self.memory.narrow(0, self.slice.rank as i64 * width, width);
         (own, self.memory.narrow(0, 0, self.slice.world as i64 * width))
+    }
+}
+
+/// What an optimizer holds of one slice of a network, fp32.
+struct Optimized {
+    master: Tensor,
+    adam: Adam,
+}
+
+impl Optimized {
+    fn new(master: Tensor, of: Network, layout: Layout) -> Self {
+        Self { adam: Adam::new(&master, layout.first_moments[of as usize]), master }
+    }
+}
+
+/// Everything that is held of one slice.
+struct Held {
+    slice: Slice,
+    /// By [`Network`].
+    networks: [Optimized; 2],
+    average: Tensor,
+}
+
+impl Held {
+    /// This rank's own slice: views of the weights where these are fp32.
+    fn own(generator: &Trained, fake_score: &Trained, layout: Layout) -> Self {
+        // A copy only where the data types differ.
+        let master = |trained: &Trained| trained.range(layout.slice).to_kind(Kind::Float);
+        Self::new(layout.slice, master(generator), master(fake_score), layout)
+    }
+
+    /// A slice of another rank, in memory of its own: what is gathered half must not reach it.
+    fn copied(slice: Slice, generator: &Trained, fake_score: &Trained, layout: Layout) -> Self {
+        let master = |trained: &Trained| trained.range(slice).to_kind(Kind::Float).copy();
+        Self::new(slice, master(generator), master(fake_score), layout)
+    }
+
+    fn new(slice: Slice, generator: Tensor, fake_score: Tensor, layout: Layout) -> Self {
+        let host = if layout.average_on_host { Device::Cpu } else { generator.device() };
+        let average = generator.to_device(host).copy();
+        let networks = [
+            Optimized::new(generator, Network::Generator, layout),
+            Optimized::new(fake_score, Network::FakeScore, layout),
+        ];
+        Self { slice, networks, average }
     }
 }
 
@@ -134,15 +191,12 @@ pub struct State {
     pub generator: Trained,
     /// f_ψ.
     pub fake_score: Trained,
-    /// The slice of G_ema, fp32.
-    average: Tensor,
+    /// This rank's own slice, and the one that it holds a copy of.
+    held: Vec<Held>,
     /// Optimizer steps and loss scale of each network.
     pub counters: Counters,
     counters_layout: [Entry; 1],
     layout: Layout,
-    /// Whether the parts do not belong together: a slice has been stepped and the weights have not followed, or a part
-    /// of the state has been overwritten.
-    pub torn: bool,
 }
 
 /// Name of the averaged generator among the [parts](State::parts).
@@ -169,6 +223,12 @@ pub struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Length of the whole vector.
+    #[must_use]
+    pub fn whole(&self) -> i64 {
+        self.entries.iter().map(Entry::numel).sum()
+    }
+
     /// The range of the whole vector that is held.
     #[must_use]
     pub fn held(&self) -> Range<i64> {
@@ -192,42 +252,33 @@ impl State {
         counters: Counters,
         layout: Layout,
     ) -> Self {
-        let generator = Trained::copy_of(generator, Network::Generator, layout);
-        let host = if layout.average_on_host { Device::Cpu } else { generator.master.device() };
-        Self {
-            average: generator.master.to_device(host).copy(),
-            generator,
-            fake_score: Trained::copy_of(teacher, Network::FakeScore, layout),
-            counters,
-            counters_layout: [Entry {
-                name: "loss_scale_and_steps".to_owned(),
-                shape: Counters::SHAPE.to_vec(),
-                offset: 0,
-            }],
-            layout,
-            torn: false,
-        }
+        let (generator, fake_score) =
+            (Trained::copy_of(generator, layout), Trained::copy_of(teacher, layout));
+        let counters_layout =
+            [Entry { name: "loss_scale_and_steps".to_owned(), shape: Counters::SHAPE.to_vec(), offset: 0 }];
+        Self::over(generator, fake_score, counters, counters_layout, layout)
     }
 
-    /// A state of the same networks, in the same memory, for another slice, whose values are to be filled in.
+    fn over(
+        generator: Trained,
+        fake_score: Trained,
+        counters: Counters,
+        counters_layout: [Entry; 1],
+        layout: Layout,
+    ) -> Self {
+        let own = Held::own(&generator, &fake_score, layout);
+        let copy = layout.copy.map(|slice| Held::copied(slice, &generator, &fake_score, layout));
+        let held = [own].into_iter().chain(copy).collect();
+        Self { generator, fake_score, held, counters, counters_layout, layout }
+    }
+
+    /// A state of the same networks, in the same memory, for other slices, whose values are to be filled in. Slices that
+    /// this one holds stay as they are if what is filled in is of the same state.
     #[must_use]
-    pub fn relaid(&self, slice: Slice) -> Self {
-        let layout = Layout { slice, ..self.layout };
-        let relaid = |trained: &Trained, of| {
-            let weights = trained.network.parameters().flat().shallow_clone();
-            Trained::over(trained.network.as_ref(), trained.memory.shallow_clone(), weights, of, layout)
-        };
-        let generator = relaid(&self.generator, Network::Generator);
-        let fake_score = relaid(&self.fake_score, Network::FakeScore);
-        Self {
-            average: generator.master.to_device(self.average.device()).zeros_like(),
-            generator,
-            fake_score,
-            counters: self.counters.duplicate(),
-            counters_layout: self.counters_layout.clone(),
-            layout,
-            torn: true,
-        }
+    pub fn relaid(&self, slice: Slice, copy: Option<Slice>) -> Self {
+        let layout = Layout { slice, copy, ..self.layout };
+        let (generator, fake_score) = (self.generator.relaid(slice), self.fake_score.relaid(slice));
+        Self::over(generator, fake_score, self.counters.duplicate(), self.counters_layout.clone(), layout)
     }
 
     /// Its layout in memory.
@@ -236,20 +287,45 @@ impl State {
         self.layout
     }
 
-    /// Every vector, in a fixed order.
+    /// Every vector, or this rank's own slice of it, in a fixed order.
     #[must_use]
     pub fn parts(&self) -> Vec<Part<'_>> {
+        self.parts_of(0)
+    }
+
+    /// The parts of a slice that this rank holds, with the counters; `None` where it does not hold it.
+    #[must_use]
+    pub fn parts_of_slice(&self, slice: Slice) -> Option<Vec<Part<'_>>> {
+        let index = self.held.iter().position(|held| held.slice == slice)?;
+        Some(self.parts_of(index))
+    }
+
+    /// The parts of every slice that this rank holds.
+    #[must_use]
+    pub fn all_parts(&self) -> Vec<Part<'_>> {
+        let copies = 1..self.held.len();
+        let copied = copies.flat_map(|index| self.parts_of(index)).filter(|part| part.name != COUNTERS);
+        self.parts().into_iter().chain(copied).collect()
+    }
+
+    fn parts_of(&self, index: usize) -> Vec<Part<'_>> {
+        let held = &self.held[index];
+        let [generator, fake_score] = &held.networks;
         let (g, f) = (&self.generator, &self.fake_score);
         let vectors = [
-            ("generator", g, Some(&g.master)),
-            (GENERATOR_EMA, g, Some(&self.average)),
-            ("fake_score", f, Some(&f.master)),
-            (FIRST_MOMENTS[0], g, g.adam.exp_avg.as_ref()),
-            ("generator_adam.exp_avg_sq", g, Some(&g.adam.exp_avg_sq)),
-            (FIRST_MOMENTS[1], f, f.adam.exp_avg.as_ref()),
-            ("fake_score_adam.exp_avg_sq", f, Some(&f.adam.exp_avg_sq)),
+            ("generator", g, Some(&generator.master)),
+            (GENERATOR_EMA, g, Some(&held.average)),
+            ("fake_score", f, Some(&fake_score.master)),
+            (FIRST_MOMENTS[0], g, generator.adam.exp_avg.as_ref()),
+            ("generator_adam.exp_avg_sq", g, Some(&generator.adam.exp_avg_sq)),
+            (FIRST_MOMENTS[1], f, fake_score.adam.exp_avg.as_ref()),
+            ("fake_score_adam.exp_avg_sq", f, Some(&fake_score.adam.exp_avg_sq)),
         ];
-        let held = vectors.into_iter().filter_map(|(name, of, values)| Some(self.part(name, of, values?)));
+        let parts = vectors.into_iter().filter_map(|(name, of, values)| {
+            let (values, entries) = (values?, of.network.parameters().entries());
+            let first = held.slice.range(of.numel()).start;
+            Some(Part { name, entries, values, first, replicated: held.slice.world == 1 })
+        });
         let counters = Part {
             name: COUNTERS,
             entries: &self.counters_layout,
@@ -257,27 +333,20 @@ impl State {
             first: 0,
             replicated: true,
         };
-        held.chain([counters]).collect()
+        parts.chain([counters]).collect()
     }
 
-    fn part<'a>(&self, name: &'static str, of: &'a Trained, values: &'a Tensor) -> Part<'a> {
-        let parameters = of.network.parameters();
-        let first = self.layout.slice.range(parameters.flat().numel() as i64).start;
-        let replicated = self.layout.slice.world == 1;
-        Part { name, entries: parameters.entries(), values, first, replicated }
-    }
-
-    /// Updates this rank's slices of the weights from new values of the [parts](State::parts). With more than one slice
-    /// the weights must then be [gathered](Trained::gathered).
+    /// Updates the weights from new values of the [parts](State::parts). With more than one slice they must then be
+    /// [gathered](Trained::gathered).
     pub fn settle(&mut self) {
-        self.generator.write_slice();
-        self.fake_score.write_slice();
-        self.torn = false;
+        let [generator, fake_score] = &self.held[0].networks;
+        self.generator.follow(&generator.master);
+        self.fake_score.follow(&fake_score.master);
     }
 
-    /// G_ema's slice, as a vector on the device of the networks.
+    /// This rank's slice of G_ema, as a vector on the device of the networks.
     pub fn average(&self) -> Tensor {
-        self.average.to_device(self.generator.memory.device())
+        self.held[0].average.to_device(self.generator.memory.device())
     }
 
     /// G_ema, from all its elements, fp32; without gradient.
@@ -286,22 +355,34 @@ impl State {
         self.generator.network.over(average, false)
     }
 
-    /// One step of a network, and of its counter. `gradient` is that of the slice.
-    pub fn step(&mut self, network: Network, gradient: &Gradient, settings: &AdamSettings) {
-        self.torn = self.layout.slice.world > 1;
-        let step = self.counters.count_step(network);
-        let trained = match network {
+    /// The weights of one of the networks.
+    pub fn trained(&mut self, network: Network) -> &mut Trained {
+        match network {
             Network::Generator => &mut self.generator,
             Network::FakeScore => &mut self.fake_score,
-        };
-        trained.step(gradient, step, settings);
+        }
+    }
+
+    /// One step of a network, and of its counter. `gradient` is that of the slices that are held. With more than one slice
+    /// the weights must then be [gathered](Trained::gathered).
+    pub fn step(&mut self, network: Network, gradient: &Gradient, settings: &AdamSettings) {
+        let step = self.counters.count_step(network);
+        for (held, gradient) in self.held.iter_mut().zip(&gradient.slices) {
+            let Optimized { master, adam } = &mut held.networks[network as usize];
+            adam.step(master, gradient, step, settings);
+        }
+        let master = self.held[0].networks[network as usize].master.shallow_clone();
+        self.trained(network).follow(&master);
     }
 
     /// G_ema's update at the end of an iteration before which `images_seen` images were counted. It is made in every
     /// iteration, even if the generator was not stepped (EDM's training loop, which SiD keeps).
     pub fn update_average(&mut self, half_life_images: f64, images_seen: f64, batch: f64) {
         let beta = ema::beta(half_life_images, images_seen, batch);
-        ema::update(&self.average, &self.generator.master.to_device(self.average.device()), beta);
+        for held in &self.held {
+            let master = &held.networks[Network::Generator as usize].master;
+            ema::update(&held.average, &master.to_device(held.average.device()), beta);
+        }
     }
 }
 

@@ -147,8 +147,8 @@ fn distil(
         let factor = (1.5 * (1.0 - iteration as f64 / ITERATIONS as f64)).min(1.0).powi(2);
         let mut step = |network: &dyn Denoiser, index: usize, rate: f64| {
             let adam = AdamSettings { learning_rate: rate * factor, betas: [0.0, 0.999], epsilon: 1e-8 };
-            let gradient = Gradient::repaired(network.parameters().flat_grad() / 512.0);
-            adams[index].step(network.parameters().flat(), &gradient.flat, iteration + 1, &adam);
+            let gradient = Gradient::repaired(vec![network.parameters().flat_grad() / 512.0]);
+            adams[index].step(network.parameters().flat(), &gradient.slices[0], iteration + 1, &adam);
             network.parameters().zero_grad();
         };
         phase::fake_score(generator, fake, &draws.fake_score(iteration, 0), &settings).loss.backward();

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use tch::{Kind, Tensor, no_grad};
+use tch::{Kind, Tensor};
 
 /// The place of a parameter in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,17 +119,6 @@ impl Parameters {
             })
             .collect();
         Tensor::cat(&gradients, 0)
-    }
-
-    /// Adds the gradients to a vector laid out like [`flat`](Self::flat), of any data type.
-    pub fn add_gradients_to(&self, sum: &Tensor) {
-        for (entry, leaf) in self.entries.iter().zip(&self.leaves) {
-            let gradient = leaf.grad();
-            if gradient.defined() {
-                let mut place = sum.narrow(0, entry.offset, entry.numel());
-                let _ = no_grad(|| place.g_add_(&gradient.reshape([-1])));
-            }
-        }
     }
 
     /// Sets the gradients to 0 in place, so that they remain views of a reducer's buckets.

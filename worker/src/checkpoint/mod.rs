@@ -306,13 +306,13 @@ fn overlap(a: &Range<i64>, b: &Range<i64>) -> Range<i64> {
     start..a.end.min(b.end).max(start)
 }
 
-/// Fills `state`, or the slices that it holds, from the checkpoint with this manifest; returns its cursor.
+/// Fills `state`, or all slices that it holds, from the checkpoint with this manifest; returns its cursor.
 ///
 /// # Errors
 /// A shard that is missing or damaged, by name; a tensor that is missing or of another shape, by name.
 pub async fn restore(run: &Run, manifest_key: &str, state: &mut State) -> anyhow::Result<Cursor> {
     let manifest = run.resumable_manifest(manifest_key).await?;
-    let iteration = fill(run, manifest_key, &manifest, &state.parts(), Others::Refused).await?;
+    let iteration = fill(run, manifest_key, &manifest, &state.all_parts(), Others::Refused).await?;
     let phase = if manifest.fake_score_done { Phase::Generator } else { Phase::FakeScore };
     Ok(Cursor { iteration, phase })
 }
@@ -351,15 +351,17 @@ async fn fill(
 ) -> anyhow::Result<u64> {
     /// A tensor of which elements are still missing.
     struct Missing<'a> {
-        part: &'a Part<'a>,
         entry: &'a Entry,
         elements: i64,
+        /// What it fills: the parts of slices that are held.
+        targets: Vec<&'a Part<'a>>,
     }
     let mut missing: HashMap<String, Missing> = HashMap::new();
     for part in parts {
         for entry in part.entries {
             let name = format!("{}/{}", part.name, entry.name);
-            missing.insert(name, Missing { part, entry, elements: entry.numel() });
+            let unread = || Missing { entry, elements: entry.numel(), targets: vec![] };
+            missing.entry(name).or_insert_with(unread).targets.push(part);
         }
     }
     for shard in &manifest.shards {
@@ -381,7 +383,7 @@ async fn fill(
                     "shard {place} holds {name}, which this model does not have or another shard holds too"
                 );
             };
-            let (part, entry) = (wanted.part, wanted.entry);
+            let entry = wanted.entry;
             let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
             let count = shape.iter().product::<i64>();
             let fits = match piece {
@@ -396,14 +398,17 @@ async fn fill(
             );
             wanted.elements -= count;
             let start = entry.offset + first;
-            let held = overlap(&(start..start + count), &part.held());
-            if held.is_empty() {
-                continue;
+            for part in &wanted.targets {
+                let held = overlap(&(start..start + count), &part.held());
+                if held.is_empty() {
+                    continue;
+                }
+                let bytes = (held.start - start) as usize * 4..(held.end - start) as usize * 4;
+                let values =
+                    Tensor::from_data_size(&view.data()[bytes], &[held.end - held.start], Kind::Float);
+                let mut target = part.values.narrow(0, held.start - part.first, held.end - held.start);
+                tch::no_grad(|| target.copy_(&values));
             }
-            let values = Tensor::from_data_size(view.data(), &[count], Kind::Float);
-            let values = values.narrow(0, held.start - start, held.end - held.start);
-            let mut target = part.values.narrow(0, held.start - part.first, held.end - held.start);
-            tch::no_grad(|| target.copy_(&values));
         }
     }
     let missing: BTreeSet<&String> =

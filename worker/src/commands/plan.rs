@@ -7,10 +7,13 @@ use clap::Args;
 use potstill_distill::state::Slice;
 use potstill_logging::print;
 use potstill_models::diffusers::{Kept, ModelFolder, Pass, UNetConfig};
-use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec};
+use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec, Shard};
 use serde::Serialize;
 
-use crate::model::{adapters, teacher_folder};
+use crate::{
+    model::{adapters, teacher_folder},
+    training::buckets,
+};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -22,7 +25,7 @@ pub struct Arguments {
     /// Number of ranks
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     workers: u32,
-    /// Change one key, as in memory.shard_optimizer=true
+    /// Change one key, as in memory.shard=optimizer
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
     /// Print JSON instead of a table
@@ -108,17 +111,17 @@ impl Plan {
             Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4),
             None => (size, kind),
         };
-        let slice = match memory.shard_optimizer {
+        let slice = match memory.is_sharded() {
             true => Slice { rank: 0, world: workers as usize }.width(trained),
             false => trained,
         };
+        // The copy of another rank's slice, whose master weights are never views of the weights.
+        let copy = if memory.is_sharded() && workers > 1 { slice } else { 0 };
+        let held = slice + copy;
         let low = trained_kind < 4;
-        let buffered = low || (memory.shard_optimizer && workers > 1);
-        let reduced = match buffered {
-            true if slice == trained => 0,
-            true => slice,
-            false => trained,
-        };
+        let shared = memory.is_sharded() && workers > 1;
+        let bucketed = low || shared;
+        let bucket = 4 * buckets::elements(trained);
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
         let weights = match spec.lora {
             // The first values of the adapters are kept beside those that train.
@@ -133,20 +136,26 @@ impl Plan {
         let encoders = if cached { 0 } else { model.text };
         Ok(Self {
             weights: bytes_of(weights),
-            master_weights: bytes_of(if low { 2 * 4 * slice } else { 0 }),
-            moments: bytes_of(moments * 4 * slice),
-            average: bytes_of(if memory.offload_ema { 0 } else { 4 * slice }),
+            master_weights: bytes_of(2 * 4 * if low { held } else { copy }),
+            moments: bytes_of(moments * 4 * held),
+            average: bytes_of(if memory.offload_ema { 0 } else { 4 * held }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
-            gradients: bytes_of(match buffered {
-                // The sum over micro-batches; the gradients of one micro-batch appear while its activations are
-                // released.
+            gradients: bytes_of(match bucketed {
+                true if shared && memory.shard == Shard::Gradients => {
+                    4 * slice + buckets::UNDER_WAY as i64 * bucket
+                }
+                // The sum over micro-batches.
                 true => 4 * trained,
                 // c10d's buckets of both networks.
                 false => 2 * 4 * trained,
             }),
-            activations: bytes_of(activations(spec, model)?.max(trained_kind * trained)),
-            // The reduced gradient, where it is not in the buffer itself.
-            step: bytes_of(4 * reduced),
+            activations: bytes_of(match bucketed {
+                // The gradients of one micro-batch are released bucket by bucket.
+                true => activations(spec, model)? + bucket,
+                false => activations(spec, model)?.max(trained_kind * trained),
+            }),
+            // The reduced gradient of the slice that is copied, or of the whole where it is in many buckets.
+            step: bytes_of(4 * if bucketed { copy } else { trained }),
         })
     }
 
@@ -271,13 +280,14 @@ struct Saver {
 /// The changes that save memory, each by itself, the greatest first.
 fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Saver>> {
     type Change = fn(&mut RunSpec, &mut u32);
-    let changes: [(&str, Change); 7] = [
+    let changes: [(&str, Change); 8] = [
         ("memory.recompute=true", |spec, _| spec.memory.recompute = true),
         ("memory.bf16_weights=true with distillation.precision=bf16", |spec, _| {
             spec.memory.bf16_weights = true;
             spec.distillation.precision = Precision::Bf16;
         }),
-        ("memory.shard_optimizer=true", |spec, _| spec.memory.shard_optimizer = true),
+        ("memory.shard=optimizer", |spec, _| spec.memory.shard = Shard::Optimizer),
+        ("memory.shard=gradients", |spec, _| spec.memory.shard = Shard::Gradients),
         ("distillation.micro_batch=1", |spec, _| spec.distillation.micro_batch = 1),
         ("memory.offload_ema=true", |spec, _| spec.memory.offload_ema = true),
         ("lora={rank=64}", |spec, _| {
@@ -321,7 +331,10 @@ mod tests {
         Condition, Denoiser, Embedded, TextCondition,
         diffusers::{LatentDenoiser, ScheduleConfig},
     };
-    use potstill_proto::wire::StepSeconds;
+    use potstill_proto::{
+        cursor::{Cursor, Phase},
+        wire::StepSeconds,
+    };
     use potstill_spec::{GuidancePreset, LoraSpec, PromptsSpec};
     use potstill_torch_ext::MemoryMeter;
     use tch::{Device, Kind};
@@ -330,7 +343,7 @@ mod tests {
     use crate::{
         model::adapters,
         session::Progress,
-        training::{Recipe, settings, step::Trainer},
+        training::{Prepared, Recipe, settings, step::Trainer},
     };
 
     const TOKENS: i64 = 16;
@@ -372,12 +385,14 @@ mod tests {
             let drawn = drawn.with_recomputation(spec.memory.recompute);
             drawn.over(drawn.parameters().flat().to_kind(weights), false)
         };
-        let slice = if spec.memory.shard_optimizer { Slice { rank: 0, world } } else { Slice::WHOLE };
+        let sliced = spec.memory.is_sharded();
+        let slice = if sliced { Slice { rank: 0, world } } else { Slice::WHOLE };
+        let copy = (sliced && world > 1).then_some(Slice { rank: world - 1, world });
         let recipe = Recipe::new(spec, settings(spec, teacher.process(), Device::Cpu));
         let first_moments = recipe.optimizer.first_moments();
         // As in a run, where a state that starts anew is made of them: they are kept to the end.
         let adapted = spec.lora.as_ref().map(|lora| adapters::first(teacher.as_ref(), lora, 0).unwrap());
-        let layout = |weights| Layout { slice, weights, average_on_host: false, first_moments };
+        let layout = |weights| Layout { slice, copy, weights, average_on_host: false, first_moments };
         let mut state = match &adapted {
             None => {
                 let teacher = teacher.as_ref();
@@ -391,15 +406,18 @@ mod tests {
         let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());
         let progress = Progress::default();
         let trainer =
-            Trainer::new(&recipe, teacher.as_ref(), &draws, alone, 0..1, &progress, &state).unwrap();
+            Trainer::new(&recipe, teacher.as_ref(), &draws, alone, 0..1, &progress, &state, None).unwrap();
         for iteration in 0..2 {
             for network in [Network::FakeScore, Network::Generator] {
                 let mut seconds = StepSeconds::default();
-                let reduced =
-                    trainer.gradient(&state, network, iteration, &mut seconds, || Ok(())).ok().unwrap();
-                trainer.step(&mut state, network, iteration, reduced.gradient, &mut seconds).ok().unwrap();
+                let reduced = trainer.gradient(&mut state, network, iteration, &mut seconds, || Ok(()));
+                let gradient = reduced.ok().unwrap().gradient;
+                let phase = [Phase::Generator, Phase::FakeScore][network as usize];
+                let prepared = Prepared::new(&recipe, network, Cursor { iteration, phase }, gradient);
+                let whole = trainer.agree(&prepared, &mut seconds).ok().unwrap();
+                trainer.step(&mut state, prepared, whole, &mut seconds);
+                trainer.clear(network).unwrap();
             }
-            trainer.update_average(&mut state, iteration);
         }
         meter.peak().unwrap()
     }
@@ -417,10 +435,12 @@ mod tests {
         };
         let alone = changes(&spec, 1);
         assert!(alone.contains(&"memory.recompute=true") && alone.contains(&"memory.offload_ema=true"));
-        let useless = ["memory.shard_optimizer=true", "distillation.micro_batch=1", "twice as many workers"];
+        let useless = ["memory.shard=optimizer", "distillation.micro_batch=1", "twice as many workers"];
         assert!(!alone.iter().any(|change| useless.contains(change)), "{alone:?}");
-        assert!(changes(&spec, 2).contains(&"memory.shard_optimizer=true"));
-        spec.memory.shard_optimizer = true;
+        // Each slice has two holders, so two ranks hold everything.
+        assert!(!changes(&spec, 2).contains(&"memory.shard=optimizer"));
+        assert!(changes(&spec, 4).contains(&"memory.shard=optimizer"));
+        spec.memory.shard = Shard::Optimizer;
         assert!(changes(&spec, 2).contains(&"twice as many workers"));
         spec.lora = Some(LoraSpec { rank: std::num::NonZeroU32::MIN, ..LoraSpec::default() });
         assert!(!changes(&spec, 2).contains(&"lora={rank=64}"));
@@ -450,7 +470,7 @@ mod tests {
             let rank = std::num::NonZeroU32::new(4).unwrap();
             spec.lora = Some(LoraSpec { rank, ..LoraSpec::default() });
         };
-        let cases: [(&str, usize, Change); 11] = [
+        let cases: [(&str, usize, Change); 14] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("recompute", 1, &|spec| {
@@ -474,11 +494,18 @@ mod tests {
                 adapted(spec);
                 spec.memory.recompute = true;
             }),
-            ("sharded", 2, &|spec| spec.memory.shard_optimizer = true),
+            ("sharded", 2, &|spec| spec.memory.shard = Shard::Optimizer),
+            ("sharded over 4", 4, &|spec| spec.memory.shard = Shard::Optimizer),
+            ("gradients over 4", 4, &|spec| spec.memory.shard = Shard::Gradients),
+            ("gradients over 4, bf16", 4, &|spec| {
+                low(spec);
+                spec.memory.shard = Shard::Gradients;
+                spec.memory.recompute = true;
+            }),
             ("all", 2, &|spec| {
                 low(spec);
                 guided(spec);
-                spec.memory.shard_optimizer = true;
+                spec.memory.shard = Shard::Optimizer;
                 spec.memory.recompute = true;
             }),
         ];

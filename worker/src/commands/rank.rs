@@ -275,10 +275,8 @@ fn rescue(
 ) {
     let (cursor, saved) = (holding.cursor, session.outbox().saved());
     let Some(state) = holding.state.as_ref().filter(|_| cursor > Cursor::boundary(saved)) else { return };
-    if job.spec().memory.shard_optimizer {
-        return tracing::error!(
-            "nothing is rescued: with memory.shard_optimizer no rank holds the whole state"
-        );
+    if job.spec().memory.is_sharded() {
+        return tracing::error!("nothing is rescued: with memory.shard a rank does not hold the whole state");
     }
     tracing::info!(%cursor, folder = %folder.display(), "rescuing the state");
     let rescued = || -> anyhow::Result<Option<String>> {

@@ -259,14 +259,14 @@ fn train(
         let weight = network.process().loss_weight(&sigma);
         let loss = loss::denoising(&denoised, &clean, &weight).mean(Kind::Float);
         loss.backward();
-        let gradient = Gradient::repaired(network.parameters().flat_grad());
+        let gradient = Gradient::repaired(vec![network.parameters().flat_grad()]);
         ensure!(
-            gradient.non_finite == 0,
+            gradient.sums().non_finite == 0.0,
             "iteration {iteration}: the gradient is not finite; lower training.learning_rate"
         );
         let settings =
             AdamSettings { learning_rate: learning_rate(t, iteration), betas: t.betas, epsilon: t.epsilon };
-        adam.step(flat, &gradient.flat, iteration + 1, &settings);
+        adam.step(flat, &gradient.slices[0], iteration + 1, &settings);
         network.parameters().zero_grad();
         let beta = ema::beta(t.ema_half_life_images, (iteration * u64::from(t.batch)) as f64, t.batch.into());
         ema::update(average.parameters().flat(), flat, beta);

@@ -9,7 +9,12 @@ use potstill_proto::{
     wire::{StepReport, StepSeconds},
 };
 
-use super::{Member, interruption::Interruption, obey_orders, step::Totals};
+use super::{
+    Member,
+    interruption::Interruption,
+    obey_orders,
+    step::{Prepared, Reduced, Stepped, Totals},
+};
 use crate::{
     process::{faults, lifeline},
     training::control_lane::{Flags, Lane},
@@ -53,23 +58,15 @@ impl Member<'_> {
         let mut seconds = StepSeconds::default();
 
         let fake_score = match cursor.phase {
-            Phase::FakeScore => {
-                let trained = self.train(state, Network::FakeScore, iteration, &mut seconds)?;
-                cursor.phase = Phase::Generator;
-                self.session.progress.set_cursor(*cursor);
-                trained
-            }
+            Phase::FakeScore => self.train(state, Network::FakeScore, cursor, &mut seconds)?,
             // Done in another generation, whose sums are not known here.
             Phase::Generator => Trained::nothing(),
         };
-        let generator = match self.job.recipe.settings.schedule.trains_generator(iteration) {
-            true => self.train(state, Network::Generator, iteration, &mut seconds)?,
-            false => Trained::nothing(),
+        let generator = match cursor.phase {
+            Phase::Generator => self.train(state, Network::Generator, cursor, &mut seconds)?,
+            // It is not trained in this iteration.
+            Phase::FakeScore => Trained::nothing(),
         };
-        self.wait_for_copy();
-        self.trainer.update_average(state, iteration);
-        *cursor = Cursor::boundary(iteration + 1);
-        self.session.progress.set_cursor(*cursor);
 
         let share = self.assignment.micro_batches;
         let samples = share.count * self.job.spec.distillation.micro_batch;
@@ -122,21 +119,34 @@ impl Member<'_> {
         Ok(())
     }
 
-    /// One phase: its gradient over the global batch, and the step of the network that it trains.
+    /// One phase: its gradient over the global batch, and the step of the network that it trains. The cursor follows.
     fn train(
         &mut self,
         state: &mut State,
         network: Network,
-        iteration: u64,
+        cursor: &mut Cursor,
         seconds: &mut StepSeconds,
     ) -> Result<Trained, Interruption> {
         let (session, generation) = (&mut *self.session, self.assignment.generation);
-        let reduced =
+        let iteration = cursor.iteration;
+        let Reduced { totals, gradient, loss_scale } =
             self.trainer.gradient(state, network, iteration, seconds, || obey_orders(session, generation))?;
         self.wait_for_copy();
-        let (norm, non_finite) = (reduced.gradient.norm, reduced.gradient.non_finite);
-        let sick = self.trainer.step(state, network, iteration, reduced.gradient, seconds)?;
-        let (totals, loss_scale) = (reduced.totals, reduced.loss_scale);
+        let prepared = Prepared::new(self.trainer.recipe, network, *cursor, gradient);
+        // Where the step is not made here, it may have been made by others, who then need it to be made here too.
+        let prepared = self.pending.prepared.insert(prepared);
+        let whole = self.trainer.agree(prepared, seconds);
+        let sliced = self.job.is_sliced();
+        let Some(prepared) = self.pending.prepared.take_if(|_| whole.is_ok() || !sliced) else {
+            return Err(whole.err().unwrap_or_else(|| anyhow::anyhow!("there is no prepared step").into()));
+        };
+        let whole = whole?;
+        let Stepped { cursor: next, sick } = self.trainer.step(state, prepared, whole, seconds);
+        *cursor = next;
+        self.pending.made = Some((next, whole));
+        self.session.progress.set_cursor(next);
+        self.trainer.clear(network)?;
+        let (norm, non_finite) = (whole.norm(), whole.non_finite as u64);
         Ok(Trained { totals, norm, non_finite, loss_scale, sick })
     }
 }

@@ -206,15 +206,17 @@ impl Job {
         })
     }
 
-    /// The state before the first iteration, of which a rank holds a slice.
-    pub(super) fn first_state(&self, slice: Slice) -> State {
+    /// The state before the first iteration, or the slices of it that a rank is to hold.
+    pub(super) fn first_state(&self, assignment: &Assignment) -> State {
         let dynamic = self.spec.distillation.precision == Precision::Fp16;
         let (fake_score, generator) = match &self.adapted {
             Some([fake_score, generator]) => (fake_score.as_ref(), generator.as_ref()),
             None => (self.teacher.as_ref(), self.start.as_deref().unwrap_or(self.teacher.as_ref())),
         };
+        let [slice, copy] = self.slices(assignment);
         let layout = Layout {
-            slice,
+            slice: slice.unwrap_or(Slice::WHOLE),
+            copy,
             // Adapters are small: they are fp32 also where the network beneath is not.
             weights: generator.parameters().flat().kind(),
             average_on_host: self.spec.memory.offload_ema,
@@ -223,12 +225,28 @@ impl Job {
         State::starting_from(fake_score, generator, Counters::new(dynamic), layout)
     }
 
-    /// The slice of master weights, moments and average that a rank holds.
-    pub(super) fn slice(&self, assignment: &Assignment) -> Slice {
-        match self.spec.memory.shard_optimizer {
-            true => Slice { rank: assignment.rank as usize, world: assignment.world_size as usize },
-            false => Slice::WHOLE,
+    /// Whether each rank holds slices of the state.
+    pub(super) fn is_sliced(&self) -> bool {
+        self.spec.memory.is_sharded()
+    }
+
+    /// The slice of master weights, moments and average that a rank owns, and the one that it holds a copy of.
+    pub(super) fn slices(&self, assignment: &Assignment) -> [Option<Slice>; 2] {
+        let world = assignment.world_size as usize;
+        let slice = |rank: u32| Slice { rank: rank as usize, world };
+        match self.is_sliced() {
+            true => {
+                [Some(slice(assignment.rank)), assignment.partners.map(|partners| slice(partners.copies))]
+            }
+            false => [Some(Slice::WHOLE), None],
         }
+    }
+
+    /// Parameters that are trained of one network.
+    pub(super) fn trained_parameters(&self) -> i64 {
+        let trained =
+            self.adapted.as_ref().map_or(self.teacher.as_ref(), |[_, generator]| generator.as_ref());
+        trained.parameters().flat().numel() as i64
     }
 
     /// The source of this run's micro-batches.

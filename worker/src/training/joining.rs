@@ -7,14 +7,23 @@ use std::{
 };
 
 use potstill_c10d::{Backend, ProcessGroup, Store};
-use potstill_distill::state::{Slice, State};
+use potstill_distill::{
+    gradient::Sums,
+    state::{Layout, Slice, State},
+};
 use potstill_proto::{
-    cursor::Cursor,
+    cursor::{Cursor, Generation},
     message::{Assignment, Source},
 };
 use tch::Device;
 
-use super::{interruption::Interruption, job::Job, transfer};
+use super::{
+    claims::{self, Claim, Cut, Decision},
+    interruption::Interruption,
+    job::Job,
+    step::{Prepared, Recipe},
+    transfer,
+};
 use crate::{checkpoint, session::Session};
 use potstill_logging::chain;
 
@@ -33,6 +42,22 @@ pub struct Holding {
     pub state: Option<State>,
     /// Its cursor; the start when there is no state.
     pub cursor: Cursor,
+    /// The generation whose slices it holds of the state.
+    cut: Generation,
+    /// Slices of the same state that were taken over in a generation that failed before all ranks had theirs.
+    other: Option<(Generation, State)>,
+    /// The step that is under way, where each rank holds slices.
+    pub pending: Pending,
+}
+
+/// The step that is under way, and the one before. A rank's group may fail when it has made a step that others have only
+/// prepared, or the other way round: then they come together by these.
+#[derive(Default)]
+pub struct Pending {
+    /// A step that is prepared and not made.
+    pub prepared: Option<Prepared>,
+    /// The sums of the gradient of the step that led to a cursor.
+    pub made: Option<(Cursor, Sums)>,
 }
 
 /// Joins the group. Waiting for the other ranks cannot be interrupted, so a thread of its own does it, which is
@@ -78,16 +103,20 @@ pub(super) fn obtain_state(
     holding: &mut Holding,
     assignment: &Assignment,
     group: &ProcessGroup,
-) -> Result<(State, Cursor), Interruption> {
+) -> Result<(), Interruption> {
     let held = std::mem::take(holding);
-    let slice = job.slice(assignment);
+    let cut = assignment.generation;
     match &assignment.source {
-        Source::Fresh => Ok((job.first_state(slice), Cursor::default())),
+        Source::Fresh => {
+            let state = Some(job.first_state(assignment));
+            *holding = Holding { state, cut, ..Holding::default() };
+        }
         Source::Checkpoint { manifest_key } => {
             session.progress.set_activity("loading a checkpoint");
             session.progress.state_is_torn();
-            let fitting = held.state.filter(|state| state.layout().slice == slice);
-            let mut state = fitting.unwrap_or_else(|| job.first_state(slice));
+            let [slice, copy] = job.slices(assignment);
+            let fits = |state: &State| (Some(state.layout().slice), state.layout().copy) == (slice, copy);
+            let mut state = held.state.filter(fits).unwrap_or_else(|| job.first_state(assignment));
             let restoring = checkpoint::restore(&job.run, manifest_key, &mut state);
             let cursor = match job.runtime.block_on(session.progress.while_busy(restoring)) {
                 Ok(cursor) => cursor,
@@ -100,65 +129,152 @@ pub(super) fn obtain_state(
                     });
                 }
             };
-            session.progress.while_waiting(|| transfer::publish(group, &mut state))?;
+            state.settle();
             session.outbox().has_loaded(cursor.iteration);
-            Ok((state, cursor))
+            *holding = Holding { state: Some(state), cursor, cut, ..Holding::default() };
         }
         Source::Peer { rank } => {
             session.progress.set_activity("taking the state from a peer");
+            if job.is_sliced() {
+                return take_slices(job, session, holding, held, assignment, group);
+            }
             if *rank != assignment.rank {
                 session.progress.state_is_torn();
             }
             let root = *rank as usize;
-            if job.spec.memory.shard_optimizer {
-                return take_slices(job, session, holding, held, slice, group, root);
-            }
-            let mut state = held.state.unwrap_or_else(|| job.first_state(slice));
+            let mut state = held.state.unwrap_or_else(|| job.first_state(assignment));
             let sent =
                 session.progress.while_waiting(|| transfer::broadcast(group, root, &mut state, held.cursor));
-            match sent {
-                Ok(cursor) => Ok((state, cursor)),
-                Err(error) => {
-                    if *rank == assignment.rank {
-                        *holding = Holding { state: Some(state), cursor: held.cursor };
-                    }
-                    Err(error.into())
-                }
+            let (cursor, failure) = match sent {
+                Ok(cursor) => (cursor, None),
+                Err(error) if *rank == assignment.rank => (held.cursor, Some(error)),
+                Err(error) => return Err(error.into()),
+            };
+            *holding = Holding { state: Some(state), cursor, cut, ..Holding::default() };
+            if let Some(error) = failure {
+                return Err(error.into());
             }
         }
     }
+    Ok(())
 }
 
-/// Assembles this generation's slices from those of an earlier one.
+/// Puts this generation's slices together from those that its ranks hold.
 fn take_slices(
     job: &Job,
     session: &Session,
     holding: &mut Holding,
-    mut held: Holding,
-    slice: Slice,
+    held: Holding,
+    assignment: &Assignment,
     group: &ProcessGroup,
-    root: usize,
-) -> Result<(State, Cursor), Interruption> {
-    let mut state = match &held.state {
-        Some(held) => held.relaid(slice),
-        None => job.first_state(slice),
+) -> Result<(), Interruption> {
+    let progress = &session.progress;
+    let wanted = job.slices(assignment);
+    let claim = held.claim(&job.recipe, wanted);
+    let claims = match progress.while_waiting(|| transfer::exchange_claims(group, &claim)) {
+        Ok(claims) => claims,
+        Err(error) => {
+            *holding = held;
+            return Err(error.into());
+        }
     };
-    let taken = session
-        .progress
-        .while_waiting(|| transfer::reshard(group, root, held.state.as_mut(), held.cursor, &mut state));
-    match taken {
-        Ok(Some(cursor)) => Ok((state, cursor)),
-        Ok(None) => {
-            session.progress.state_is_torn();
-            let error = "a slice of the state is gone with the rank that held it";
-            Err(Interruption::Incomplete(error.to_owned()))
+    let numel = job.trained_parameters();
+    let Some(decision) = claims::decide(&claims, |slice| !slice.range(numel).is_empty()) else {
+        progress.state_is_torn();
+        let error = "a slice of the state is gone with both of the ranks that held it";
+        return Err(Interruption::Incomplete(error.to_owned()));
+    };
+    let reached = claim.reaches(decision.cursor, decision.made);
+    if !reached {
+        progress.state_is_torn();
+    }
+    let (mut kept, memory) = held.reach(&job.recipe, &decision, reached);
+    if kept.state.is_some() {
+        progress.set_cursor(kept.cursor);
+    }
+    if decision.fits {
+        if let Some(state) = &mut kept.state {
+            // The weights may be those of another moment.
+            state.settle();
+        }
+        kept.cut = assignment.generation;
+        *holding = kept;
+        return Ok(());
+    }
+    let base = kept.state.as_ref().or(memory.as_ref());
+    let mut state = match (base, wanted) {
+        (Some(base), [Some(slice), copy]) => base.relaid(slice, copy),
+        _ => job.first_state(assignment),
+    };
+    drop(memory);
+    let sent =
+        progress.while_waiting(|| transfer::reshard(group, &decision.senders, kept.state.as_ref(), &state));
+    if let Err(error) = sent {
+        *holding = kept;
+        return Err(error.into());
+    }
+    state.settle();
+    // The old slices are kept until all ranks have the new ones.
+    match progress.while_waiting(|| group.barrier()?.wait(None).and_then(|()| group.settle())) {
+        Ok(()) => {
+            let (cursor, cut) = (decision.cursor, assignment.generation);
+            let pending = Pending { prepared: None, made: decision.made.map(|sums| (cursor, sums)) };
+            *holding = Holding { state: Some(state), cursor, cut, other: None, pending };
+            Ok(())
         }
         Err(error) => {
-            if held.state.as_ref().is_some_and(|state| !state.torn) {
-                session.progress.set_cursor(held.cursor);
-                *holding = held;
+            kept.other = Some((assignment.generation, state));
+            if kept.state.is_none() {
+                kept.state = kept.other.take().map(|(_, state)| state);
+                (kept.cut, kept.cursor) = (assignment.generation, decision.cursor);
+                progress.set_cursor(kept.cursor);
             }
+            *holding = kept;
             Err(error.into())
         }
+    }
+}
+
+impl Holding {
+    /// What this rank can give to a generation that wants these slices of it.
+    fn claim(&self, recipe: &Recipe, wanted: [Option<Slice>; 2]) -> Claim {
+        let cut = |(generation, state): (Generation, &State)| {
+            let Layout { slice, copy, .. } = state.layout();
+            Cut { generation, slice, copy, fits: [Some(slice), copy] == wanted }
+        };
+        let own = self.state.as_ref().map(|state| (self.cut, state));
+        let other = self.other.as_ref().map(|(generation, state)| (*generation, state));
+        Claim {
+            cursor: self.cursor,
+            cuts: own.into_iter().chain(other).map(cut).collect(),
+            prepared: self.pending.prepared.as_ref().map(|prepared| prepared.to(recipe)),
+            made: self.pending.made.filter(|(cursor, _)| *cursor == self.cursor).map(|(_, sums)| sums),
+        }
+    }
+
+    /// Makes the step that others have made, if it is needed, and lets go of everything that is not sent. What this rank
+    /// holds of another state, or another cut, comes second: only its memory is of use.
+    fn reach(self, recipe: &Recipe, decision: &Decision, reached: bool) -> (Self, Option<State>) {
+        let Self { state, mut cursor, cut, other, pending } = self;
+        let own = state.map(|state| (cut, state));
+        let (mut kept, mut memory) = (None, None);
+        for (cut, state) in own.into_iter().chain(other) {
+            match reached && cut == decision.generation {
+                true => kept = Some(state),
+                false => memory = Some(state),
+            }
+        }
+        if let (Some(state), Some(prepared), Some(sums)) = (&mut kept, pending.prepared, decision.made)
+            && cursor != decision.cursor
+        {
+            cursor = prepared.make(recipe, state, sums).cursor;
+            tracing::info!(%cursor, "this rank makes the step that others have made");
+        }
+        let pending = Pending { prepared: None, made: decision.made.map(|sums| (decision.cursor, sums)) };
+        let (cursor, cut) = match &kept {
+            Some(_) => (cursor, decision.generation),
+            None => Default::default(),
+        };
+        (Self { state: kept, cursor, cut, other: None, pending }, memory)
     }
 }

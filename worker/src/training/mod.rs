@@ -1,5 +1,7 @@
 //! A rank's work in one generation: takes over the state, then iterates until the run or the generation ends.
 
+pub mod buckets;
+mod claims;
 mod control_lane;
 mod interruption;
 mod iteration;
@@ -28,11 +30,14 @@ use tch::{Device, Tensor};
 use self::{
     control_lane::Flags,
     interruption::Interruption,
-    joining::{join, obtain_state},
+    joining::{Pending, join, obtain_state},
     step::Trainer,
 };
 #[cfg(test)]
-pub use self::{job::settings, step::Recipe};
+pub use self::{
+    job::settings,
+    step::{Prepared, Recipe},
+};
 pub use self::{
     job::{Inputs, Job},
     joining::Holding,
@@ -70,6 +75,7 @@ struct Member<'a> {
     session: &'a mut Session,
     assignment: &'a Assignment,
     trainer: Trainer<'a>,
+    pending: &'a mut Pending,
     saving: &'a mut Option<Save>,
     /// How long the last save may wait for a storage that fails.
     patience: Duration,
@@ -139,11 +145,12 @@ fn take_part(
         return Err(Interruption::Left(reason));
     }
 
-    let (state, cursor) = obtain_state(job, session, holding, assignment, &group)?;
+    obtain_state(job, session, holding, assignment, &group)?;
+    let Holding { state: Some(state), cursor, pending, .. } = holding else {
+        return Err(anyhow::anyhow!("there is no state to work with").into());
+    };
     // Held from here on, so that no later failure loses it.
-    session.progress.set_loaded(assignment.generation, cursor);
-    holding.cursor = cursor;
-    let state = holding.state.insert(state);
+    session.progress.set_loaded(assignment.generation, *cursor);
     let (progress, draws) = (Arc::clone(&session.progress), job.draws());
     let trainer = Trainer::new(
         &job.recipe,
@@ -153,10 +160,12 @@ fn take_part(
         assignment.micro_batches.indices(),
         &progress,
         state,
+        assignment.partners.map(|partners| partners.copied_by),
     )?;
     let patience = job.spec.cluster.wait_timeout;
-    let mut member = Member { job, session, assignment, trainer, saving, patience, non_finite_streak: 0 };
-    member.work(state, &mut holding.cursor)
+    let mut member =
+        Member { job, session, assignment, trainer, pending, saving, patience, non_finite_streak: 0 };
+    member.work(state, cursor)
 }
 
 impl Drop for Member<'_> {

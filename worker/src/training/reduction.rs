@@ -1,44 +1,24 @@
-//! Reduces the ranks' gradients of one network to one gradient, or to one slice of it on each rank.
+//! Reduces the ranks' gradients of one network to one gradient, or to slices of it on each rank.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use potstill_c10d::{Error, ProcessGroup, ReduceOp, Reducer, ReducerOptions};
-use potstill_distill::state::Slice;
-use potstill_models::{Denoiser, Parameters};
+use potstill_c10d::{Error, ProcessGroup, Reducer, ReducerOptions};
+use potstill_models::Denoiser;
 use potstill_torch_ext::clear_gradients;
-use tch::{Kind, Tensor, no_grad};
+use tch::{Kind, Tensor};
 
-use super::interruption::Interruption;
+use super::{
+    buckets::{Bucketed, Memory, Shares},
+    interruption::Interruption,
+};
 
-/// See the module's documentation.
+/// See the module's documentation. Either way the reduction of a bucket goes on beside the backward pass.
 pub enum Reduction {
-    /// By c10d's Reducer, bucket by bucket during the backward pass: where weights are fp32 and every rank steps all of
-    /// them.
-    Overlapped(Reducer),
-    /// Summed in one fp32 vector, whatever the weights' data type, and reduced at the end of the phase.
-    Buffered(Buffer),
-}
-
-/// The vector, which the networks use in turn.
-pub struct Buffer {
-    /// As long as the slices of all ranks, which have equal lengths.
-    sum: Tensor,
-    slice: Slice,
-}
-
-impl Buffer {
-    /// A buffer for gradients of `parameters`, of which this rank needs a slice.
-    pub fn new(parameters: &Parameters, slice: Slice) -> Self {
-        let flat = parameters.flat();
-        let room = slice.width(flat.numel() as i64) * slice.world as i64;
-        Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())), slice }
-    }
-
-    /// Another handle to the same memory.
-    fn share(&self) -> Self {
-        Self { sum: self.sum.shallow_clone(), slice: self.slice }
-    }
+    /// By c10d's Reducer, in the gradients' own memory: where weights are fp32 and every rank steps all of them.
+    Whole(Reducer),
+    /// Summed in fp32, whatever the weights' data type.
+    Bucketed(Bucketed),
 }
 
 impl Reduction {
@@ -46,8 +26,12 @@ impl Reduction {
     ///
     /// # Errors
     /// The collectives' errors.
-    pub fn of(networks: [&dyn Denoiser; 2], slice: Slice, group: &ProcessGroup) -> Result<[Self; 2], Error> {
-        let plain = slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
+    pub fn of(
+        networks: [&dyn Denoiser; 2],
+        shares: Shares,
+        group: &ProcessGroup,
+    ) -> Result<[Self; 2], Error> {
+        let plain = shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
         for network in networks {
             // An interrupted phase may have left gradients.
             clear_gradients(network.parameters().leaves())?;
@@ -56,18 +40,21 @@ impl Reduction {
             let reducer = |network: &dyn Denoiser| {
                 Reducer::new(network.parameters().leaves(), group, ReducerOptions::default())
             };
-            return Ok([Self::Overlapped(reducer(networks[0])?), Self::Overlapped(reducer(networks[1])?)]);
+            return Ok([Self::Whole(reducer(networks[0])?), Self::Whole(reducer(networks[1])?)]);
         }
-        let buffer = Buffer::new(networks[0].parameters(), slice);
-        Ok([Self::Buffered(buffer.share()), Self::Buffered(buffer)])
+        let memory = Memory::new(networks[0].parameters(), shares);
+        let bucketed = |network: &dyn Denoiser| {
+            Bucketed::new(network.parameters(), memory.share(), shares, group).map(Self::Bucketed)
+        };
+        Ok([bucketed(networks[0])?, bucketed(networks[1])?])
     }
 
     /// The factor of a sum over samples that makes the reduced gradient that of the mean over `batch` samples.
     pub fn scale(&self, world: usize, batch: f64) -> f64 {
         match self {
             // The reducer takes the mean over ranks.
-            Self::Overlapped(_) => world as f64 / batch,
-            Self::Buffered(_) => batch.recip(),
+            Self::Whole(_) => world as f64 / batch,
+            Self::Bucketed(_) => batch.recip(),
         }
     }
 
@@ -75,49 +62,30 @@ impl Reduction {
     ///
     /// # Errors
     /// The collectives' errors; the loss cannot be differentiated.
-    pub fn backward(
-        &self,
-        network: &dyn Denoiser,
-        loss: &Tensor,
-        last: bool,
-    ) -> Result<Duration, Interruption> {
+    pub fn backward(&self, loss: &Tensor, last: bool) -> Result<Duration, Interruption> {
         match self {
-            Self::Overlapped(reducer) if last => return Ok(reducer.backward(loss)?),
-            Self::Overlapped(_) => loss.f_backward().context("backward pass")?,
-            Self::Buffered(buffer) => {
+            Self::Whole(reducer) if last => return Ok(reducer.backward(loss)?),
+            Self::Whole(_) => loss.f_backward().context("backward pass")?,
+            Self::Bucketed(bucketed) => {
+                bucketed.begin(last);
                 loss.f_backward().context("backward pass")?;
-                network.parameters().add_gradients_to(&buffer.sum);
-                clear_gradients(network.parameters().leaves())?;
+                bucketed.end()?;
             }
         }
         Ok(Duration::ZERO)
     }
 
-    /// The gradient of all ranks together, or this rank's slice of it, and how long it waited for peers. It may be in
-    /// this value's own memory, until that is [cleared](Self::clear).
+    /// The gradient of all ranks together, or the slices of it that this rank needs, and how long it waited for peers. It may
+    /// be in this value's own memory, until that is [cleared](Self::clear). `computed`: this rank's micro-batches.
     ///
     /// # Errors
     /// The collectives' errors.
-    pub fn finish(&self, network: &dyn Denoiser, group: &ProcessGroup) -> Result<(Tensor, Duration), Error> {
+    pub fn finish(&self, network: &dyn Denoiser, computed: usize) -> Result<(Vec<Tensor>, Duration), Error> {
         let started = Instant::now();
-        let Self::Buffered(Buffer { sum, slice }) = self else {
-            return Ok((network.parameters().flat_grad(), Duration::ZERO));
-        };
-        let numel = network.parameters().flat().numel() as i64;
-        let gradient = if slice.world == 1 {
-            group.all_reduce(sum, ReduceOp::Sum)?.wait(None)?;
-            sum.narrow(0, 0, numel)
-        } else {
-            let (width, range) = (slice.width(numel), slice.range(numel));
-            let own = Tensor::empty([width], (Kind::Float, sum.device()));
-            match group.member().world {
-                // One rank is measured alone, as if it were one of several.
-                1 => no_grad(|| own.shallow_clone().copy_(&sum.narrow(0, slice.rank as i64 * width, width))),
-                _ => group.reduce_scatter(&own, sum)?.wait(None)?,
-            }
-            own.narrow(0, 0, range.end - range.start)
-        };
-        Ok((gradient, started.elapsed()))
+        match self {
+            Self::Whole(_) => Ok((vec![network.parameters().flat_grad()], Duration::ZERO)),
+            Self::Bucketed(bucketed) => Ok((bucketed.finish(computed)?, started.elapsed())),
+        }
     }
 
     /// Clears the gradients of a phase that is over.
@@ -126,9 +94,9 @@ impl Reduction {
     /// libtorch's error.
     pub fn clear(&self) -> Result<(), Error> {
         match self {
-            Self::Overlapped(reducer) => reducer.zero_grad(),
-            Self::Buffered(buffer) => {
-                let _ = no_grad(|| buffer.sum.shallow_clone().zero_());
+            Self::Whole(reducer) => reducer.zero_grad(),
+            Self::Bucketed(bucketed) => {
+                bucketed.clear();
                 Ok(())
             }
         }

@@ -24,14 +24,17 @@ use potstill_models::{
     diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
     weights::{Archive, Stored},
 };
-use potstill_proto::wire::StepSeconds;
+use potstill_proto::{
+    cursor::{Cursor, Phase},
+    wire::StepSeconds,
+};
 use potstill_spec::{AdversarialSpec, GuidancePreset, Matching, PromptsSpec, RunSpec, Scaling, Weighting};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{
     job::settings,
-    step::{Recipe, Trainer},
+    step::{Prepared, Recipe, Trainer},
 };
 use crate::session::Progress;
 
@@ -473,7 +476,8 @@ fn replay(recording: &Recording) -> Vec<String> {
     let group = ProcessGroup::new(&backend, &store, 0, 1, patience).unwrap();
     let (progress, micro_batches) = (Progress::default(), 0..spec.micro_batches());
     let trainer =
-        Trainer::new(&recipe, teacher.as_ref(), &draws, group, micro_batches, &progress, &state).unwrap();
+        Trainer::new(&recipe, teacher.as_ref(), &draws, group, micro_batches, &progress, &state, None)
+            .unwrap();
     let order = Order::new(recording, teacher.as_ref());
     let schedule = &recipe.settings.schedule;
     let images = recording.counts("images_seen").unwrap();
@@ -485,28 +489,32 @@ fn replay(recording: &Recording) -> Vec<String> {
         assert_eq!(schedule.images_seen(iteration), images[iteration as usize]);
         for network in [Network::FakeScore, Network::Generator] {
             let mut seconds = StepSeconds::default();
-            let reduced = trainer.gradient(&state, network, iteration, &mut seconds, || Ok(()));
+            let reduced = trainer.gradient(&mut state, network, iteration, &mut seconds, || Ok(()));
             let reduced = reduced.unwrap_or_else(|_| panic!("{}: a collective failed", recording.name));
             let course = &mut courses[network as usize];
             course.losses.push(reduced.totals.loss / batch);
             course.score_losses.push(reduced.totals.score_loss / batch);
-            course.norms.push(reduced.gradient.norm);
-            let norms = order.tensors(&reduced.gradient.flat);
+            course.norms.push(reduced.gradient.sums().norm());
+            let norms = order.tensors(&reduced.gradient.slices[0]);
             course.tensor_norms.extend(norms.iter().map(|x| x.norm().double_value(&[])));
             let steps = network == Network::FakeScore || schedule.trains_generator(iteration);
             // The recorded loop also computes the gradient of a frozen generator.
             match steps {
                 true => {
-                    let sick = trainer.step(&mut state, network, iteration, reduced.gradient, &mut seconds);
-                    assert!(!sick.unwrap_or(true), "{}", recording.name);
+                    let phase = [Phase::Generator, Phase::FakeScore][network as usize];
+                    let cursor = Cursor { iteration, phase };
+                    let prepared = Prepared::new(&recipe, network, cursor, reduced.gradient);
+                    let whole = trainer.agree(&prepared, &mut seconds).ok().unwrap();
+                    let stepped = trainer.step(&mut state, prepared, whole, &mut seconds);
+                    assert!(!stepped.sick, "{}", recording.name);
                 }
-                false => trainer.forget(network).unwrap(),
+                false => assert_eq!(network, Network::Generator, "{}", recording.name),
             }
+            trainer.clear(network).unwrap();
             let course = &mut courses[network as usize];
             course.stepped.push(steps.into());
             course.steps.push(state.counters.steps(network));
         }
-        trainer.update_average(&mut state, iteration);
         if let Some(betas) = &betas {
             let half_life = spec.optimizer.ema_half_life_images;
             let ours = ema::beta(half_life, schedule.images_seen(iteration) as f64, batch);

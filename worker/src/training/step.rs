@@ -13,18 +13,21 @@ use potstill_distill::{
     adam::AdamSettings,
     counters::Network,
     draws::Draws,
-    gradient::{Clip, Gradient},
+    gradient::{Clip, Gradient, Sums},
     phase::{self, MicroBatchLoss},
     settings::Settings,
-    state::{Slice, State},
+    state::{Layout, State},
 };
 use potstill_models::Denoiser;
-use potstill_proto::wire::StepSeconds;
-use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec};
+use potstill_proto::{
+    cursor::{Cursor, Phase},
+    wire::StepSeconds,
+};
+use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec, Shard};
 use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
-use super::{interruption::Interruption, reduction::Reduction};
+use super::{buckets::Shares, interruption::Interruption, reduction::Reduction};
 use crate::{model::Watched, process::faults, session::Progress, training::transfer};
 
 /// Everything that decides an optimizer step besides the gradient.
@@ -82,6 +85,8 @@ pub struct Recipe {
     pub optimizer: Optimizer,
     /// The mixed precision of fp32 weights, where networks compute in another data type than that of their weights.
     pub mixed_precision: Option<LowerPrecision>,
+    /// Whether each rank holds only its slice of the sum of gradients, where it holds a slice of the state.
+    pub sharded_sum: bool,
 }
 
 impl Recipe {
@@ -93,7 +98,12 @@ impl Recipe {
             Precision::Bf16 => Some(LowerPrecision::BFloat16),
             Precision::Fp16 => Some(LowerPrecision::Half),
         };
-        Self { settings, optimizer: Optimizer::new(&spec.optimizer), mixed_precision }
+        Self {
+            settings,
+            optimizer: Optimizer::new(&spec.optimizer),
+            mixed_precision,
+            sharded_sum: spec.memory.shard == Shard::Gradients,
+        }
     }
 }
 
@@ -116,11 +126,68 @@ pub struct Totals {
 pub struct Reduced {
     /// This rank's sums.
     pub totals: Totals,
-    /// The gradient of the mean loss over the global batch, with non-finite elements set to 0, not yet clipped; or this
-    /// rank's slice of it.
+    /// The gradient of the mean loss over the global batch, with non-finite elements set to 0, not yet clipped; or the
+    /// slices of it that this rank holds.
     pub gradient: Gradient,
     /// The factor of the loss; the gradient is without it.
     pub loss_scale: f64,
+}
+
+/// A step that a rank can make by itself as soon as it knows the sums over the whole gradient. That one rank knows them
+/// proves that every rank has got so far; so a rank that has lost its group then can still make the step.
+pub struct Prepared {
+    /// The network that it steps.
+    pub network: Network,
+    /// The cursor of the state that it steps.
+    pub from: Cursor,
+    gradient: Gradient,
+}
+
+/// What a step has shown.
+pub struct Stepped {
+    /// The cursor that it leads to.
+    pub cursor: Cursor,
+    /// Whether values were not finite in a way that a smaller loss scale does not repair.
+    pub sick: bool,
+}
+
+impl Prepared {
+    /// A step with a reduced gradient.
+    pub fn new(recipe: &Recipe, network: Network, from: Cursor, gradient: Gradient) -> Self {
+        Self { network, from, gradient: gradient.clipped_by_value(recipe.optimizer.clip(network)) }
+    }
+
+    /// The cursor that the step leads to. Where the generator is not trained in this iteration, the iteration ends with the
+    /// fake score's step.
+    pub fn to(&self, recipe: &Recipe) -> Cursor {
+        let Cursor { iteration, .. } = self.from;
+        match self.network {
+            Network::FakeScore if recipe.settings.schedule.trains_generator(iteration) => {
+                Cursor { iteration, phase: Phase::Generator }
+            }
+            _ => Cursor::boundary(iteration + 1),
+        }
+    }
+
+    /// Makes the step, unless fp16 overflowed, and at the iteration's end updates G_ema. `whole`: the sums over all slices
+    /// of the gradient.
+    pub fn make(self, recipe: &Recipe, state: &mut State, whole: Sums) -> Stepped {
+        let (network, cursor) = (self.network, self.to(recipe));
+        let Recipe { optimizer, settings, .. } = recipe;
+        let schedule = &settings.schedule;
+        let images = schedule.images_seen(self.from.iteration);
+        let overflowed = whole.non_finite > 0.0;
+        let sick = overflowed && !state.counters.can_shrink(network);
+        if state.counters.accept(network, !overflowed) {
+            let gradient = self.gradient.clipped_by_norm(optimizer.clip(network), whole);
+            state.step(network, &gradient, &optimizer.adam(network, images));
+        }
+        if cursor.phase == Phase::FakeScore {
+            let batch = schedule.global_batch as f64;
+            state.update_average(optimizer.ema_half_life_images, images as f64, batch);
+        }
+        Stepped { cursor, sick }
+    }
 }
 
 /// One rank's training in one generation.
@@ -137,7 +204,7 @@ pub struct Trainer<'a> {
     pub micro_batches: Range<u32>,
     /// Receives each wait and each micro-batch.
     pub progress: &'a Progress,
-    slice: Slice,
+    shares: Shares,
     rank: u32,
     fake_score: Reduction,
     generator: Reduction,
@@ -146,10 +213,12 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer for the networks of a state.
+    /// A trainer for the networks of a state. `copied_by`: the rank that holds a copy of this rank's slice, where each
+    /// holds one.
     ///
     /// # Errors
     /// The collectives' errors.
+    #[allow(clippy::too_many_arguments, reason = "a rank's work in one generation")]
     pub fn new(
         recipe: &'a Recipe,
         teacher: &'a dyn Denoiser,
@@ -158,10 +227,20 @@ impl<'a> Trainer<'a> {
         micro_batches: Range<u32>,
         progress: &'a Progress,
         state: &State,
+        copied_by: Option<u32>,
     ) -> Result<Self, potstill_c10d::Error> {
         let networks = [state.fake_score.network(), state.generator.network()];
-        let slice = state.layout().slice;
-        let [fake_score, generator] = Reduction::of(networks, slice, &group)?;
+        let Layout { slice, copy, .. } = state.layout();
+        let schedule = &recipe.settings.schedule;
+        let all = schedule.global_batch.div_ceil(recipe.settings.micro_batch as u64) as usize;
+        let shares = Shares {
+            slice,
+            copy,
+            copied_by: copied_by.unwrap_or_default() as usize,
+            sharded_sum: slice.world > 1 && recipe.sharded_sum,
+            rounds: all.div_ceil(group.member().world),
+        };
+        let [fake_score, generator] = Reduction::of(networks, shares, &group)?;
         let rank = group.member().rank as u32;
         let frozen_fake_score = state.fake_score.network().frozen();
         Ok(Self {
@@ -171,7 +250,7 @@ impl<'a> Trainer<'a> {
             group,
             micro_batches,
             progress,
-            slice,
+            shares,
             rank,
             fake_score,
             generator,
@@ -193,12 +272,13 @@ impl<'a> Trainer<'a> {
     /// A collective failed, or `obey_orders` interrupted the phase.
     pub fn gradient(
         &self,
-        state: &State,
+        state: &mut State,
         network: Network,
         iteration: u64,
         seconds: &mut StepSeconds,
         mut obey_orders: impl FnMut() -> Result<(), Interruption>,
     ) -> Result<Reduced, Interruption> {
+        self.gather_weights(state, seconds, iteration)?;
         let started = Instant::now();
         let loss_scale = state.counters.scale(network);
         let trained = match network {
@@ -219,9 +299,9 @@ impl<'a> Trainer<'a> {
             if index == last {
                 faults::point("reducing", iteration, self.rank);
                 // The backward pass of the last micro-batch ends when the gradients of all ranks are reduced.
-                exposed = self.progress.while_waiting(|| reduction.backward(trained, &scaled, true))?;
+                exposed = self.progress.while_waiting(|| reduction.backward(&scaled, true))?;
             } else {
-                reduction.backward(trained, &scaled, false)?;
+                reduction.backward(&scaled, false)?;
                 faults::point("backward", iteration, self.rank);
             }
             reported.push(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch });
@@ -237,98 +317,100 @@ impl<'a> Trainer<'a> {
             totals.score_difference += batch.score_difference.map_or(0.0, |s| s.double_value(&[]));
             totals.dropped += batch.dropped.int64_value(&[]) as u32;
         }
-        let (mut flat, waited) = self.progress.while_waiting(|| reduction.finish(trained, &self.group))?;
+        let (mut slices, waited) =
+            self.progress.while_waiting(|| reduction.finish(trained, self.micro_batches.len()))?;
         exposed += waited;
         seconds.communication += exposed.as_secs_f64();
         seconds.compute += started.elapsed().saturating_sub(exposed).as_secs_f64();
         let step = Instant::now();
         faults::point("reduced", iteration, self.rank);
         if faults::tears("reduced", iteration, self.rank) {
-            let _ = flat.g_mul_scalar_(3.0);
+            let _ = slices.iter_mut().map(|flat| flat.g_mul_scalar_(3.0)).count();
             self.group.abort()?;
         }
         if loss_scale != 1.0 {
-            let _ = flat.g_mul_scalar_(loss_scale.recip());
+            let _ = slices.iter_mut().map(|flat| flat.g_mul_scalar_(loss_scale.recip())).count();
         }
-        let gradient = Gradient::repaired_slice(flat, |numbers| self.sum_over_slices(numbers))?;
+        let gradient = Gradient::repaired(slices);
         seconds.optimizer += step.elapsed().as_secs_f64();
         Ok(Reduced { totals, gradient, loss_scale })
     }
 
-    /// Steps `network` with its gradient, unless fp16 overflowed. Adds to the times. Returns whether values were not
-    /// finite in a way that a smaller loss scale does not repair.
+    /// The sums over the whole gradient of a step that every rank has prepared. Adds to the times. With the result the step
+    /// must be made: other ranks make it.
     ///
     /// # Errors
-    /// A collective failed.
+    /// A collective failed: some rank may not have prepared the step.
+    pub fn agree(&self, prepared: &Prepared, seconds: &mut StepSeconds) -> Result<Sums, Interruption> {
+        let started = Instant::now();
+        let mut sums = prepared.gradient.sums();
+        if self.shares.slice.world > 1 && self.group.member().world > 1 {
+            let numbers = [sums.squares, sums.non_finite, sums.clipped_squares];
+            let sum = Tensor::from_slice(&numbers).to_device(self.group.device());
+            self.progress.while_waiting(|| self.group.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
+            let [squares, non_finite, clipped_squares] = [0, 1, 2].map(|index| sum.double_value(&[index]));
+            sums = Sums { squares, non_finite, clipped_squares };
+        }
+        let iteration = prepared.from.iteration;
+        if faults::tears("agreed", iteration, self.rank) {
+            self.group.abort()?;
+        }
+        // A reduction that was cut short changes nothing.
+        self.group.settle()?;
+        faults::point("agreed", iteration, self.rank);
+        seconds.communication += started.elapsed().as_secs_f64();
+        Ok(sums)
+    }
+
+    /// Makes the step of a phase. Adds to the times. Its gradient must then be [cleared](Self::clear).
     pub fn step(
         &self,
         state: &mut State,
-        network: Network,
-        iteration: u64,
-        gradient: Gradient,
+        prepared: Prepared,
+        whole: Sums,
         seconds: &mut StepSeconds,
-    ) -> Result<bool, Interruption> {
+    ) -> Stepped {
         let step = Instant::now();
-        let overflowed = gradient.non_finite > 0;
-        let sick = overflowed && !state.counters.can_shrink(network);
-        if state.counters.accept(network, !overflowed) {
-            let Recipe { optimizer, settings, .. } = self.recipe;
-            let clip = optimizer.clip(network);
-            let gradient = gradient.clipped_slice(clip, |numbers| self.sum_over_slices(numbers))?;
-            let images = settings.schedule.images_seen(iteration);
-            // A reduction that was cut short changes nothing.
-            self.group.settle()?;
-            state.step(network, &gradient, &optimizer.adam(network, images));
-        }
-        self.reduction(network).clear()?;
-        seconds.optimizer += step.elapsed().as_secs_f64();
-        if state.torn && self.group.member().world == 1 {
+        let (network, iteration) = (prepared.network, prepared.from.iteration);
+        let stepped = prepared.make(self.recipe, state, whole);
+        if self.group.member().world == 1 {
             // One rank is measured alone, as if it were one of several: the other slices do not exist.
-            state.torn = false;
+            state.trained(network).set_gathered();
         }
-        if state.torn {
-            let gathering = Instant::now();
-            let trained = match network {
-                Network::FakeScore => &state.fake_score,
-                Network::Generator => &state.generator,
-            };
-            self.progress.while_waiting(|| {
-                transfer::gather_weights(&self.group, trained)?;
-                self.group.settle()
-            })?;
-            state.torn = false;
-            seconds.communication += gathering.elapsed().as_secs_f64();
-        }
+        seconds.optimizer += step.elapsed().as_secs_f64();
         faults::point("stepped", iteration, self.rank);
-        Ok(sick)
+        stepped
     }
 
-    /// Clears a gradient with which no step is made.
+    /// The weights follow the slices that the ranks have stepped.
+    fn gather_weights(
+        &self,
+        state: &mut State,
+        seconds: &mut StepSeconds,
+        iteration: u64,
+    ) -> Result<(), Interruption> {
+        let started = Instant::now();
+        for network in [Network::FakeScore, Network::Generator] {
+            let trained = state.trained(network);
+            if trained.is_behind() {
+                faults::point("gathering", iteration, self.rank);
+                self.progress.while_waiting(|| {
+                    transfer::gather_weights(&self.group, trained)?;
+                    self.group.settle()
+                })?;
+                trained.set_gathered();
+            }
+        }
+        seconds.communication += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Clears the gradient of a phase that is over.
     ///
     /// # Errors
     /// libtorch's error.
-    #[cfg(test)]
-    pub fn forget(&self, network: Network) -> Result<(), potstill_c10d::Error> {
+    pub fn clear(&self, network: Network) -> Result<(), potstill_c10d::Error> {
         self.reduction(network).clear()
-    }
-
-    /// The work at the end of every iteration.
-    pub fn update_average(&self, state: &mut State, iteration: u64) {
-        let Recipe { optimizer, settings, .. } = self.recipe;
-        let schedule = &settings.schedule;
-        let images = schedule.images_seen(iteration) as f64;
-        state.update_average(optimizer.ema_half_life_images, images, schedule.global_batch as f64);
-    }
-
-    /// Values of each rank's slice of a gradient, summed over all slices; unchanged where each rank has the complete
-    /// gradient.
-    fn sum_over_slices(&self, numbers: [f64; 2]) -> Result<[f64; 2], potstill_c10d::Error> {
-        if self.slice.world == 1 || self.group.member().world == 1 {
-            return Ok(numbers);
-        }
-        let sum = Tensor::from_slice(&numbers).to_device(self.group.device());
-        self.progress.while_waiting(|| self.group.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
-        Ok([sum.double_value(&[0]), sum.double_value(&[1])])
     }
 
     fn micro_batch(

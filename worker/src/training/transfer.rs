@@ -2,9 +2,11 @@
 //! a slice of the state, every slice comes from a rank that holds it.
 
 use potstill_c10d::{Error, ProcessGroup};
-use potstill_distill::state::{COUNTERS, Part, Slice, State, Trained};
+use potstill_distill::state::{COUNTERS, Slice, State, Trained};
 use potstill_proto::cursor::{Cursor, Phase};
 use tch::{Device, Kind, Tensor, no_grad};
+
+use super::claims::Claim;
 
 /// Replaces the state and the cursor of all ranks by those of rank `root`.
 ///
@@ -66,85 +68,60 @@ pub fn gather_average(group: &ProcessGroup, state: &State) -> Result<Tensor, Err
     Ok(all.narrow(0, 0, numel))
 }
 
-/// Fills the slices of `state`, which has the layout of this generation, from the slices that the ranks hold of an
-/// earlier one: `held`, with its cursor. `None`: no rank holds some slice that is needed. All ranks return the same.
+/// The claims of all ranks.
+///
+/// # Errors
+/// The collective failed.
+pub fn exchange_claims(group: &ProcessGroup, claim: &Claim) -> Result<Vec<Claim>, Error> {
+    let own = Tensor::from_slice(&claim.numbers()).to_device(group.device());
+    let (work, claims) = group.all_gather(&own)?;
+    work.wait(None)?;
+    group.settle()?;
+    let numbers = |claim: &Tensor| Vec::try_from(claim.to_device(Device::Cpu)).unwrap_or_default();
+    Ok(claims.iter().map(|claim| Claim::of(&numbers(claim))).collect())
+}
+
+/// Fills the slices of `state`, which has the layout of this generation, from those that the ranks hold of an earlier one.
+/// `senders`: the rank that sends each of them. `held`: what this rank holds, if it can be sent.
 ///
 /// # Errors
 /// A collective failed; `state` must not be used then.
 pub fn reshard(
     group: &ProcessGroup,
-    root: usize,
-    mut held: Option<&mut State>,
-    cursor: Cursor,
-    state: &mut State,
-) -> Result<Option<Cursor>, Error> {
-    let device = group.device();
-    let slice = match &held {
-        Some(held) if !held.torn => held.layout().slice,
-        _ => Slice { rank: 0, world: 0 },
-    };
-    let [iteration, phase] = numbers(cursor);
-    let claim = Tensor::from_slice(&[iteration, phase, slice.rank as i64, slice.world as i64]);
-    let (work, claims) = group.all_gather(&claim.to_device(device))?;
-    work.wait(None)?;
-    let claims: Vec<Vec<i64>> =
-        claims.iter().map(|claim| Vec::try_from(claim.to_device(Device::Cpu)).unwrap_or_default()).collect();
-    let (wanted, me) = (&claims[root], group.member().rank);
-    let world = wanted[3] as usize;
-    let serves = |claim: &[i64]| (&claim[..2], claim[3]) == (&wanted[..2], wanted[3]);
-    // Memory of weights that both states share is about to change.
-    if let Some(held) = held.as_mut().filter(|_| !serves(&claims[me])) {
-        held.torn = true;
-    }
-    let holder = |rank: usize| claims.iter().position(|claim| serves(claim) && claim[2] as usize == rank);
-    let parts = state.parts();
-    let sources: Vec<(Slice, Option<usize>)> =
-        (0..world).map(|rank| (Slice { rank, world }, holder(rank))).collect();
-    let whole = |part: &Part| part.entries.iter().map(|entry| entry.numel()).sum::<i64>();
-    let needed = |slice: &Slice| parts.iter().any(|part| !slice.range(whole(part)).is_empty());
-    if world == 0 || sources.iter().any(|(slice, holder)| holder.is_none() && needed(slice)) {
-        return Ok(None);
-    }
-    let own = held.as_deref().map(State::parts);
-    for (index, part) in parts.iter().enumerate() {
-        for (slice, holder) in &sources {
-            let Some(holder) = *holder else { continue };
-            // Values that are not sliced are the same on all ranks: they come from the holder of the first slice.
+    senders: &[usize],
+    held: Option<&State>,
+    state: &State,
+) -> Result<(), Error> {
+    let (device, me) = (group.device(), group.member().rank);
+    let targets = state.all_parts();
+    for (rank, sender) in senders.iter().enumerate() {
+        let slice = Slice { rank, world: senders.len() };
+        let own = held.filter(|_| *sender == me).and_then(|held| held.parts_of_slice(slice));
+        for part in state.parts() {
+            // Values that are not sliced are the same on all ranks: they come with the first slice.
             let range = match part.name == COUNTERS {
-                true if slice.rank > 0 => continue,
-                true => 0..whole(part),
-                false => slice.range(whole(part)),
+                true if rank > 0 => continue,
+                true => 0..part.whole(),
+                false => slice.range(part.whole()),
             };
             if range.is_empty() {
                 continue;
             }
-            let values = match &own {
-                Some(own) if holder == me => own[index].values.to_device(device),
-                _ => Tensor::empty([range.end - range.start], (Kind::Float, device)),
+            let found = own.iter().flatten().find(|own| own.name == part.name);
+            let values = match found {
+                Some(own) => own.values.to_device(device),
+                None => Tensor::empty([range.end - range.start], (Kind::Float, device)),
             };
-            group.broadcast(&values, holder)?.wait(None)?;
-            let wanted = part.held();
-            let (from, to) = (range.start.max(wanted.start), range.end.min(wanted.end));
-            if from < to {
-                let found = values.narrow(0, from - range.start, to - from);
-                no_grad(|| part.values.narrow(0, from - wanted.start, to - from).copy_(&found));
+            group.broadcast(&values, *sender)?.wait(None)?;
+            for target in targets.iter().filter(|target| target.name == part.name) {
+                let wanted = target.held();
+                let (from, to) = (range.start.max(wanted.start), range.end.min(wanted.end));
+                if from < to {
+                    let found = values.narrow(0, from - range.start, to - from);
+                    no_grad(|| target.values.narrow(0, from - wanted.start, to - from).copy_(&found));
+                }
             }
         }
-    }
-    let cursor = cursor_of(wanted);
-    publish(group, state)?;
-    Ok(Some(cursor))
-}
-
-/// Updates the networks' weights from new values of the parts.
-///
-/// # Errors
-/// A collective failed.
-pub fn publish(group: &ProcessGroup, state: &mut State) -> Result<(), Error> {
-    state.settle();
-    if state.layout().slice.world > 1 {
-        gather_weights(group, &state.generator)?;
-        gather_weights(group, &state.fake_score)?;
     }
     group.settle()
 }

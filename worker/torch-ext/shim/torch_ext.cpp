@@ -9,6 +9,7 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <atomic>
@@ -145,6 +146,17 @@ struct Recomputed final : torch::autograd::Function<Recomputed> {
 
 }  // namespace
 
+// Hooks of leaves' gradients, and what they hang on, which nothing else keeps alive.
+struct potstill_hooks {
+  std::vector<std::pair<std::shared_ptr<torch::autograd::Node>, uintptr_t>> hooks;
+
+  ~potstill_hooks() {
+    for (auto& [node, key] : hooks) {
+      node->del_post_hook(key);
+    }
+  }
+};
+
 extern "C" {
 
 struct potstill_memory {
@@ -157,6 +169,28 @@ struct potstill_memory {
 bool potstill_load_cuda(potstill_error* error) {
   return failed(error, [] { potstill::load_cuda(); });
 }
+
+// Calls `call(context, i)` in every backward pass, on autograd's thread, when the gradient of `leaves[i]` has been accumulated.
+bool potstill_on_gradients(at::Tensor* const* leaves, size_t count, void* context, void (*call)(void*, size_t),
+                           potstill_hooks** out, potstill_error* error) {
+  return failed(error, [&] {
+    auto hooks = std::make_unique<potstill_hooks>();
+    for (size_t i = 0; i < count; ++i) {
+      using torch::autograd::variable_list;
+      auto node = torch::autograd::impl::grad_accumulator(*leaves[i]);
+      TORCH_CHECK(node != nullptr, "tensor ", i, " takes no gradient");
+      auto notify = [=](const variable_list& outputs, const variable_list&) {
+        call(context, i);
+        return outputs;
+      };
+      auto key = node->add_post_hook(std::make_unique<torch::autograd::utils::LambdaPostHook>(notify));
+      hooks->hooks.emplace_back(std::move(node), key);
+    }
+    *out = hooks.release();
+  });
+}
+
+void potstill_hooks_free(potstill_hooks* hooks) { delete hooks; }
 
 bool potstill_clear_gradients(at::Tensor* const* params, size_t count, potstill_error* error) {
   return failed(error, [&] {

@@ -16,6 +16,13 @@ pub struct Memory {
     marker: PhantomData<(*mut u8, PhantomPinned)>,
 }
 
+/// Hooks of gradients, which are opaque to Rust.
+#[repr(C)]
+pub struct Hooks {
+    bytes: [u8; 0],
+    marker: PhantomData<(*mut u8, PhantomPinned)>,
+}
+
 unsafe extern "C" {
     pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
 
@@ -50,6 +57,17 @@ unsafe extern "C" {
         epsilon: f64,
         error: *mut ErrorText,
     ) -> bool;
+
+    pub fn potstill_on_gradients(
+        leaves: *const *const C_tensor,
+        count: usize,
+        context: *const c_void,
+        call: unsafe extern "C" fn(*const c_void, usize),
+        out: *mut *mut Hooks,
+        error: *mut ErrorText,
+    ) -> bool;
+
+    pub fn potstill_hooks_free(hooks: *mut Hooks);
 
     pub fn potstill_clear_gradients(
         params: *const *const C_tensor,

@@ -1,0 +1,367 @@
+//! Gradients that are summed in fp32 and reduced in buckets, while the backward pass goes on.
+//!
+//! A bucket is a stretch of the flat parameters. As soon as all its gradients of a micro-batch are there, they are added to
+//! the sum and released; in a phase's last micro-batch the bucket's reduction starts then. All ranks start the reductions
+//! in one order, whatever order autograd has.
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
+use potstill_distill::state::Slice;
+use potstill_models::Parameters;
+use potstill_torch_ext::{GradientHooks, clear_gradients, on_gradients};
+use tch::{Kind, Tensor, no_grad};
+
+/// Elements of a bucket, at most, unless a single tensor is larger: 25 MiB of fp32, as in PyTorch's
+/// `DistributedDataParallel`.
+const LARGEST: i64 = (25 << 20) / 4;
+/// Buckets of a network, at least, where they do not become smaller than this.
+const FEWEST: i64 = 16;
+const SMALLEST: i64 = 1 << 12;
+/// Reductions of buckets that are not parts of one vector, and need memory of their own, at a time.
+pub const UNDER_WAY: usize = 2;
+
+/// The slices of a gradient that a rank needs, and the rank that needs its own too.
+#[derive(Clone, Copy, Debug)]
+pub struct Shares {
+    /// The rank's own.
+    pub slice: Slice,
+    /// The one that it holds a copy of.
+    pub copy: Option<Slice>,
+    /// The rank that holds a copy of its own.
+    pub copied_by: usize,
+    /// Whether each rank holds no more of the sum than its own slice, so that every micro-batch is reduced.
+    pub sharded_sum: bool,
+    /// Micro-batches of the rank that has the most.
+    pub rounds: usize,
+}
+
+/// A stretch of the flat parameters that ends where a parameter does.
+struct Bucket {
+    leaves: Range<usize>,
+    elements: Range<i64>,
+}
+
+/// Elements of a bucket of a network with this many parameters, at most, unless a single tensor is larger.
+pub fn elements(numel: i64) -> i64 {
+    (numel / FEWEST).clamp(SMALLEST, LARGEST)
+}
+
+fn buckets(sizes: &[i64]) -> Vec<Bucket> {
+    let most = elements(sizes.iter().sum());
+    let (mut buckets, mut offset) = (Vec::<Bucket>::new(), 0);
+    for (leaf, size) in sizes.iter().enumerate() {
+        match buckets.last_mut() {
+            Some(last) if last.elements.end - last.elements.start + size <= most => {
+                last.leaves.end = leaf + 1;
+                last.elements.end += size;
+            }
+            _ => buckets.push(Bucket { leaves: leaf..leaf + 1, elements: offset..offset + size }),
+        }
+        offset += size;
+    }
+    buckets
+}
+
+/// The memory of a sum, which the networks use in turn.
+#[derive(Debug)]
+pub struct Memory {
+    /// The sum over this rank's micro-batches, with room for the slices of all ranks, which have equal lengths; or only that
+    /// of the rank's own slice, over all ranks' micro-batches.
+    sum: Tensor,
+}
+
+impl Memory {
+    /// For gradients of `parameters`.
+    pub fn new(parameters: &Parameters, shares: Shares) -> Self {
+        let flat = parameters.flat();
+        let width = shares.slice.width(flat.numel() as i64);
+        let room = if shares.sharded_sum { width } else { width * shares.slice.world as i64 };
+        Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())) }
+    }
+
+    /// Another handle to the same memory.
+    pub fn share(&self) -> Self {
+        Self { sum: self.sum.shallow_clone() }
+    }
+}
+
+/// A reduction under way: of a part of the sum, or of a stretch of a slice in memory of its own.
+struct Launched {
+    /// It keeps its tensor alive.
+    work: Option<Work>,
+    /// A place in the sum, and the stretch that is to be added to it.
+    added: Option<(Tensor, Tensor)>,
+}
+
+struct Pass {
+    leaves: Vec<Tensor>,
+    sum: Tensor,
+    /// Gradients of each bucket that are still missing in this micro-batch.
+    missing: Vec<usize>,
+    /// Buckets of this micro-batch below this number are not yet taken.
+    left: usize,
+    /// Whether a bucket is reduced when it is taken.
+    reduces: bool,
+    launched: VecDeque<Launched>,
+    failure: Option<Error>,
+}
+
+struct Shared {
+    buckets: Vec<Bucket>,
+    /// The bucket of each leaf.
+    of_leaf: Vec<usize>,
+    numel: i64,
+    shares: Shares,
+    group: ProcessGroup,
+    pass: Mutex<Pass>,
+}
+
+/// See the module's documentation.
+pub struct Bucketed {
+    shared: Arc<Shared>,
+    _hooks: GradientHooks,
+}
+
+impl Bucketed {
+    /// For one network.
+    ///
+    /// # Errors
+    /// libtorch's error.
+    pub fn new(
+        parameters: &Parameters,
+        memory: Memory,
+        shares: Shares,
+        group: &ProcessGroup,
+    ) -> Result<Self, Error> {
+        let sizes: Vec<i64> = parameters.entries().iter().map(potstill_models::Entry::numel).collect();
+        let buckets = buckets(&sizes);
+        let number = |(number, bucket): (usize, &Bucket)| vec![number; bucket.leaves.len()];
+        let of_leaf = buckets.iter().enumerate().flat_map(number).collect();
+        let pass = Pass {
+            leaves: parameters.leaves().iter().map(Tensor::shallow_clone).collect(),
+            sum: memory.sum,
+            missing: vec![],
+            left: 0,
+            reduces: false,
+            launched: VecDeque::new(),
+            failure: None,
+        };
+        let shared = Arc::new(Shared {
+            buckets,
+            of_leaf,
+            numel: sizes.iter().sum(),
+            shares,
+            group: group.clone(),
+            pass: Mutex::new(pass),
+        });
+        let told = Arc::clone(&shared);
+        let hooks = on_gradients(parameters.leaves(), move |leaf| told.arrived(leaf))?;
+        Ok(Self { shared, _hooks: hooks })
+    }
+
+    /// Before the backward pass of a micro-batch; `last` is the phase's last one on this rank.
+    pub fn begin(&self, last: bool) {
+        let mut pass = self.shared.pass();
+        pass.missing = self.shared.buckets.iter().map(|bucket| bucket.leaves.len()).collect();
+        pass.left = self.shared.buckets.len();
+        pass.reduces = last || self.shared.shares.sharded_sum;
+    }
+
+    /// After the backward pass: takes the buckets some of whose parameters got no gradient.
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn end(&self) -> Result<(), Error> {
+        let mut pass = self.shared.pass();
+        while pass.left > 0 {
+            self.shared.take(&mut pass);
+        }
+        pass.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// The slices of the sum over all ranks that this rank needs. `computed`: its micro-batches.
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn finish(&self, computed: usize) -> Result<Vec<Tensor>, Error> {
+        let Shares { slice, copy, copied_by, sharded_sum, rounds } = self.shared.shares;
+        if sharded_sum {
+            // Others have more micro-batches.
+            for _ in computed..rounds {
+                self.begin(true);
+                self.end()?;
+            }
+        }
+        let mut pass = self.shared.pass();
+        while let Some(launched) = pass.launched.pop_front() {
+            launched.wait()?;
+        }
+        let (numel, alone) = (self.shared.numel, self.shared.group.member().world == 1);
+        if slice.world == 1 {
+            return Ok(vec![pass.sum.narrow(0, 0, numel)]);
+        }
+        let width = slice.width(numel);
+        let of = |slice: Slice| match sharded_sum {
+            true => pass.sum.narrow(0, 0, width),
+            false => pass.sum.narrow(0, slice.rank as i64 * width, width),
+        };
+        let own = of(slice);
+        let copied = match copy {
+            None => None,
+            // One rank is measured alone, as if it were one of several.
+            Some(copy) if alone => Some((copy, of(copy).copy())),
+            Some(copy) => {
+                // The owner's bits, so that both make the same step.
+                let copied = own.empty_like();
+                self.shared.group.exchange(&copied, &own, copied_by, copy.rank)?.wait(None)?;
+                Some((copy, copied))
+            }
+        };
+        let cut = |(slice, room): (Slice, Tensor)| {
+            let range = slice.range(numel);
+            room.narrow(0, 0, range.end - range.start)
+        };
+        Ok([(slice, own)].into_iter().chain(copied).map(cut).collect())
+    }
+
+    /// Clears the sum of a phase that is over.
+    pub fn clear(&self) {
+        let pass = self.shared.pass();
+        let _ = no_grad(|| pass.sum.shallow_clone().zero_());
+    }
+}
+
+impl Launched {
+    fn wait(self) -> Result<(), Error> {
+        if let Some(work) = self.work {
+            work.wait(None)?;
+        }
+        if let Some((mut place, part)) = self.added {
+            let _ = no_grad(|| place.g_add_(&part));
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn pass(&self) -> std::sync::MutexGuard<'_, Pass> {
+        self.pass.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The gradient of a leaf is there. Buckets are taken from the last to the first, as the backward pass completes them.
+    fn arrived(&self, leaf: usize) {
+        let mut pass = self.pass();
+        let bucket = self.of_leaf[leaf];
+        pass.missing[bucket] = pass.missing[bucket].saturating_sub(1);
+        while pass.left > 0 && pass.missing[pass.left - 1] == 0 {
+            self.take(&mut pass);
+        }
+    }
+
+    /// Takes the next bucket's gradients. Nothing is taken after a failure.
+    fn take(&self, pass: &mut Pass) {
+        pass.left -= 1;
+        if pass.failure.is_none()
+            && let Err(error) = self.try_take(pass, pass.left)
+        {
+            pass.failure = Some(error);
+        }
+    }
+
+    fn try_take(&self, pass: &mut Pass, bucket: usize) -> Result<(), Error> {
+        let Bucket { leaves, elements } = &self.buckets[bucket];
+        let parts = no_grad(|| self.accumulated(pass, leaves, elements));
+        clear_gradients(&pass.leaves[leaves.clone()])?;
+        if !pass.reduces {
+            return Ok(());
+        }
+        for (part, owner) in parts {
+            let Shares { slice, sharded_sum, .. } = self.shares;
+            let alone = self.group.member().world == 1;
+            let work = match owner {
+                _ if alone => None,
+                None => Some(self.group.all_reduce(&part, ReduceOp::Sum)?),
+                Some((owner, _)) => Some(self.group.reduce(&part, owner)?),
+            };
+            let own = owner.filter(|(owner, _)| sharded_sum && *owner == slice.rank);
+            let added = own.map(|(_, first)| {
+                let length = part.numel() as i64;
+                (pass.sum.narrow(0, first, length), part)
+            });
+            pass.launched.push_back(Launched { work, added });
+        }
+        while self.shares.sharded_sum && pass.launched.len() > UNDER_WAY {
+            if let Some(launched) = pass.launched.pop_front() {
+                launched.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a bucket's gradients to the sum, and gives those parts of it that are reduced to one rank each, with that rank and
+    /// the place in its slice; or to all.
+    fn accumulated(
+        &self,
+        pass: &Pass,
+        leaves: &Range<usize>,
+        elements: &Range<i64>,
+    ) -> Vec<(Tensor, Option<(usize, i64)>)> {
+        let Shares { slice, sharded_sum, .. } = self.shares;
+        let length = elements.end - elements.start;
+        let whole = match sharded_sum {
+            true => Tensor::zeros([length], (Kind::Float, pass.sum.device())),
+            false => pass.sum.narrow(0, elements.start, length),
+        };
+        let mut offset = 0;
+        for leaf in &pass.leaves[leaves.clone()] {
+            let (size, gradient) = (leaf.numel() as i64, leaf.grad());
+            if gradient.defined() {
+                let _ = whole.narrow(0, offset, size).g_add_(&gradient.reshape([-1]));
+            }
+            offset += size;
+        }
+        if slice.world == 1 {
+            return vec![(whole, None)];
+        }
+        let width = slice.width(self.numel);
+        let owners = elements.start / width..=(elements.end - 1) / width;
+        let part = |owner: i64| {
+            let from = elements.start.max(owner * width);
+            let to = elements.end.min((owner + 1) * width);
+            let part = whole.narrow(0, from - elements.start, to - from);
+            (part, Some((owner as usize, from - owner * width)))
+        };
+        owners.map(part).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_stretches_of_whole_parameters() {
+        for sizes in [vec![10], vec![5; 100_000], vec![LARGEST * 2, 1, 3], vec![1, 1, LARGEST + 1, 7]] {
+            let numel: i64 = sizes.iter().sum();
+            let buckets = buckets(&sizes);
+            assert_eq!((buckets[0].leaves.start, buckets[0].elements.start), (0, 0));
+            let last = &buckets[buckets.len() - 1];
+            assert_eq!((last.leaves.end, last.elements.end), (sizes.len(), numel));
+            for pair in buckets.windows(2) {
+                assert_eq!(pair[0].leaves.end, pair[1].leaves.start);
+                assert_eq!(pair[0].elements.end, pair[1].elements.start);
+            }
+            for bucket in &buckets {
+                let length: i64 = sizes[bucket.leaves.clone()].iter().sum();
+                assert_eq!(bucket.elements.end - bucket.elements.start, length);
+                assert!(bucket.leaves.len() == 1 || length <= LARGEST);
+            }
+        }
+        assert_eq!(buckets(&vec![1000; 1000]).len(), 17, "{FEWEST}, and a rest");
+    }
+}

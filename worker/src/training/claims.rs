@@ -1,0 +1,227 @@
+//! What ranks hold of a sliced state at the start of a generation, and which of it they take over.
+//!
+//! All ranks exchange their claims and come to the same decision. Each slice has two holders; a rank whose group failed
+//! before it made a step that others made can make it now, from the sums that they know.
+
+use potstill_distill::{gradient::Sums, state::Slice};
+use potstill_proto::cursor::{Cursor, Generation, Phase};
+
+/// Slices of one cut of the state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cut {
+    /// The generation that cut the state so.
+    pub generation: Generation,
+    /// The slice that the rank owns in it.
+    pub slice: Slice,
+    /// The slice that it holds a copy of.
+    pub copy: Option<Slice>,
+    /// Whether these are the slices that the new generation wants of this rank.
+    pub fits: bool,
+}
+
+/// What one rank holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Claim {
+    /// The cursor of its state.
+    pub cursor: Cursor,
+    /// The cuts that it holds slices of: one, or two after a takeover that was not completed. Empty: nothing.
+    pub cuts: Vec<Cut>,
+    /// The cursor that its prepared step leads to.
+    pub prepared: Option<Cursor>,
+    /// The sums of the step that led to its cursor.
+    pub made: Option<Sums>,
+}
+
+/// What all ranks take over.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// The state's cursor.
+    pub cursor: Cursor,
+    /// The cut whose slices are sent.
+    pub generation: Generation,
+    /// The rank that sends each slice.
+    pub senders: Vec<usize>,
+    /// Whether each rank holds the slices already that it is to hold.
+    pub fits: bool,
+    /// The sums of the step that led to the cursor, for ranks that have only prepared it.
+    pub made: Option<Sums>,
+}
+
+/// Numbers of a cut, and of a claim, as they travel.
+const OF_CUT: usize = 6;
+const CUTS: usize = 2;
+/// Length of a claim as numbers.
+pub const NUMBERS: usize = 9 + CUTS * OF_CUT;
+
+fn of_cursor(cursor: Cursor) -> [f64; 2] {
+    [cursor.iteration as f64, f64::from(u8::from(cursor.phase == Phase::Generator))]
+}
+
+fn to_cursor(numbers: &[f64]) -> Cursor {
+    let phase = if numbers[1] == 0.0 { Phase::FakeScore } else { Phase::Generator };
+    Cursor { iteration: numbers[0] as u64, phase }
+}
+
+impl Claim {
+    /// As numbers, which fp64 holds exactly.
+    pub fn numbers(&self) -> Vec<f64> {
+        let mut numbers = of_cursor(self.cursor).to_vec();
+        numbers.push(f64::from(u8::from(self.prepared.is_some())));
+        numbers.extend(of_cursor(self.prepared.unwrap_or_default()));
+        let made = self.made.unwrap_or_default();
+        numbers.push(f64::from(u8::from(self.made.is_some())));
+        numbers.extend([made.squares, made.non_finite, made.clipped_squares]);
+        for cut in self.cuts.iter().take(CUTS) {
+            let copy = cut.copy.map_or(-1.0, |copy| copy.rank as f64);
+            let Slice { rank, world } = cut.slice;
+            numbers.extend([1.0, cut.generation.0 as f64, rank as f64, world as f64, copy]);
+            numbers.push(f64::from(u8::from(cut.fits)));
+        }
+        numbers.resize(NUMBERS, 0.0);
+        numbers
+    }
+
+    /// From its [numbers](Self::numbers).
+    pub fn of(numbers: &[f64]) -> Self {
+        let (claim, cuts) = numbers.split_at(NUMBERS - CUTS * OF_CUT);
+        let cuts = cuts.chunks(OF_CUT).filter(|cut| cut[0] != 0.0).map(|cut| {
+            let world = cut[3] as usize;
+            let slice = |rank: f64| Slice { rank: rank as usize, world };
+            Cut {
+                generation: Generation(cut[1] as u64),
+                slice: slice(cut[2]),
+                copy: (cut[4] >= 0.0).then(|| slice(cut[4])),
+                fits: cut[5] != 0.0,
+            }
+        });
+        let made = Sums { squares: claim[6], non_finite: claim[7], clipped_squares: claim[8] };
+        Self {
+            cursor: to_cursor(&claim[..2]),
+            cuts: cuts.collect(),
+            prepared: (claim[2] != 0.0).then(|| to_cursor(&claim[3..5])),
+            made: (claim[5] != 0.0).then_some(made),
+        }
+    }
+
+    /// Whether the rank holds a state, or can make the one step that leads to it.
+    pub fn reaches(&self, cursor: Cursor, made: Option<Sums>) -> bool {
+        let steps = made.is_some() && self.prepared == Some(cursor);
+        !self.cuts.is_empty() && (self.cursor == cursor || steps)
+    }
+
+    fn cut(&self, generation: Generation) -> Option<&Cut> {
+        self.cuts.iter().find(|cut| cut.generation == generation)
+    }
+}
+
+/// The furthest state that any rank holds, from the newest cut of which every slice is there that `needed` says is not
+/// empty. `None`: a slice is lost.
+pub fn decide(claims: &[Claim], needed: impl Fn(Slice) -> bool) -> Option<Decision> {
+    let holders = || claims.iter().filter(|claim| !claim.cuts.is_empty());
+    let cursor = holders().map(|claim| claim.cursor).max()?;
+    let made = holders().filter(|claim| claim.cursor == cursor).find_map(|claim| claim.made);
+    let reaching = || (0..).zip(claims).filter(|(_, claim)| claim.reaches(cursor, made));
+    let mut cuts: Vec<(Generation, usize)> = reaching()
+        .flat_map(|(_, claim)| claim.cuts.iter().map(|cut| (cut.generation, cut.slice.world)))
+        .collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    cuts.into_iter().rev().find_map(|(generation, world)| {
+        let of_cut = || reaching().filter_map(|(rank, claim)| Some((rank, claim.cut(generation)?)));
+        let owner = |slice| of_cut().find(|(_, cut)| cut.slice == slice);
+        let keeper = |slice| of_cut().find(|(_, cut)| cut.copy == Some(slice));
+        let sender = |rank: usize| {
+            let slice = Slice { rank, world };
+            match owner(slice).or_else(|| keeper(slice)) {
+                Some((sender, _)) => Some(sender),
+                // Nobody sends an empty slice.
+                None if !needed(slice) => Some(0),
+                None => None,
+            }
+        };
+        let senders = (0..world).map(sender).collect::<Option<Vec<usize>>>()?;
+        let fits = of_cut().filter(|(_, cut)| cut.fits).count() == claims.len();
+        Some(Decision { cursor, generation, senders, fits, made })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SUMS: Sums = Sums { squares: 0.1, non_finite: 0.0, clipped_squares: 0.3 };
+
+    fn at(iteration: u64, generation: u64, own: usize, world: usize) -> Claim {
+        let slice = |rank| Slice { rank, world };
+        let copy = (world > 1).then(|| slice((own + world - 1) % world));
+        let cut = Cut { generation: Generation(generation), slice: slice(own), copy, fits: false };
+        Claim { cursor: Cursor::boundary(iteration), cuts: vec![cut], prepared: None, made: None }
+    }
+
+    fn decided(claims: &[Claim]) -> Option<(u64, u64, Vec<usize>)> {
+        let decision = decide(claims, |_| true)?;
+        Some((decision.cursor.iteration, decision.generation.0, decision.senders))
+    }
+
+    #[test]
+    fn claims_survive_the_journey() {
+        let mut claim = at(1 << 40, 7, 2, 3);
+        claim.prepared = Some(Cursor { iteration: 3, phase: Phase::Generator });
+        claim.made = Some(SUMS);
+        claim.cuts.push(Cut { fits: true, copy: None, ..claim.cuts[0] });
+        assert_eq!(Claim::of(&claim.numbers()), claim);
+        assert_eq!(Claim::of(&Claim::default().numbers()), Claim::default());
+        assert_eq!(claim.numbers().len(), NUMBERS);
+    }
+
+    #[test]
+    fn any_one_of_three_may_die_and_no_two() {
+        let all = [at(5, 1, 0, 3), at(5, 1, 1, 3), at(5, 1, 2, 3)];
+        assert_eq!(decided(&all), Some((5, 1, vec![0, 1, 2])));
+        for dead in 0..3 {
+            let mut claims = all.to_vec();
+            claims[dead] = Claim::default();
+            let keeper = (dead + 1) % 3;
+            let senders = (0..3).map(|rank| if rank == dead { keeper } else { rank }).collect();
+            assert_eq!(decided(&claims), Some((5, 1, senders)));
+            claims[keeper] = Claim::default();
+            assert_eq!(decided(&claims), None);
+        }
+        assert_eq!(decided(&[Claim::default()]), None);
+    }
+
+    #[test]
+    fn a_rank_that_has_only_prepared_a_step_counts_where_another_has_made_it() {
+        let mut behind = at(5, 1, 0, 2);
+        behind.cuts[0].copy = None;
+        let mut ahead = at(6, 1, 1, 2);
+        ahead.cuts[0].copy = None;
+        let claims = |behind: &Claim, ahead: &Claim| [behind.clone(), ahead.clone()];
+        assert_eq!(decided(&claims(&behind, &ahead)), None);
+        behind.prepared = Some(Cursor::boundary(6));
+        assert_eq!(decided(&claims(&behind, &ahead)), None, "its sums are not known");
+        ahead.made = Some(SUMS);
+        let decision = decide(&claims(&behind, &ahead), |_| true).unwrap();
+        assert_eq!((decision.cursor.iteration, decision.made), (6, Some(SUMS)));
+    }
+
+    #[test]
+    fn a_takeover_that_some_have_completed_is_gone_on_with_from_either_cut() {
+        let both = |old: Claim, new: Claim| Claim { cuts: [old.cuts, new.cuts].concat(), ..old };
+        // Rank 1 of the old cut is dead; one has taken over the new slices, the other has not.
+        let claims = [both(at(5, 1, 0, 3), at(5, 2, 0, 2)), at(5, 1, 2, 3)];
+        assert_eq!(decided(&claims), Some((5, 2, vec![0, 0])), "alone it holds both of the new cut");
+        let claims = [both(at(5, 1, 0, 3), at(5, 2, 0, 4)), at(5, 1, 2, 3)];
+        assert_eq!(decided(&claims), Some((5, 1, vec![0, 1, 1])));
+    }
+
+    #[test]
+    fn nothing_is_sent_where_all_hold_what_they_want() {
+        let mut claims = [at(5, 1, 0, 2), at(5, 1, 1, 2)];
+        assert!(!decide(&claims, |_| true).unwrap().fits);
+        claims.iter_mut().for_each(|claim| claim.cuts[0].fits = true);
+        assert!(decide(&claims, |_| true).unwrap().fits);
+        claims[1] = Claim::default();
+        assert!(!decide(&claims, |_| true).unwrap().fits);
+    }
+}
