@@ -176,11 +176,12 @@ pub enum FromWorker {
         /// Which object, and what is wrong with it.
         error: String,
     },
-    /// The ranks hold a state in slices, and some slice is gone with the rank that held it: the worker left the group and
-    /// holds no state.
+    /// The ranks hold states in slices, and cannot put together what the assignment expects: the worker left the group.
     StateIncomplete {
         /// The generation it left.
         generation: Generation,
+        /// The earlier state that the ranks can put together and that it holds slices of; the start of the run: none.
+        cursor: Cursor,
         /// What is missing.
         error: String,
     },
@@ -235,6 +236,8 @@ pub struct Assignment {
     pub evaluate_teacher: bool,
     /// What exists already.
     pub existing: Existing,
+    /// The state from peers is at least as far as this.
+    pub start: Cursor,
     /// The ranks that it shares slices of the state with, where each rank holds a slice and there is more than one.
     pub partners: Option<Partners>,
 }
@@ -463,8 +466,9 @@ impl From<FromWorker> for wire::WorkerMessage {
                 let generation = generation.0;
                 Kind::CheckpointDamaged(wire::CheckpointDamaged { generation, manifest_key, error })
             }
-            FromWorker::StateIncomplete { generation, error } => {
-                Kind::StateIncomplete(wire::StateIncomplete { generation: generation.0, error })
+            FromWorker::StateIncomplete { generation, cursor, error } => {
+                let (generation, cursor) = (generation.0, Some(cursor.into()));
+                Kind::StateIncomplete(wire::StateIncomplete { generation, error, cursor })
             }
             FromWorker::Finished { generation, cursor } => {
                 Kind::Finished(wire::Finished { generation: generation.0, cursor: Some(cursor.into()) })
@@ -533,9 +537,11 @@ impl TryFrom<wire::WorkerMessage> for FromWorker {
                 manifest_key: key("CheckpointDamaged", "manifest_key", m.manifest_key)?,
                 error: prose(&m.error),
             },
-            Kind::StateIncomplete(m) => {
-                FromWorker::StateIncomplete { generation: Generation(m.generation), error: prose(&m.error) }
-            }
+            Kind::StateIncomplete(m) => FromWorker::StateIncomplete {
+                generation: Generation(m.generation),
+                cursor: cursor("StateIncomplete", m.cursor)?,
+                error: prose(&m.error),
+            },
             Kind::Leaving(m) => FromWorker::Leaving { reason: prose(&m.reason) },
             Kind::Finished(m) => FromWorker::Finished {
                 generation: Generation(m.generation),
@@ -587,6 +593,7 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                     }
                     Source::Peer { rank } => wire::assignment::Source::Peer(wire::FromPeer { rank }),
                 }),
+                start: Some(a.start.into()),
                 partners: a
                     .partners
                     .map(|Partners { copies, copied_by }| wire::Partners { copies, copied_by }),
@@ -659,6 +666,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     source,
                     evaluate_teacher: m.evaluate_teacher,
                     existing: Existing { evaluated: m.evaluated, saved: m.saved },
+                    start: cursor("Assignment", m.start)?,
                     partners,
                 })
             }
@@ -713,7 +721,7 @@ mod tests {
             FromWorker::StepReport(wire::StepReport { iteration: 4, ..Default::default() }),
             FromWorker::CollectiveFailed { generation, cursor, error: "e".into() },
             FromWorker::CheckpointDamaged { generation, manifest_key: "k".into(), error: "e".into() },
-            FromWorker::StateIncomplete { generation, error: "e".into() },
+            FromWorker::StateIncomplete { generation, cursor, error: "e".into() },
             FromWorker::Finished { generation, cursor },
             FromWorker::Failed { generation, error: "e".into() },
         ] {
@@ -730,6 +738,7 @@ mod tests {
                 source,
                 evaluate_teacher: true,
                 existing: Existing { evaluated: Some(0), saved: Some(4) },
+                start: Cursor { iteration: 3, phase: Phase::Generator },
                 partners: Some(Partners { copies: 0, copied_by: 0 }),
             });
             assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));

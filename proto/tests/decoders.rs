@@ -54,7 +54,7 @@ fn from_workers() -> Vec<Vec<u8>> {
         wire::WorkerMessage { kind: Some(wire::worker_message::Kind::Evaluation(evaluation)) },
         FromWorker::CollectiveFailed { generation, cursor, error: error.clone() }.into(),
         FromWorker::CheckpointDamaged { generation, manifest_key: "key".into(), error: error.clone() }.into(),
-        FromWorker::StateIncomplete { generation, error: error.clone() }.into(),
+        FromWorker::StateIncomplete { generation, cursor, error: error.clone() }.into(),
         FromWorker::Failed { generation, error }.into(),
     ];
     messages.iter().map(Message::encode_to_vec).collect()

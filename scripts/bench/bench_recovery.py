@@ -84,11 +84,12 @@ class Log:
         self.process.wait()
 
 
-def kills(folder: Path, spares: int) -> list[float]:
+def kills(folder: Path, spares: int, shard: str) -> list[float]:
     """Seconds from kill −9 of a rank to the next finished iteration."""
     config = unscored(folder, ROOT / "configs" / "digits" / "teacher.safetensors")
-    settings = {"distillation.iterations": 1_000_000, "checkpoint.every": 1_000_000}
-    log = Log(launch(folder, config, f"kill-{spares}", settings, "--spares", str(spares)), "potstill=debug,info")
+    settings = {"distillation.iterations": 1_000_000, "checkpoint.every": 1_000_000, "memory.shard": shard}
+    run = f"kill-{spares}-{shard}"
+    log = Log(launch(folder, config, run, settings, "--spares", str(spares)), "potstill=debug,info")
     seconds = []
     try:
         generation = 1
@@ -98,7 +99,7 @@ def kills(folder: Path, spares: int) -> list[float]:
                 log.until("iteration")
             members = json.loads(
                 subprocess.run(
-                    [str(POTSTILL), "status", f"kill-{spares}", "--storage", str(folder), "--json"],
+                    [str(POTSTILL), "status", run, "--storage", str(folder), "--json"],
                     capture_output=True, text=True, check=True,
                 ).stdout
             )["members"]  # fmt: skip
@@ -131,8 +132,8 @@ def copy_seconds(size: int) -> float:
     return statistics.median(seconds)
 
 
-def checkpoints(folder: Path) -> None:
-    """The cost of saves within one run: iterations during a save against the others."""
+def large_teacher(folder: Path) -> Path:
+    """Makes a teacher of 38 million parameters, which is hardly trained."""
     teacher = folder / "large.safetensors"
     config = ROOT / "configs" / "digits" / "teacher.toml"
     sets = LARGE | {
@@ -147,7 +148,12 @@ def checkpoints(folder: Path) -> None:
     )
     if made.returncode != 0:
         sys.exit(f"cannot make the large teacher: {made.stderr}")
-    config = unscored(folder, teacher)
+    return teacher
+
+
+def checkpoints(folder: Path) -> None:
+    """The cost of saves within one run: iterations during a save against the others."""
+    config = unscored(folder, large_teacher(folder))
     settings = {
         "distillation.iterations": 1_000_000,
         "distillation.global_batch": GLOBAL_BATCH,
@@ -199,12 +205,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
         folder = Path(name)
         if "kill".startswith(only):
-            for spares in (0, 1):
-                seconds = kills(folder, spares)
+            for spares, shard in ((spares, shard) for spares in (0, 1) for shard in ("none", "optimizer", "gradients")):
+                seconds = kills(folder, spares, shard)
                 spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
                 print(
-                    f"kill -9 of one of two ranks, {spares} spare(s): {statistics.median(seconds):.2f} s to the next finished"
-                    f" iteration of two ranks (median of {len(seconds)}; {spread})",
+                    f"kill -9 of one of two ranks, {spares} spare(s), memory.shard={shard}: {statistics.median(seconds):.2f} s to"
+                    f" the next finished iteration of two ranks (median of {len(seconds)}; {spread})",
                     flush=True,
                 )
         if "checkpoint".startswith(only):

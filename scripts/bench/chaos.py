@@ -100,10 +100,13 @@ class Lab:
     def checkpoint(self, run: str, iteration: int) -> dict[str, torch.Tensor]:
         folder = self.folder / "runs" / run
         manifest = json.loads((folder / f"checkpoints/{iteration:012}/manifest.json").read_text())
-        tensors: dict[str, torch.Tensor] = {}
+        # Of a run whose ranks hold slices, a tensor may come in pieces: name@first element.
+        pieces: dict[str, dict[int, torch.Tensor]] = {}
         for shard in manifest["shards"]:
-            tensors |= load_file(folder / shard["key"])
-        return tensors
+            for name, values in load_file(folder / shard["key"]).items():
+                tensor, _, first = name.partition("@")
+                pieces.setdefault(tensor, {})[int(first or 0)] = values.flatten()
+        return {name: torch.cat([parts[first] for first in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def undisturbed(lab: Lab, iterations: int) -> float:

@@ -136,6 +136,12 @@ DEFECTS = [
         "",
     ),
     Defect(
+        "slices of the state are copied to no other rank",
+        CORE + "assignment.rs",
+        "        true => partners(&ranks.iter().map(host).collect::<Vec<_>>()),\n",
+        "        true => vec![],\n",
+    ),
+    Defect(
         "survivors get no time to say what they hold",
         RUN + "generations.rs",
         "            Cause::Known if safe => self.terms.timeouts.heartbeat_millis / 4,\n",

@@ -51,8 +51,9 @@ class Hosts:
         return self.addresses[name] if self.separate else "127.0.0.1"
 
     def on(self, name: str, command: list[str]) -> list[str]:
-        """The command on a host."""
-        return ["ip", "netns", "exec", self.host(name), *command] if self.separate else command
+        """The command on a host, whose name is its own."""
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
+        return ["ip", "netns", "exec", self.host(name), *named] if self.separate else command
 
     def cut(self, name: str, others: list[str]) -> None:
         """Cuts a host off from others, in both directions; packets are dropped silently."""

@@ -6,14 +6,17 @@ Started by scripts/test.sh, with .venv's Python. Arguments are handed to `cargo 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +27,8 @@ AZURITE = "azurite@3.35.0"
 DEBIAN = {"slurm-wlm": "slurmctld", "munge": "munged", "iproute2": "ip", "nftables": "nft"}
 # How many tests of one program run at a time: each of the cluster's tests has two ranks of its own.
 AT_A_TIME = 2
+# Test programs that wait for time-outs and servers most of the time.
+WAITING = {"partition", "slurm"}
 
 
 def say(text: str) -> None:
@@ -76,15 +81,73 @@ def namespaces() -> bool:
     return made
 
 
-def cargo(arguments: list[str], environment: dict[str, str]) -> tuple[int, int, int, bool]:
-    """Runs `cargo test`, shows what it prints, and counts: passed, failed, left out, and whether all is well."""
-    passed = failed = ignored = 0
-    with subprocess.Popen(["cargo", "test", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if found := re.match(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", line):
-                passed, failed, ignored = (n + int(m) for n, m in zip((passed, failed, ignored), found.groups()))
-    return passed, failed, ignored, process.returncode == 0
+@dataclass
+class Count:
+    """Tests that passed, that failed, that were left out, and whether their programs ended well."""
+
+    passed: int = 0
+    failed: int = 0
+    ignored: int = 0
+    well: bool = True
+
+    def run(self, command: list[str], folder: Path, environment: dict[str, str], show: bool = True) -> str:
+        """Runs a command that prints results as tests do, and counts them. Returns what it printed."""
+        lines = []
+        with subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            for line in process.stdout:
+                lines.append(line)
+                if show:
+                    print(line, end="", flush=True)
+                if found := re.match(r"test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", line):
+                    passed, failed, ignored = map(int, found.groups())
+                    self.passed, self.failed, self.ignored = self.passed + passed, self.failed + failed, self.ignored + ignored
+        self.well &= process.returncode == 0
+        return "".join(lines)
+
+    def __add__(self, other: Count) -> Count:
+        sums = (getattr(self, name) + getattr(other, name) for name in ("passed", "failed", "ignored"))
+        return Count(*sums, self.well and other.well)
+
+
+def programs() -> list[tuple[str, Path, str]]:
+    """The test programs of the workspace, which are built: name, folder in which it runs, path."""
+    command = ["cargo", "test", "--workspace", "--no-run", "--quiet", "--message-format=json"]
+    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found = []
+    for message in map(json.loads, built.stdout.splitlines()):
+        if message["reason"] == "compiler-artifact" and message["profile"]["test"] and message["executable"]:
+            folder = Path(message["manifest_path"]).parent
+            found.append((message["target"]["name"], folder, message["executable"]))
+    return found
+
+
+def rust(environment: dict[str, str]) -> Count:
+    """Runs every test of the workspace. Those that mostly wait run beside the others, which keep the cores busy."""
+
+    def command(path: str) -> list[str]:
+        return [path, "--quiet", f"--test-threads={AT_A_TIME}"]
+
+    every = programs()
+    waiting, busy = Count(), Count()
+    said: list[str] = []
+
+    def wait() -> None:
+        for name, folder, path in every:
+            if name in WAITING:
+                said.append(f"{name}:\n" + waiting.run(command(path), folder, environment, show=False))
+
+    beside = threading.Thread(target=wait)
+    beside.start()
+    for name, folder, path in every:
+        if name not in WAITING:
+            say(f"{name} ({folder.relative_to(ROOT)}):")
+            busy.run(command(path), folder, environment)
+    busy.run(["cargo", "test", "--workspace", "--doc", "--quiet", "--no-fail-fast"], ROOT, environment)
+    beside.join()
+    say("\n".join(said))
+    return busy + waiting
 
 
 class Result(unittest.TextTestResult):
@@ -128,9 +191,12 @@ def main() -> int:
         suite = unittest.defaultTestLoader.discover(str(ROOT / "scripts" / "tests"))
         python = unittest.TextTestRunner(resultclass=Result).run(suite)
         took("Python tests")
-        # Test programs run one after the other.
-        split = ["--workspace", "--quiet", "--no-fail-fast", *arguments, "--", f"--test-threads={AT_A_TIME}"]
-        passed, failed, ignored, well = cargo(split, environment)
+        if arguments:
+            count = Count()
+            split = ["--workspace", "--quiet", "--no-fail-fast", *arguments, "--", f"--test-threads={AT_A_TIME}"]
+            count.run(["cargo", "test", *split], ROOT, environment)
+        else:
+            count = rust(environment)
         took("Rust tests")
         left_out = skipped_file.read_text().splitlines() if skipped_file.exists() else []
     left_out += [f"{test.id()}: {reason}" for test, reason in python.skipped]
@@ -138,9 +204,9 @@ def main() -> int:
     for line in sorted(left_out):
         say(f"skipped: {line}")
     # A test that is left out ends well for cargo.
-    passed += python.passed - len(left_out) + len(python.skipped)
-    say(f"{passed} passed, {failed + broken} failed, {len(left_out) + ignored} skipped")
-    return 0 if well and not broken else 1
+    passed = count.passed + python.passed - len(left_out) + len(python.skipped)
+    say(f"{passed} passed, {count.failed + broken} failed, {len(left_out) + count.ignored} skipped")
+    return 0 if count.well and not broken else 1
 
 
 if __name__ == "__main__":

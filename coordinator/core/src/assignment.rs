@@ -66,9 +66,14 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
         .eligible()
         .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
         .collect();
+    let most = max_workers as usize;
+    if sliced && candidates.len() > most {
+        // All that hold slices of the furthest state are needed.
+        candidates.sort_by_key(|(rank, held, id, _)| (*held, *rank, *id));
+        candidates.truncate(most);
+    }
     candidates.sort();
     // One that holds the furthest state is always among them.
-    let most = max_workers as usize;
     if let Some(furthest) = candidates.iter().map(|candidate| candidate.1.0).max().flatten()
         && let Some(first) = candidates.iter().position(|candidate| candidate.1.0 == Some(furthest))
         && first >= most
@@ -125,6 +130,7 @@ impl Plan {
                 source: self.source.clone(),
                 evaluate_teacher,
                 existing,
+                start: self.start.cursor,
                 partners: self.partners.get(rank as usize).copied(),
             };
             (*stream, assignment)
@@ -241,5 +247,18 @@ mod tests {
             assert_eq!(same.count(), on_the_same, "{hosts:?}");
         }
         assert!(partners(&["a"]).is_empty());
+    }
+
+    #[test]
+    fn all_that_hold_slices_of_the_furthest_state_come_before_others_with_a_rank() {
+        let members = members(&[
+            ("a", Some(0), Some(1)),
+            ("b", Some(1), Some(1)),
+            ("c", Some(3), Some(5)),
+            ("d", Some(2), Some(5)),
+        ]);
+        assert_eq!(names(&members, &plan(&members, 2, None, false)), ["a", "d"]);
+        assert_eq!(names(&members, &plan(&members, 2, None, true)), ["d", "c"]);
+        assert_eq!(names(&members, &plan(&members, 3, None, true)), ["a", "d", "c"]);
     }
 }

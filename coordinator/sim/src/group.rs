@@ -61,7 +61,7 @@ pub struct Group {
     pub source: Option<State>,
     /// The generation whose slices of that state its ranks take over.
     pub cut: Option<u64>,
-    /// Its ranks hold the newest state in slices, and one of those is gone.
+    /// Its ranks hold states in slices, and cannot put together one that is as far as they expect.
     pub incomplete: bool,
     /// Ranks that have contributed to the current operation.
     pub arrived: BTreeSet<u32>,

@@ -244,10 +244,10 @@ fn work(
                     session.progress.set_activity("waiting for an assignment");
                     session.send(FromWorker::CheckpointDamaged { generation, manifest_key, error });
                 }
-                Ok(Ending::Incomplete(error)) => {
-                    tracing::warn!(%generation, error, "left the group; the state that it was to take over is not whole");
+                Ok(Ending::Incomplete { cursor, error }) => {
+                    tracing::warn!(%generation, %cursor, error, "left the group; the state that it was to take over is not whole");
                     session.progress.set_activity("waiting for an assignment");
-                    session.send(FromWorker::StateIncomplete { generation, error });
+                    session.send(FromWorker::StateIncomplete { generation, cursor, error });
                 }
                 Ok(Ending::Left(error)) => {
                     tracing::warn!(%generation, %cursor, error, "left the group; keeping the state, waiting for an assignment");

@@ -103,46 +103,55 @@ impl Claim {
         }
     }
 
-    /// Whether the rank holds a state, or can make the one step that leads to it.
-    pub fn reaches(&self, cursor: Cursor, made: Option<Sums>) -> bool {
-        let steps = made.is_some() && self.prepared == Some(cursor);
-        !self.cuts.is_empty() && (self.cursor == cursor || steps)
-    }
-
     fn cut(&self, generation: Generation) -> Option<&Cut> {
         self.cuts.iter().find(|cut| cut.generation == generation)
     }
+
+    /// Whether the rank holds slices of a cut of the state at `cursor`, or can make the one step that leads there.
+    pub fn reaches(&self, decision: &Decision) -> bool {
+        let steps = decision.made.is_some() && self.prepared == Some(decision.cursor);
+        self.cut(decision.generation).is_some() && (self.cursor == decision.cursor || steps)
+    }
 }
 
-/// The furthest state that any rank holds, from the newest cut of which every slice is there that `needed` says is not
-/// empty. `None`: a slice is lost.
+/// The furthest state of which every slice is there that `needed` says is not empty; of several cuts of it the newest.
+/// `None`: of each state that a rank holds, a slice is lost.
 pub fn decide(claims: &[Claim], needed: impl Fn(Slice) -> bool) -> Option<Decision> {
-    let holders = || claims.iter().filter(|claim| !claim.cuts.is_empty());
-    let cursor = holders().map(|claim| claim.cursor).max()?;
-    let made = holders().filter(|claim| claim.cursor == cursor).find_map(|claim| claim.made);
-    let reaching = || (0..).zip(claims).filter(|(_, claim)| claim.reaches(cursor, made));
-    let mut cuts: Vec<(Generation, usize)> = reaching()
-        .flat_map(|(_, claim)| claim.cuts.iter().map(|cut| (cut.generation, cut.slice.world)))
-        .collect();
+    let mut cuts: Vec<(Generation, usize)> =
+        claims.iter().flat_map(|claim| &claim.cuts).map(|cut| (cut.generation, cut.slice.world)).collect();
     cuts.sort_unstable();
     cuts.dedup();
-    cuts.into_iter().rev().find_map(|(generation, world)| {
-        let of_cut = || reaching().filter_map(|(rank, claim)| Some((rank, claim.cut(generation)?)));
-        let owner = |slice| of_cut().find(|(_, cut)| cut.slice == slice);
-        let keeper = |slice| of_cut().find(|(_, cut)| cut.copy == Some(slice));
-        let sender = |rank: usize| {
-            let slice = Slice { rank, world };
-            match owner(slice).or_else(|| keeper(slice)) {
-                Some((sender, _)) => Some(sender),
-                // Nobody sends an empty slice.
-                None if !needed(slice) => Some(0),
-                None => None,
-            }
-        };
-        let senders = (0..world).map(sender).collect::<Option<Vec<usize>>>()?;
-        let fits = of_cut().filter(|(_, cut)| cut.fits).count() == claims.len();
-        Some(Decision { cursor, generation, senders, fits, made })
-    })
+    let whole = cuts.into_iter().filter_map(|(generation, world)| whole(claims, generation, world, &needed));
+    whole.max_by_key(|decision| (decision.cursor, decision.generation))
+}
+
+/// The furthest state of one cut, if every slice is there. Sums are of one cut: another one's are of other steps.
+fn whole(
+    claims: &[Claim],
+    generation: Generation,
+    world: usize,
+    needed: impl Fn(Slice) -> bool,
+) -> Option<Decision> {
+    let holders = || claims.iter().filter(|claim| claim.cut(generation).is_some());
+    let cursor = holders().map(|claim| claim.cursor).max()?;
+    let made = holders().filter(|claim| claim.cursor == cursor).find_map(|claim| claim.made);
+    let mut decision = Decision { cursor, generation, senders: vec![], fits: false, made };
+    let reaching = || (0..).zip(claims).filter(|(_, claim)| claim.reaches(&decision));
+    let of_cut = || reaching().filter_map(|(rank, claim)| Some((rank, claim.cut(generation)?)));
+    let sender = |rank: usize| {
+        let slice = Slice { rank, world };
+        let owner = of_cut().find(|(_, cut)| cut.slice == slice);
+        match owner.or_else(|| of_cut().find(|(_, cut)| cut.copy == Some(slice))) {
+            Some((sender, _)) => Some(sender),
+            // Nothing is sent of an empty slice.
+            None if !needed(slice) => Some(0),
+            None => None,
+        }
+    };
+    let senders = (0..world).map(sender).collect::<Option<Vec<usize>>>()?;
+    let fits = of_cut().filter(|(_, cut)| cut.fits).count() == claims.len();
+    (decision.senders, decision.fits) = (senders, fits);
+    Some(decision)
 }
 
 #[cfg(test)]
@@ -203,6 +212,21 @@ mod tests {
         ahead.made = Some(SUMS);
         let decision = decide(&claims(&behind, &ahead), |_| true).unwrap();
         assert_eq!((decision.cursor.iteration, decision.made), (6, Some(SUMS)));
+    }
+
+    #[test]
+    fn a_further_state_that_is_not_whole_does_not_count() {
+        // One that was cut off comes back with a step that the others do not have, and they have gone on in another cut.
+        let stale = at(9, 1, 2, 3);
+        assert_eq!(decided(&[at(5, 3, 0, 2), at(5, 3, 1, 2), stale.clone()]), Some((5, 3, vec![0, 1])));
+        assert_eq!(decided(&[stale, at(5, 3, 0, 3)]), None);
+        // Sums of a step of another cut do not help.
+        let mut behind = at(5, 3, 0, 2);
+        behind.prepared = Some(Cursor::boundary(6));
+        let other = Claim { made: Some(SUMS), ..at(6, 2, 0, 2) };
+        assert_eq!(decided(&[behind.clone(), other]), Some((6, 2, vec![1, 1])));
+        let other = Claim { made: Some(SUMS), ..at(6, 2, 0, 3) };
+        assert_eq!(decided(&[behind, other]), Some((5, 3, vec![0, 0])));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Why the work of a generation stops before its end.
 
+use potstill_proto::cursor::Cursor;
+
 /// Why the work of a generation stops before its end.
 pub enum Interruption {
     Left(String),
@@ -7,8 +9,12 @@ pub enum Interruption {
         manifest_key: String,
         error: String,
     },
-    /// A slice of the state is gone with the rank that held it.
-    Incomplete(String),
+    /// A slice of the state is gone with both of the ranks that held it. `cursor`: an earlier state that the ranks can put
+    /// together and that this one holds slices of; the start of the run: none.
+    Incomplete {
+        cursor: Cursor,
+        error: String,
+    },
     Collective(potstill_c10d::Error),
     Fatal(anyhow::Error),
 }

@@ -179,12 +179,18 @@ fn take_slices(
         }
     };
     let numel = job.trained_parameters();
+    let error = || "a slice of the state is gone with both of the ranks that held it".to_owned();
     let Some(decision) = claims::decide(&claims, |slice| !slice.range(numel).is_empty()) else {
         progress.state_is_torn();
-        let error = "a slice of the state is gone with both of the ranks that held it";
-        return Err(Interruption::Incomplete(error.to_owned()));
+        return Err(Interruption::Incomplete { cursor: Cursor::default(), error: error() });
     };
-    let reached = claim.reaches(decision.cursor, decision.made);
+    let reached = claim.reaches(&decision);
+    if decision.cursor < assignment.start {
+        // The coordinator has to know before the ranks go on from there.
+        *holding = held;
+        let cursor = if reached { decision.cursor } else { Cursor::default() };
+        return Err(Interruption::Incomplete { cursor, error: error() });
+    }
     if !reached {
         progress.state_is_torn();
     }

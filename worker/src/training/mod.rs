@@ -63,8 +63,13 @@ pub enum Ending {
         /// Which object, and what is wrong with it.
         error: String,
     },
-    /// A slice of the state that it was to take over is gone with the rank that held it. It holds no state.
-    Incomplete(String),
+    /// A slice of the state that it was to take over is gone with both of its holders.
+    Incomplete {
+        /// The earlier state that the ranks can put together and that it holds slices of; the start of the run: none.
+        cursor: Cursor,
+        /// What is missing.
+        error: String,
+    },
     /// It has left the group: it was ordered to, or a collective failed.
     Left(String),
 }
@@ -115,7 +120,7 @@ pub fn run_generation(
     match result {
         Ok(ending) => Ok(ending),
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
-        Err(Interruption::Incomplete(error)) => Ok(Ending::Incomplete(error)),
+        Err(Interruption::Incomplete { cursor, error }) => Ok(Ending::Incomplete { cursor, error }),
         Err(Interruption::Damaged { manifest_key, error }) => Ok(Ending::Damaged { manifest_key, error }),
         Err(Interruption::Collective(error)) => {
             // It may have failed only because the session aborted the group.

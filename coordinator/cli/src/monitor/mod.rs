@@ -8,9 +8,11 @@ mod fixtures;
 mod kubeflow;
 pub mod log;
 pub mod metrics;
+mod mlflow;
 pub mod number;
 pub mod progress;
 pub mod prometheus;
+mod scalars;
 pub mod screen;
 pub mod summary;
 mod tensorboard;
@@ -36,6 +38,7 @@ use curves::Curves;
 use feed::Feed;
 use kubeflow::Teller;
 use metrics::{Metrics, Row};
+use mlflow::Tracker;
 use progress::Progress;
 use prometheus::Prometheus;
 use screen::Screen;
@@ -62,6 +65,8 @@ pub struct Monitor {
     prometheus: Arc<Prometheus>,
     /// Where Kubeflow runs this.
     kubeflow: Option<Teller>,
+    /// Where the environment names a server of MLflow.
+    mlflow: Option<Tracker>,
     iterations: u64,
     /// Whether there are metrics that are not saved.
     unsaved: bool,
@@ -102,7 +107,10 @@ impl Monitor {
             None => Metrics::new(spec),
         };
         let specification = spec.to_toml()?;
+        let place = run.describe("");
+        let place = place.trim_end_matches('/').to_owned();
         Ok(Self {
+            mlflow: Tracker::start(&run.id().to_string(), place, &specification),
             name: run.id().to_string(),
             tensorboard: Tensorboard::new(
                 run.clone(),
@@ -187,14 +195,15 @@ impl Monitor {
             }
             Observation::Iteration(totals) => {
                 let done = totals.iteration + 1;
-                if let Some(row) = self.metrics.iteration(totals, wall_seconds) {
-                    self.feed.row(&Row::Iteration(row.clone()));
+                if let Some(row) = self.metrics.iteration(totals, wall_seconds).cloned() {
+                    self.show(&Row::Iteration(row));
                     self.tell_kubeflow(done, false);
                 }
                 self.unsaved = true;
             }
             Observation::Evaluated(report) => {
-                self.feed.row(&Row::Evaluation(self.metrics.evaluation(&report, wall_seconds)));
+                let row = Row::Evaluation(self.metrics.evaluation(&report, wall_seconds));
+                self.show(&row);
                 self.save_metrics().await;
                 self.save_curves().await;
             }
@@ -217,6 +226,9 @@ impl Monitor {
         }
         if let Some(teller) = self.kubeflow.take() {
             teller.finish().await;
+        }
+        if let Some(tracker) = self.mlflow.take() {
+            tracker.finish(outcome).await;
         }
         let mut keys = vec![];
         if let Outcome::Succeeded { iteration } | Outcome::Stopped { iteration, .. } = outcome {
@@ -268,8 +280,16 @@ impl Monitor {
     }
 
     fn close_window(&mut self, wall_seconds: f64) {
-        if let Some(row) = self.metrics.close_window(wall_seconds) {
-            self.feed.row(&Row::Iteration(row.clone()));
+        if let Some(row) = self.metrics.close_window(wall_seconds).cloned() {
+            self.show(&Row::Iteration(row));
+        }
+    }
+
+    /// Shows a new row where rows are shown at once.
+    fn show(&self, row: &Row) {
+        self.feed.row(row);
+        if let Some(tracker) = &self.mlflow {
+            tracker.row(row);
         }
     }
 

@@ -19,7 +19,7 @@ use potstill_storage::{
 };
 use prost::Message;
 
-use super::metrics::{Evaluation, Row, Training};
+use super::{metrics::Row, scalars};
 
 /// Folder of the event files below the run's.
 pub const FOLDER: &str = "tensorboard";
@@ -184,16 +184,10 @@ impl Tensorboard {
         }
         let mut written = self.written;
         for row in rows {
-            let (iteration, at, values) = match row {
-                Row::Iteration(training) => {
-                    (training.iteration, training.wall_seconds, of_training(training))
-                }
-                Row::Evaluation(evaluation) => {
-                    (evaluation.iteration, evaluation.wall_seconds, of_evaluation(evaluation))
-                }
-            };
+            let (iteration, at, numbers) = scalars::of(row);
             if at > self.written {
                 written = written.max(at);
+                let values = numbers.iter().map(|(name, number)| scalar(name, *number)).collect();
                 events.push(summary(now - (wall_seconds - at), iteration, values));
             }
         }
@@ -317,39 +311,6 @@ fn image(tag: &str, iteration: u64, now: f64, png: Vec<u8>) -> Option<Event> {
         Content::Image(Image { height: height as i32, width: width as i32, colorspace: 3, encoded: png });
     let value = Value { tag: tag.to_owned(), metadata: None, content: Some(content) };
     Some(summary(now, iteration, vec![value]))
-}
-
-fn of_training(row: &Training) -> Vec<Value> {
-    let optional = |tag: &str, number: Option<f64>| number.map(|number| scalar(tag, number));
-    let mut values = vec![
-        scalar("loss/fake_score", row.fake_score_loss),
-        scalar("loss/generator", row.generator_loss),
-        scalar("loss/score_difference", row.score_difference),
-        scalar("gradient_norm/fake_score", row.fake_score_grad_norm),
-        scalar("gradient_norm/generator", row.generator_grad_norm),
-        scalar("speed/images_per_second", row.images_per_second),
-        scalar("speed/iteration_seconds", row.seconds.total),
-        scalar("speed/compute_seconds", row.seconds.compute),
-        scalar("speed/communication_seconds", row.seconds.communication),
-        scalar("speed/optimizer_seconds", row.seconds.optimizer),
-        scalar("progress/images", row.images as f64),
-        scalar("progress/ranks", row.world_size.into()),
-        scalar("progress/non_finite_samples", row.non_finite_samples as f64),
-    ];
-    values.extend(optional("loss/discriminator", row.discriminator_loss));
-    values.extend(optional("loss/generator_adversarial", row.generator_adversarial_loss));
-    if let Some([fake_score, generator]) = row.loss_scales {
-        values.push(scalar("loss_scale/fake_score", fake_score));
-        values.push(scalar("loss_scale/generator", generator));
-    }
-    values
-}
-
-fn of_evaluation(row: &Evaluation) -> Vec<Value> {
-    let speed = ("images_per_second", row.scores.images_per_second);
-    let all = row.scores.named().into_iter().chain([speed]);
-    let measured = all.filter_map(|(name, number)| Some((name, number?)));
-    measured.map(|(name, number)| scalar(&format!("{}/{name}", row.subject), number)).collect()
 }
 
 /// A message with its length and the checksums of both.

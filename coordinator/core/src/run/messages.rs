@@ -111,8 +111,8 @@ impl Core {
                     self.spoke(stream, Cursor::default());
                 }
             }
-            FromWorker::StateIncomplete { generation, error } => {
-                self.state_incomplete(stream, generation, &error, actions);
+            FromWorker::StateIncomplete { generation, cursor, error } => {
+                self.state_incomplete(stream, generation, cursor, &error, actions);
             }
             FromWorker::Failed { generation, error } => {
                 self.worker_failed(stream, generation, &error, actions)
@@ -271,12 +271,14 @@ impl Core {
         }
     }
 
-    /// The slices of a generation's state cannot be put together, as all its ranks have found. The cause is known, and says
-    /// nothing against workers that are new. Where every rank holds the whole state, it is one rank's word about itself.
+    /// The slices of a generation's state cannot be put together, as all its ranks have found; perhaps those of an earlier
+    /// one. The cause is known, and says nothing against workers that are new. Where every rank holds the whole state, it is
+    /// one rank's word about itself.
     fn state_incomplete(
         &mut self,
         stream: StreamId,
         generation: Generation,
+        cursor: Cursor,
         error: &str,
         actions: &mut Actions,
     ) {
@@ -284,15 +286,22 @@ impl Core {
         if !self.terms.sliced {
             return self.collective_failed(stream, generation, nothing, error, actions);
         }
-        let Some(rank) = self.left_rank(stream, generation, nothing, actions) else { return };
-        self.incomplete = generation;
-        let placed =
-            |(stream, member): (StreamId, &Member)| member.place.or(member.hello.place).map(|_| stream);
-        for holder in self.members.iter().filter_map(placed).collect::<Vec<_>>() {
-            if let Some(member) = self.members.get_mut(holder) {
-                member.left(nothing);
+        let first = self.incomplete != generation;
+        let Some(rank) = self.rank(stream).filter(|_| generation == self.generation) else {
+            self.left_rank(stream, generation, nothing, actions);
+            return;
+        };
+        if first {
+            self.incomplete = generation;
+            let placed =
+                |(stream, member): (StreamId, &Member)| member.place.or(member.hello.place).map(|_| stream);
+            for holder in self.members.iter().filter_map(placed).collect::<Vec<_>>() {
+                if let Some(member) = self.members.get_mut(holder) {
+                    member.left(nothing);
+                }
             }
         }
+        self.left_rank(stream, generation, cursor, actions);
         if matches!(self.stage, Stage::Training(_)) {
             let reason = format!("rank {rank} found that {error}");
             let observed = Observation::GenerationAbandoned { generation, reason: reason.clone() };
@@ -303,9 +312,11 @@ impl Core {
             if settling.cause == Cause::Unexplained {
                 settling.cause = Cause::Incomplete;
             }
-            settling.holders.clear();
+            if first {
+                settling.holders.clear();
+            }
         }
-        self.spoke(stream, nothing);
+        self.spoke(stream, cursor);
     }
 
     /// A worker says that it left its group, with this state. Returns its rank, if it is one of the newest generation.

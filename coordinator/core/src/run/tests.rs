@@ -786,13 +786,38 @@ fn sliced(mut setup: Setup) -> Setup {
     setup
 }
 
+fn incomplete_at(generation: Generation, cursor: Cursor) -> FromWorker {
+    FromWorker::StateIncomplete { generation, cursor, error: "a slice is gone".into() }
+}
+
+#[test]
+fn an_earlier_state_that_the_ranks_can_put_together_is_gone_on_with() {
+    let mut world = World::new(sliced(setup(2, 3)));
+    for stream in 0..3 {
+        world.attach(stream);
+    }
+    for iteration in 0..3 {
+        (0..3).for_each(|stream| drop(world.report(stream, iteration)));
+    }
+    // One rank has made a step that only it knows of, and is gone before the others take over its slices.
+    world.close(0);
+    world.says(1, collective_failed(1, 3));
+    let actions = world.says(2, collective_failed(1, 4));
+    assert_eq!((source(&actions), world.core.generation), (Source::Peer { rank: 1 }, Generation(2)));
+    world.says(1, incomplete_at(Generation(2), Cursor::boundary(3)));
+    let actions = world.says(2, incomplete_at(Generation(2), Cursor::default()));
+    assert_eq!((source(&actions), world.core.generation), (Source::Peer { rank: 0 }, Generation(3)));
+    let start = world.core.start.cursor;
+    assert_eq!(start, Cursor::boundary(3), "the state that was not found is not expected again");
+}
+
 #[test]
 fn where_every_rank_holds_the_whole_state_one_rank_speaks_for_itself_alone() {
     let mut world = World::training(2, 2);
     for stream in 0..2 {
         world.report(stream, 0);
     }
-    let lie = FromWorker::StateIncomplete { generation: Generation(1), error: "a slice is gone".into() };
+    let lie = incomplete_at(Generation(1), Cursor::default());
     assert_eq!(abandoned(&world.says(0, lie)), [1]);
     let actions = world.says(1, collective_failed(1, 1));
     assert_eq!(source(&actions), Source::Peer { rank: 1 }, "the other rank's state counts");
@@ -816,8 +841,7 @@ fn a_state_whose_slices_died_is_given_up_at_once_and_no_newcomer_is_blamed() {
     world.says(1, collective_failed(1, 3));
     let actions = world.attach(2);
     assert_eq!((source(&actions), world.core.generation), (Source::Peer { rank: 0 }, Generation(2)));
-    let incomplete =
-        || FromWorker::StateIncomplete { generation: Generation(2), error: "a slice is gone".into() };
+    let incomplete = || incomplete_at(Generation(2), Cursor::default());
     assert!(abandoned(&world.says(2, incomplete())).is_empty(), "the other rank is about to say so itself");
     // A heartbeat that names the old state may arrive on either side of the survivor's own word.
     world.says(1, heartbeat(2, Cursor::boundary(3)));
@@ -843,7 +867,7 @@ fn ranks_that_met_and_found_their_state_incomplete_do_not_end_a_row_of_failures(
     assert_eq!(places(&stuck(&mut world)).len(), 3);
     assert_eq!(places(&stuck(&mut world)).len(), 3);
     let generation = world.core.generation;
-    let incomplete = || FromWorker::StateIncomplete { generation, error: "a slice is gone".into() };
+    let incomplete = || incomplete_at(generation, Cursor::default());
     let opened: Vec<_> = (0..3).flat_map(|stream| world.says(stream, incomplete())).collect();
     assert_eq!(places(&opened).len(), 3, "at once, and with all");
     let left_out = |a: &Action| matches!(a, Action::Log(text) if text.contains("is tried without worker"));

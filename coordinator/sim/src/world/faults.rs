@@ -218,7 +218,7 @@ impl World {
                 manifest_key: manifest_key(iteration),
                 error: "a lie".to_owned(),
             },
-            FromWorker::StateIncomplete { generation, error: "a lie".to_owned() },
+            FromWorker::StateIncomplete { generation, cursor: Cursor::default(), error: "a lie".to_owned() },
             FromWorker::Yielded { generation, cursor },
             FromWorker::Finished { generation, cursor },
             FromWorker::CollectiveFailed {

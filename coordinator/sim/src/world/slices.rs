@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use potstill_proto::message::{Assignment, Source};
+use potstill_proto::message::{Assignment, FromWorker, Source};
 
 use super::World;
 use crate::{
-    process::{Process, Slices},
+    process::{Process, Slices, Stage},
     state::State,
 };
 
@@ -28,23 +28,29 @@ pub fn complete<'a, I: Iterator<Item = &'a Process>>(ranks: impl Fn() -> I, stat
 }
 
 impl World {
-    /// The ranks of a generation compare what they hold: it starts from the furthest state, if all slices of that are
-    /// there.
+    /// The ranks of a generation compare what they hold: it starts from the furthest state of which all slices are there,
+    /// if that is as far as the assignment expects.
     pub(super) fn find_slices(&mut self, generation: u64) {
         let members = self.groups[&generation].members.clone();
         let ranks = || members.iter().map(|member| &self.processes[*member]);
-        let source = ranks().find_map(|of| of.place.as_ref().map(|place| &place.source));
-        if !matches!(source, Some(Source::Peer { .. })) {
+        let Some(place) = ranks().find_map(|of| of.place.as_ref()) else { return };
+        if !matches!(place.source, Source::Peer { .. }) {
             return;
         }
-        let furthest = ranks().filter_map(|of| of.state).max_by_key(|state| state.cursor);
-        let whole = furthest.and_then(|state| Some((state, complete(ranks, state)?)));
+        let states = || ranks().filter_map(|of| of.state);
+        let whole = states().filter_map(|state| Some((state, complete(ranks, state)?)));
+        let whole = whole.max_by_key(|(state, cut)| (state.cursor, *cut));
+        let incomplete = whole.is_none_or(|(state, _)| state.cursor < place.start);
         let known = |state: &State| !self.given_up.contains(&state.lineage);
-        if let (Some(state), None) = (furthest.filter(known), whole) {
-            let newest = cuts(ranks(), state).into_keys().next_back();
-            let kept = newest.and_then(|cut| self.lost_slice(state, cut, &members));
-            if let Some(kept) = kept {
-                return self.breaks(format!("generation {generation} misses {kept}"));
+        let furthest = states().filter(known).max_by_key(|state| state.cursor);
+        if let Some(state) =
+            furthest.filter(|state| whole.is_none_or(|(whole, _)| whole.cursor < state.cursor))
+        {
+            let newest = ranks().flat_map(|of| &of.slices).map(|slices| slices.generation).max();
+            let its_newest = cuts(ranks(), state).into_keys().next_back();
+            let lost = newest.filter(|_| newest == its_newest);
+            if let Some(lost) = lost.and_then(|cut| self.lost_slice(state, cut, &members)) {
+                return self.breaks(format!("generation {generation} misses {lost}"));
             }
         }
         if whole.is_none() {
@@ -53,8 +59,23 @@ impl World {
             self.given_up.extend(states.map(|state| state.lineage));
         }
         let group = self.groups.entry(generation).or_default();
-        (group.source, group.incomplete) = (whole.map(|(state, _)| state), whole.is_none());
+        (group.source, group.incomplete) = (whole.map(|(state, _)| state), incomplete);
         group.cut = whole.map(|(_, cut)| cut);
+    }
+
+    /// A rank leaves its group, since the slices of the state that it expects are not there; `earlier`: those of this one
+    /// are.
+    pub(super) fn cannot_put_together(&mut self, process: usize, earlier: Option<State>) {
+        let generation = self.processes[process].generation();
+        let cursor = earlier.map(|state| state.cursor).unwrap_or_default();
+        let error = "a slice of the state is gone".to_owned();
+        let message = FromWorker::StateIncomplete { generation, cursor, error };
+        if earlier.is_none() {
+            return self.loses_its_state(process, message);
+        }
+        self.is_gone(process);
+        self.processes[process].enter(Stage::Idle);
+        self.says(process, message);
     }
 
     /// A slice of a cut that all its ranks have taken over, which is lost although it has only one holder, or one of its

@@ -302,7 +302,7 @@ impl World {
     }
 
     /// A rank that left its group has no state any more.
-    fn loses_its_state(&mut self, process: usize, message: FromWorker) {
+    pub(super) fn loses_its_state(&mut self, process: usize, message: FromWorker) {
         self.is_gone(process);
         let of = &mut self.processes[process];
         of.forget();
@@ -311,7 +311,7 @@ impl World {
     }
 
     /// A rank has left its group or died: ranks that wait for it notice, unless a partition hides that.
-    fn is_gone(&mut self, process: usize) {
+    pub(super) fn is_gone(&mut self, process: usize) {
         let (generation, rank, _) = self.place(process);
         let side = self.processes[process].side;
         let group = self.groups.entry(generation.0).or_default();
@@ -372,8 +372,8 @@ impl World {
             return self.leaves(process, Some("connection reset by peer"));
         }
         if group.incomplete {
-            let error = "a slice of the state is gone".to_owned();
-            return self.loses_its_state(process, FromWorker::StateIncomplete { generation, error });
+            let earlier = group.source.filter(|source| self.processes[process].reaches(*source));
+            return self.cannot_put_together(process, earlier);
         }
         let of = &mut self.processes[process];
         if of.stage == Stage::Meeting {

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Measure how much of the communication of two ranks is hidden behind the backward pass, on hosts of their own whose link is slowed down.
+Needs root, iproute2 and nftables. About 8 minutes on 2 idle CPU cores, after the build.
+
+    scripts/bench/overlap.py                   1 Gbit/s
+    scripts/bench/overlap.py --rate 500mbit    another rate of tc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import bench_recovery
+import prepare
+from hosts import Hosts
+
+ITERATIONS = 14
+# What each of two ranks sends in a phase, in bytes for a parameter. To reduce and gather is half of the vector each; with slices, the
+# reduced half also goes to the partner.
+SENT = {"none": 4.0, "optimizer": 6.0, "gradients": 6.0}
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def measured(folder: Path, config: Path, hosts: Hosts, shard: str) -> list[dict]:
+    """Mean seconds by part of an iteration, by windows of half a minute without the first."""
+    run = f"overlap-{shard}"
+    sets = {
+        "distillation.iterations": ITERATIONS,
+        "distillation.global_batch": 32,
+        "distillation.micro_batch": 16,
+        "checkpoint.every": 1000,
+        "cluster.failure_timeout": "60s",
+        "memory.shard": shard,
+    }
+    pairs = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    where = ["--storage", str(folder), "--run-id", run]
+    listen = ["--workers", "2", "--listen", f"{hosts.address('c')}:0", "--log-format", "json"]
+    commands = {
+        "c": ["serve", str(config), *where, *pairs, *listen],
+        "a": ["agent", *where, "--threads", "1"],
+        "b": ["agent", *where, "--threads", "1"],
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RUST_LOG": "potstill=debug,info"}
+    started = []
+    with open(folder / f"{run}.log", "wb") as log:
+        for host, arguments in commands.items():
+            command = hosts.on(host, [str(bench_recovery.POTSTILL), *arguments])
+            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment))
+        ended = [process.wait() for process in started]
+    if any(ended):
+        sys.exit(f"{run} failed: {(folder / f'{run}.log').read_text()[-2000:]}")
+    lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    found = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
+    return found[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rate", default="1gbit", help="of the link of each host, as tc writes it")
+    rate = parser.parse_args().rate
+    number, unit = re.fullmatch(r"([0-9.]+)([a-z]+)", rate).groups()
+    bits = float(number) * UNITS[unit]
+    prepare.programs()
+    hosts = Hosts(["c", "a", "b"])
+    if not hosts.separate:
+        sys.exit("this needs root, iproute2 and nftables")
+    try:
+        for host in ("a", "b"):
+            slow = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms"]
+            subprocess.run(hosts.on(host, slow), check=True)
+        with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
+            folder = Path(name)
+            teacher = bench_recovery.large_teacher(folder)
+            config = bench_recovery.unscored(folder, teacher)
+            parameters = teacher.stat().st_size / 4
+            for shard, bytes_of in SENT.items():
+                seconds = measured(folder, config, hosts, shard)
+                of = {part: statistics.median(line[part] for line in seconds) for part in ("compute", "communication", "total")}
+                least = 2 * parameters * bytes_of * 8 / bits
+                print(
+                    f"memory.shard={shard}: {2 * parameters * bytes_of / 1e6:.0f} MB sent by a rank in an iteration, {least:.2f} s at"
+                    f" {rate}; waited {of['communication']:.2f} s, computed {of['compute']:.2f} s of {of['total']:.2f} s;"
+                    f" hidden {max(0.0, 1 - of['communication'] / least):.0%}",
+                    flush=True,
+                )
+    finally:
+        hosts.remove()
+
+
+if __name__ == "__main__":
+    main()
