@@ -68,8 +68,18 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
         .collect();
     let most = max_workers as usize;
     if sliced && candidates.len() > most {
-        // All that hold slices of the furthest state are needed.
-        candidates.sort_by_key(|(rank, held, id, _)| (*held, *rank, *id));
+        // All that hold slices of the furthest state are needed. Of a rank of the newest generation that has not said yet
+        // what it holds it is assumed that it does.
+        let newest =
+            members.iter().filter_map(|(_, member)| member.place).map(|place| place.generation).max();
+        let furthest = candidates.iter().map(|(_, Reverse(held), ..)| *held).max().flatten();
+        let held = |stream: &StreamId, held: Option<Cursor>| {
+            let of_newest = members.get(*stream).and_then(|member| member.place);
+            let silent = of_newest.is_some_and(|place| held.is_none() && Some(place.generation) == newest);
+            if silent { furthest } else { held }
+        };
+        candidates
+            .sort_by_key(|(rank, Reverse(cursor), id, stream)| (Reverse(held(stream, *cursor)), *rank, *id));
         candidates.truncate(most);
     }
     candidates.sort();

@@ -317,7 +317,7 @@ fn gib(bytes: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{rc::Rc, time::Duration};
+    use std::{rc::Rc, sync::Arc, time::Duration};
 
     use potstill_c10d::{Backend, ProcessGroup, Store};
     use potstill_distill::{
@@ -404,7 +404,7 @@ mod tests {
             }
         };
         let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());
-        let progress = Progress::default();
+        let progress = Arc::new(Progress::default());
         let trainer =
             Trainer::new(&recipe, teacher.as_ref(), &draws, alone, 0..1, &progress, &state, None).unwrap();
         for iteration in 0..2 {

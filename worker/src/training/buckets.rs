@@ -8,6 +8,7 @@ use std::{
     collections::VecDeque,
     ops::Range,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
@@ -15,6 +16,8 @@ use potstill_distill::state::Slice;
 use potstill_models::Parameters;
 use potstill_torch_ext::{GradientHooks, clear_gradients, on_gradients};
 use tch::{Kind, Tensor, no_grad};
+
+use crate::session::Progress;
 
 /// Elements of a bucket, at most, unless a single tensor is larger: 25 MiB of fp32, as in PyTorch's
 /// `DistributedDataParallel`.
@@ -108,6 +111,8 @@ struct Pass {
     /// Whether a bucket is reduced when it is taken.
     reduces: bool,
     launched: VecDeque<Launched>,
+    /// How long this micro-batch has waited for peers.
+    waited: Duration,
     failure: Option<Error>,
 }
 
@@ -118,6 +123,7 @@ struct Shared {
     numel: i64,
     shares: Shares,
     group: ProcessGroup,
+    progress: Arc<Progress>,
     pass: Mutex<Pass>,
 }
 
@@ -137,6 +143,7 @@ impl Bucketed {
         memory: Memory,
         shares: Shares,
         group: &ProcessGroup,
+        progress: &Arc<Progress>,
     ) -> Result<Self, Error> {
         let sizes: Vec<i64> = parameters.entries().iter().map(potstill_models::Entry::numel).collect();
         let buckets = buckets(&sizes);
@@ -149,6 +156,7 @@ impl Bucketed {
             left: 0,
             reduces: false,
             launched: VecDeque::new(),
+            waited: Duration::ZERO,
             failure: None,
         };
         let shared = Arc::new(Shared {
@@ -157,6 +165,7 @@ impl Bucketed {
             numel: sizes.iter().sum(),
             shares,
             group: group.clone(),
+            progress: Arc::clone(progress),
             pass: Mutex::new(pass),
         });
         let told = Arc::clone(&shared);
@@ -170,18 +179,20 @@ impl Bucketed {
         pass.missing = self.shared.buckets.iter().map(|bucket| bucket.leaves.len()).collect();
         pass.left = self.shared.buckets.len();
         pass.reduces = last || self.shared.shares.sharded_sum;
+        pass.waited = Duration::ZERO;
     }
 
-    /// After the backward pass: takes the buckets some of whose parameters got no gradient.
+    /// After the backward pass: takes the buckets some of whose parameters got no gradient. Returns how long the pass waited for
+    /// peers.
     ///
     /// # Errors
     /// A collective failed.
-    pub fn end(&self) -> Result<(), Error> {
+    pub fn end(&self) -> Result<Duration, Error> {
         let mut pass = self.shared.pass();
         while pass.left > 0 {
             self.shared.take(&mut pass);
         }
-        pass.failure.take().map_or(Ok(()), Err)
+        pass.failure.take().map_or(Ok(pass.waited), Err)
     }
 
     /// The slices of the sum over all ranks that this rank needs. `computed`: its micro-batches.
@@ -297,7 +308,9 @@ impl Shared {
         }
         while self.shares.sharded_sum && pass.launched.len() > UNDER_WAY {
             if let Some(launched) = pass.launched.pop_front() {
-                launched.wait()?;
+                let waiting = Instant::now();
+                self.progress.while_waiting(|| launched.wait())?;
+                pass.waited += waiting.elapsed();
             }
         }
         Ok(())

@@ -114,44 +114,56 @@ impl Claim {
     }
 }
 
-/// The furthest state of which every slice is there that `needed` says is not empty; of several cuts of it the newest.
+/// The furthest state of which every slice is there that `needed` says is not empty. Of several cuts of it that which all
+/// ranks hold already as they are to hold it, or else the one whose slices have the most holders, or else the newest.
 /// `None`: of each state that a rank holds, a slice is lost.
 pub fn decide(claims: &[Claim], needed: impl Fn(Slice) -> bool) -> Option<Decision> {
-    let mut cuts: Vec<(Generation, usize)> =
-        claims.iter().flat_map(|claim| &claim.cuts).map(|cut| (cut.generation, cut.slice.world)).collect();
-    cuts.sort_unstable();
-    cuts.dedup();
-    let whole = cuts.into_iter().filter_map(|(generation, world)| whole(claims, generation, world, &needed));
-    whole.max_by_key(|decision| (decision.cursor, decision.generation))
+    let of_claim = |claim: &Claim| {
+        let cursor = claim.cursor;
+        claim.cuts.iter().map(move |cut| (cursor, cut.generation, cut.slice.world)).collect::<Vec<_>>()
+    };
+    let mut states: Vec<(Cursor, Generation, usize)> = claims.iter().flat_map(of_claim).collect();
+    states.sort_unstable();
+    states.dedup();
+    let whole = states.into_iter().filter_map(|(cursor, generation, world)| {
+        let (decision, holders) = whole(claims, cursor, generation, world, &needed)?;
+        Some(((cursor, decision.fits, holders, generation), decision))
+    });
+    whole.max_by_key(|(rank, _)| *rank).map(|(_, decision)| decision)
 }
 
-/// The furthest state of one cut, if every slice is there. Sums are of one cut: another one's are of other steps.
+/// A state as one cut has it, if every slice is there, and the number of ranks that hold the slice with the fewest. Sums are
+/// of one cut: another one's are of other steps.
 fn whole(
     claims: &[Claim],
+    cursor: Cursor,
     generation: Generation,
     world: usize,
     needed: impl Fn(Slice) -> bool,
-) -> Option<Decision> {
+) -> Option<(Decision, usize)> {
     let holders = || claims.iter().filter(|claim| claim.cut(generation).is_some());
-    let cursor = holders().map(|claim| claim.cursor).max()?;
     let made = holders().filter(|claim| claim.cursor == cursor).find_map(|claim| claim.made);
     let mut decision = Decision { cursor, generation, senders: vec![], fits: false, made };
     let reaching = || (0..).zip(claims).filter(|(_, claim)| claim.reaches(&decision));
     let of_cut = || reaching().filter_map(|(rank, claim)| Some((rank, claim.cut(generation)?)));
-    let sender = |rank: usize| {
+    let (mut senders, mut fewest) = (vec![], usize::MAX);
+    for rank in 0..world {
         let slice = Slice { rank, world };
-        let owner = of_cut().find(|(_, cut)| cut.slice == slice);
-        match owner.or_else(|| of_cut().find(|(_, cut)| cut.copy == Some(slice))) {
-            Some((sender, _)) => Some(sender),
+        let owner = of_cut().find(|(_, cut)| cut.slice == slice).map(|(sender, _)| sender);
+        let keepers = || of_cut().filter(|(_, cut)| cut.copy == Some(slice)).map(|(sender, _)| sender);
+        senders.push(match owner.or_else(|| keepers().next()) {
+            Some(sender) => sender,
             // Nothing is sent of an empty slice.
-            None if !needed(slice) => Some(0),
-            None => None,
+            None if !needed(slice) => 0,
+            None => return None,
+        });
+        if needed(slice) {
+            fewest = fewest.min(usize::from(owner.is_some()) + keepers().count());
         }
-    };
-    let senders = (0..world).map(sender).collect::<Option<Vec<usize>>>()?;
+    }
     let fits = of_cut().filter(|(_, cut)| cut.fits).count() == claims.len();
     (decision.senders, decision.fits) = (senders, fits);
-    Some(decision)
+    Some((decision, fewest))
 }
 
 #[cfg(test)]
@@ -230,13 +242,25 @@ mod tests {
     }
 
     #[test]
-    fn a_takeover_that_some_have_completed_is_gone_on_with_from_either_cut() {
+    fn of_two_cuts_the_safer_one_is_gone_on_with() {
         let both = |old: Claim, new: Claim| Claim { cuts: [old.cuts, new.cuts].concat(), ..old };
         // Rank 1 of the old cut is dead; one has taken over the new slices, the other has not.
         let claims = [both(at(5, 1, 0, 3), at(5, 2, 0, 2)), at(5, 1, 2, 3)];
-        assert_eq!(decided(&claims), Some((5, 2, vec![0, 0])), "alone it holds both of the new cut");
+        assert_eq!(decided(&claims), Some((5, 2, vec![0, 0])), "each slice has one holder: the newest");
         let claims = [both(at(5, 1, 0, 3), at(5, 2, 0, 4)), at(5, 1, 2, 3)];
-        assert_eq!(decided(&claims), Some((5, 1, vec![0, 1, 1])));
+        assert_eq!(decided(&claims), Some((5, 1, vec![0, 1, 1])), "the other is not whole");
+        // A fourth rank died before all had the new cut: of that two slices have one holder.
+        let claims: Vec<Claim> = (0..3).map(|rank| both(at(5, 1, rank, 3), at(5, 2, rank, 4))).collect();
+        assert_eq!(decided(&claims), Some((5, 1, vec![0, 1, 2])));
+    }
+
+    #[test]
+    fn an_earlier_state_of_the_same_cut_counts_where_the_furthest_is_not_whole() {
+        let mut ahead = at(6, 1, 0, 3);
+        ahead.made = Some(SUMS);
+        // Their prepared steps are gone.
+        let claims = [ahead, at(5, 1, 1, 3), at(5, 1, 2, 3)];
+        assert_eq!(decided(&claims), Some((5, 1, vec![1, 1, 2])));
     }
 
     #[test]

@@ -104,10 +104,15 @@ pub(super) fn obtain_state(
     assignment: &Assignment,
     group: &ProcessGroup,
 ) -> Result<(), Interruption> {
-    let held = std::mem::take(holding);
+    let mut held = std::mem::take(holding);
     let cut = assignment.generation;
+    if !matches!(assignment.source, Source::Peer { .. }) {
+        // Before there is memory for others.
+        (held.other, held.pending) = Default::default();
+    }
     match &assignment.source {
         Source::Fresh => {
+            drop(held);
             let state = Some(job.first_state(assignment));
             *holding = Holding { state, cut, ..Holding::default() };
         }
@@ -187,8 +192,11 @@ fn take_slices(
     let reached = claim.reaches(&decision);
     if decision.cursor < assignment.start {
         // The coordinator has to know before the ranks go on from there.
-        *holding = held;
         let cursor = if reached { decision.cursor } else { Cursor::default() };
+        match reached {
+            true => *holding = held,
+            false => progress.state_is_torn(),
+        }
         return Err(Interruption::Incomplete { cursor, error: error() });
     }
     if !reached {
@@ -203,10 +211,11 @@ fn take_slices(
             // The weights may be those of another moment.
             state.settle();
         }
-        kept.cut = assignment.generation;
+        // It stays the earlier generation's cut: a rank whose exchange of claims failed knows no other name of it.
         *holding = kept;
         return Ok(());
     }
+    let memory = memory.filter(|_| kept.state.is_none());
     let base = kept.state.as_ref().or(memory.as_ref());
     let mut state = match (base, wanted) {
         (Some(base), [Some(slice), copy]) => base.relaid(slice, copy),

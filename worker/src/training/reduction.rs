@@ -1,6 +1,9 @@
 //! Reduces the ranks' gradients of one network to one gradient, or to slices of it on each rank.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use potstill_c10d::{Error, ProcessGroup, Reducer, ReducerOptions};
@@ -12,6 +15,7 @@ use super::{
     buckets::{Bucketed, Memory, Shares},
     interruption::Interruption,
 };
+use crate::session::Progress;
 
 /// See the module's documentation. Either way the reduction of a bucket goes on beside the backward pass.
 pub enum Reduction {
@@ -30,6 +34,7 @@ impl Reduction {
         networks: [&dyn Denoiser; 2],
         shares: Shares,
         group: &ProcessGroup,
+        progress: &Arc<Progress>,
     ) -> Result<[Self; 2], Error> {
         let plain = shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
         for network in networks {
@@ -44,7 +49,7 @@ impl Reduction {
         }
         let memory = Memory::new(networks[0].parameters(), shares);
         let bucketed = |network: &dyn Denoiser| {
-            Bucketed::new(network.parameters(), memory.share(), shares, group).map(Self::Bucketed)
+            Bucketed::new(network.parameters(), memory.share(), shares, group, progress).map(Self::Bucketed)
         };
         Ok([bucketed(networks[0])?, bucketed(networks[1])?])
     }
@@ -62,14 +67,17 @@ impl Reduction {
     ///
     /// # Errors
     /// The collectives' errors; the loss cannot be differentiated.
-    pub fn backward(&self, loss: &Tensor, last: bool) -> Result<Duration, Interruption> {
+    pub fn backward(&self, loss: &Tensor, last: bool, progress: &Progress) -> Result<Duration, Interruption> {
         match self {
-            Self::Whole(reducer) if last => return Ok(reducer.backward(loss)?),
+            // The backward pass of the last micro-batch ends when the gradients of all ranks are reduced.
+            Self::Whole(reducer) if last => {
+                return Ok(progress.while_waiting(|| reducer.backward(loss))?);
+            }
             Self::Whole(_) => loss.f_backward().context("backward pass")?,
             Self::Bucketed(bucketed) => {
                 bucketed.begin(last);
                 loss.f_backward().context("backward pass")?;
-                bucketed.end()?;
+                return Ok(bucketed.end()?);
             }
         }
         Ok(Duration::ZERO)

@@ -7,6 +7,7 @@
 use std::{
     path::{Path, PathBuf},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -474,7 +475,7 @@ fn replay(recording: &Recording) -> Vec<String> {
     let store = Store::alone(patience).unwrap();
     let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
     let group = ProcessGroup::new(&backend, &store, 0, 1, patience).unwrap();
-    let (progress, micro_batches) = (Progress::default(), 0..spec.micro_batches());
+    let (progress, micro_batches) = (Arc::new(Progress::default()), 0..spec.micro_batches());
     let trainer =
         Trainer::new(&recipe, teacher.as_ref(), &draws, group, micro_batches, &progress, &state, None)
             .unwrap();

@@ -5,6 +5,7 @@
 
 use std::{
     ops::Range,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -203,7 +204,7 @@ pub struct Trainer<'a> {
     /// This rank's micro-batches.
     pub micro_batches: Range<u32>,
     /// Receives each wait and each micro-batch.
-    pub progress: &'a Progress,
+    pub progress: &'a Arc<Progress>,
     shares: Shares,
     rank: u32,
     fake_score: Reduction,
@@ -225,7 +226,7 @@ impl<'a> Trainer<'a> {
         draws: &'a dyn Draws,
         group: ProcessGroup,
         micro_batches: Range<u32>,
-        progress: &'a Progress,
+        progress: &'a Arc<Progress>,
         state: &State,
         copied_by: Option<u32>,
     ) -> Result<Self, potstill_c10d::Error> {
@@ -240,7 +241,7 @@ impl<'a> Trainer<'a> {
             sharded_sum: slice.world > 1 && recipe.sharded_sum,
             rounds: all.div_ceil(group.member().world),
         };
-        let [fake_score, generator] = Reduction::of(networks, shares, &group)?;
+        let [fake_score, generator] = Reduction::of(networks, shares, &group, progress)?;
         let rank = group.member().rank as u32;
         let frozen_fake_score = state.fake_score.network().frozen();
         Ok(Self {
@@ -298,10 +299,9 @@ impl<'a> Trainer<'a> {
             let scaled = &micro_batch.loss * scale;
             if index == last {
                 faults::point("reducing", iteration, self.rank);
-                // The backward pass of the last micro-batch ends when the gradients of all ranks are reduced.
-                exposed = self.progress.while_waiting(|| reduction.backward(&scaled, true))?;
-            } else {
-                reduction.backward(&scaled, false)?;
+            }
+            exposed += reduction.backward(&scaled, index == last, self.progress)?;
+            if index != last {
                 faults::point("backward", iteration, self.rank);
             }
             reported.push(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch });

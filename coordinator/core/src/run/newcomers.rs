@@ -36,6 +36,10 @@ impl Core {
             if self.is_needed(stream) {
                 continue;
             }
+            // Two of them may be both holders of a slice: the next is left out once the others hold all slices again.
+            if self.terms.sliced && turn > 0 {
+                break;
+            }
             let Some(member) = self.members.get_mut(stream) else { continue };
             let pause =
                 (timeouts.hang_millis << member.fruitless.min(MOST_DOUBLINGS)) + turn * timeouts.hang_millis;
