@@ -191,7 +191,7 @@ def settings_of(check: Check, model: str, adapters: bool, offload: bool) -> dict
             "distillation.global_batch": batch,
             "distillation.iterations": 10**6,
             "checkpoint.every": 10**6,
-            "memory.shard": "false",
+            "memory.shard": "none",
             "memory.offload_ema": str(offload and not adapters).lower(),
             "generator.steps": 1,
         }
