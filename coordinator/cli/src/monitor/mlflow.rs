@@ -127,19 +127,28 @@ impl Server {
     /// The id of MLflow's run for this one: the one that is there already, or a new one.
     async fn run(&self, about: &About) -> anyhow::Result<String> {
         let experiment = self.experiment().await?;
-        let filter = format!("tags.`{TAG}` = '{}'", about.place.replace('\'', ""));
+        let filter = format!("tags.`{TAG}` = '{}'", about.place);
         let search = json!({ "experiment_ids": [experiment], "filter": filter, "max_results": 1 });
         let found = self.send("runs/search", search).await?;
-        if let Some(run) = found["runs"].get(0) {
-            let id = text(&run["info"]["run_id"])?;
-            self.send("runs/update", json!({ "run_id": id, "status": "RUNNING" })).await?;
+        let found = &found["runs"][0];
+        let id = match found.is_null() {
+            false => {
+                let id = text(&found["info"]["run_id"])?;
+                self.send("runs/update", json!({ "run_id": id, "status": "RUNNING" })).await?;
+                id
+            }
+            true => {
+                let tags = json!([{ "key": TAG, "value": about.place }]);
+                let made = json!({
+                    "experiment_id": experiment, "run_name": about.name, "start_time": millis(), "tags": tags,
+                });
+                text(&self.send("runs/create", made).await?["run"]["info"]["run_id"])?
+            }
+        };
+        // What a run was started with is not changed; it may not have arrived.
+        if found["data"]["params"].as_array().is_some_and(|params| !params.is_empty()) {
             return Ok(id);
         }
-        let tags = json!([{ "key": TAG, "value": about.place.replace('\'', "") }]);
-        let made = json!({
-            "experiment_id": experiment, "run_name": about.name, "start_time": millis(), "tags": tags,
-        });
-        let id = text(&self.send("runs/create", made).await?["run"]["info"]["run_id"])?;
         for parameters in about.parameters.chunks(PARAMETERS) {
             let params: Vec<_> =
                 parameters.iter().map(|(key, value)| json!({ "key": key, "value": value })).collect();
@@ -161,7 +170,7 @@ fn millis() -> i64 {
 struct About {
     /// Its name.
     name: String,
-    /// Its folder in the storage.
+    /// Its folder in the storage, without quotes, which the filter of a search cannot hold.
     place: String,
     /// Its specification: dotted keys and values.
     parameters: Vec<(String, String)>,
@@ -205,15 +214,13 @@ impl Tracker {
     /// Starts where the environment names a server; one that cannot be used is logged, and told nothing. `place` is the run's
     /// folder.
     #[must_use]
-    pub fn start(name: &str, place: String, specification: &str) -> Option<Self> {
+    pub fn start(name: &str, place: &str, specification: &str) -> Option<Self> {
         let server = Server::from_environment()
             .inspect_err(|error| warn!("MLflow is told nothing: {error:#}"))
             .ok()??;
         info!("MLflow is told this run's numbers");
-        Some(Self::telling(
-            server,
-            About { name: name.to_owned(), place, parameters: parameters(specification) },
-        ))
+        let (name, place) = (name.to_owned(), place.replace('\'', ""));
+        Some(Self::telling(server, About { name, place, parameters: parameters(specification) }))
     }
 
     fn telling(server: Server, about: About) -> Self {
@@ -230,16 +237,19 @@ impl Tracker {
         let _ = self.news.send(News::Metrics(finite.map(metric).collect()));
     }
 
-    /// Tells the end, and waits until everything is told, at most for the time of a few requests.
-    pub async fn finish(self, outcome: &Outcome) {
-        let status = match outcome {
+    /// Tells the end, unless another coordinator has the run, and waits until everything is told, at most for the time of a
+    /// request.
+    pub async fn finish(self, outcome: Option<&Outcome>) {
+        let status = outcome.map(|outcome| match outcome {
             Outcome::Succeeded { .. } => "FINISHED",
             Outcome::Stopped { .. } => "KILLED",
             Outcome::Failed { .. } => "FAILED",
-        };
-        let _ = self.news.send(News::Ended(status));
+        });
+        if let Some(status) = status {
+            let _ = self.news.send(News::Ended(status));
+        }
         drop(self.news);
-        if tokio::time::timeout(3 * PATIENCE, self.task).await.is_err() {
+        if tokio::time::timeout(PATIENCE, self.task).await.is_err() {
             warn!("MLflow was not told everything before the end");
         }
     }
@@ -374,10 +384,12 @@ mod tests {
             }
         }
         tokio::time::pause();
-        first.finish(&Outcome::Failed { reason: "power".to_owned() }).await;
+        first.finish(Some(&Outcome::Failed { reason: "power".to_owned() })).await;
         let second = tracker(&url);
         second.row(&Row::Evaluation(metrics.evaluation(&evaluation(Subject::Student, 10, 5.0), 2.0)));
-        second.finish(&Outcome::Succeeded { iteration: 40 }).await;
+        second.finish(Some(&Outcome::Succeeded { iteration: 40 })).await;
+        // Another coordinator has the run: what it says of the end counts.
+        tracker(&url).finish(None).await;
 
         let requests = requests.lock().unwrap();
         let of = |what: &str| -> Vec<&Value> {

@@ -107,10 +107,8 @@ impl Monitor {
             None => Metrics::new(spec),
         };
         let specification = spec.to_toml()?;
-        let place = run.describe("");
-        let place = place.trim_end_matches('/').to_owned();
         Ok(Self {
-            mlflow: Tracker::start(&run.id().to_string(), place, &specification),
+            mlflow: Tracker::start(&run.id().to_string(), &run.describe(""), &specification),
             name: run.id().to_string(),
             tensorboard: Tensorboard::new(
                 run.clone(),
@@ -228,7 +226,8 @@ impl Monitor {
             teller.finish().await;
         }
         if let Some(tracker) = self.mlflow.take() {
-            tracker.finish(outcome).await;
+            let owned = self.is_owner(METRICS).await;
+            tracker.finish(owned.then_some(outcome)).await;
         }
         let mut keys = vec![];
         if let Outcome::Succeeded { iteration } | Outcome::Stopped { iteration, .. } = outcome {
