@@ -271,4 +271,17 @@ mod tests {
         assert_eq!(names(&members, &plan(&members, 2, None, true)), ["d", "c"]);
         assert_eq!(names(&members, &plan(&members, 3, None, true)), ["a", "d", "c"]);
     }
+
+    #[test]
+    fn a_rank_that_has_not_said_yet_what_it_holds_is_not_pushed_out_by_older_states() {
+        let mut members = members(&[
+            ("old", Some(0), Some(5)),
+            ("older", Some(1), Some(4)),
+            ("silent", Some(2), None),
+            ("new", None, None),
+        ]);
+        let place = Place { generation: Generation(2), rank: 2 };
+        members.get_mut(StreamId(2)).unwrap().place = Some(place);
+        assert_eq!(names(&members, &plan(&members, 2, None, true)), ["old", "silent"]);
+    }
 }

@@ -790,6 +790,30 @@ fn incomplete_at(generation: Generation, cursor: Cursor) -> FromWorker {
     FromWorker::StateIncomplete { generation, cursor, error: "a slice is gone".into() }
 }
 
+/// Two of them may be both holders of a slice.
+#[test]
+fn of_several_newcomers_of_a_sliced_run_one_is_left_out_at_a_time() {
+    for sharded in [false, true] {
+        let mut world = World::training(2, 4);
+        world.core.terms.sliced = sharded;
+        world.report(0, 0);
+        world.report(1, 0);
+        world.attach(2);
+        world.attach(3);
+        world.yields(0, 1);
+        assert_eq!(places(&world.yields(1, 1)).len(), 4);
+        let actions = heartbeats(&mut world, 5 * DEAD, &[], &[0, 1, 2, 3]);
+        assert_eq!(abandoned(&actions), [0, 1, 2, 3]);
+        let generation = world.core.generation.0;
+        let mut actions = Vec::new();
+        for stream in 0..4 {
+            actions.extend(world.says(stream, collective_failed(generation, 1)));
+        }
+        let placed: Vec<_> = places(&actions).iter().map(|(stream, ..)| *stream).collect();
+        assert_eq!(placed, if sharded { vec![0, 1, 3] } else { vec![0, 1] });
+    }
+}
+
 #[test]
 fn an_earlier_state_that_the_ranks_can_put_together_is_gone_on_with() {
     let mut world = World::new(sliced(setup(2, 3)));
