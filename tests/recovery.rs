@@ -20,6 +20,16 @@ fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration
     command.env("POTSTILL_FAULT", format!("{how}:{at}:{iteration}:{rank}:{}", once.display()));
 }
 
+/// The [SHORT] run goes on in a second generation and ends as the undisturbed one. Returns its log.
+fn survives(mut command: Command, cluster: &Cluster, run: &str) -> String {
+    let output = command.output().unwrap();
+    let log = text(&output.stderr);
+    assert!(output.status.success(), "{run}: {log}");
+    assert!(log.contains("generation=2"), "{run}: no rank left: {log}");
+    cluster.assert_same_end(run, "undisturbed", 8);
+    log
+}
+
 #[test]
 fn a_rank_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
@@ -44,11 +54,7 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
             let run = format!("{at}-{iteration}-{rank}");
             let mut command = cluster.unscored("launch", &run, 2, &sets, &[]);
             dies(&mut command, &cluster, "die", at, iteration, rank);
-            let output = command.output().unwrap();
-            let log = text(&output.stderr);
-            assert!(output.status.success(), "{run}: {log}");
-            assert!(log.contains("generation=2"), "{run}: no rank died: {log}");
-            cluster.assert_same_end(&run, "undisturbed", 8);
+            survives(command, &cluster, &run);
         }
     }
 }
@@ -172,11 +178,7 @@ fn a_rank_with_a_slice_of_the_state_may_die_at_any_point_of_an_iteration() {
         let sets = [&sets[..], &[*mode]].concat();
         let mut command = cluster.unscored("launch", &run, 3, &sets, &[]);
         dies(&mut command, &cluster, "die", at, 3, rank);
-        let output = command.output().unwrap();
-        let log = text(&output.stderr);
-        assert!(output.status.success(), "{run}: {log}");
-        assert!(log.contains("generation=2"), "{run}: no rank died: {log}");
-        cluster.assert_same_end(&run, "undisturbed", 8);
+        survives(command, &cluster, &run);
     }
 }
 
@@ -188,11 +190,8 @@ fn a_rank_that_missed_the_word_makes_the_step_that_the_others_have_made() {
     cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
     let mut command = cluster.unscored("launch", "missed", 3, &sets, &[]);
     dies(&mut command, &cluster, "tear", "agreed", 3, 1);
-    let output = command.output().unwrap();
-    let log = text(&output.stderr);
-    assert!(output.status.success() && log.contains("generation=2"), "{log}");
+    let log = survives(command, &cluster, "missed");
     assert!(log.contains("this rank makes the step that others have made"), "{log}");
-    cluster.assert_same_end("missed", "undisturbed", 8);
 }
 
 #[test]

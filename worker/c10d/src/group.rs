@@ -207,10 +207,7 @@ impl ProcessGroup {
     ///
     /// Neither read nor write it before the work is done.
     pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work, Error> {
-        if root >= self.inner.member.world {
-            return Err(self.invalid("broadcast", format!("there is no rank {root}")));
-        }
-        let root = to_c_int(root).map_err(|cause| self.invalid("broadcast", cause))?;
+        let root = self.peer("broadcast", root)?;
         self.issue("broadcast", &[tensor], |group, out, error| {
             // SAFETY: as in `all_reduce`.
             unsafe { ffi::potstill_broadcast(group, tensor.as_ptr(), root, out, error) }
@@ -222,10 +219,7 @@ impl ProcessGroup {
     ///
     /// Neither read nor write it before the work is done.
     pub fn reduce(&self, tensor: &Tensor, root: usize) -> Result<Work, Error> {
-        if root >= self.inner.member.world {
-            return Err(self.invalid("reduce", format!("there is no rank {root}")));
-        }
-        let root = to_c_int(root).map_err(|cause| self.invalid("reduce", cause))?;
+        let root = self.peer("reduce", root)?;
         self.issue("reduce", &[tensor], |group, out, error| {
             // SAFETY: as in `all_reduce`.
             unsafe { ffi::potstill_reduce(group, tensor.as_ptr(), root, out, error) }
@@ -289,14 +283,10 @@ impl ProcessGroup {
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a rank that does not exist, or tensors that differ in size or kind.
     pub fn exchange(&self, output: &Tensor, input: &Tensor, to: usize, from: usize) -> Result<Work, Error> {
-        let invalid = |cause: String| self.invalid("exchange", cause);
-        if let Some(rank) = [to, from].into_iter().find(|rank| *rank >= self.inner.member.world) {
-            return Err(invalid(format!("there is no rank {rank}")));
-        }
+        let (to, from) = (self.peer("exchange", to)?, self.peer("exchange", from)?);
         if output.numel() != input.numel() || output.kind() != input.kind() {
-            return Err(invalid("what is sent and what is received must be alike".to_owned()));
+            return Err(self.invalid("exchange", "what is sent and what is received must be alike"));
         }
-        let (to, from) = (to_c_int(to).map_err(invalid)?, to_c_int(from).map_err(invalid)?);
         self.issue("exchange", &[output, input], |group, out, error| {
             // SAFETY: as in `all_reduce`.
             unsafe { ffi::potstill_exchange(group, output.as_ptr(), input.as_ptr(), to, from, out, error) }
@@ -389,6 +379,14 @@ impl ProcessGroup {
 
     pub(crate) fn invalid(&self, operation: &str, cause: impl Into<String>) -> Error {
         Error::invalid(operation, Some(self.inner.member), cause)
+    }
+
+    /// A rank of this group, as c10d takes it.
+    fn peer(&self, operation: &str, rank: usize) -> Result<c_int, Error> {
+        if rank >= self.inner.member.world {
+            return Err(self.invalid(operation, format!("there is no rank {rank}")));
+        }
+        to_c_int(rank).map_err(|cause| self.invalid(operation, cause))
     }
 
     fn issue(

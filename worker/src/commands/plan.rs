@@ -111,15 +111,15 @@ impl Plan {
             Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4),
             None => (size, kind),
         };
-        let slice = match memory.is_sharded() {
+        let shared = memory.is_sharded() && workers > 1;
+        let slice = match shared {
             true => Slice { rank: 0, world: workers as usize }.width(trained),
             false => trained,
         };
         // The copy of another rank's slice, whose master weights are never views of the weights.
-        let copy = if memory.is_sharded() && workers > 1 { slice } else { 0 };
+        let copy = if shared { slice } else { 0 };
         let held = slice + copy;
         let low = trained_kind < 4;
-        let shared = memory.is_sharded() && workers > 1;
         let bucketed = low || shared;
         let bucket = 4 * buckets::elements(trained);
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
@@ -331,10 +331,7 @@ mod tests {
         Condition, Denoiser, Embedded, TextCondition,
         diffusers::{LatentDenoiser, ScheduleConfig},
     };
-    use potstill_proto::{
-        cursor::{Cursor, Phase},
-        wire::StepSeconds,
-    };
+    use potstill_proto::wire::StepSeconds;
     use potstill_spec::{GuidancePreset, LoraSpec, PromptsSpec};
     use potstill_torch_ext::MemoryMeter;
     use tch::{Device, Kind};
@@ -412,8 +409,7 @@ mod tests {
                 let mut seconds = StepSeconds::default();
                 let reduced = trainer.gradient(&mut state, network, iteration, &mut seconds, || Ok(()));
                 let gradient = reduced.ok().unwrap().gradient;
-                let phase = [Phase::Generator, Phase::FakeScore][network as usize];
-                let prepared = Prepared::new(&recipe, network, Cursor { iteration, phase }, gradient);
+                let prepared = Prepared::new(&recipe, network, iteration, gradient);
                 let whole = trainer.agree(&prepared, &mut seconds).ok().unwrap();
                 trainer.step(&mut state, prepared, whole, &mut seconds);
                 trainer.clear(network).unwrap();

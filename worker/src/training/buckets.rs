@@ -70,27 +70,14 @@ fn buckets(sizes: &[i64]) -> Vec<Bucket> {
     buckets
 }
 
-/// The memory of a sum, which the networks use in turn.
-#[derive(Debug)]
-pub struct Memory {
-    /// The sum over this rank's micro-batches, with room for the slices of all ranks, which have equal lengths; or only that
-    /// of the rank's own slice, over all ranks' micro-batches.
-    sum: Tensor,
-}
-
-impl Memory {
-    /// For gradients of `parameters`.
-    pub fn new(parameters: &Parameters, shares: Shares) -> Self {
-        let flat = parameters.flat();
-        let width = shares.slice.width(flat.numel() as i64);
-        let room = if shares.sharded_sum { width } else { width * shares.slice.world as i64 };
-        Self { sum: Tensor::zeros([room], (Kind::Float, flat.device())) }
-    }
-
-    /// Another handle to the same memory.
-    pub fn share(&self) -> Self {
-        Self { sum: self.sum.shallow_clone() }
-    }
+/// Memory of a sum of gradients of `parameters`, which the networks use in turn: of the sum over this rank's micro-batches, with
+/// room for the slices of all ranks, which have equal lengths; or only that of the rank's own slice, over all ranks'
+/// micro-batches.
+pub fn memory(parameters: &Parameters, shares: Shares) -> Tensor {
+    let flat = parameters.flat();
+    let width = shares.slice.width(flat.numel() as i64);
+    let room = if shares.sharded_sum { width } else { width * shares.slice.world as i64 };
+    Tensor::zeros([room], (Kind::Float, flat.device()))
 }
 
 /// A reduction under way: of a part of the sum, or of a stretch of a slice in memory of its own.
@@ -134,13 +121,13 @@ pub struct Bucketed {
 }
 
 impl Bucketed {
-    /// For one network.
+    /// For one network; `sum` is [memory] for it.
     ///
     /// # Errors
     /// libtorch's error.
     pub fn new(
         parameters: &Parameters,
-        memory: Memory,
+        sum: Tensor,
         shares: Shares,
         group: &ProcessGroup,
         progress: &Arc<Progress>,
@@ -151,7 +138,7 @@ impl Bucketed {
         let of_leaf = buckets.iter().enumerate().flat_map(number).collect();
         let pass = Pass {
             leaves: parameters.leaves().iter().map(Tensor::shallow_clone).collect(),
-            sum: memory.sum,
+            sum,
             missing: vec![],
             left: 0,
             reduces: false,

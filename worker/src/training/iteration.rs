@@ -13,7 +13,7 @@ use super::{
     Member,
     interruption::Interruption,
     obey_orders,
-    step::{Prepared, Reduced, Stepped, Totals},
+    step::{self, Prepared, Reduced, Stepped, Totals},
 };
 use crate::{
     process::{faults, lifeline},
@@ -63,8 +63,16 @@ impl Member<'_> {
             Phase::Generator => Trained::nothing(),
         };
         let generator = match cursor.phase {
-            Phase::Generator => self.train(state, Network::Generator, cursor, &mut seconds)?,
-            // It is not trained in this iteration.
+            Phase::Generator if self.job.recipe.settings.schedule.trains_generator(iteration) => {
+                self.train(state, Network::Generator, cursor, &mut seconds)?
+            }
+            // It is not trained in this iteration, which an earlier version has left between its phases.
+            Phase::Generator => {
+                self.wait_for_copy();
+                *cursor = step::end_iteration(&self.job.recipe, state, iteration);
+                self.session.progress.set_cursor(*cursor);
+                Trained::nothing()
+            }
             Phase::FakeScore => Trained::nothing(),
         };
 
@@ -132,15 +140,15 @@ impl Member<'_> {
         let Reduced { totals, gradient, loss_scale } =
             self.trainer.gradient(state, network, iteration, seconds, || obey_orders(session, generation))?;
         self.wait_for_copy();
-        let prepared = Prepared::new(self.trainer.recipe, network, *cursor, gradient);
-        // Where the step is not made here, it may have been made by others, who then need it to be made here too.
-        let prepared = self.pending.prepared.insert(prepared);
-        let whole = self.trainer.agree(prepared, seconds);
-        let sliced = self.job.is_sliced();
-        let Some(prepared) = self.pending.prepared.take_if(|_| whole.is_ok() || !sliced) else {
-            return Err(whole.err().unwrap_or_else(|| anyhow::anyhow!("there is no prepared step").into()));
+        let prepared = Prepared::new(self.trainer.recipe, network, iteration, gradient);
+        let whole = match self.trainer.agree(&prepared, seconds) {
+            Ok(whole) => whole,
+            Err(error) => {
+                // Others may have made the step, and then need it to be made here too.
+                self.pending.prepared = self.job.is_sliced().then_some(prepared);
+                return Err(error);
+            }
         };
-        let whole = whole?;
         let Stepped { cursor: next, sick } = self.trainer.step(state, prepared, whole, seconds);
         *cursor = next;
         self.pending.made = Some((next, whole));

@@ -213,9 +213,9 @@ impl Job {
             Some([fake_score, generator]) => (fake_score.as_ref(), generator.as_ref()),
             None => (self.teacher.as_ref(), self.start.as_deref().unwrap_or(self.teacher.as_ref())),
         };
-        let [slice, copy] = self.slices(assignment);
+        let (slice, copy) = self.slices(assignment);
         let layout = Layout {
-            slice: slice.unwrap_or(Slice::WHOLE),
+            slice,
             copy,
             // Adapters are small: they are fp32 also where the network beneath is not.
             weights: generator.parameters().flat().kind(),
@@ -231,14 +231,12 @@ impl Job {
     }
 
     /// The slice of master weights, moments and average that a rank owns, and the one that it holds a copy of.
-    pub(super) fn slices(&self, assignment: &Assignment) -> [Option<Slice>; 2] {
+    pub(super) fn slices(&self, assignment: &Assignment) -> (Slice, Option<Slice>) {
         let world = assignment.world_size as usize;
         let slice = |rank: u32| Slice { rank: rank as usize, world };
         match self.is_sliced() {
-            true => {
-                [Some(slice(assignment.rank)), assignment.partners.map(|partners| slice(partners.copies))]
-            }
-            false => [Some(Slice::WHOLE), None],
+            true => (slice(assignment.rank), assignment.partners.map(|partners| slice(partners.copies))),
+            false => (Slice::WHOLE, None),
         }
     }
 

@@ -119,8 +119,8 @@ pub(super) fn obtain_state(
         Source::Checkpoint { manifest_key } => {
             session.progress.set_activity("loading a checkpoint");
             session.progress.state_is_torn();
-            let [slice, copy] = job.slices(assignment);
-            let fits = |state: &State| (Some(state.layout().slice), state.layout().copy) == (slice, copy);
+            let wanted = job.slices(assignment);
+            let fits = |state: &State| (state.layout().slice, state.layout().copy) == wanted;
             let mut state = held.state.filter(fits).unwrap_or_else(|| job.first_state(assignment));
             let restoring = checkpoint::restore(&job.run, manifest_key, &mut state);
             let cursor = match job.runtime.block_on(session.progress.while_busy(restoring)) {
@@ -190,17 +190,14 @@ fn take_slices(
         return Err(Interruption::Incomplete { cursor: Cursor::default(), error: error() });
     };
     let reached = claim.reaches(&decision);
+    if !reached {
+        progress.state_is_torn();
+    }
     if decision.cursor < assignment.start {
         // The coordinator has to know before the ranks go on from there.
         let cursor = if reached { decision.cursor } else { Cursor::default() };
-        match reached {
-            true => *holding = held,
-            false => progress.state_is_torn(),
-        }
+        *holding = if reached { held } else { Holding::default() };
         return Err(Interruption::Incomplete { cursor, error: error() });
-    }
-    if !reached {
-        progress.state_is_torn();
     }
     let (mut kept, memory) = held.reach(&job.recipe, &decision, reached);
     if kept.state.is_some() {
@@ -217,9 +214,9 @@ fn take_slices(
     }
     let memory = memory.filter(|_| kept.state.is_none());
     let base = kept.state.as_ref().or(memory.as_ref());
-    let mut state = match (base, wanted) {
-        (Some(base), [Some(slice), copy]) => base.relaid(slice, copy),
-        _ => job.first_state(assignment),
+    let mut state = match base {
+        Some(base) => base.relaid(wanted.0, wanted.1),
+        None => job.first_state(assignment),
     };
     drop(memory);
     let sent =
@@ -252,10 +249,10 @@ fn take_slices(
 
 impl Holding {
     /// What this rank can give to a generation that wants these slices of it.
-    fn claim(&self, recipe: &Recipe, wanted: [Option<Slice>; 2]) -> Claim {
+    fn claim(&self, recipe: &Recipe, wanted: (Slice, Option<Slice>)) -> Claim {
         let cut = |(generation, state): (Generation, &State)| {
             let Layout { slice, copy, .. } = state.layout();
-            Cut { generation, slice, copy, fits: [Some(slice), copy] == wanted }
+            Cut { generation, slice, copy, fits: (slice, copy) == wanted }
         };
         let own = self.state.as_ref().map(|state| (self.cut, state));
         let other = self.other.as_ref().map(|(generation, state)| (*generation, state));

@@ -12,7 +12,7 @@ use potstill_torch_ext::clear_gradients;
 use tch::{Kind, Tensor};
 
 use super::{
-    buckets::{Bucketed, Memory, Shares},
+    buckets::{self, Bucketed, Shares},
     interruption::Interruption,
 };
 use crate::session::Progress;
@@ -47,9 +47,10 @@ impl Reduction {
             };
             return Ok([Self::Whole(reducer(networks[0])?), Self::Whole(reducer(networks[1])?)]);
         }
-        let memory = Memory::new(networks[0].parameters(), shares);
+        let sum = buckets::memory(networks[0].parameters(), shares);
         let bucketed = |network: &dyn Denoiser| {
-            Bucketed::new(network.parameters(), memory.share(), shares, group, progress).map(Self::Bucketed)
+            Bucketed::new(network.parameters(), sum.shallow_clone(), shares, group, progress)
+                .map(Self::Bucketed)
         };
         Ok([bucketed(networks[0])?, bucketed(networks[1])?])
     }

@@ -25,10 +25,7 @@ use potstill_models::{
     diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
     weights::{Archive, Stored},
 };
-use potstill_proto::{
-    cursor::{Cursor, Phase},
-    wire::StepSeconds,
-};
+use potstill_proto::wire::StepSeconds;
 use potstill_spec::{AdversarialSpec, GuidancePreset, Matching, PromptsSpec, RunSpec, Scaling, Weighting};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -502,9 +499,7 @@ fn replay(recording: &Recording) -> Vec<String> {
             // The recorded loop also computes the gradient of a frozen generator.
             match steps {
                 true => {
-                    let phase = [Phase::Generator, Phase::FakeScore][network as usize];
-                    let cursor = Cursor { iteration, phase };
-                    let prepared = Prepared::new(&recipe, network, cursor, reduced.gradient);
+                    let prepared = Prepared::new(&recipe, network, iteration, reduced.gradient);
                     let whole = trainer.agree(&prepared, &mut seconds).ok().unwrap();
                     let stepped = trainer.step(&mut state, prepared, whole, &mut seconds);
                     assert!(!stepped.sick, "{}", recording.name);

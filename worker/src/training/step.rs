@@ -137,10 +137,8 @@ pub struct Reduced {
 /// A step that a rank can make by itself as soon as it knows the sums over the whole gradient. That one rank knows them
 /// proves that every rank has got so far; so a rank that has lost its group then can still make the step.
 pub struct Prepared {
-    /// The network that it steps.
-    pub network: Network,
-    /// The cursor of the state that it steps.
-    pub from: Cursor,
+    network: Network,
+    iteration: u64,
     gradient: Gradient,
 }
 
@@ -154,14 +152,14 @@ pub struct Stepped {
 
 impl Prepared {
     /// A step with a reduced gradient.
-    pub fn new(recipe: &Recipe, network: Network, from: Cursor, gradient: Gradient) -> Self {
-        Self { network, from, gradient: gradient.clipped_by_value(recipe.optimizer.clip(network)) }
+    pub fn new(recipe: &Recipe, network: Network, iteration: u64, gradient: Gradient) -> Self {
+        Self { network, iteration, gradient: gradient.clipped_by_value(recipe.optimizer.clip(network)) }
     }
 
     /// The cursor that the step leads to. Where the generator is not trained in this iteration, the iteration ends with the
     /// fake score's step.
     pub fn to(&self, recipe: &Recipe) -> Cursor {
-        let Cursor { iteration, .. } = self.from;
+        let iteration = self.iteration;
         match self.network {
             Network::FakeScore if recipe.settings.schedule.trains_generator(iteration) => {
                 Cursor { iteration, phase: Phase::Generator }
@@ -175,8 +173,7 @@ impl Prepared {
     pub fn make(self, recipe: &Recipe, state: &mut State, whole: Sums) -> Stepped {
         let (network, cursor) = (self.network, self.to(recipe));
         let Recipe { optimizer, settings, .. } = recipe;
-        let schedule = &settings.schedule;
-        let images = schedule.images_seen(self.from.iteration);
+        let images = settings.schedule.images_seen(self.iteration);
         let overflowed = whole.non_finite > 0.0;
         let sick = overflowed && !state.counters.can_shrink(network);
         if state.counters.accept(network, !overflowed) {
@@ -184,11 +181,19 @@ impl Prepared {
             state.step(network, &gradient, &optimizer.adam(network, images));
         }
         if cursor.phase == Phase::FakeScore {
-            let batch = schedule.global_batch as f64;
-            state.update_average(optimizer.ema_half_life_images, images as f64, batch);
+            end_iteration(recipe, state, self.iteration);
         }
         Stepped { cursor, sick }
     }
+}
+
+/// The work at the end of every iteration. Returns the cursor after it.
+pub fn end_iteration(recipe: &Recipe, state: &mut State, iteration: u64) -> Cursor {
+    let Recipe { optimizer, settings, .. } = recipe;
+    let schedule = &settings.schedule;
+    let images = schedule.images_seen(iteration) as f64;
+    state.update_average(optimizer.ema_half_life_images, images, schedule.global_batch as f64);
+    Cursor::boundary(iteration + 1)
 }
 
 /// One rank's training in one generation.
@@ -351,7 +356,7 @@ impl<'a> Trainer<'a> {
             let [squares, non_finite, clipped_squares] = [0, 1, 2].map(|index| sum.double_value(&[index]));
             sums = Sums { squares, non_finite, clipped_squares };
         }
-        let iteration = prepared.from.iteration;
+        let iteration = prepared.iteration;
         if faults::tears("agreed", iteration, self.rank) {
             self.group.abort()?;
         }
@@ -371,7 +376,7 @@ impl<'a> Trainer<'a> {
         seconds: &mut StepSeconds,
     ) -> Stepped {
         let step = Instant::now();
-        let (network, iteration) = (prepared.network, prepared.from.iteration);
+        let (network, iteration) = (prepared.network, prepared.iteration);
         let stepped = prepared.make(self.recipe, state, whole);
         if self.group.member().world == 1 {
             // One rank is measured alone, as if it were one of several: the other slices do not exist.
