@@ -79,6 +79,20 @@ impl Studio {
         text(&output.stderr)
     }
 
+    /// Three ranks, of which one dies at a point of the fourth iteration, end as those of the run `undisturbed` do.
+    fn survive(&self, undisturbed: &str, sets: &[&str], deaths: &[(&str, u32)]) {
+        for (at, rank) in deaths {
+            let run = format!("{at}-{rank}");
+            let mut command = self.launch(&run, 3, sets, &[]);
+            let once = self.path(&format!("once-{run}"));
+            command.env("POTSTILL_FAULT", format!("die:{at}:3:{rank}:{}", once.display()));
+            let output = command.output().unwrap();
+            let log = text(&output.stderr);
+            assert!(output.status.success() && log.contains("generation=2"), "{run}: {log}");
+            self.cluster.assert_same_end(&run, undisturbed, 6);
+        }
+    }
+
     fn refused(&self, sets: &[&str]) -> String {
         let output = self.output("bad", 2, sets, &[]);
         let message = text(&output.stderr);
@@ -227,6 +241,8 @@ fn what_saves_memory_changes_nothing() {
         ("sharded-2", 2, vec!["memory.shard=optimizer", "optimizer.clip_norm=1e9"]),
         ("sharded-3", 3, vec!["memory.shard=optimizer", "memory.offload_ema=true"]),
         ("gradients-3", 3, vec!["memory.shard=gradients", "memory.recompute=true"]),
+        ("parameters-1", 1, vec!["memory.shard=parameters", "memory.recompute=true"]),
+        ("parameters-4", 4, vec!["memory.shard=parameters", "memory.recompute=true"]),
     ] {
         studio.succeed(run, workers, &sets(&more), &[]);
         studio.assert_close(run, "plain", 6, 1e-4);
@@ -237,7 +253,10 @@ fn what_saves_memory_changes_nothing() {
     studio.succeed("bf16", 1, &sets(&bf16), &[]);
     studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard=optimizer"]].concat()), &[]);
     studio.succeed("bf16-gradients", 4, &sets(&[&bf16[..], &["memory.shard=gradients"]].concat()), &[]);
+    let parameters = ["memory.shard=parameters", "memory.recompute=true", "memory.offload_ema=true"];
+    studio.succeed("bf16-parameters", 3, &sets(&[&bf16[..], &parameters].concat()), &[]);
     studio.succeed("bf16-whole", 3, &sets(&bf16), &[]);
+    studio.assert_close("bf16-parameters", "bf16", 6, 2e-2);
     studio.assert_close("bf16", "plain", 6, 2e-2);
     studio.assert_close("bf16-gradients", "bf16", 6, 2e-2);
     studio.assert_close("bf16-whole", "bf16", 6, 2e-2);
@@ -246,17 +265,56 @@ fn what_saves_memory_changes_nothing() {
     assert!(relative_difference(&bf16, &plain, "generator/") > 0.0);
 }
 
+/// Each rank holds slices: with every value of `memory.shard`, adapters, an adversarial loss and gradients through several
+/// steps, on 2 and on 3 ranks, of which one has fewer micro-batches than the others.
+#[test]
+fn whatever_the_ranks_divide_among_themselves_they_compute_the_same() {
+    let studio = Studio::new("sdxl");
+    let pairs = format!("adversarial.data={}", studio.pairs().display());
+    let base = ["distillation.iterations=4", "memory.recompute=true", "checkpoint.every=1000"];
+    let kinds: [(&str, &[&str]); 3] = [
+        ("adapters", &["lora={rank=2, alpha=3.0}", "optimizer.generator_learning_rate=3e-2"]),
+        (
+            "adversarial",
+            &[
+                "guidance.preset=zero-cfg",
+                "adversarial.scaling=sid-dit",
+                "adversarial.approximate_r1=0.1",
+                &pairs,
+            ],
+        ),
+        ("final-step", &["generator.matching=final-step", "generator.steps=3", "optimizer.clip_norm=0.5"]),
+    ];
+    for (kind, sets) in kinds {
+        let sets = [&base[..], sets].concat();
+        let whole = format!("{kind}-whole");
+        studio.succeed(&whole, 1, &sets, &[]);
+        for (shard, workers) in
+            [("optimizer", 3), ("gradients", 2), ("gradients", 3), ("parameters", 2), ("parameters", 3)]
+        {
+            let (run, shard) = (format!("{kind}-{shard}-{workers}"), format!("memory.shard={shard}"));
+            studio.succeed(&run, workers, &[&sets[..], &[&shard]].concat(), &[]);
+            studio.assert_close(&run, &whole, 4, 1e-4);
+        }
+    }
+}
+
 #[test]
 fn a_sharded_optimizers_checkpoint_is_loaded_by_any_number_of_ranks() {
     let studio = Studio::new("sd15");
-    let sharded = "memory.shard=optimizer";
+    let (sharded, parameters) = ("memory.shard=optimizer", "memory.shard=parameters");
     studio.succeed("straight", 1, &["distillation.iterations=6"], &[]);
-    for (workers, then, more) in
-        [(3, 1, sharded), (3, 2, sharded), (2, 4, sharded), (1, 3, sharded), (3, 2, "memory.shard=none")]
-    {
+    for (workers, then, more) in [
+        (3, 1, sharded),
+        (2, 4, sharded),
+        (1, 3, parameters),
+        (3, 2, parameters),
+        (3, 2, "memory.shard=none"),
+    ] {
         let run = format!("from-{workers}-to-{then}-{}", more.len());
         studio.succeed(&run, workers, &["distillation.iterations=3", sharded], &[]);
-        studio.succeed(&run, then, &["distillation.iterations=6", more], &["--resume"]);
+        let then_with = ["distillation.iterations=6", more, "memory.recompute=true"];
+        studio.succeed(&run, then, &then_with, &["--resume"]);
         let (a, b) = (studio.cluster.checkpoint(&run, 6), studio.cluster.checkpoint("straight", 6));
         for part in ["generator/", "fake_score/", "generator_ema/", "generator_adam.exp_avg_sq/"] {
             let difference = relative_difference(&a, &b, part);
@@ -283,22 +341,39 @@ fn a_rank_of_a_sharded_run_dies_and_its_partner_goes_on_with_its_slice() {
         "memory.offload_ema=true",
     ];
     studio.succeed("undisturbed", 3, &sets, &[]);
-    for (at, rank) in [("forward", 0), ("stepped", 1)] {
-        let run = format!("{at}-{rank}");
-        let mut command = studio.launch(&run, 3, &sets, &[]);
-        let once = studio.path(&format!("once-{run}"));
-        command.env("POTSTILL_FAULT", format!("die:{at}:3:{rank}:{}", once.display()));
-        let output = command.output().unwrap();
-        let log = text(&output.stderr);
-        assert!(output.status.success() && log.contains("generation=2"), "{run}: {log}");
-        studio.cluster.assert_same_end(&run, "undisturbed", 6);
-    }
+    studio.survive("undisturbed", &sets, &[("forward", 0), ("stepped", 1)]);
+}
+
+#[test]
+fn a_rank_of_a_run_whose_weights_are_gathered_may_die_at_any_point_of_an_iteration() {
+    let studio = Studio::new("sd15");
+    let sets = [
+        "distillation.iterations=6",
+        "checkpoint.every=1000",
+        "memory.shard=parameters",
+        "memory.recompute=true",
+        "optimizer.clip_norm=0.5",
+    ];
+    studio.succeed("undisturbed", 3, &sets, &[]);
+    let points = ["gathering", "forward", "backward", "reducing", "reduced", "agreed", "stepped", "reported"];
+    // Of three ranks the first has two micro-batches, so that it can die between them.
+    let ranks = [1, 2, 0, 1, 2, 0, 1, 2];
+    studio.survive("undisturbed", &sets, &points.into_iter().zip(ranks).collect::<Vec<_>>());
+    // While a checkpoint is written that is never committed.
+    let sets = [&sets[..], &["checkpoint.every=3"]].concat();
+    studio.survive("undisturbed", &sets, &[("snapshot", 1), ("copied", 2)]);
 }
 
 #[test]
 fn sharded_workers_join_without_a_step_lost() {
+    for shard in ["memory.shard=optimizer", "memory.shard=parameters"] {
+        sharded_workers_join(shard);
+    }
+}
+
+fn sharded_workers_join(shard: &str) {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=60", "memory.shard=optimizer", "checkpoint.every=1000"];
+    let sets = ["distillation.iterations=60", shard, "memory.recompute=true", "checkpoint.every=1000"];
     studio.succeed("undisturbed", 2, &sets, &[]);
     let mut serve = Command::new(binary("potstill"));
     serve
@@ -710,7 +785,10 @@ fn a_plan_says_yes_or_no_before_anything_is_loaded() {
     let alone: serde_json::Value = serde_json::from_str(&said).unwrap();
     let moments = |plan: &serde_json::Value| plan["plan"]["moments"].as_u64().unwrap();
     // A rank holds its own quarter and its partner's.
-    assert!(moments(&sharded).abs_diff(moments(&alone) / 2) < 64, "half of the moments on each of four ranks");
+    assert!(
+        moments(&sharded).abs_diff(moments(&alone) / 2) < 64,
+        "half of the moments on each of four ranks"
+    );
     let (code, _, error) = plan(&["--device-memory", "lots"]);
     assert_eq!(code, Some(2), "{error}");
 }

@@ -16,6 +16,9 @@ pub enum Shard {
     Optimizer,
     /// These, and the gradients: each block's are reduced to the slices as soon as they are computed (ZeRO stage 2).
     Gradients,
+    /// These, and the weights of teacher, generator and fake score: a block's are gathered before it computes, and let go of
+    /// afterwards (ZeRO stage 3). For text-to-image models, with `memory.recompute`.
+    Parameters,
 }
 
 /// Options that save memory on the devices; `potstill plan` prints how much.
@@ -45,6 +48,11 @@ impl MemorySpec {
     pub(crate) fn validate(&self, reads: bool, precision: Precision, problems: &mut Problems) {
         problems.require(!self.bf16_weights || (precision == Precision::Bf16 && reads), || {
             "memory.bf16_weights is for text-to-image models with distillation.precision = \"bf16\"".into()
+        });
+        problems.require(self.shard != Shard::Parameters || self.recompute, || {
+            "memory.shard = \"parameters\" gathers the weights of the blocks that are computed again: set memory.recompute = true \
+             (text-to-image models), or memory.shard = \"gradients\""
+                .into()
         });
         problems.require(!self.recompute || reads, || "memory.recompute is for text-to-image models".into());
     }

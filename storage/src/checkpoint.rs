@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use futures::TryStreamExt;
-use object_store::{Error as StoreError, ObjectStoreExt, WriteMultipart};
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::{Error as StoreError, ObjectMeta, ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -14,7 +14,7 @@ use crate::{Error, Run, digest::hexadecimal, layout};
 
 /// Shards above this size are written in parts of it, in bytes: S3 requires parts of at least 5 MiB.
 const PART: usize = 8 << 20;
-/// Parts that are uploaded at a time: bounds the memory of an upload.
+/// Parts that are uploaded, or read, at a time: bounds the memory of it.
 const PARTS_AT_ONCE: usize = 4;
 /// The format that this code writes. Format 2 holds each network's own count of optimizer steps; in format 1, of
 /// Potstill's first versions, both networks were assumed to have stepped in every iteration.
@@ -124,13 +124,7 @@ impl Run {
     pub async fn confirm_shard(&self, shard: &Shard, e_tag: Option<&str>) -> Result<(), Error> {
         let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
         let path = self.path(&shard.key);
-        let found = match self.ask("look for", &shard.key, 0, || self.root().store().head(&path)).await {
-            Ok(found) => found,
-            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => {
-                return Err(damaged("it is missing".to_owned()));
-            }
-            Err(error) => return Err(error),
-        };
+        let found = self.head(shard).await?;
         if found.size != shard.bytes {
             return Err(damaged(format!("it has {} bytes; {} were written", found.size, shard.bytes)));
         }
@@ -148,6 +142,62 @@ impl Run {
         match self.ask("read", &shard.key, shard.bytes, read).await? {
             found if found == shard.sha256 => Ok(()),
             found => Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256))),
+        }
+    }
+
+    /// Reads a shard and gives its pieces to `take`, in order; no more than a few are in memory. Its length is checked before, and
+    /// its checksum after the last piece: what was made of the pieces counts only then.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when its content is not what was written, or it is missing; otherwise the store's error.
+    pub async fn read_shard_in_pieces(
+        &self,
+        shard: &Shard,
+        mut take: impl FnMut(&[u8]),
+    ) -> Result<(), Error> {
+        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
+        let path = self.path(&shard.key);
+        let length = self.length_of(shard).await?;
+        let piece = |start: u64| {
+            let range = start..length.min(start + PART as u64);
+            let path = &path;
+            async move {
+                let size = range.end - range.start;
+                let read = || self.root().store().get_range(path, range.clone());
+                self.ask("read", &shard.key, size, read).await
+            }
+        };
+        let starts = (0..length).step_by(PART);
+        let mut pieces = std::pin::pin!(stream::iter(starts).map(piece).buffered(PARTS_AT_ONCE));
+        let mut hasher = Sha256::new();
+        while let Some(piece) = pieces.try_next().await? {
+            hasher.update(&piece);
+            take(&piece);
+        }
+        match hexadecimal(&hasher.finalize()) {
+            found if found == shard.sha256 => Ok(()),
+            found => Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256))),
+        }
+    }
+
+    /// The length of a shard, if it is what was written.
+    async fn length_of(&self, shard: &Shard) -> Result<u64, Error> {
+        match self.head(shard).await? {
+            found if found.size == shard.bytes => Ok(found.size),
+            found => Err(Error::Damaged {
+                place: self.describe(&shard.key),
+                problem: format!("it has {} bytes; {} were written", found.size, shard.bytes),
+            }),
+        }
+    }
+
+    async fn head(&self, shard: &Shard) -> Result<ObjectMeta, Error> {
+        let path = self.path(&shard.key);
+        match self.ask("look for", &shard.key, 0, || self.root().store().head(&path)).await {
+            Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => {
+                Err(Error::Damaged { place: self.describe(&shard.key), problem: "it is missing".to_owned() })
+            }
+            other => other,
         }
     }
 

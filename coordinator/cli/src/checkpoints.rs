@@ -69,8 +69,8 @@ pub async fn list(run: &Run, verify: bool) -> anyhow::Result<Vec<Entry>> {
 /// The first shard whose content is not what was written.
 async fn damage(run: &Run, manifest: &Manifest) -> anyhow::Result<Option<String>> {
     for shard in &manifest.shards {
-        match run.read_shard(shard).await {
-            Ok(_) => {}
+        match run.read_shard_in_pieces(shard, |_| {}).await {
+            Ok(()) => {}
             Err(error @ potstill_storage::Error::Damaged { .. }) => return Ok(Some(error.to_string())),
             Err(error) => return Err(error.into()),
         }

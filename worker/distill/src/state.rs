@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use potstill_models::{Denoiser, Entry};
+use potstill_models::{Denoiser, Entry, gate};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
@@ -57,6 +57,8 @@ pub struct Layout {
     pub average_on_host: bool,
     /// Whether Adam has a first moment, of generator and fake score: where its decay is not 0.
     pub first_moments: [bool; 2],
+    /// Whether the networks' weights are gathered from the ranks' slices when they are needed, instead of being held.
+    pub gathered: bool,
 }
 
 impl Layout {
@@ -67,14 +69,43 @@ impl Layout {
         weights: Kind::Float,
         average_on_host: false,
         first_moments: [true; 2],
+        gathered: false,
     };
+}
+
+/// A network with its first weights, or without weights in memory and with a source of any range of the first ones.
+#[derive(Clone, Copy)]
+pub struct Start<'a> {
+    /// The network.
+    pub network: &'a dyn Denoiser,
+    /// Elements of the flat vector, fp32. `None`: the network has them.
+    pub values: Option<&'a dyn Fn(Range<i64>) -> Tensor>,
+}
+
+impl<'a> Start<'a> {
+    /// A network that has its weights.
+    #[must_use]
+    pub fn of(network: &'a dyn Denoiser) -> Self {
+        Self { network, values: None }
+    }
+
+    /// The elements of a slice, in memory of their own, fp32, on the network's device.
+    fn slice(&self, slice: Slice) -> Tensor {
+        let flat = self.network.parameters().flat();
+        let range = slice.range(flat.numel() as i64);
+        match self.values {
+            Some(values) => values(range).to_device(flat.device()),
+            None => flat.narrow(0, range.start, range.end - range.start).to_kind(Kind::Float).copy(),
+        }
+    }
 }
 
 /// The weights of a network that trains.
 pub struct Trained {
     network: Box<dyn Denoiser>,
-    /// The weights' memory, followed by room for the slices of all ranks, which have equal lengths.
-    memory: Tensor,
+    /// The weights' memory, followed by room for the slices of all ranks, which have equal lengths. `None`: the weights are
+    /// gathered from the slices' masters when they are needed.
+    memory: Option<Tensor>,
     slice: Slice,
     /// Whether slices have been stepped, and the weights of other ranks' slices have not followed.
     behind: bool,
@@ -83,21 +114,26 @@ pub struct Trained {
 impl Trained {
     fn copy_of(network: &dyn Denoiser, layout: Layout) -> Self {
         let values = network.parameters().flat();
-        let numel = values.numel() as i64;
-        let memory = Tensor::zeros([numel + MOST_SLICES as i64], (layout.weights, values.device()));
+        let (numel, options) = (values.numel() as i64, (layout.weights, values.device()));
+        if layout.gathered {
+            let network = network.over(gate::absent(numel, options), true);
+            return Self { network, memory: None, slice: layout.slice, behind: false };
+        }
+        let memory = Tensor::zeros([numel + MOST_SLICES as i64], options);
         let weights = memory.narrow(0, 0, numel);
         no_grad(|| weights.shallow_clone().copy_(values));
-        Self { network: network.over(weights, true), memory, slice: layout.slice, behind: false }
+        let network = network.over(weights, true);
+        Self { network, memory: Some(memory), slice: layout.slice, behind: false }
     }
 
     /// The same weights, of which this rank owns another slice.
     fn relaid(&self, slice: Slice) -> Self {
-        let weights = self.network.parameters().flat().shallow_clone();
-        let (network, memory) = (self.network.over(weights, true), self.memory.shallow_clone());
-        Self { network, memory, slice, behind: slice.world > 1 }
+        let network = self.network.over(self.network.parameters().flat().shallow_clone(), true);
+        let memory = self.memory.as_ref().map(Tensor::shallow_clone);
+        Self { network, behind: memory.is_some() && slice.world > 1, memory, slice }
     }
 
-    /// The network, with all its weights.
+    /// The network: with all its weights, or without any where these are gathered.
     #[must_use]
     pub fn network(&self) -> &dyn Denoiser {
         self.network.as_ref()
@@ -107,15 +143,17 @@ impl Trained {
         self.network.parameters().flat().numel() as i64
     }
 
-    fn range(&self, slice: Slice) -> Tensor {
+    /// The weights of a slice, where they are held.
+    fn range(&self, slice: Slice) -> Option<Tensor> {
         let range = slice.range(self.numel());
-        self.memory.narrow(0, range.start, range.end - range.start)
+        Some(self.memory.as_ref()?.narrow(0, range.start, range.end - range.start))
     }
 
     /// The weights of this rank's own slice follow its master weights; those of the others are behind.
     fn follow(&mut self, master: &Tensor) {
-        if self.memory.kind() != Kind::Float {
-            no_grad(|| self.range(self.slice).copy_(master));
+        let Some(mut own) = self.range(self.slice) else { return };
+        if own.kind() != Kind::Float {
+            no_grad(|| own.copy_(master));
         }
         self.behind = self.slice.world > 1;
     }
@@ -131,11 +169,12 @@ impl Trained {
         self.behind = false;
     }
 
-    /// This rank's slice of the weights, and the memory of all slices, one after the other, each as long as this one.
-    pub fn gathered(&self) -> (Tensor, Tensor) {
-        let width = self.slice.width(self.numel());
-        let own = self.memory.narrow(0, self.slice.rank as i64 * width, width);
-        (own, self.memory.narrow(0, 0, self.slice.world as i64 * width))
+    /// This rank's slice of the weights, and the memory of all slices, one after the other, each as long as this one; where they
+    /// are held.
+    pub fn gathered(&self) -> Option<(Tensor, Tensor)> {
+        let (memory, width) = (self.memory.as_ref()?, self.slice.width(self.numel()));
+        let own = memory.narrow(0, self.slice.rank as i64 * width, width);
+        Some((own, memory.narrow(0, 0, self.slice.world as i64 * width)))
     }
 }
 
@@ -160,17 +199,23 @@ struct Held {
 }
 
 impl Held {
-    /// This rank's own slice: views of the weights where these are fp32.
-    fn own(generator: &Trained, fake_score: &Trained, layout: Layout) -> Self {
-        // A copy only where the data types differ.
-        let master = |trained: &Trained| trained.range(layout.slice).to_kind(Kind::Float);
-        Self::new(layout.slice, master(generator), master(fake_score), layout)
-    }
-
-    /// A slice of another rank, in memory of its own: what is gathered half must not reach it.
-    fn copied(slice: Slice, generator: &Trained, fake_score: &Trained, layout: Layout) -> Self {
-        let master = |trained: &Trained| trained.range(slice).to_kind(Kind::Float).copy();
-        Self::new(slice, master(generator), master(fake_score), layout)
+    /// This rank's own slice of generator and fake score, with views of the weights where these are held and fp32; or another,
+    /// in memory of its own: what is gathered half must not reach it. `first` gives the first values of weights that are not
+    /// held.
+    fn of(
+        slice: Slice,
+        is_own: bool,
+        networks: [&Trained; 2],
+        layout: Layout,
+        first: impl Fn(Network) -> Tensor,
+    ) -> Self {
+        let master = |network: Network| match networks[network as usize].range(slice) {
+            // A copy only where the data types differ.
+            Some(weights) if is_own => weights.to_kind(Kind::Float),
+            Some(weights) => weights.to_kind(Kind::Float).copy(),
+            None => first(network),
+        };
+        Self::new(slice, master(Network::Generator), master(Network::FakeScore), layout)
     }
 
     fn new(slice: Slice, generator: Tensor, fake_score: Tensor, layout: Layout) -> Self {
@@ -240,35 +285,41 @@ impl State {
     /// The state before the first iteration: three copies of the teacher.
     #[must_use]
     pub fn from_teacher(teacher: &dyn Denoiser) -> Self {
-        Self::starting_from(teacher, teacher, Counters::new(false), Layout::PLAIN)
+        Self::starting_from(Start::of(teacher), Start::of(teacher), Counters::new(false), Layout::PLAIN)
     }
 
     /// The state before the first iteration: the fake score is a copy of the teacher, the generator and its average are
     /// copies of `generator`, which has the same parameters.
     #[must_use]
     pub fn starting_from(
-        teacher: &dyn Denoiser,
-        generator: &dyn Denoiser,
+        teacher: Start<'_>,
+        generator: Start<'_>,
         counters: Counters,
         layout: Layout,
     ) -> Self {
-        let (generator, fake_score) =
-            (Trained::copy_of(generator, layout), Trained::copy_of(teacher, layout));
+        let trained =
+            (Trained::copy_of(generator.network, layout), Trained::copy_of(teacher.network, layout));
         let counters_layout =
             [Entry { name: "loss_scale_and_steps".to_owned(), shape: Counters::SHAPE.to_vec(), offset: 0 }];
-        Self::over(generator, fake_score, counters, counters_layout, layout)
+        Self::over(trained, counters, counters_layout, layout, |network, slice| match network {
+            Network::Generator => generator.slice(slice),
+            Network::FakeScore => teacher.slice(slice),
+        })
     }
 
+    /// `first` gives the first values of a slice of weights that are not held.
     fn over(
-        generator: Trained,
-        fake_score: Trained,
+        (generator, fake_score): (Trained, Trained),
         counters: Counters,
         counters_layout: [Entry; 1],
         layout: Layout,
+        first: impl Fn(Network, Slice) -> Tensor,
     ) -> Self {
-        let own = Held::own(&generator, &fake_score, layout);
-        let copy = layout.copy.map(|slice| Held::copied(slice, &generator, &fake_score, layout));
-        let held = [own].into_iter().chain(copy).collect();
+        let held = |slice: Slice, is_own| {
+            Held::of(slice, is_own, [&generator, &fake_score], layout, |network| first(network, slice))
+        };
+        let own = held(layout.slice, true);
+        let held = [own].into_iter().chain(layout.copy.map(|slice| held(slice, false))).collect();
         Self { generator, fake_score, held, counters, counters_layout, layout }
     }
 
@@ -277,8 +328,13 @@ impl State {
     #[must_use]
     pub fn relaid(&self, slice: Slice, copy: Option<Slice>) -> Self {
         let layout = Layout { slice, copy, ..self.layout };
-        let (generator, fake_score) = (self.generator.relaid(slice), self.fake_score.relaid(slice));
-        Self::over(generator, fake_score, self.counters.duplicate(), self.counters_layout.clone(), layout)
+        let trained = (self.generator.relaid(slice), self.fake_score.relaid(slice));
+        let counters = self.counters.duplicate();
+        Self::over(trained, counters, self.counters_layout.clone(), layout, |_, slice| {
+            let flat = self.generator.network.parameters().flat();
+            let range = slice.range(flat.numel() as i64);
+            Tensor::zeros([range.end - range.start], (Kind::Float, flat.device()))
+        })
     }
 
     /// Its layout in memory.
@@ -346,7 +402,13 @@ impl State {
 
     /// This rank's slice of G_ema, as a vector on the device of the networks.
     pub fn average(&self) -> Tensor {
-        self.held[0].average.to_device(self.generator.memory.device())
+        self.held[0].average.to_device(self.generator.network.parameters().flat().device())
+    }
+
+    /// The master weights of this rank's slice of a network: fp32, the memory that [`step`](Self::step) changes.
+    #[must_use]
+    pub fn master(&self, network: Network) -> &Tensor {
+        &self.held[0].networks[network as usize].master
     }
 
     /// G_ema, from all its elements, fp32; without gradient.

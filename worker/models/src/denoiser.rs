@@ -1,10 +1,11 @@
 //! The interface between networks and the code that uses them.
 
-use std::{collections::BTreeMap, rc::Rc};
+use std::{collections::BTreeMap, ops::Range, rc::Rc, sync::Arc};
 
 use tch::{Kind, Tensor};
 
 use crate::{
+    gate::Gate,
     lora::{Lora, LoraError, file::Layers},
     parameters::Parameters,
     process::ForwardProcess,
@@ -224,6 +225,21 @@ pub trait Denoiser {
     /// The weights; those of the adapters, if the network [has some](Self::adapted).
     fn parameters(&self) -> &Parameters;
 
+    /// The weights with which the layers compute, without adapters.
+    fn base(&self) -> &Parameters {
+        self.parameters()
+    }
+
+    /// The blocks of the network in the order of the forward pass, each as a range of the [base](Self::base)'s leaves; other
+    /// leaves belong to no block.
+    fn blocks(&self) -> Vec<Range<usize>> {
+        vec![]
+    }
+
+    /// Sets the gate through which the weights of the [blocks](Self::blocks) come. It must be set once, before the network
+    /// computes, and the network must recompute.
+    fn set_gate(&self, _gate: &Arc<dyn Gate>) {}
+
     /// Channels, height, width of a sample.
     fn sample_shape(&self) -> [i64; 3];
 
@@ -243,6 +259,11 @@ pub trait Denoiser {
     /// The same network with other weights: views into `flat`, laid out like [`Parameters::flat`], which take gradients
     /// or not. A [`LatentDenoiser`](crate::diffusers::LatentDenoiser) computes in the data type of its weights.
     fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser>;
+
+    /// The same network, frozen, with other weights of its [base](Self::base), and with its adapters, if it has some.
+    fn rebased(&self, flat: Tensor) -> Box<dyn Denoiser> {
+        self.over(flat, false)
+    }
 
     /// A trainable deep copy: equal values in its own storage.
     fn duplicate(&self) -> Box<dyn Denoiser> {

@@ -8,6 +8,7 @@
 //! - [`ForwardProcess`]: how data become noise, one interface over EDM, DDPM and flow matching.
 //! - [`sampler`]: EDM's deterministic Heun sampler, and DDIM.
 //! - [`lora`]: low-rank adapters on a frozen network.
+//! - [`gate`]: weights that are in memory only while they are needed.
 //! - [`weights`]: reading and writing safetensors.
 //!
 //! Like tch itself, functions of tensors panic on mismatched shapes or devices: those are errors in a program, not in
@@ -17,6 +18,7 @@ mod builder;
 mod denoiser;
 pub mod diffusers;
 pub mod edm;
+pub mod gate;
 mod layers;
 pub mod lora;
 mod parameters;

@@ -1,26 +1,85 @@
-//! Blocks whose activations are computed again in the backward pass instead of being kept (1604.06174).
+//! Blocks whose activations are computed again in the backward pass instead of being kept (1604.06174), and whose weights may
+//! be in memory only while they compute.
+
+use std::{ops::Range, sync::OnceLock};
 
 use potstill_torch_ext::{Block, SharedBlock};
 use tch::{Device, Tensor};
 
 use crate::{
     builder::{BufferDeclaration, Init, Registry, Scope},
+    gate::Place,
+    parameters::Entry,
     weight::Weight,
 };
 
 /// A block, and the parameters that it computes with.
 pub(crate) struct Recomputed<B> {
-    block: SharedBlock<B>,
+    block: SharedBlock<Gated<B>>,
+    /// Those that are trained.
     parameters: Vec<Tensor>,
+    /// Names of the network's own parameters, in their order there.
+    names: Vec<String>,
+}
+
+struct Gated<B> {
+    block: B,
+    place: OnceLock<Place>,
+}
+
+impl<B: Block> Block for Gated<B> {
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        self.block.forward(inputs)
+    }
+
+    fn enter(&self, backward: bool) {
+        if let Some((gate, number)) = self.place.get() {
+            gate.enter(*number, backward);
+        }
+    }
+
+    fn leave(&self) {
+        if let Some((gate, number)) = self.place.get() {
+            gate.leave(*number);
+        }
+    }
+}
+
+/// A block of any kind.
+pub(crate) trait AnyBlock {
+    /// Its leaves among those of the network's own parameters.
+    fn leaves(&self, entries: &[Entry]) -> Range<usize>;
+
+    /// Sets the gate through which its weights come.
+    fn set_place(&self, place: Place);
+}
+
+impl<B: Block> AnyBlock for Recomputed<B> {
+    fn leaves(&self, entries: &[Entry]) -> Range<usize> {
+        let first = self.names.first().and_then(|name| entries.iter().position(|entry| entry.name == *name));
+        let first = first.unwrap_or(entries.len());
+        let leaves = first..first + self.names.len();
+        debug_assert!(
+            entries[leaves.clone()].iter().map(|entry| &entry.name).eq(&self.names),
+            "the parameters of a block follow one another"
+        );
+        leaves
+    }
+
+    fn set_place(&self, place: Place) {
+        let set = self.block.get().place.set(place);
+        assert!(set.is_ok(), "a network has one gate");
+    }
 }
 
 impl<B: Block> Recomputed<B> {
     /// Builds a block in a node of the tree and records its parameters.
     pub fn new(mut scope: Scope, build: impl FnOnce(&mut Scope) -> B) -> Self {
         let (registry, path) = scope.parts();
-        let mut collector = Collector { registry, parameters: Vec::new() };
+        let mut collector = Collector { registry, parameters: Vec::new(), names: Vec::new() };
         let block = build(&mut Scope::at(&mut collector, path));
-        Self { block: SharedBlock::new(block), parameters: collector.parameters }
+        let Collector { parameters, names, .. } = collector;
+        Self { block: SharedBlock::new(Gated { block, place: OnceLock::new() }), parameters, names }
     }
 
     /// The block's output. With `again` only the inputs are kept for the backward pass.
@@ -37,16 +96,19 @@ impl<B: Block> Recomputed<B> {
 struct Collector<'a> {
     registry: &'a mut dyn Registry,
     parameters: Vec<Tensor>,
+    names: Vec<String>,
 }
 
 impl Registry for Collector<'_> {
     fn parameter(&mut self, name: String, shape: &[i64], init: Init) -> Tensor {
+        self.names.push(name.clone());
         let parameter = self.registry.parameter(name, shape, init);
         self.parameters.push(parameter.shallow_clone());
         parameter
     }
 
     fn weight(&mut self, module: &str, shape: &[i64], init: Init) -> Weight {
+        self.names.push(format!("{module}.weight"));
         let weight = self.registry.weight(module, shape, init);
         self.parameters.extend(weight.trained());
         weight

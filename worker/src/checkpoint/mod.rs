@@ -4,6 +4,8 @@
 //! by exactly one rank, and any number of ranks can read them. Where each rank holds a slice of the vectors, a slice
 //! may end inside a tensor: its pieces are `<part>/<parameter>@<first element>`. No collective is needed.
 
+mod reading;
+
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
@@ -26,12 +28,13 @@ use potstill_storage::{
     layout,
 };
 use safetensors::{
-    Dtype, SafeTensors,
+    Dtype,
     tensor::{Metadata, TensorInfo},
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tokio::{runtime::Handle, sync::oneshot, task::JoinHandle};
 
+use self::reading::{Reading, Wanted};
 use crate::{process::faults, session::Outbox};
 use potstill_logging::chain;
 
@@ -366,9 +369,7 @@ async fn fill(
     }
     for shard in &manifest.shards {
         let place = run.describe(&shard.key);
-        let bytes = run.read_shard(shard).await?;
-        let file = SafeTensors::deserialize(&bytes).with_context(|| format!("shard {place}"))?;
-        for (name, view) in file.iter() {
+        let plan = |name: &str, info: &TensorInfo| -> anyhow::Result<Vec<Wanted>> {
             let piece = name.rsplit_once(PIECE).and_then(|(name, first)| Some((name, first.parse().ok()?)));
             let (tensor, first): (&str, i64) = piece.unwrap_or((name, 0));
             let Some(wanted) = missing.get_mut(tensor).filter(|wanted| wanted.elements > 0) else {
@@ -376,40 +377,46 @@ async fn fill(
                 let first_moment = FIRST_MOMENTS
                     .iter()
                     .any(|part| tensor.strip_prefix(part).is_some_and(|rest| rest.starts_with('/')));
-                if others == Others::PassedOver || (first_moment && !missing.contains_key(tensor)) {
-                    continue;
-                }
-                bail!(
-                    "shard {place} holds {name}, which this model does not have or another shard holds too"
+                ensure!(
+                    others == Others::PassedOver || (first_moment && !missing.contains_key(tensor)),
+                    "it holds {name}, which this model does not have or another shard holds too"
                 );
+                return Ok(vec![]);
             };
             let entry = wanted.entry;
-            let shape: Vec<i64> = view.shape().iter().map(|d| *d as i64).collect();
+            let shape: Vec<i64> = info.shape.iter().map(|d| *d as i64).collect();
             let count = shape.iter().product::<i64>();
             let fits = match piece {
                 None => shape == entry.shape,
                 Some(_) => shape.len() == 1 && first >= 0 && first <= entry.numel() - count,
             };
             ensure!(
-                fits && count <= wanted.elements && view.dtype() == Dtype::F32,
-                "shard {place}: {name} is {:?} {shape:?}; this model has F32 {:?}",
-                view.dtype(),
+                fits && count <= wanted.elements && info.dtype == Dtype::F32,
+                "{name} is {:?} {shape:?}; this model has F32 {:?}",
+                info.dtype,
                 entry.shape
             );
             wanted.elements -= count;
             let start = entry.offset + first;
-            for part in &wanted.targets {
+            let place_in = |part: &&Part<'_>| {
                 let held = overlap(&(start..start + count), &part.held());
-                if held.is_empty() {
-                    continue;
-                }
-                let bytes = (held.start - start) as usize * 4..(held.end - start) as usize * 4;
-                let values =
-                    Tensor::from_data_size(&view.data()[bytes], &[held.end - held.start], Kind::Float);
-                let mut target = part.values.narrow(0, held.start - part.first, held.end - held.start);
-                tch::no_grad(|| target.copy_(&values));
+                (!held.is_empty()).then(|| Wanted {
+                    first: info.data_offsets.0 + (held.start - start) as usize * size_of::<f32>(),
+                    place: part.values.narrow(0, held.start - part.first, held.end - held.start),
+                })
+            };
+            Ok(wanted.targets.iter().filter_map(place_in).collect())
+        };
+        let mut reading = Reading::new(shard.bytes, plan)?;
+        let mut taken = Ok(());
+        // What is damaged may fail to be understood too: the store's verdict comes first.
+        run.read_shard_in_pieces(shard, |piece| {
+            if taken.is_ok() {
+                taken = reading.take(piece);
             }
-        }
+        })
+        .await?;
+        taken.and_then(|()| reading.finish()).with_context(|| format!("shard {place}"))?;
     }
     let missing: BTreeSet<&String> =
         missing.iter().filter(|(_, wanted)| wanted.elements > 0).map(|(name, _)| name).collect();
@@ -423,9 +430,13 @@ async fn fill(
 mod tests {
     use std::path::Path;
 
-    use potstill_distill::{counters::Counters, state::Layout};
+    use potstill_distill::{
+        counters::Counters,
+        state::{Layout, Start},
+    };
     use potstill_models::EdmNetwork;
     use potstill_storage::Root;
+    use safetensors::SafeTensors;
 
     use super::*;
 
@@ -437,7 +448,8 @@ mod tests {
         let teacher = repository_teacher();
         let state = |first_moments| {
             let layout = Layout { first_moments, ..Layout::PLAIN };
-            State::starting_from(&teacher, &teacher, Counters::new(false), layout)
+            let start = Start::of(&teacher);
+            State::starting_from(start, start, Counters::new(false), layout)
         };
         let (with, without) = (state([true; 2]), state([false; 2]));
         for (name, of, mut into) in

@@ -1,4 +1,4 @@
-//! `plan`: checks whether a run fits its devices, before anything is loaded.
+//! `plan`: checks whether a run fits its devices, and what its ranks send each other, before anything is loaded.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -25,6 +25,9 @@ pub struct Arguments {
     /// Number of ranks
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     workers: u32,
+    /// Bytes that a rank can send in a second, as in 25GB, for an estimate of the time that it takes
+    #[arg(long, value_name = "SIZE", value_parser = potstill_spec::units::bytes)]
+    bandwidth: Option<u64>,
     /// Change one key, as in memory.shard=optimizer
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
@@ -33,6 +36,9 @@ pub struct Arguments {
     json: bool,
 }
 
+/// The largest number of ranks for which a plan looks.
+const MOST_WORKERS: u32 = 1024;
+
 /// Memory beyond the tensors: CUDA's context, libraries, NCCL's buffers, and what the allocator cannot use. An estimate
 /// of Potstill's.
 const OVERHEAD: f64 = 0.08;
@@ -40,9 +46,10 @@ const OVERHEAD: f64 = 0.08;
 /// Memory of one rank by purpose, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Plan {
-    /// Weights of teacher, generator and fake score; with adapters those of the network beneath and of both adapters.
+    /// Weights of teacher, generator and fake score; with adapters those of the network beneath and of both adapters. Of weights
+    /// that are gathered: a slice of the teacher's.
     pub weights: u64,
-    /// fp32 copies of weights of lower precision.
+    /// fp32 master weights that are not the weights themselves.
     pub master_weights: u64,
     /// Adam's moments.
     pub moments: u64,
@@ -54,6 +61,8 @@ pub struct Plan {
     pub gradients: u64,
     /// The most that one phase keeps for its backward pass, or the gradients at its end.
     pub activations: u64,
+    /// Weights that are gathered while a phase computes: those that belong to no block, a block's, and the next one's.
+    pub gathered: u64,
     /// Temporaries of an optimizer step, which come when there are no activations.
     pub step: u64,
 }
@@ -61,6 +70,10 @@ pub struct Plan {
 /// The configurations and sizes of a model, without its weights.
 struct Sizes {
     unet: UNetConfig,
+    /// Parameters of the U-Net.
+    size: i64,
+    /// Parameters of each of its blocks.
+    blocks: Vec<i64>,
     /// Height and width of the latents.
     sides: [i64; 2],
     /// Tokens of a prompt.
@@ -93,7 +106,17 @@ impl Sizes {
             Some(sides) => sides.map(|side| i64::from(side / cell)),
             None => unet.sides(),
         };
-        Ok(Self { unet, sides, tokens, text, autoencoder: autoencoder.size()? })
+        Self::new(unet, sides, tokens, text, autoencoder.size()?)
+    }
+
+    fn new(
+        unet: UNetConfig,
+        sides: [i64; 2],
+        tokens: i64,
+        text: i64,
+        autoencoder: i64,
+    ) -> anyhow::Result<Self> {
+        Ok(Self { size: unet.size()?, blocks: unet.block_sizes()?, unet, sides, tokens, text, autoencoder })
     }
 }
 
@@ -103,7 +126,7 @@ impl Plan {
     /// # Errors
     /// The model's configuration is not that of a valid network.
     fn new(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Self> {
-        let size = model.unet.size()?;
+        let size = model.size;
         let memory = &spec.memory;
         let kind = if memory.bf16_weights { 2 } else { 4 };
         // The trained parameters of one network, and their data type.
@@ -112,20 +135,24 @@ impl Plan {
             None => (size, kind),
         };
         let shared = memory.is_sharded() && workers > 1;
-        let slice = match shared {
-            true => Slice { rank: 0, world: workers as usize }.width(trained),
-            false => trained,
+        let part = |numel| match shared {
+            true => Slice { rank: 0, world: workers as usize }.width(numel),
+            false => numel,
         };
+        let slice = part(trained);
         // The copy of another rank's slice, whose master weights are never views of the weights.
         let copy = if shared { slice } else { 0 };
         let held = slice + copy;
         let low = trained_kind < 4;
-        let bucketed = low || shared;
+        let gathered = memory.shard == Shard::Parameters;
+        let trained_is_gathered = gathered && spec.lora.is_none();
+        let bucketed = low || shared || trained_is_gathered;
         let bucket = 4 * buckets::elements(trained);
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
         let weights = match spec.lora {
             // The first values of the adapters are kept beside those that train.
-            Some(_) => size * kind + 2 * 2 * trained * 4,
+            Some(_) => (if gathered { part(size) } else { size }) * kind + 2 * 2 * trained * 4,
+            None if gathered => part(size) * kind,
             None => networks * size * kind,
         };
         let moments = [spec.optimizer.generator_betas.unwrap_or(spec.optimizer.betas), spec.optimizer.betas]
@@ -136,12 +163,12 @@ impl Plan {
         let encoders = if cached { 0 } else { model.text };
         Ok(Self {
             weights: bytes_of(weights),
-            master_weights: bytes_of(2 * 4 * if low { held } else { copy }),
+            master_weights: bytes_of(2 * 4 * if low || trained_is_gathered { held } else { copy }),
             moments: bytes_of(moments * 4 * held),
             average: bytes_of(if memory.offload_ema { 0 } else { 4 * held }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match bucketed {
-                true if shared && memory.shard == Shard::Gradients => {
+                true if shared && memory.shard != Shard::Optimizer => {
                     4 * slice + buckets::UNDER_WAY as i64 * bucket
                 }
                 // The sum over micro-batches.
@@ -151,9 +178,10 @@ impl Plan {
             }),
             activations: bytes_of(match bucketed {
                 // The gradients of one micro-batch are released bucket by bucket.
-                true => activations(spec, model)? + bucket,
-                false => activations(spec, model)?.max(trained_kind * trained),
+                true => activations(spec, model) + bucket,
+                false => activations(spec, model).max(trained_kind * trained),
             }),
+            gathered: bytes_of(if gathered { kind * gathered_at_once(model) } else { 0 }),
             // The reduced gradient of the slice that is copied, or of the whole where it is in many buckets.
             step: bytes_of(4 * if bucketed { copy } else { trained }),
         })
@@ -161,7 +189,7 @@ impl Plan {
 
     /// The most at a time: activations and temporaries of an optimizer step do not exist at once.
     pub fn peak(&self) -> u64 {
-        self.resident() + self.activations.max(self.step)
+        self.resident() + (self.activations + self.gathered).max(self.step)
     }
 
     fn resident(&self) -> u64 {
@@ -173,15 +201,16 @@ impl Plan {
         (self.peak() as f64 * (1.0 + OVERHEAD)) as u64
     }
 
-    fn rows(&self) -> [(&'static str, u64); 8] {
+    fn rows(&self) -> [(&'static str, u64); 9] {
         [
             ("weights of teacher, generator, fake score", self.weights),
-            ("fp32 master weights", self.master_weights),
+            ("fp32 master weights beside them", self.master_weights),
             ("Adam's moments", self.moments),
             ("averaged generator", self.average),
             ("text encoders and autoencoder", self.surroundings),
             ("gradients", self.gradients),
             ("activations of a micro-batch, at most", self.activations),
+            ("and weights gathered for it", self.gathered),
             ("or an optimizer step's temporaries", self.step),
         ]
     }
@@ -191,8 +220,15 @@ fn bytes_of(elements: i64) -> u64 {
     u64::try_from(elements).unwrap_or(0)
 }
 
+/// Parameters that are gathered at a time: of three networks those that belong to no block, and of one network two blocks.
+fn gathered_at_once(model: &Sizes) -> i64 {
+    let inside: i64 = model.blocks.iter().sum();
+    let two = model.blocks.windows(2).map(|pair| pair[0] + pair[1]).max().unwrap_or(inside);
+    3 * (model.size - inside) + two
+}
+
 /// Activations in bytes of the phase that keeps the most.
-fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
+fn activations(spec: &RunSpec, model: &Sizes) -> i64 {
     let Sizes { unet, sides, tokens, .. } = model;
     let [training, fake, teacher] = spec.guidance.scales();
     let samples = |scale: f64| match scale == 0.0 || scale == 1.0 {
@@ -228,18 +264,115 @@ fn activations(spec: &RunSpec, model: &Sizes) -> anyhow::Result<i64> {
     let casts = match (spec.memory.bf16_weights, spec.distillation.precision) {
         (true, _) | (_, Precision::Fp32) => 0,
         _ if again => 0,
-        _ => 2 * unet.size()? * (2 + steps),
+        _ => 2 * model.size * (2 + steps),
     };
-    Ok(kind * generator_phase.max(fake_phase) + casts)
+    kind * generator_phase.max(fake_phase) + casts
+}
+
+/// Bytes that each of `workers` ranks sends in an iteration, with ring algorithms. Checkpoints, evaluations and the norms of
+/// gradients are left out.
+fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<u64> {
+    let (size, distillation) = (model.size, &spec.distillation);
+    let kind = if spec.memory.bf16_weights { 2.0 } else { 4.0 };
+    let (trained, trained_kind) = match &spec.lora {
+        Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4.0),
+        None => (size, kind),
+    };
+    let world = f64::from(workers);
+    // What passes through a rank of a vector that is reduced to all ranks' slices, or gathered from them.
+    let through = |bytes: f64| bytes * (world - 1.0) / world;
+    let micro_batches = u32::from(distillation.global_batch).div_ceil(distillation.micro_batch.into());
+    let rounds = f64::from(micro_batches.div_ceil(workers));
+    let reduced = through(4.0 * trained as f64);
+    // A slice to the rank that holds its copy.
+    let copied = if workers > 1 { 4.0 * trained as f64 / world } else { 0.0 };
+    let gathered = through(trained_kind * trained as f64);
+    let each = match spec.memory.shard {
+        Shard::None => 2.0 * reduced,
+        Shard::Optimizer => reduced + copied + gathered,
+        Shard::Gradients => rounds * reduced + copied + gathered,
+        Shard::Parameters => rounds * reduced + copied + if spec.lora.is_some() { gathered } else { 0.0 },
+    };
+    let passes = match spec.memory.shard {
+        Shard::Parameters => rounds * passes(spec) * through(kind * size as f64),
+        _ => 0.0,
+    };
+    Ok((2.0 * each + passes) as u64)
+}
+
+/// Forward and backward passes through a network in the micro-batches of both phases, on average. One through the encoder alone
+/// counts as a whole one.
+fn passes(spec: &RunSpec) -> f64 {
+    let steps = f64::from(spec.generator.steps);
+    let (sampling, training) = match spec.generator.matching {
+        // Each number of steps is as likely; the last one is trained.
+        Matching::UniformStep => ((steps + 1.0) / 2.0, (steps - 1.0) / 2.0 + 2.0),
+        Matching::FinalStep => (steps, 2.0 * steps),
+    };
+    let discriminator = spec
+        .adversarial
+        .as_ref()
+        .map_or(0.0, |adversarial| if adversarial.approximate_r1 > 0.0 { 4.0 } else { 2.0 });
+    // A forward and a backward pass of the fake score in both phases, and of the teacher in the generator's.
+    sampling + 2.0 + discriminator + training + 4.0
+}
+
+/// A value of `memory.shard` with which a run may be tried.
+#[derive(Debug, Serialize)]
+struct Sharding {
+    shard: Shard,
+    /// Memory that a device needs.
+    needed: u64,
+    /// Bytes that a rank sends in an iteration.
+    sent: u64,
+    /// The fewest ranks with which it fits.
+    fewest_workers: Option<u32>,
+}
+
+/// The values of `memory.shard` that the run can have, from the one that sends the least.
+fn shardings(
+    spec: &RunSpec,
+    model: &Sizes,
+    workers: u32,
+    device_memory: u64,
+) -> anyhow::Result<Vec<Sharding>> {
+    let shards = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
+    let can = |shard: &Shard| *shard != Shard::Parameters || spec.memory.recompute;
+    let of = |shard| {
+        let mut spec = spec.clone();
+        spec.memory.shard = shard;
+        let needed = |workers| Ok::<_, anyhow::Error>(Plan::new(&spec, model, workers)?.needed());
+        let fits = |workers| Ok::<_, anyhow::Error>(needed(workers)? <= device_memory);
+        let fewest_workers = if fits(1)? {
+            Some(1)
+        } else if fits(MOST_WORKERS)? {
+            // From two ranks on, each more needs less of each.
+            let (mut less, mut enough) = (1, MOST_WORKERS);
+            while enough - less > 1 {
+                let middle = less.midpoint(enough);
+                if fits(middle)? { enough = middle } else { less = middle }
+            }
+            Some(enough)
+        } else {
+            None
+        };
+        Ok(Sharding { shard, needed: needed(workers)?, sent: sent(&spec, model, workers)?, fewest_workers })
+    };
+    let mut found: Vec<Sharding> = shards.into_iter().filter(can).map(of).collect::<anyhow::Result<_>>()?;
+    found.sort_by_key(|sharding| sharding.sent);
+    Ok(found)
 }
 
 pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let Arguments { config, device_memory, workers, sets, json } = arguments;
+    let Arguments { config, device_memory, workers, bandwidth, sets, json } = arguments;
     let spec = RunSpec::load(&config, &sets)?;
     let model = Sizes::of(&spec)?;
     let plan = Plan::new(&spec, &model, workers)?;
     let fits = plan.needed() <= device_memory;
     let savers = savers(&spec, &model, workers)?;
+    let shardings = shardings(&spec, &model, workers, device_memory)?;
+    let sent = sent(&spec, &model, workers)?;
+    let seconds = |bytes: u64| bandwidth.map(|bandwidth| bytes as f64 / bandwidth as f64);
     if json {
         let report = serde_json::json!({
             "plan": plan,
@@ -248,6 +381,9 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             "device_memory": device_memory,
             "fits": fits,
             "savers": savers,
+            "sent": sent,
+            "seconds_to_send": seconds(sent),
+            "shardings": shardings,
         });
         print(format_args!("{}", serde_json::to_string_pretty(&report)?));
         return Ok(if fits { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -257,6 +393,18 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     print(format_args!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak())));
     print(format_args!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed())));
+    let taking = |bytes: u64| seconds(bytes).map_or(String::new(), |seconds| format!(", {seconds:.3} s"));
+    print(format_args!("{:<46} {:>10.2} GiB{}", "sent by a rank in an iteration", gib(sent), taking(sent)));
+    print(format_args!("with {workers} ranks, from what sends the least:"));
+    for Sharding { shard, needed, sent, fewest_workers } in shardings {
+        let shard = serde_json::to_string(&shard)?;
+        let fewest = match fewest_workers {
+            Some(fewest) => format!("fits from {fewest} ranks on"),
+            None => format!("does not fit with {MOST_WORKERS} ranks"),
+        };
+        let needs = format!("needs {:.2} GiB, sends {:.2} GiB{}", gib(needed), gib(sent), taking(sent));
+        print(format_args!("  memory.shard={shard:<14} {needs}; {fewest}"));
+    }
     if fits {
         print(format_args!("yes: it fits in {:.1} GiB", gib(device_memory)));
         return Ok(ExitCode::SUCCESS);
@@ -280,7 +428,7 @@ struct Saver {
 /// The changes that save memory, each by itself, the greatest first.
 fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Saver>> {
     type Change = fn(&mut RunSpec, &mut u32);
-    let changes: [(&str, Change); 8] = [
+    let changes: [(&str, Change); 9] = [
         ("memory.recompute=true", |spec, _| spec.memory.recompute = true),
         ("memory.bf16_weights=true with distillation.precision=bf16", |spec, _| {
             spec.memory.bf16_weights = true;
@@ -288,6 +436,10 @@ fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Sav
         }),
         ("memory.shard=optimizer", |spec, _| spec.memory.shard = Shard::Optimizer),
         ("memory.shard=gradients", |spec, _| spec.memory.shard = Shard::Gradients),
+        ("memory.shard=parameters with memory.recompute=true", |spec, _| {
+            spec.memory.shard = Shard::Parameters;
+            spec.memory.recompute = true;
+        }),
         ("distillation.micro_batch=1", |spec, _| spec.distillation.micro_batch = 1),
         ("memory.offload_ema=true", |spec, _| spec.memory.offload_ema = true),
         ("lora={rank=64}", |spec, _| {
@@ -325,22 +477,23 @@ mod tests {
         counters::{Counters, Network},
         draws::NamedStreams,
         random::Stream,
-        state::{Layout, State},
+        state::{Layout, Start, State},
     };
     use potstill_models::{
         Condition, Denoiser, Embedded, TextCondition,
         diffusers::{LatentDenoiser, ScheduleConfig},
+        gate,
     };
     use potstill_proto::wire::StepSeconds;
     use potstill_spec::{GuidancePreset, LoraSpec, PromptsSpec};
     use potstill_torch_ext::MemoryMeter;
-    use tch::{Device, Kind};
+    use tch::{Device, Kind, Tensor};
 
     use super::*;
     use crate::{
         model::adapters,
         session::Progress,
-        training::{Prepared, Recipe, settings, step::Trainer},
+        training::{Prepared, Recipe, networks::Networks, settings, step::Trainer},
     };
 
     const TOKENS: i64 = 16;
@@ -374,13 +527,22 @@ mod tests {
         let store = Store::alone(timeout).unwrap();
         let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
         let alone = ProcessGroup::new(&backend, &store, 0, 1, timeout).unwrap();
-        let meter = MemoryMeter::start(Device::Cpu).unwrap();
         let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
-        let teacher = {
-            let drawn = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
-            let drawn = drawn.with_recomputation(spec.memory.recompute);
-            drawn.over(drawn.parameters().flat().to_kind(weights), false)
+        // In place of the files, which are not counted.
+        let files = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
+        let files = files.with_recomputation(spec.memory.recompute);
+        let held = files.parameters().flat();
+        let numel = held.numel() as i64;
+        let meter = MemoryMeter::start(Device::Cpu).unwrap();
+        let gathered = spec.memory.shard == Shard::Parameters;
+        let teacher = match gathered {
+            true => files.over(gate::absent(numel, (weights, Device::Cpu)), false),
+            false => {
+                let mut flat = Tensor::empty([numel], (weights, Device::Cpu));
+                flat.copy_(held);
+                files.over(flat, false)
+            }
         };
         let sliced = spec.memory.is_sharded();
         let slice = if sliced { Slice { rank: 0, world } } else { Slice::WHOLE };
@@ -389,21 +551,35 @@ mod tests {
         let first_moments = recipe.optimizer.first_moments();
         // As in a run, where a state that starts anew is made of them: they are kept to the end.
         let adapted = spec.lora.as_ref().map(|lora| adapters::first(teacher.as_ref(), lora, 0).unwrap());
-        let layout = |weights| Layout { slice, copy, weights, average_on_host: false, first_moments };
+        let layout = |weights, gathered| Layout {
+            slice,
+            copy,
+            weights,
+            average_on_host: false,
+            first_moments,
+            gathered,
+        };
+        let values =
+            |range: std::ops::Range<i64>| held.narrow(0, range.start, range.end - range.start).copy();
         let mut state = match &adapted {
             None => {
-                let teacher = teacher.as_ref();
-                State::starting_from(teacher, teacher, Counters::new(false), layout(weights))
+                let values = gathered.then_some(&values as &dyn Fn(_) -> _);
+                let start = Start { network: teacher.as_ref(), values };
+                State::starting_from(start, start, Counters::new(false), layout(weights, gathered))
             }
             Some([fake_score, generator]) => {
-                let [fake_score, generator] = [fake_score, generator].map(AsRef::as_ref);
-                State::starting_from(fake_score, generator, Counters::new(false), layout(Kind::Float))
+                let [fake_score, generator] = [fake_score, generator].map(|n| Start::of(n.as_ref()));
+                State::starting_from(fake_score, generator, Counters::new(false), layout(Kind::Float, false))
             }
         };
         let draws = NamedStreams::data_free(&recipe.settings, &Noise, teacher.as_ref());
         let progress = Arc::new(Progress::default());
-        let trainer =
-            Trainer::new(&recipe, teacher.as_ref(), &draws, alone, 0..1, &progress, &state, None).unwrap();
+        let slice_of_teacher = gathered.then(|| {
+            let values = values(slice.range(numel));
+            if weights == Kind::Float { values } else { values.to_kind(weights) }
+        });
+        let networks = Networks::new(&state, teacher.as_ref(), slice_of_teacher.as_ref(), &alone, &progress);
+        let trainer = Trainer::new(&recipe, networks, &draws, alone, 0..1, &progress, &state, None).unwrap();
         for iteration in 0..2 {
             for network in [Network::FakeScore, Network::Generator] {
                 let mut seconds = StepSeconds::default();
@@ -420,7 +596,7 @@ mod tests {
 
     #[test]
     fn advice_is_what_saves() {
-        let model = Sizes { unet: unet(), sides: [32, 32], tokens: TOKENS, text: 0, autoencoder: 0 };
+        let model = Sizes::new(unet(), [32, 32], TOKENS, 0, 0).unwrap();
         let mut spec = RunSpec::default();
         spec.teacher.model = Some("model".to_owned());
         spec.distillation.micro_batch = 1;
@@ -443,8 +619,36 @@ mod tests {
     }
 
     #[test]
+    fn more_ranks_need_less_memory_and_send_more() {
+        let model = Sizes::new(unet(), [32, 32], TOKENS, 0, 0).unwrap();
+        let mut spec = RunSpec::default();
+        spec.teacher.model = Some("model".to_owned());
+        spec.memory.recompute = true;
+        let alone = Plan::new(&spec, &model, 1).unwrap().needed();
+        let shardings_of = |spec: &RunSpec, memory| shardings(spec, &model, 8, memory).unwrap();
+        let found = shardings_of(&spec, alone / 2);
+        assert!(found.is_sorted_by(|a, b| a.sent <= b.sent), "{found:?}");
+        let of = |shard| found.iter().find(|sharding| sharding.shard == shard).unwrap();
+        // Without slices more ranks do not help, and the slices of weights help most.
+        assert_eq!(of(Shard::None).fewest_workers, None);
+        assert!(of(Shard::Parameters).needed < of(Shard::Gradients).needed);
+        assert!(of(Shard::Gradients).needed < of(Shard::Optimizer).needed);
+        let fewest = of(Shard::Parameters).fewest_workers.unwrap();
+        spec.memory.shard = Shard::Parameters;
+        let needed = |workers| Plan::new(&spec, &model, workers).unwrap().needed();
+        assert!(needed(fewest) <= alone / 2 && needed(fewest - 1) > alone / 2);
+        // An all-reduce sends each gradient twice, less what a rank keeps.
+        let size = unet().size().unwrap() as f64;
+        assert_eq!(of(Shard::None).sent, (2.0 * 2.0 * 4.0 * size * 7.0 / 8.0) as u64);
+        assert_eq!(sent(&spec, &model, 1).unwrap(), 0);
+        // The weights of a network that does not recompute cannot be gathered.
+        spec.memory.recompute = false;
+        assert!(shardings_of(&spec, alone).iter().all(|sharding| sharding.shard != Shard::Parameters));
+    }
+
+    #[test]
     fn the_plan_is_what_is_measured() {
-        let model = Sizes { unet: unet(), sides: [32, 32], tokens: TOKENS, text: 0, autoencoder: 0 };
+        let model = Sizes::new(unet(), [32, 32], TOKENS, 0, 0).unwrap();
         let base = || {
             let mut spec = RunSpec::default();
             spec.teacher.model = Some("model".to_owned());
@@ -461,12 +665,16 @@ mod tests {
             spec.distillation.precision = Precision::Bf16;
             spec.memory.bf16_weights = true;
         };
+        let divided = |spec: &mut RunSpec| {
+            spec.memory.shard = Shard::Parameters;
+            spec.memory.recompute = true;
+        };
         type Change<'a> = &'a dyn Fn(&mut RunSpec);
         let adapted = |spec: &mut RunSpec| {
             let rank = std::num::NonZeroU32::new(4).unwrap();
             spec.lora = Some(LoraSpec { rank, ..LoraSpec::default() });
         };
-        let cases: [(&str, usize, Change); 14] = [
+        let cases: [(&str, usize, Change); 18] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("recompute", 1, &|spec| {
@@ -497,6 +705,20 @@ mod tests {
                 low(spec);
                 spec.memory.shard = Shard::Gradients;
                 spec.memory.recompute = true;
+            }),
+            ("parameters alone", 1, &divided),
+            ("parameters over 4", 4, &|spec| {
+                divided(spec);
+                guided(spec);
+            }),
+            ("parameters over 8, bf16", 8, &|spec| {
+                low(spec);
+                divided(spec);
+            }),
+            ("parameters over 4, adapters", 4, &|spec| {
+                low(spec);
+                divided(spec);
+                adapted(spec);
             }),
             ("all", 2, &|spec| {
                 low(spec);

@@ -15,10 +15,11 @@ mod watched;
 
 use std::{path::Path, rc::Rc};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use potstill_models::{
     Denoiser, EdmNetwork, Parameters,
     diffusers::{Autoencoder, LatentDenoiser, ModelFolder, TextConditioner},
+    weights::Mapped,
 };
 use potstill_spec::RunSpec;
 use potstill_storage::digest::sha256_of;
@@ -40,6 +41,8 @@ pub struct Model {
     pub network: Box<dyn Denoiser>,
     /// Only for a text-to-image model.
     pub latent: Option<Latent>,
+    /// The network's weights, where it has none in memory.
+    pub files: Option<Mapped>,
 }
 
 /// The parts of a text-to-image model beside its U-Net.
@@ -60,6 +63,19 @@ impl Model {
     /// # Errors
     /// It is missing, damaged, another one, or of a kind that is not supported.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
+        Self::of_run(spec, false, device)
+    }
+
+    /// The same without the network's weights, which stay in their [files](Self::files): where each rank needs a part of
+    /// them.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_divided(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
+        Self::of_run(spec, true, device)
+    }
+
+    fn of_run(spec: &RunSpec, divided: bool, device: Device) -> anyhow::Result<Self> {
         let teacher = &spec.teacher;
         if teacher.model.is_none() {
             let network = load_network(
@@ -68,15 +84,21 @@ impl Model {
                 device,
             )?;
             finite(&network)?;
-            return Ok(Self { network: Box::new(network), latent: None });
+            return Ok(Self::plain(network));
         }
         let keeps = spec.prompts.as_ref().is_some_and(|prompts| prompts.cache.is_some())
             || spec.adversarial.as_ref().is_some_and(|adversarial| adversarial.cache.is_some());
         let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
-        let mut model = Self::from_folder(&found.path, teacher.image_size, recompute, device)
+        let mut model = Self::of_folder(&found.path, teacher.image_size, recompute, divided, device)
             .map_err(|error| found.named(error))?;
-        finite(model.network.as_ref())?;
+        match &model.files {
+            None => finite(model.network.as_ref())?,
+            Some(files) => {
+                let found = files.first_not_finite(model.parameters().entries(), work::complete);
+                found.map_or(Ok(()), not_finite)?;
+            }
+        }
         if let Some(latent) = &mut model.latent {
             latent.digest = found.digest;
         }
@@ -95,13 +117,27 @@ impl Model {
         recompute: bool,
         device: Device,
     ) -> anyhow::Result<Self> {
+        Self::of_folder(path, image_size, recompute, false, device)
+    }
+
+    fn of_folder(
+        path: &Path,
+        image_size: Option<[u32; 2]>,
+        recompute: bool,
+        divided: bool,
+        device: Device,
+    ) -> anyhow::Result<Self> {
         let folder = ModelFolder::open(path)?;
         let conditioner = folder.text(device)?;
         folder.check(&conditioner)?;
         work::complete();
         let autoencoder = folder.autoencoder(device)?;
         work::complete();
-        let mut network = folder.denoiser(device)?.with_recomputation(recompute);
+        let (network, files) = match divided {
+            true => folder.mapped_denoiser(device).map(|(network, files)| (network, Some(files)))?,
+            false => (folder.denoiser(device)?, None),
+        };
+        let mut network = network.with_recomputation(recompute);
         work::complete();
         if let Some(sides) = image_size {
             let cell = autoencoder.config().downscale();
@@ -113,12 +149,12 @@ impl Model {
             network = network.with_sides(sides.map(|side| i64::from(side) / cell));
         }
         let latent = Latent { folder, autoencoder, conditioner, digest: None };
-        Ok(Self { network: Box::new(network), latent: Some(latent) })
+        Ok(Self { network: Box::new(network), latent: Some(latent), files })
     }
 
     /// An EDM network, which needs no other parts.
     pub fn plain(network: impl Denoiser + 'static) -> Self {
-        Self { network: Box::new(network), latent: None }
+        Self { network: Box::new(network), latent: None, files: None }
     }
 
     /// The weights.
@@ -156,13 +192,15 @@ fn finite(network: &dyn Denoiser) -> anyhow::Result<()> {
     let parameters = network.parameters();
     for (entry, leaf) in parameters.entries().iter().zip(parameters.leaves()) {
         let all = bool::try_from(leaf.isfinite().all())?;
-        ensure!(
-            all,
-            "the teacher's weights are not finite, such as {}: the file is damaged, or it diverged",
-            entry.name
-        );
+        if !all {
+            return not_finite(&entry.name);
+        }
     }
     Ok(())
+}
+
+fn not_finite(name: &str) -> anyhow::Result<()> {
+    bail!("the teacher's weights are not finite, such as {name}: the file is damaged, or it diverged")
 }
 
 /// Loads an EDM network and checks that it is the one with which the run was started.

@@ -35,6 +35,14 @@ impl Denoiser for Watched<'_> {
         self.0.parameters()
     }
 
+    fn base(&self) -> &Parameters {
+        self.0.base()
+    }
+
+    fn rebased(&self, flat: Tensor) -> Box<dyn Denoiser> {
+        self.0.rebased(flat)
+    }
+
     fn sample_shape(&self) -> [i64; 3] {
         self.0.sample_shape()
     }

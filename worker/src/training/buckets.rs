@@ -97,6 +97,8 @@ struct Pass {
     left: usize,
     /// Whether a bucket is reduced when it is taken.
     reduces: bool,
+    /// Whether this micro-batch's gradients count.
+    counts: bool,
     launched: VecDeque<Launched>,
     /// How long this micro-batch has waited for peers.
     waited: Duration,
@@ -142,6 +144,7 @@ impl Bucketed {
             missing: vec![],
             left: 0,
             reduces: false,
+            counts: true,
             launched: VecDeque::new(),
             waited: Duration::ZERO,
             failure: None,
@@ -160,12 +163,14 @@ impl Bucketed {
         Ok(Self { shared, _hooks: hooks })
     }
 
-    /// Before the backward pass of a micro-batch; `last` is the phase's last one on this rank.
-    pub fn begin(&self, last: bool) {
+    /// Before the backward pass of a micro-batch; `last` is the phase's last one on this rank. One that does not count is
+    /// computed only because others compute one.
+    pub fn begin(&self, last: bool, counts: bool) {
         let mut pass = self.shared.pass();
         pass.missing = self.shared.buckets.iter().map(|bucket| bucket.leaves.len()).collect();
         pass.left = self.shared.buckets.len();
         pass.reduces = last || self.shared.shares.sharded_sum;
+        pass.counts = counts;
         pass.waited = Duration::ZERO;
     }
 
@@ -182,7 +187,7 @@ impl Bucketed {
         pass.failure.take().map_or(Ok(pass.waited), Err)
     }
 
-    /// The slices of the sum over all ranks that this rank needs. `computed`: its micro-batches.
+    /// The slices of the sum over all ranks that this rank needs. `computed`: its micro-batches, with those that do not count.
     ///
     /// # Errors
     /// A collective failed.
@@ -191,7 +196,7 @@ impl Bucketed {
         if sharded_sum {
             // Others have more micro-batches.
             for _ in computed..rounds {
-                self.begin(true);
+                self.begin(true, false);
                 self.end()?;
             }
         }
@@ -320,7 +325,7 @@ impl Shared {
         let mut offset = 0;
         for leaf in &pass.leaves[leaves.clone()] {
             let (size, gradient) = (leaf.numel() as i64, leaf.grad());
-            if gradient.defined() {
+            if pass.counts && gradient.defined() {
                 let _ = whole.narrow(0, offset, size).g_add_(&gradient.reshape([-1]));
             }
             offset += size;

@@ -1,6 +1,6 @@
 //! Everything that a process loads once for all its generations.
 
-use std::path::Path;
+use std::{cell::RefCell, path::Path};
 
 use anyhow::{Context, ensure};
 use potstill_distill::{
@@ -15,13 +15,15 @@ use potstill_distill::{
     noise_distribution::NoiseDistribution,
     schedule::Schedule,
     settings::Settings,
-    state::{Layout, Slice, State},
+    state::{Layout, Slice, Start, State},
 };
-use potstill_models::{Denoiser, ForwardProcess, Mode};
+use potstill_models::{
+    Denoiser, ForwardProcess, Mode, diffusers::ModelFolder, gate::absent, weights::Mapped,
+};
 use potstill_proto::message::Assignment;
-use potstill_spec::{self as spec, AdversarialSpec, Precision, RunSpec};
+use potstill_spec::{self as spec, AdversarialSpec, Precision, RunSpec, Shard};
 use potstill_storage::Run;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
 use super::step::Recipe;
@@ -35,6 +37,7 @@ use crate::{
     evaluation::samples::SampleSet,
     model::student::Student,
     model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times},
+    process::work,
 };
 
 /// The files that a run reads, loaded.
@@ -43,6 +46,8 @@ pub struct Inputs {
     space: Space,
     /// The generator to start from, if that is not the teacher.
     start: Option<Box<dyn Denoiser>>,
+    /// The weights of teacher and start, where these networks have none in memory.
+    files: Option<Files>,
     real: Option<Box<dyn RealData>>,
     evaluator: Option<Evaluator>,
     settings: Settings,
@@ -54,8 +59,18 @@ impl Inputs {
     /// # Errors
     /// A file is missing, damaged, has other content than when the run was started, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
-        let model = Model::load(spec, device)?;
+        let divided = spec.memory.shard == Shard::Parameters;
+        let mut model = if divided { Model::load_divided(spec, device)? } else { Model::load(spec, device)? };
+        let mut start_in_files = None;
         let start = match (&spec.generator.start_from, &spec.lora) {
+            (Some(path), None) if divided => {
+                let (network, weights) =
+                    ModelFolder::open(path).and_then(|folder| folder.mapped_denoiser(device)).with_context(|| {
+                        "generator.start_from, which must be a text-to-image model's folder with memory.shard = \"parameters\""
+                    })?;
+                start_in_files = Some(weights);
+                Some(fitting(Box::new(network), path, &model)?)
+            }
             (Some(path), None) => Some(load_start(path, &model, device)?),
             (Some(path), Some(lora)) => {
                 let read = adapters::read(model.network.as_ref(), lora, path);
@@ -74,6 +89,7 @@ impl Inputs {
             }
             _ => vec![],
         };
+        let files = model.files.take().map(|teacher| Files { teacher, start: start_in_files });
         let captions = pairs.iter().map(|pair| pair.caption.clone()).collect();
         let prompts = spec.prompts.as_ref().map(Wanted::File);
         let (teacher, space) = model.into_space(prompts, captions, Wanted::evaluation(spec))?;
@@ -108,8 +124,14 @@ impl Inputs {
             None => None,
         };
         let evaluator = Evaluator::load(&spec.evaluation, &space, device)?;
-        Ok(Self { teacher, space, start, real, evaluator, settings })
+        Ok(Self { teacher, space, start, files, real, evaluator, settings })
     }
+}
+
+/// Weights that are in their files until slices of them are needed.
+struct Files {
+    teacher: Mapped,
+    start: Option<Mapped>,
 }
 
 /// Loads the generator that a run starts from: an exported one of the teacher's architecture.
@@ -118,6 +140,11 @@ fn load_start(path: &Path, teacher: &Model, device: Device) -> anyhow::Result<Bo
         true => Box::new(load_unet(path, device).context("generator.start_from")?),
         false => Student::from_file(path, device).context("generator.start_from")?.model.network,
     };
+    fitting(network, path, teacher)
+}
+
+/// The generator to start from, which must be of the teacher's architecture.
+fn fitting(network: Box<dyn Denoiser>, path: &Path, teacher: &Model) -> anyhow::Result<Box<dyn Denoiser>> {
     let (start, teacher) = (network.parameters().entries(), teacher.parameters().entries());
     ensure!(
         start == teacher,
@@ -149,6 +176,9 @@ pub struct Job {
     pub(super) recipe: Recipe,
     pub(super) teacher: Box<dyn Denoiser>,
     start: Option<Box<dyn Denoiser>>,
+    files: Option<Files>,
+    /// The newest slice of the teacher that was read from its files.
+    slice_of_teacher: RefCell<Option<(Slice, Tensor)>>,
     /// The teacher with new adapters: fake score and generator, where these train adapters.
     adapted: Option<[Box<dyn Denoiser>; 2]>,
     conditions: Box<dyn Conditions>,
@@ -171,13 +201,19 @@ impl Job {
     /// # Errors
     /// See [`Inputs::load`].
     pub fn load(spec: RunSpec, run: Run, runtime: Handle, device: Device) -> anyhow::Result<Self> {
-        let Inputs { teacher, space, start, real, evaluator, settings } = Inputs::load(&spec, device)?;
+        let Inputs { teacher, space, start, files, real, evaluator, settings } = Inputs::load(&spec, device)?;
         let recipe = Recipe::new(&spec, settings);
         let conditions = space.conditions();
         let samples = SampleSet::new(&spec.evaluation, space, device);
         let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
-        let frozen =
-            |network: Box<dyn Denoiser>| network.over(network.parameters().flat().to_kind(weights), false);
+        let frozen = |network: Box<dyn Denoiser>| {
+            let flat = network.parameters().flat();
+            let flat = match files {
+                None => flat.to_kind(weights),
+                Some(_) => absent(flat.numel() as i64, (weights, flat.device())),
+            };
+            network.over(flat, false)
+        };
         let teacher = frozen(teacher);
         let (start, adapted) = match &spec.lora {
             None => (start.map(frozen), None),
@@ -195,6 +231,8 @@ impl Job {
             recipe,
             teacher,
             start,
+            files,
+            slice_of_teacher: RefCell::default(),
             adapted,
             conditions,
             real,
@@ -221,8 +259,33 @@ impl Job {
             weights: generator.parameters().flat().kind(),
             average_on_host: self.spec.memory.offload_ema,
             first_moments: self.recipe.optimizer.first_moments(),
+            gathered: self.recipe.gathered && self.adapted.is_none(),
         };
-        State::starting_from(fake_score, generator, Counters::new(dynamic), layout)
+        let [fake_score, generator] = [fake_score, generator].map(Start::of);
+        let counters = Counters::new(dynamic);
+        let Some(Files { teacher, start }) = self.files.as_ref().filter(|_| layout.gathered) else {
+            return State::starting_from(fake_score, generator, counters, layout);
+        };
+        let of_teacher = |range| teacher.range(range, work::complete);
+        let of_generator = |range| start.as_ref().unwrap_or(teacher).range(range, work::complete);
+        let fake_score = Start { values: Some(&of_teacher), ..fake_score };
+        let generator = Start { values: Some(&of_generator), ..generator };
+        State::starting_from(fake_score, generator, counters, layout)
+    }
+
+    /// A rank's slice of the teacher's weights, where no rank holds all of them: in their data type, on the device.
+    pub(super) fn slice_of_teacher(&self, assignment: &Assignment) -> Option<Tensor> {
+        let files = self.files.as_ref()?;
+        let (slice, _) = self.slices(assignment);
+        let mut newest = self.slice_of_teacher.borrow_mut();
+        if newest.as_ref().is_none_or(|(of, _)| *of != slice) {
+            // Before there is memory for another one.
+            *newest = None;
+            let flat = self.teacher.parameters().flat();
+            let values = files.teacher.range(slice.range(flat.numel() as i64), work::complete);
+            *newest = Some((slice, values.to_kind(flat.kind()).to_device(flat.device())));
+        }
+        newest.as_ref().map(|(_, values)| values.shallow_clone())
     }
 
     /// Whether each rank holds slices of the state.

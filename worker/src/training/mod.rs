@@ -3,10 +3,12 @@
 pub mod buckets;
 mod claims;
 mod control_lane;
+mod gathered;
 mod interruption;
 mod iteration;
 mod job;
 mod joining;
+pub mod networks;
 mod reduction;
 #[cfg(test)]
 mod replay;
@@ -31,6 +33,7 @@ use self::{
     control_lane::Flags,
     interruption::Interruption,
     joining::{Pending, join, obtain_state},
+    networks::Networks,
     step::Trainer,
 };
 #[cfg(test)]
@@ -157,9 +160,11 @@ fn take_part(
     // Held from here on, so that no later failure loses it.
     session.progress.set_loaded(assignment.generation, *cursor);
     let (progress, draws) = (Arc::clone(&session.progress), job.draws());
+    let slice_of_teacher = job.slice_of_teacher(assignment);
+    let networks = Networks::new(state, job.teacher.as_ref(), slice_of_teacher.as_ref(), &group, &progress);
     let trainer = Trainer::new(
         &job.recipe,
-        job.teacher.as_ref(),
+        networks,
         &draws,
         group,
         assignment.micro_batches.indices(),
@@ -273,14 +278,38 @@ impl Member<'_> {
     fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
         let average =
             self.session.progress.while_waiting(|| transfer::gather_average(&self.trainer.group, state))?;
-        Ok(state.generator_ema(average))
+        let generator = state.generator_ema(average);
+        Ok(match self.job.spec.lora {
+            // The network beneath the adapters is the teacher's.
+            Some(_) => match self.weights_of_teacher()? {
+                Some(weights) => generator.rebased(weights),
+                None => generator,
+            },
+            None => generator,
+        })
+    }
+
+    /// The teacher, also where each rank holds a slice of it.
+    fn teacher(&self) -> Result<Box<dyn Denoiser>, Interruption> {
+        let teacher = self.job.teacher.as_ref();
+        Ok(self.weights_of_teacher()?.map_or_else(|| teacher.frozen(), |weights| teacher.rebased(weights)))
+    }
+
+    /// All of the teacher's weights, where each rank holds a slice of them.
+    fn weights_of_teacher(&self) -> Result<Option<Tensor>, Interruption> {
+        let Some(own) = self.job.slice_of_teacher(self.assignment) else { return Ok(None) };
+        let (slice, _) = self.job.slices(self.assignment);
+        let numel = self.job.teacher.parameters().flat().numel() as i64;
+        let group = &self.trainer.group;
+        let gathered = || transfer::gather_whole(group, &own, slice, numel);
+        Ok(Some(self.session.progress.while_waiting(gathered)?))
     }
 
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
         let Some(evaluator) = &self.job.evaluator else { return Ok(()) };
         let progress = &self.session.progress;
         let (activity, network) = match subject {
-            Subject::Teacher => ("evaluating the teacher", self.job.teacher.frozen()),
+            Subject::Teacher => ("evaluating the teacher", self.teacher()?),
             Subject::Student => ("evaluating the student", self.generator_ema(state)?),
         };
         let network = Watched(network.as_ref());
@@ -331,7 +360,7 @@ impl Member<'_> {
         }
         if last {
             progress.set_activity("drawing the teacher");
-            let teacher = images(Subject::Teacher, self.job.teacher.frozen())?;
+            let teacher = images(Subject::Teacher, self.teacher()?)?;
             if rank == 0 {
                 let png = pictures::grid(&[&teacher, &student], columns);
                 let written = self.written_picture(SAMPLES.to_owned(), png);

@@ -8,7 +8,6 @@ use std::{
 use anyhow::Context;
 use potstill_c10d::{Error, ProcessGroup, Reducer, ReducerOptions};
 use potstill_models::Denoiser;
-use potstill_torch_ext::clear_gradients;
 use tch::{Kind, Tensor};
 
 use super::{
@@ -26,21 +25,18 @@ pub enum Reduction {
 }
 
 impl Reduction {
-    /// The reductions of two networks with the same parameters.
+    /// The reductions of two networks with the same parameters. `held`: the networks hold their weights.
     ///
     /// # Errors
     /// The collectives' errors.
     pub fn of(
         networks: [&dyn Denoiser; 2],
+        held: bool,
         shares: Shares,
         group: &ProcessGroup,
         progress: &Arc<Progress>,
     ) -> Result<[Self; 2], Error> {
-        let plain = shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
-        for network in networks {
-            // An interrupted phase may have left gradients.
-            clear_gradients(network.parameters().leaves())?;
-        }
+        let plain = held && shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
         if plain {
             let reducer = |network: &dyn Denoiser| {
                 Reducer::new(network.parameters().leaves(), group, ReducerOptions::default())
@@ -64,11 +60,18 @@ impl Reduction {
         }
     }
 
-    /// Backward pass of one micro-batch; `last` is the phase's last one on this rank. Returns how long it waited for peers.
+    /// Backward pass of one micro-batch; `last` is the phase's last one on this rank, and one that does not count is computed only
+    /// because others compute one. Returns how long it waited for peers.
     ///
     /// # Errors
     /// The collectives' errors; the loss cannot be differentiated.
-    pub fn backward(&self, loss: &Tensor, last: bool, progress: &Progress) -> Result<Duration, Interruption> {
+    pub fn backward(
+        &self,
+        loss: &Tensor,
+        last: bool,
+        counts: bool,
+        progress: &Progress,
+    ) -> Result<Duration, Interruption> {
         match self {
             // The backward pass of the last micro-batch ends when the gradients of all ranks are reduced.
             Self::Whole(reducer) if last => {
@@ -76,7 +79,7 @@ impl Reduction {
             }
             Self::Whole(_) => loss.f_backward().context("backward pass")?,
             Self::Bucketed(bucketed) => {
-                bucketed.begin(last);
+                bucketed.begin(last, counts);
                 loss.f_backward().context("backward pass")?;
                 return Ok(bucketed.end()?);
             }
@@ -85,7 +88,8 @@ impl Reduction {
     }
 
     /// The gradient of all ranks together, or the slices of it that this rank needs, and how long it waited for peers. It may
-    /// be in this value's own memory, until that is [cleared](Self::clear). `computed`: this rank's micro-batches.
+    /// be in this value's own memory, until that is [cleared](Self::clear). `computed`: this rank's micro-batches, with those that
+    /// do not count.
     ///
     /// # Errors
     /// The collectives' errors.

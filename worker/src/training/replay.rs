@@ -18,7 +18,7 @@ use potstill_distill::{
     ema,
     generator::Unroll,
     noise_distribution::NoiseDistribution,
-    state::{Layout, State},
+    state::{Layout, Start, State},
 };
 use potstill_models::{
     Condition, Denoiser, EdmConfig, EdmNetwork, Embedded, ForwardProcess, Mode, Parameters, TextCondition,
@@ -32,6 +32,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::{
     job::settings,
+    networks::Networks,
     step::{Prepared, Recipe, Trainer},
 };
 use crate::session::Progress;
@@ -463,8 +464,8 @@ fn replay(recording: &Recording) -> Vec<String> {
     let laws = [recipe.settings.fake_score_times, recipe.settings.generator_times];
     let draws = Recorded { recording, classes: teacher.classes(), laws };
     let mut state = State::starting_from(
-        teacher.as_ref(),
-        start.as_deref().unwrap_or(teacher.as_ref()),
+        Start::of(teacher.as_ref()),
+        Start::of(start.as_deref().unwrap_or(teacher.as_ref())),
         Counters::new(false),
         Layout::PLAIN,
     );
@@ -473,9 +474,9 @@ fn replay(recording: &Recording) -> Vec<String> {
     let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
     let group = ProcessGroup::new(&backend, &store, 0, 1, patience).unwrap();
     let (progress, micro_batches) = (Arc::new(Progress::default()), 0..spec.micro_batches());
+    let networks = Networks::new(&state, teacher.as_ref(), None, &group, &progress);
     let trainer =
-        Trainer::new(&recipe, teacher.as_ref(), &draws, group, micro_batches, &progress, &state, None)
-            .unwrap();
+        Trainer::new(&recipe, networks, &draws, group, micro_batches, &progress, &state, None).unwrap();
     let order = Order::new(recording, teacher.as_ref());
     let schedule = &recipe.settings.schedule;
     let images = recording.counts("images_seen").unwrap();

@@ -19,7 +19,6 @@ use potstill_distill::{
     settings::Settings,
     state::{Layout, State},
 };
-use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::{Cursor, Phase},
     wire::StepSeconds,
@@ -28,7 +27,7 @@ use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec, Shard};
 use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::Tensor;
 
-use super::{buckets::Shares, interruption::Interruption, reduction::Reduction};
+use super::{buckets::Shares, interruption::Interruption, networks::Networks, reduction::Reduction};
 use crate::{model::Watched, process::faults, session::Progress, training::transfer};
 
 /// Everything that decides an optimizer step besides the gradient.
@@ -88,6 +87,8 @@ pub struct Recipe {
     pub mixed_precision: Option<LowerPrecision>,
     /// Whether each rank holds only its slice of the sum of gradients, where it holds a slice of the state.
     pub sharded_sum: bool,
+    /// Whether the networks' weights are gathered from the ranks' slices while they compute.
+    pub gathered: bool,
 }
 
 impl Recipe {
@@ -103,7 +104,8 @@ impl Recipe {
             settings,
             optimizer: Optimizer::new(&spec.optimizer),
             mixed_precision,
-            sharded_sum: spec.memory.shard == Shard::Gradients,
+            sharded_sum: matches!(spec.memory.shard, Shard::Gradients | Shard::Parameters),
+            gathered: spec.memory.shard == Shard::Parameters,
         }
     }
 }
@@ -200,8 +202,6 @@ pub fn end_iteration(recipe: &Recipe, state: &mut State, iteration: u64) -> Curs
 pub struct Trainer<'a> {
     /// The settings.
     pub recipe: &'a Recipe,
-    /// f_φ, frozen.
-    pub teacher: &'a dyn Denoiser,
     /// The source of micro-batches.
     pub draws: &'a dyn Draws,
     /// The ranks.
@@ -214,20 +214,18 @@ pub struct Trainer<'a> {
     rank: u32,
     fake_score: Reduction,
     generator: Reduction,
-    /// A view of the fake score for the generator phase.
-    frozen_fake_score: Box<dyn Denoiser>,
+    networks: Networks,
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer for the networks of a state. `copied_by`: the rank that holds a copy of this rank's slice, where each
-    /// holds one.
+    /// A trainer of a state. `copied_by`: the rank that holds a copy of this rank's slice, where each holds one.
     ///
     /// # Errors
     /// The collectives' errors.
     #[allow(clippy::too_many_arguments, reason = "a rank's work in one generation")]
     pub fn new(
         recipe: &'a Recipe,
-        teacher: &'a dyn Denoiser,
+        networks: Networks,
         draws: &'a dyn Draws,
         group: ProcessGroup,
         micro_batches: Range<u32>,
@@ -235,8 +233,7 @@ impl<'a> Trainer<'a> {
         state: &State,
         copied_by: Option<u32>,
     ) -> Result<Self, potstill_c10d::Error> {
-        let networks = [state.fake_score.network(), state.generator.network()];
-        let Layout { slice, copy, .. } = state.layout();
+        let Layout { slice, copy, gathered, .. } = state.layout();
         let schedule = &recipe.settings.schedule;
         let all = schedule.global_batch.div_ceil(recipe.settings.micro_batch as u64) as usize;
         let shares = Shares {
@@ -246,12 +243,11 @@ impl<'a> Trainer<'a> {
             sharded_sum: slice.world > 1 && recipe.sharded_sum,
             rounds: all.div_ceil(group.member().world),
         };
-        let [fake_score, generator] = Reduction::of(networks, shares, &group, progress)?;
+        let trained = [Network::FakeScore, Network::Generator].map(|network| networks.trained(network));
+        let [fake_score, generator] = Reduction::of(trained, !gathered, shares, &group, progress)?;
         let rank = group.member().rank as u32;
-        let frozen_fake_score = state.fake_score.network().frozen();
         Ok(Self {
             recipe,
-            teacher,
             draws,
             group,
             micro_batches,
@@ -260,7 +256,7 @@ impl<'a> Trainer<'a> {
             rank,
             fake_score,
             generator,
-            frozen_fake_score,
+            networks,
         })
     }
 
@@ -287,31 +283,42 @@ impl<'a> Trainer<'a> {
         self.gather_weights(state, seconds, iteration)?;
         let started = Instant::now();
         let loss_scale = state.counters.scale(network);
-        let trained = match network {
-            Network::FakeScore => state.fake_score.network(),
-            Network::Generator => state.generator.network(),
-        };
         let reduction = self.reduction(network);
         let batch = self.recipe.settings.schedule.global_batch as f64;
         let scale = reduction.scale(self.group.member().world, batch) * loss_scale;
         let last = self.micro_batches.end - 1;
         let mut exposed = Duration::ZERO;
+        let entering = Instant::now();
+        if self.networks.are_gathered() {
+            faults::point("gathering", iteration, self.rank);
+        }
+        self.networks.enter(network)?;
+        exposed += entering.elapsed();
         let mut reported = Vec::with_capacity(self.micro_batches.len());
         for index in self.micro_batches.clone() {
             obey_orders()?;
-            let micro_batch = self.micro_batch(state, network, iteration, index)?;
+            let micro_batch = self.micro_batch(network, iteration, index)?;
             faults::point("forward", iteration, self.rank);
             let scaled = &micro_batch.loss * scale;
             if index == last {
                 faults::point("reducing", iteration, self.rank);
             }
-            exposed += reduction.backward(&scaled, index == last, self.progress)?;
+            exposed += reduction.backward(&scaled, index == last, true, self.progress)?;
             if index != last {
                 faults::point("backward", iteration, self.rank);
             }
             reported.push(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch });
             self.progress.tick();
         }
+        let mut computed = self.micro_batches.len();
+        while self.networks.are_gathered() && computed < self.shares.rounds {
+            // Others have more micro-batches, for which this rank's weights are needed.
+            let micro_batch = self.micro_batch(network, iteration, last)?;
+            exposed += reduction.backward(&micro_batch.loss, true, false, self.progress)?;
+            self.progress.tick();
+            computed += 1;
+        }
+        exposed += self.networks.leave(network)?;
         let mut totals = Totals::default();
         for batch in reported {
             totals.loss += batch.loss.double_value(&[]);
@@ -322,8 +329,8 @@ impl<'a> Trainer<'a> {
             totals.score_difference += batch.score_difference.map_or(0.0, |s| s.double_value(&[]));
             totals.dropped += batch.dropped.int64_value(&[]) as u32;
         }
-        let (mut slices, waited) =
-            self.progress.while_waiting(|| reduction.finish(trained, self.micro_batches.len()))?;
+        let trained = self.networks.trained(network);
+        let (mut slices, waited) = self.progress.while_waiting(|| reduction.finish(trained, computed))?;
         exposed += waited;
         seconds.communication += exposed.as_secs_f64();
         seconds.compute += started.elapsed().saturating_sub(exposed).as_secs_f64();
@@ -420,7 +427,6 @@ impl<'a> Trainer<'a> {
 
     fn micro_batch(
         &self,
-        state: &State,
         network: Network,
         iteration: u64,
         index: u32,
@@ -430,17 +436,19 @@ impl<'a> Trainer<'a> {
             Network::FakeScore => self.draws.fake_score(iteration, index),
             Network::Generator => self.draws.generator(iteration, index),
         };
-        let (generator, fake_score) = (state.generator.network(), state.fake_score.network());
-        let (generator, fake_score, teacher) =
-            (Watched(generator), Watched(fake_score), Watched(self.teacher));
+        let generator = Watched(self.networks.generator.as_ref());
         let _autocast = match mixed_precision {
             Some(precision) => Some(Autocast::enter(settings.device, *precision)?),
             None => None,
         };
         Ok(match network {
-            Network::FakeScore => phase::fake_score(&generator, &fake_score, &draw, settings),
+            Network::FakeScore => {
+                let fake_score = Watched(self.networks.fake_score.as_ref());
+                phase::fake_score(&generator, &fake_score, &draw, settings)
+            }
             Network::Generator => {
-                let fake_score = Watched(self.frozen_fake_score.as_ref());
+                let fake_score = Watched(self.networks.frozen_fake_score.as_ref());
+                let teacher = Watched(self.networks.teacher.as_ref());
                 phase::generator(&generator, &fake_score, &teacher, &draw, settings, iteration)
             }
         })

@@ -44,7 +44,7 @@ pub fn broadcast(
 /// # Errors
 /// The collective failed.
 pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<(), Error> {
-    let (own, all) = trained.gathered();
+    let Some((own, all)) = trained.gathered() else { return Ok(()) };
     group.all_gather_into(&all, &own)?.wait(None)
 }
 
@@ -53,17 +53,23 @@ pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<(), Err
 /// # Errors
 /// The collective failed.
 pub fn gather_average(group: &ProcessGroup, state: &State) -> Result<Tensor, Error> {
-    let average = state.average();
-    let slice = state.layout().slice;
-    if slice.world == 1 {
-        return Ok(average);
-    }
     let numel = state.generator.network().parameters().flat().numel() as i64;
+    gather_whole(group, &state.average(), state.layout().slice, numel)
+}
+
+/// The elements of a flat vector of `numel`, of which each rank holds a slice, on every rank.
+///
+/// # Errors
+/// The collective failed.
+pub fn gather_whole(group: &ProcessGroup, own: &Tensor, slice: Slice, numel: i64) -> Result<Tensor, Error> {
+    if slice.world == 1 {
+        return Ok(own.shallow_clone());
+    }
     let width = slice.width(numel);
-    let all = Tensor::zeros([width * slice.world as i64], (Kind::Float, average.device()));
-    let own = all.narrow(0, width * slice.rank as i64, width);
-    no_grad(|| own.narrow(0, 0, average.size()[0]).copy_(&average));
-    group.all_gather_into(&all, &own)?.wait(None)?;
+    let all = Tensor::zeros([width * slice.world as i64], (own.kind(), own.device()));
+    let place = all.narrow(0, width * slice.rank as i64, width);
+    no_grad(|| place.narrow(0, 0, own.size()[0]).copy_(own));
+    group.all_gather_into(&all, &place)?.wait(None)?;
     group.settle()?;
     Ok(all.narrow(0, 0, numel))
 }

@@ -36,23 +36,26 @@ struct HostMemory final : c10::MemoryReportingInfoBase {
   bool memoryProfilingEnabled() const override { return true; }
 };
 
-// A function of tensors on the other side of the C interface.
+// A function of tensors on the other side of the C interface. After a call in the backward pass it must be left, once
+// the gradients of its graph have been computed.
 struct Closure {
   void* context;
-  at::Tensor* (*call)(void* context, at::Tensor* const* inputs, size_t count);
+  at::Tensor* (*call)(void* context, at::Tensor* const* inputs, size_t count, bool backward);
+  void (*leave)(void* context);
   void (*drop)(void* context);
 
-  Closure(void* context, at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*))
-      : context(context), call(call), drop(drop) {}
+  Closure(void* context, at::Tensor* (*call)(void*, at::Tensor* const*, size_t, bool), void (*leave)(void*),
+          void (*drop)(void*))
+      : context(context), call(call), leave(leave), drop(drop) {}
   Closure(const Closure&) = delete;
   ~Closure() { drop(context); }
 
-  at::Tensor operator()(std::vector<at::Tensor>& inputs) const {
+  at::Tensor operator()(std::vector<at::Tensor>& inputs, bool backward) const {
     std::vector<at::Tensor*> pointers;
     for (auto& input : inputs) {
       pointers.push_back(&input);
     }
-    std::unique_ptr<at::Tensor> output(call(context, pointers.data(), pointers.size()));
+    std::unique_ptr<at::Tensor> output(call(context, pointers.data(), pointers.size(), backward));
     TORCH_CHECK(output != nullptr, "a block failed; its panic says why");
     return std::move(*output);
   }
@@ -96,7 +99,7 @@ struct Recomputed final : torch::autograd::Function<Recomputed> {
     context->saved_data["inputs"] = inputs;
     context->save_for_backward(tensors.vec());
     std::vector<at::Tensor> given(tensors.begin(), tensors.begin() + inputs);
-    return (*closure)(given);
+    return (*closure)(given, false);
   }
 
   static List backward(torch::autograd::AutogradContext* context, const List& gradients) {
@@ -120,13 +123,23 @@ struct Recomputed final : torch::autograd::Function<Recomputed> {
         places.push_back(i);
       }
     }
+    // Its destructor runs after that of the graph.
+    struct Leave {
+      const Closure* entered = nullptr;
+      ~Leave() {
+        if (entered != nullptr) {
+          entered->leave(entered->context);
+        }
+      }
+    } leave;
     at::Tensor output;
     {
       at::AutoGradMode on(true);
       Precision now(capsule.precision.device);
       capsule.precision.enter();
       try {
-        output = (*capsule.closure)(given);
+        output = (*capsule.closure)(given, true);
+        leave.entered = capsule.closure.get();
       } catch (...) {
         now.enter();
         throw;
@@ -226,12 +239,12 @@ bool potstill_autocast(bool cuda, bool on, bool half, potstill_error* error) {
   });
 }
 
-// Calls a block now, and again in its backward pass. Owns `context` in all cases.
+// Calls a block now, and again in its backward pass, where it is then left. Owns `context` in all cases.
 bool potstill_recompute(at::Tensor* const* tensors, size_t count, size_t inputs, void* context,
-                         at::Tensor* (*call)(void*, at::Tensor* const*, size_t), void (*drop)(void*), at::Tensor** out,
-                         potstill_error* error) {
+                        at::Tensor* (*call)(void*, at::Tensor* const*, size_t, bool), void (*leave)(void*),
+                        void (*drop)(void*), at::Tensor** out, potstill_error* error) {
   return failed(error, [&] {
-    auto closure = std::make_shared<Closure>(context, call, drop);
+    auto closure = std::make_shared<Closure>(context, call, leave, drop);
     auto all = copy_handles(tensors, count);
     auto output = Recomputed::apply(closure, static_cast<int64_t>(inputs), at::TensorList(all));
     *out = new at::Tensor(std::move(output));

@@ -19,6 +19,13 @@ use crate::{ffi, shim::call};
 pub trait Block: Send + 'static {
     /// The function.
     fn forward(&self, inputs: &[Tensor]) -> Tensor;
+
+    /// Called before the function; `backward`: it is computed again in the backward pass.
+    fn enter(&self, _backward: bool) {}
+
+    /// Called when the tensors that it holds are no longer needed: after the function, and in the backward pass after its
+    /// gradients too.
+    fn leave(&self) {}
 }
 
 /// A shared block, of which autograd can hold a reference.
@@ -36,9 +43,17 @@ impl<B: Block> SharedBlock<B> {
         SharedBlock(Arc::new(block))
     }
 
+    /// The block.
+    pub fn get(&self) -> &B {
+        &self.0
+    }
+
     /// Computes it without recomputation.
     pub fn forward(&self, inputs: &[Tensor]) -> Tensor {
-        self.0.forward(inputs)
+        self.0.enter(false);
+        let output = self.0.forward(inputs);
+        self.0.leave();
+        output
     }
 }
 
@@ -66,6 +81,7 @@ pub fn recompute<B: Block>(block: &SharedBlock<B>, inputs: &[Tensor], parameters
                 inputs.len(),
                 context,
                 call_block::<B>,
+                leave_block::<B>,
                 drop_block::<B>,
                 &mut out,
                 error,
@@ -83,6 +99,7 @@ unsafe extern "C" fn call_block<B: Block>(
     context: *mut c_void,
     inputs: *const *mut C_tensor,
     count: usize,
+    backward: bool,
 ) -> *mut C_tensor {
     // SAFETY: `context` is the block that `recompute` gave, and lives until `drop_block`.
     let block = unsafe { &*context.cast::<B>() };
@@ -91,11 +108,25 @@ unsafe extern "C" fn call_block<B: Block>(
         std::slice::from_raw_parts(inputs, count).iter().map(|input| Tensor::clone_from_ptr(*input)).collect()
     };
     // A panic must not unwind into C++; the panic hook has printed it already.
-    match catch_unwind(AssertUnwindSafe(|| block.forward(&inputs))) {
+    let called = catch_unwind(AssertUnwindSafe(|| {
+        block.enter(backward);
+        let output = block.forward(&inputs);
+        if !backward {
+            block.leave();
+        }
+        output
+    }));
+    match called {
         // The shim frees it.
         Ok(output) => ManuallyDrop::new(output).as_mut_ptr(),
         Err(_) => ptr::null_mut(),
     }
+}
+
+unsafe extern "C" fn leave_block<B: Block>(context: *mut c_void) {
+    // SAFETY: `context` is the block that `recompute` gave, and lives until `drop_block`. A panic aborts here.
+    let block = unsafe { &*context.cast::<B>() };
+    block.leave();
 }
 
 unsafe extern "C" fn drop_block<B: Block>(context: *mut c_void) {
@@ -105,7 +136,10 @@ unsafe extern "C" fn drop_block<B: Block>(context: *mut c_void) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    };
 
     use tch::{Device, Kind};
 
@@ -157,6 +191,41 @@ mod tests {
                 assert_eq!(*kept, again, "{precision:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_block_is_left_after_its_gradients_have_been_computed() {
+        struct Noted {
+            weight: Tensor,
+            values: Tensor,
+            calls: Arc<Mutex<Vec<&'static str>>>,
+        }
+        impl Block for Noted {
+            fn forward(&self, inputs: &[Tensor]) -> Tensor {
+                &inputs[0] * &self.weight
+            }
+            fn enter(&self, backward: bool) {
+                self.calls.lock().unwrap().push(if backward { "enter backward" } else { "enter" });
+                self.weight.shallow_clone().set_data(&self.values);
+            }
+            fn leave(&self) {
+                self.calls.lock().unwrap().push("leave");
+                // Its values are gone.
+                self.weight.shallow_clone().set_data(&Tensor::zeros([1], OPTIONS).expand([4], false));
+            }
+        }
+        let calls: Arc<Mutex<Vec<_>>> = Arc::default();
+        let weight = leaf(&[4]);
+        let values = Tensor::full([4], 3.0, OPTIONS);
+        let block =
+            SharedBlock::new(Noted { weight: weight.shallow_clone(), values, calls: Arc::clone(&calls) });
+        let x = leaf(&[4]);
+        let output = recompute(&block, &[x.shallow_clone()], &[weight.shallow_clone()]);
+        output.sum(Kind::Float).backward();
+        assert_eq!(*calls.lock().unwrap(), ["enter", "leave", "enter backward", "leave"]);
+        assert_eq!(x.grad(), Tensor::full([4], 3.0, OPTIONS));
+        assert_eq!(weight.grad(), x.detach());
+        assert_eq!(weight.stride(), [0], "no memory is held for its values");
     }
 
     #[test]

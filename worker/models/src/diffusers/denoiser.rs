@@ -1,5 +1,7 @@
 //! The U-Net of a latent diffusion model as a denoiser.
 
+use std::{collections::BTreeMap, ops::Range, sync::Arc};
+
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -12,14 +14,15 @@ use super::{
 use crate::{
     builder::{Declaration, Scope},
     denoiser::{Condition, Denoiser, Mode},
+    gate::{Gate, absent},
     lora::{
         Lora, LoraError,
         file::Layers,
         weights::{AdapterDeclaration, Weights},
     },
-    parameters::Parameters,
+    parameters::{Entry, Parameters},
     process::ForwardProcess,
-    weights::{self, LoadError, Named, Surplus},
+    weights::{self, LoadError, Mapped, Named, Surplus},
 };
 
 /// A text-conditional U-Net over latents, on the DDPM process of its schedule. Time is the timestep.
@@ -81,6 +84,25 @@ impl LatentDenoiser {
     ) -> Result<Self, LoadError> {
         let parameters = weights::assemble(declare(&config)?, tensors, Surplus::Refused, device)?;
         Ok(Self::bind(config, schedule, Weights::own(parameters)))
+    }
+
+    /// A network without weights in memory, whose leaves are to be [redirected](crate::gate::redirect), and its weights.
+    ///
+    /// # Errors
+    /// As [`from_tensors`](Self::from_tensors).
+    pub fn mapped(
+        config: UNetConfig,
+        schedule: ScheduleConfig,
+        tensors: Named,
+        device: Device,
+    ) -> Result<(Self, Mapped), LoadError> {
+        let declaration = declare(&config)?;
+        weights::check(&declaration, &tensors, Surplus::Refused)?;
+        let mapped = Mapped::new(declaration.entries(), tensors);
+        let flat = absent(declaration.numel(), (Kind::Float, device));
+        // The network has no buffers.
+        let parameters = declaration.parameters(flat, BTreeMap::new());
+        Ok((Self::bind(config, schedule, Weights::own(parameters)), mapped))
     }
 
     fn bind(config: UNetConfig, schedule: ScheduleConfig, weights: Weights) -> Self {
@@ -165,6 +187,16 @@ impl UNetConfig {
         Ok(declare(self)?.numel())
     }
 
+    /// Number of parameters of each of the [blocks](Denoiser::blocks) of such a network.
+    ///
+    /// # Errors
+    /// The configuration is not that of a valid network.
+    pub fn block_sizes(&self) -> Result<Vec<i64>, ConfigError> {
+        let (declaration, unet) = declared(self)?;
+        let size = |leaves: Range<usize>| declaration.entries()[leaves].iter().map(Entry::numel).sum();
+        Ok(unet.blocks().iter().map(|block| size(block.leaves(declaration.entries()))).collect())
+    }
+
     /// Names and shapes of the tensors of such a network.
     ///
     /// # Errors
@@ -203,10 +235,15 @@ fn declare_adapters(config: &UNetConfig, lora: &Lora) -> Result<Declaration, Lor
 }
 
 fn declare(config: &UNetConfig) -> Result<Declaration, ConfigError> {
+    Ok(declared(config)?.0)
+}
+
+/// A declaration, and a network of placeholders.
+fn declared(config: &UNetConfig) -> Result<(Declaration, UNet), ConfigError> {
     let mut declaration = Declaration::default();
-    UNet::new(&mut Scope::root(&mut declaration), config);
+    let unet = UNet::new(&mut Scope::root(&mut declaration), config);
     match declaration.problems() {
-        [] => Ok(declaration),
+        [] => Ok((declaration, unet)),
         problems => Err(ConfigError::Problems { problems: problems.to_vec() }),
     }
 }
@@ -237,6 +274,26 @@ impl Denoiser for LatentDenoiser {
 
     fn parameters(&self) -> &Parameters {
         self.weights.trained()
+    }
+
+    fn base(&self) -> &Parameters {
+        self.weights.base()
+    }
+
+    fn blocks(&self) -> Vec<Range<usize>> {
+        let entries = self.weights.base().entries();
+        self.unet.blocks().iter().map(|block| block.leaves(entries)).collect()
+    }
+
+    fn set_gate(&self, gate: &Arc<dyn Gate>) {
+        assert!(self.recompute, "only blocks that are computed again can be left between their passes");
+        for (number, block) in self.unet.blocks().into_iter().enumerate() {
+            block.set_place((Arc::clone(gate), number));
+        }
+    }
+
+    fn rebased(&self, flat: Tensor) -> Box<dyn Denoiser> {
+        self.rebind(self.weights.rebased(flat))
     }
 
     fn adapted(

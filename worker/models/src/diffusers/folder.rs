@@ -17,7 +17,7 @@ use super::{
     tokenizer::Tokenizer,
     unet::{self, UNetConfig},
 };
-use crate::weights::{self, LoadError, Named};
+use crate::weights::{self, LoadError, Mapped, Named};
 
 /// Supported pipelines. The last one's U-Net takes the guidance scale, which is [fixed](super::fix_guidance) first.
 const PIPELINES: [&str; 3] =
@@ -172,6 +172,16 @@ impl ModelFolder {
         let (config, schedule) = (self.unet_config()?, self.schedule()?);
         let (tensors, place) = self.weights("unet")?;
         LatentDenoiser::from_tensors(config, schedule, &tensors, device).map_err(|e| e.in_file(&place))
+    }
+
+    /// The U-Net without weights in memory, as of [`LatentDenoiser::mapped`], and its weights.
+    ///
+    /// # Errors
+    /// As [`denoiser`](Self::denoiser).
+    pub fn mapped_denoiser(&self, device: Device) -> Result<(LatentDenoiser, Mapped), LoadError> {
+        let (config, schedule) = (self.unet_config()?, self.schedule()?);
+        let (tensors, place) = self.weights("unet")?;
+        LatentDenoiser::mapped(config, schedule, tensors, device).map_err(|e| e.in_file(&place))
     }
 
     /// The autoencoder.

@@ -57,6 +57,13 @@ impl Weights {
         }
     }
 
+    /// Frozen, with another base.
+    pub fn rebased(&self, flat: Tensor) -> Self {
+        let frozen = |adapters: &Parameters| adapters.over(adapters.flat().shallow_clone(), false);
+        let adapters = self.adapters.as_ref().map(|(lora, adapters)| (lora.clone(), frozen(adapters)));
+        Self { base: self.base.over(flat, false), adapters }
+    }
+
     fn frozen_base(&self) -> Parameters {
         self.base.over(self.base.flat().shallow_clone(), false)
     }

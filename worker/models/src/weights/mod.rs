@@ -2,6 +2,7 @@
 
 mod error;
 mod foreign;
+mod mapped;
 mod stored;
 mod written;
 
@@ -16,6 +17,7 @@ use self::stored::{kind, unknown_kind};
 pub(crate) use self::written::to_safetensors;
 pub use self::{
     error::{CONFIG_KEY, LoadError, SaveError},
+    mapped::Mapped,
     stored::{Named, Stored, map, metadata},
     written::{Precision, archive, archive_in, write},
 };
@@ -103,13 +105,8 @@ pub(crate) enum Surplus {
     PassedOver,
 }
 
-/// Checks all `tensors` against a declared network, and makes its parameters.
-pub(crate) fn assemble(
-    declaration: Declaration,
-    tensors: &Named,
-    surplus: Surplus,
-    device: Device,
-) -> Result<Parameters, LoadError> {
+/// Checks all `tensors` against a declared network.
+pub(crate) fn check(declaration: &Declaration, tensors: &Named, surplus: Surplus) -> Result<(), LoadError> {
     let mut problems = Vec::new();
     let mut expected = BTreeMap::new();
     expected.extend(declaration.entries().iter().map(|e| (e.name.as_str(), e.shape.as_slice())));
@@ -163,9 +160,20 @@ pub(crate) fn assemble(
             }
         }
     }
-    if !problems.is_empty() {
-        return Err(LoadError::Tensors { problems });
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(LoadError::Tensors { problems }),
     }
+}
+
+/// Checks all `tensors` against a declared network, and makes its parameters.
+pub(crate) fn assemble(
+    declaration: Declaration,
+    tensors: &Named,
+    surplus: Surplus,
+    device: Device,
+) -> Result<Parameters, LoadError> {
+    check(&declaration, tensors, surplus)?;
     let fp32 = |name: &str| tensors[name].tensor().detach().to_device(device).to_kind(Kind::Float);
     // One tensor after the other, so that there is never a second copy of all.
     let flat = Tensor::empty([declaration.numel()], (Kind::Float, device));

@@ -21,7 +21,10 @@ use super::{
     layers::{Conv2d, GroupNorm, enlarge},
     resnet::{Resnet, ResnetShape},
 };
-use crate::{builder::Scope, recomputed::Recomputed};
+use crate::{
+    builder::Scope,
+    recomputed::{AnyBlock, Recomputed},
+};
 
 /// The layers of the network.
 pub(crate) struct UNet {
@@ -175,6 +178,24 @@ impl UNet {
         }
     }
 
+    /// Its blocks, in the order of the forward pass.
+    pub fn blocks(&self) -> Vec<&dyn AnyBlock> {
+        let mut blocks: Vec<&dyn AnyBlock> = Vec::new();
+        for DownBlock { resnets, transformers, .. } in &self.down {
+            in_turn(&mut blocks, resnets, transformers);
+        }
+        if let Some(Middle { first, attending }) = &self.middle {
+            blocks.push(first);
+            if let Some((transformer, last)) = attending {
+                blocks.extend([transformer as &dyn AnyBlock, last]);
+            }
+        }
+        for UpBlock { resnets, transformers, .. } in &self.up {
+            in_turn(&mut blocks, resnets, transformers);
+        }
+        blocks
+    }
+
     /// The native prediction [N, C, H, W] for `x` of that shape, and the bottleneck: the output of the middle block.
     pub fn forward(&self, x: &Tensor, inputs: &UNetInputs) -> (Tensor, Tensor) {
         let context = self.context(x, inputs);
@@ -260,6 +281,18 @@ impl Downsampler {
             0 => self.conv.forward(&x.constant_pad_nd([0, 1, 0, 1])),
             _ => self.conv.forward(x),
         }
+    }
+}
+
+/// Adds the blocks of one level: each residual block is followed by its transformer, if there is one.
+fn in_turn<'a>(
+    blocks: &mut Vec<&'a dyn AnyBlock>,
+    resnets: &'a [Recomputed<Resnet>],
+    transformers: &'a [Recomputed<Transformer>],
+) {
+    for (index, resnet) in resnets.iter().enumerate() {
+        blocks.push(resnet);
+        blocks.extend(transformers.get(index).map(|transformer| transformer as &dyn AnyBlock));
     }
 }
 

@@ -1,0 +1,103 @@
+//! The networks with which a rank computes in one generation: views of the state's weights and of the teacher's, or networks
+//! whose weights are gathered while they compute.
+
+use std::{sync::Arc, time::Duration};
+
+use potstill_c10d::{Error, ProcessGroup};
+use potstill_distill::{counters::Network, state::State};
+use potstill_models::Denoiser;
+use tch::Tensor;
+
+use super::gathered::{Gathered, Sliced};
+use crate::session::Progress;
+
+/// See the module's documentation.
+pub struct Networks {
+    /// G_θ.
+    pub generator: Box<dyn Denoiser>,
+    /// f_ψ.
+    pub fake_score: Box<dyn Denoiser>,
+    /// f_ψ without gradients of its weights, for the generator's phase.
+    pub frozen_fake_score: Box<dyn Denoiser>,
+    /// f_φ.
+    pub teacher: Box<dyn Denoiser>,
+    gates: Option<Gates>,
+}
+
+struct Gates {
+    generator: Arc<Gathered>,
+    fake_score: Arc<Gathered>,
+    frozen_fake_score: Arc<Gathered>,
+    teacher: Arc<Gathered>,
+}
+
+impl Networks {
+    /// For a state and a teacher. `slice_of_teacher`: this rank's slice of the teacher's weights, where these are gathered.
+    pub fn new(
+        state: &State,
+        teacher: &dyn Denoiser,
+        slice_of_teacher: Option<&Tensor>,
+        group: &ProcessGroup,
+        progress: &Arc<Progress>,
+    ) -> Self {
+        let [generator, fake_score] = [&state.generator, &state.fake_score].map(|trained| {
+            let network = trained.network();
+            network.over(network.parameters().flat().shallow_clone(), true)
+        });
+        let (frozen_fake_score, teacher) = (fake_score.frozen(), teacher.frozen());
+        let layout = state.layout();
+        let gates = slice_of_teacher.map(|own| {
+            let base = teacher.base().flat();
+            let (slice, numel, kind) = (layout.slice, base.numel() as i64, base.kind());
+            let sliced = |own: &Tensor| Sliced { own: own.shallow_clone(), slice, numel, kind };
+            // Adapters are held whole; the network beneath them is the teacher's.
+            let trained = |network| sliced(if layout.gathered { state.master(network) } else { own });
+            let gate = |network: &dyn Denoiser, weights| Gathered::new(network, weights, group, progress);
+            Gates {
+                generator: gate(generator.as_ref(), trained(Network::Generator)),
+                fake_score: gate(fake_score.as_ref(), trained(Network::FakeScore)),
+                frozen_fake_score: gate(frozen_fake_score.as_ref(), trained(Network::FakeScore)),
+                teacher: gate(teacher.as_ref(), sliced(own)),
+            }
+        });
+        Self { generator, fake_score, frozen_fake_score, teacher, gates }
+    }
+
+    /// The network that a phase trains.
+    pub fn trained(&self, network: Network) -> &dyn Denoiser {
+        match network {
+            Network::FakeScore => self.fake_score.as_ref(),
+            Network::Generator => self.generator.as_ref(),
+        }
+    }
+
+    /// Whether weights are gathered, so that all ranks must compute the same networks as often.
+    pub fn are_gathered(&self) -> bool {
+        self.gates.is_some()
+    }
+
+    /// Before the micro-batches of the phase that trains `network`.
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn enter(&self, network: Network) -> Result<(), Error> {
+        self.gates_of(network).into_iter().try_for_each(|gate| gate.enter_rest())
+    }
+
+    /// After them. Returns how long they waited for weights.
+    ///
+    /// # Errors
+    /// A collective failed, also in the micro-batches: their results must not be used.
+    pub fn leave(&self, network: Network) -> Result<Duration, Error> {
+        self.gates_of(network).into_iter().map(|gate| gate.leave_rest()).sum()
+    }
+
+    /// The gates of the networks that compute in a phase.
+    fn gates_of(&self, network: Network) -> Vec<&Gathered> {
+        let Some(gates) = &self.gates else { return vec![] };
+        match network {
+            Network::FakeScore => vec![&gates.generator, &gates.fake_score],
+            Network::Generator => vec![&gates.generator, &gates.frozen_fake_score, &gates.teacher],
+        }
+    }
+}
