@@ -22,6 +22,7 @@ pub fn exclusive(lock: File, place: &Path) -> anyhow::Result<Flock<File>> {
     locked(lock, place, work::complete)
 }
 
+#[expect(clippy::disallowed_methods, reason = "a rank that loads has a thread of its own for heartbeats")]
 fn locked(mut lock: File, place: &Path, progress: impl Fn()) -> anyhow::Result<Flock<File>> {
     let sizes = || (size(place), size(&place.with_extension("partial")));
     let mut seen = None;
