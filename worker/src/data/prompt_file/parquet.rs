@@ -1,5 +1,7 @@
 //! Prompts, and captions, from Parquet.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use anyhow::Context;
 use bytes::Bytes;
 use parquet::{
@@ -16,16 +18,10 @@ pub fn is_one(bytes: &[u8]) -> bool {
     bytes.len() > 2 * MARK.len() && bytes.starts_with(MARK) && bytes.ends_with(MARK)
 }
 
-/// Opens a file whose columns lie where a file can have them: the library panics about others.
-fn open(bytes: Bytes) -> anyhow::Result<SerializedFileReader<Bytes>> {
-    let reader = SerializedFileReader::new(bytes).context("is not Parquet")?;
-    let mut columns = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
-    let lies_somewhere = columns.all(|column| {
-        let first = column.dictionary_page_offset().unwrap_or_default();
-        first >= 0 && column.data_page_offset() >= 0 && column.compressed_size() >= 0
-    });
-    anyhow::ensure!(lies_somewhere, "is damaged Parquet: a column lies outside of the file");
-    Ok(reader)
+/// Reads with the library, which panics about some damaged files: here that is an error, and what was read is not used.
+fn guarded<T>(read: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let read = catch_unwind(AssertUnwindSafe(read));
+    read.unwrap_or_else(|_| Err(anyhow::anyhow!("is damaged Parquet")))
 }
 
 /// Reads the rows of one file; `prefix` comes before their places in messages.
@@ -33,7 +29,11 @@ fn open(bytes: Bytes) -> anyhow::Result<SerializedFileReader<Bytes>> {
 /// # Errors
 /// It is not Parquet, or lacks the column.
 pub fn read(bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow::Result<()> {
-    let reader = open(bytes)?;
+    guarded(|| read_rows(bytes, column, prefix, rows))
+}
+
+fn read_rows(bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow::Result<()> {
+    let reader = SerializedFileReader::new(bytes).context("is not Parquet")?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let names: Vec<&str> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
     anyhow::ensure!(names.contains(&column), "has no column {column:?}, {COLUMN}; its columns are {names:?}");
@@ -60,7 +60,11 @@ pub fn read(bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow
 /// # Errors
 /// It is not Parquet, or is damaged.
 pub fn objects(bytes: Bytes, columns: &[&str]) -> anyhow::Result<Vec<Value>> {
-    let reader = open(bytes)?;
+    guarded(|| read_objects(bytes, columns))
+}
+
+fn read_objects(bytes: Bytes, columns: &[&str]) -> anyhow::Result<Vec<Value>> {
+    let reader = SerializedFileReader::new(bytes).context("is not Parquet")?;
     let mut objects = Vec::new();
     for (index, row) in reader.get_row_iter(None)?.enumerate() {
         let row = row.with_context(|| format!("row {index}"))?;
