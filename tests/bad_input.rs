@@ -29,6 +29,17 @@ fn configuration() {
 }
 
 #[test]
+fn variables() {
+    let cluster = Cluster::default();
+    let mut launch = cluster.launch("bad", 2, &[], &[]);
+    let output = launch.env("GLOO_DEVICE_TRANSPORT", "TCP_TLS").output().unwrap();
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    says(&message, &["GLOO_DEVICE_TRANSPORT", "in the clear", "WireGuard"]);
+    assert!(!cluster.run("bad").exists(), "{message}");
+}
+
+#[test]
 fn teacher() {
     let cluster = Cluster::default();
     let folder = tempfile::tempdir().unwrap();

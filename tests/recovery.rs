@@ -4,13 +4,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::{process::Command, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 use nix::{
     sys::{signal::Signal, stat::Mode},
     unistd::mkfifo,
 };
-use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, text, worker_pid};
+use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, repository, text, worker_pid};
 
 /// A short run that saves once before its end.
 const SHORT: [&str; 2] = ["distillation.iterations=8", "checkpoint.every=4"];
@@ -439,11 +439,26 @@ fn a_state_that_cannot_be_saved_is_rescued_and_the_run_goes_on_from_there() {
 }
 
 /// Two agents, of which one sees another file system where the storage is.
+/// Whether this machine has mount namespaces, and lets this user make them.
+fn mounts() -> bool {
+    Command::new("unshare").args(["--mount", "true"]).output().is_ok_and(|output| output.status.success())
+}
+
+/// A command that finds a folder empty.
+fn hiding(folder: &Path, command: &Command) -> Command {
+    let mut hiding = Command::new("unshare");
+    hiding
+        .args(["--mount", "sh", "-c", "mount -t tmpfs none \"$0\" && exec \"$@\""])
+        .arg(folder)
+        .arg(command.get_program())
+        .args(command.get_args());
+    hiding
+}
+
 #[test]
 fn a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_without_it() {
     let name = "a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_without_it";
-    let possible = Command::new("unshare").args(["--mount", "true"]).output();
-    if !possible.is_ok_and(|output| output.status.success()) {
+    if !mounts() {
         return lacks("root", name, "mount namespaces cannot be made");
     }
     let (cluster, elsewhere) = (Cluster::default(), Cluster::default());
@@ -458,14 +473,9 @@ fn a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_with
     let mut invite = cluster.about("invite", "seen");
     invite.args(["--role", "worker", "--output"]).arg(&invitation);
     assert!(invite.status().unwrap().success());
-    let mut blind = Command::new("unshare");
-    blind
-        .args(["--mount", "sh", "-c", "mount -t tmpfs none \"$0\" && exec \"$@\""])
-        .arg(cluster.storage())
-        .arg(potstill_tests::binary("potstill"))
-        .args(["agent", "--run-id", "seen", "--ranks", "1", "--threads", "1", "--join"])
-        .arg(&invitation);
-    let blind = Process::start(blind);
+    let mut agent = Command::new(potstill_tests::binary("potstill"));
+    agent.args(["agent", "--run-id", "seen", "--ranks", "1", "--threads", "1", "--join"]).arg(&invitation);
+    let blind = Process::start(hiding(cluster.storage(), &agent));
     let lost = serve.until(&["worker lost", "does not see the run's storage"]);
     assert!(lost.contains("no object below"), "{lost}");
     assert_eq!(blind.end().0, Some(1));
@@ -475,6 +485,38 @@ fn a_machine_that_does_not_see_the_storage_is_sent_away_and_the_run_goes_on_with
     assert!(log.contains("state_from=checkpoints/000000000004/manifest.json"), "{log}");
     assert!(!log.contains("is damaged"), "{log}");
     assert_eq!(sighted.end().0, Some(0));
+}
+
+/// A folder that the others have, such as a mount, is empty on the newcomer's machine.
+#[test]
+fn a_machine_without_the_teacher_is_sent_away_by_name_and_costs_a_running_job_nothing() {
+    let name = "a_machine_without_the_teacher_is_sent_away_by_name_and_costs_a_running_job_nothing";
+    if !mounts() {
+        return lacks("root", name, "mount namespaces cannot be made");
+    }
+    let (cluster, models) = (Cluster::default(), tempfile::tempdir().unwrap());
+    let teacher = models.path().join("teacher.safetensors");
+    std::fs::copy(repository().join("configs/digits/teacher.safetensors"), &teacher).unwrap();
+    let weights = format!("teacher.weights={}", teacher.display());
+    let sets = ["distillation.iterations=120", "checkpoint.every=100000", &weights];
+    let listen = ["--listen", "127.0.0.1:0"];
+    let mut serve = Process::start(cluster.unscored("serve", "lacking", 2, &sets, &listen));
+    serve.until(&["coordinator started"]);
+    let agent = Process::start(cluster.agent("lacking", 2));
+    serve.until(&["generation opened", "world_size=2"]);
+    serve.until(&["images/s"]);
+    let without = Process::start(hiding(models.path(), &cluster.agent("lacking", 1)));
+    let lost = serve.until(&["worker lost", &teacher.display().to_string()]);
+    assert!(lost.contains("No such file"), "{lost}");
+    let (code, said) = without.end();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&teacher.display().to_string()), "{said}");
+    let (code, log) = serve.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(!log.contains("generation abandoned") && !log.contains("generation=2"), "{log}");
+    assert_eq!(agent.end().0, Some(0));
+    cluster.finish("undisturbed", 2, &sets, &[]);
+    cluster.assert_same_end("lacking", "undisturbed", 120);
 }
 
 #[test]

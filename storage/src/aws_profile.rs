@@ -1,7 +1,7 @@
 //! The shared files of AWS's tools, `~/.aws/credentials` and `~/.aws/config`: static keys, region and endpoint of a profile, for a
 //! client that itself reads the environment alone.
 //!
-//! As with those tools, keys in the environment come before a profile's.
+//! As with those tools, keys in the environment come before a profile's, whose region and endpoint then still count.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -9,12 +9,15 @@ use ini::{Ini, Properties};
 
 const KEY: &str = "AWS_ACCESS_KEY_ID";
 const PROFILE: &str = "AWS_PROFILE";
+const REGION: &str = "AWS_REGION";
+/// The other variable of the region.
+const DEFAULT_REGION: &str = "AWS_DEFAULT_REGION";
 /// The settings that are taken, and the variables for which they stand.
 const TAKEN: [(&str, &str); 4] = [
     ("aws_access_key_id", KEY),
     ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
     ("aws_session_token", "AWS_SESSION_TOKEN"),
-    ("region", "AWS_REGION"),
+    ("region", REGION),
 ];
 /// The variables that set the endpoint of a store, each of which comes before those of a profile.
 const ENDPOINTS: [&str; 3] = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"];
@@ -35,7 +38,7 @@ const NOT_READ: [&str; 7] = [
     "sso_start_url",
 ];
 
-/// The variables, with those of the profile that they name, or of `default`, where they hold no keys.
+/// The variables, with those of the profile that they name, or of `default`; without its keys where they hold keys.
 ///
 /// # Errors
 /// The profile is not there, holds no keys, or gets them in a way that is not read; a file cannot be read.
@@ -44,9 +47,7 @@ pub(crate) fn with_profile(
 ) -> Result<BTreeMap<String, String>, String> {
     let mut variables: BTreeMap<String, String> = variables.into_iter().collect();
     let is_set = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
-    if is_set(KEY) || (!is_set(PROFILE) && OTHERS.iter().any(|name| is_set(name))) {
-        return Ok(variables);
-    }
+    let has_keys = is_set(KEY) || (!is_set(PROFILE) && OTHERS.iter().any(|name| is_set(name)));
     let named = variables.get(PROFILE).filter(|name| !name.is_empty()).cloned();
     let profile = named.as_deref().unwrap_or("default");
     let file = |variable: &str, name: &str| {
@@ -62,7 +63,7 @@ pub(crate) fn with_profile(
         value.filter(|value| !value.is_empty()).map(str::to_owned)
     };
     let other = NOT_READ.iter().find(|key| found(key).is_some());
-    if found(TAKEN[0].0).is_none() && (named.is_some() || other.is_some()) {
+    if !has_keys && found(TAKEN[0].0).is_none() && (named.is_some() || other.is_some()) {
         let advice = "give AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN instead, as in eval \"$(aws configure \
                       export-credentials --format env)\"";
         if credentials.is_none() && config.is_none() {
@@ -76,8 +77,13 @@ pub(crate) fn with_profile(
         };
         return Err(format!("the profile {profile} of AWS's files {why}: {advice}"));
     }
+    let is_wanted = |variable: &str| match variable {
+        REGION => !is_set(DEFAULT_REGION),
+        _ => !has_keys,
+    };
+    let taken = TAKEN.iter().filter(|(_, variable)| is_wanted(variable));
     let mut taken: Vec<(&str, String)> =
-        TAKEN.iter().filter_map(|(key, variable)| Some((*variable, found(key)?))).collect();
+        taken.filter_map(|(key, variable)| Some((*variable, found(key)?))).collect();
     if !ENDPOINTS.iter().any(|name| is_set(name)) {
         let of_s3 = match found("services") {
             Some(services) => endpoint_of_s3(config_file, profile, &services)?,
@@ -217,7 +223,14 @@ mod tests {
         let home = home(CREDENTIALS, CONFIG);
         let found = read(&home, &[(KEY, "E"), (PROFILE, "lab")]).unwrap();
         assert_eq!((found[KEY].as_str(), found.get("AWS_SESSION_TOKEN")), ("E", None));
-        assert_eq!(read(&home, &[(OTHERS[0], "/token")]).unwrap().get(KEY), None);
+        assert_eq!([&found[REGION], &found["AWS_ENDPOINT_URL"]], ["us-west-2", "http://minio:9000"]);
+        let found = read(&home, &[(KEY, "E"), (PROFILE, "lab"), (DEFAULT_REGION, "here")]).unwrap();
+        assert_eq!(found.get(REGION), None);
+        for profile in ["sso", "empty", "lost"] {
+            assert_eq!(read(&home, &[(KEY, "E"), (PROFILE, profile)]).unwrap()[KEY], "E", "{profile}");
+        }
+        let found = read(&home, &[(OTHERS[0], "/token")]).unwrap();
+        assert_eq!((found.get(KEY), found[REGION].as_str()), (None, "eu-central-1"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use common::{Fault, Faulty, files_below, id, root_at, run};
 use object_store::memory::InMemory;
+use object_store::{aws::AmazonS3ConfigKey, azure::AzureConfigKey, gcp::GoogleConfigKey};
 use potstill_storage::{Error, Root, Source, layout};
 
 #[tokio::test]
@@ -171,4 +172,24 @@ async fn a_prefix_of_a_url_is_kept() {
     // Clones of one value see the same objects.
     run.create(&layout::manifest_key(20), "{}".into()).await.unwrap();
     assert_eq!(root.clone().run(&id()).checkpoints().await.unwrap(), [20]);
+}
+
+#[test]
+fn each_variable_that_is_documented_is_known_to_the_client() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/FORMATS.md");
+    let text = std::fs::read_to_string(file).unwrap();
+    let mut known = 0;
+    for name in text.split('`').map(|word| word.split('=').next().unwrap()) {
+        let key = name.to_ascii_lowercase();
+        let is_known = match name.split_once('_') {
+            // The profile's file is read here and not by the client.
+            Some(("AWS", rest)) => rest == "PROFILE" || key.parse::<AmazonS3ConfigKey>().is_ok(),
+            Some(("GOOGLE", _)) => key.parse::<GoogleConfigKey>().is_ok(),
+            Some(("AZURE", _)) => key.parse::<AzureConfigKey>().is_ok(),
+            _ => continue,
+        };
+        assert!(is_known, "{name}");
+        known += 1;
+    }
+    assert!(known > 15, "{known} variables are documented");
 }

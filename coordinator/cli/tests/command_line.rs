@@ -146,6 +146,19 @@ fn resume_needs_a_name() {
 }
 
 #[test]
+fn a_storage_that_is_not_there_is_named_and_not_made_by_asking() {
+    let folder = Folder::new();
+    for subcommand in ["status", "report", "cancel", "checkpoint list", "checkpoint verify"] {
+        let mut command = folder.potstill("exit 0");
+        let output = command.args(subcommand.split(' ')).args(["r", "--storage", "tpyo"]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{subcommand}");
+        assert!(stderr.contains("\"tpyo\": there is no such folder"), "{subcommand}: {stderr}");
+        assert!(!folder.path().join("tpyo").exists(), "{subcommand}");
+    }
+}
+
+#[test]
 fn a_missing_worker_program_is_named_with_what_to_do() {
     let folder = Folder::new();
     // A copy, because the real one may have a worker beside it.

@@ -324,11 +324,13 @@ void potstill_store_free(potstill_store* store) {
 bool potstill_group_gloo(const potstill_store* store, int rank, int world, int64_t timeout_ms, const char* host,
                          potstill_group** out, potstill_error* error) {
   return failed(error, [&] {
-    // gloo reads this variable too. Another transport would not have the connections that AbortableGloo
-    // fails.
+    // gloo reads this variable too. Other transports do not have the connections that AbortableGloo fails. With TCP_TLS
+    // libtorch 2.11 loads the certificates and then sends everything in the clear, to peers whose certificates it does not check.
     const char* transport = std::getenv("GLOO_DEVICE_TRANSPORT");
-    TORCH_CHECK(transport == nullptr || std::string_view(transport).substr(0, 3) == "TCP",
-                "GLOO_DEVICE_TRANSPORT must be TCP or TCP_TLS");
+    TORCH_CHECK(transport == nullptr || std::string_view(transport) == "TCP",
+                "unavailable: GLOO_DEVICE_TRANSPORT is ", transport,
+                ", and only TCP is supported: with TCP_TLS this libtorch sends everything in the clear. Unset it, and encrypt the "
+                "network between the ranks, as with WireGuard or IPsec");
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
     Device device = Device::create(host);
     options->devices.push_back(device.device);

@@ -5,7 +5,7 @@ mod common;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LONG, Seat, launch, run, say, seat, wait_for_test};
+use common::{LONG, Seat, launch, launch_with, run, say, seat, wait_for_test};
 use nix::sys::signal::{Signal, kill};
 use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, Reducer, ReducerOptions, Work};
 use tch::{Device, Kind, Tensor};
@@ -26,6 +26,7 @@ fn rank() {
             "no_peer_joins" => no_peer_joins(&seat),
             "waiting_beside" => waiting_beside(&seat),
             "strangers" => strangers(&seat),
+            "other_transport" => other_transport(&seat),
             other => panic!("no scenario {other}"),
         },
     }
@@ -314,4 +315,19 @@ fn strangers(seat: &Seat) {
     }
     assert_eq!(descriptors(), before);
     barrier();
+}
+
+/// libtorch's Gloo takes certificates for this transport, and sends everything in the clear.
+#[test]
+fn a_transport_that_only_seems_to_encrypt_is_refused() {
+    let variables = [("GLOO_DEVICE_TRANSPORT", "TCP_TLS")];
+    for rank in launch_with("other_transport", 2, &variables).ranks.drain(..) {
+        rank.finish();
+    }
+}
+
+fn other_transport(seat: &Seat) {
+    let error = seat.try_join("g1", seat.rank, seat.world, LONG).expect_err("it is refused");
+    assert_eq!(error.kind, ErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("TCP_TLS this libtorch sends everything in the clear"), "{error}");
 }

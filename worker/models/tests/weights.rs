@@ -146,6 +146,10 @@ fn files_of_another_kind_are_called_what_they_are() {
         (b"\n<!DOCTYPE html><html>", "is an HTML page"),
         (b"PK\x03\x04archive", "is a pickle"),
         (b"\x80\x02}q", "is a pickle"),
+        // As in EDM's files.
+        (b"\x80\x04\x95\x10", "is a pickle"),
+        (b"\x80\x02\0\0\0\0\0\0{", "not a safetensors file"),
+        (b"GGUF\x03\0\0\0", "is a GGUF file"),
         (b"something else entirely", "not a safetensors file"),
     ] {
         std::fs::write(&file, content).unwrap();

@@ -101,6 +101,7 @@ pub fn main(arguments: &Arguments) -> ExitCode {
 }
 
 fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCode> {
+    environment::check()?;
     let service = &arguments.service;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let threads = arguments.threads.unwrap_or((cores / arguments.ranks).max(1));

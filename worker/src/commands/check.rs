@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use potstill_spec::RunSpec;
 use tch::Device;
 
-use crate::training::Inputs;
+use crate::{process::environment, training::Inputs};
 
 /// Loads the files that the specification on standard input names.
 pub fn main() -> anyhow::Result<ExitCode> {
@@ -19,6 +19,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
     if let Some(adversarial) = &mut spec.adversarial {
         adversarial.cache = None;
     }
+    environment::check()?;
     Inputs::load(&spec, Device::Cpu)?;
     Ok(ExitCode::SUCCESS)
 }

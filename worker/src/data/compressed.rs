@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use potstill_models::weights::failed_download;
@@ -36,24 +36,12 @@ fn from_zstd(bytes: &[u8]) -> anyhow::Result<Bytes> {
     Ok(zstd::decode_all(bytes).context("is not zstd, or damaged")?.into())
 }
 
-/// A file's name in lower case without the ending of a compression, and its content without the compression.
+/// A file's name in lower case without the ending of a compression, and its content [unpacked].
 ///
 /// # Errors
-/// It has the ending of a compression and is not compressed so, or the reverse; it is damaged, or what a failed download has left.
+/// As [`unpacked`].
 pub fn opened(name: &str, bytes: Bytes) -> anyhow::Result<(String, Bytes)> {
     let name = name.to_lowercase();
-    if let Some(problem) = failed_download(&bytes) {
-        bail!(problem);
-    }
-    let tar = || name.strip_suffix(".tgz").map(|stem| format!("{stem}.tar"));
-    if let Some(name) = name.strip_suffix(".gz").map(str::to_owned).or_else(tar) {
-        return Ok((name, from_gzip(&bytes)?));
-    }
-    if let Some(name) = name.strip_suffix(".zst") {
-        return Ok((name.to_owned(), from_zstd(&bytes)?));
-    }
-    for (mark, ending) in [(GZIP, ".gz"), (ZSTD, ".zst")] {
-        ensure!(!bytes.starts_with(mark), "is compressed: name it {name}{ending}");
-    }
-    Ok((name, bytes))
+    let stem = [".gz", ".zst"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
+    Ok((stem.to_owned(), unpacked(bytes)?))
 }

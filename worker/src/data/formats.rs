@@ -1,14 +1,14 @@
 //! The formats of image files, and of files that are given in their place.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, io::Cursor};
 
 use anyhow::{bail, ensure};
-use image::{DynamicImage, ImageFormat};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, metadata::Orientation};
 
 /// Extensions of the files that are read as images.
 pub(super) const FORMATS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 /// Extensions of images of other formats, which are broken ones where nothing else is there.
-const OTHERS: [&str; 7] = ["gif", "bmp", "tif", "tiff", "heic", "heif", "avif"];
+const OTHERS: [&str; 10] = ["gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jxl", "jp2", "psd"];
 
 /// A kind of file that is not read, by its first bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,11 +21,15 @@ pub(super) enum Foreign {
 impl Foreign {
     /// The kind of a file that begins so.
     pub(super) fn of(start: &[u8]) -> Option<Self> {
-        const MARKS: [(&[u8], Foreign); 11] = [
+        const MARKS: [(&[u8], Foreign); 15] = [
             (b"GIF87a", Foreign::Image("GIF")),
             (b"GIF89a", Foreign::Image("GIF")),
             (b"II*\0", Foreign::Image("TIFF")),
             (b"MM\0*", Foreign::Image("TIFF")),
+            (b"\xff\x0a", Foreign::Image("JPEG XL")),
+            (b"\0\0\0\x0cJXL \r\n\x87\n", Foreign::Image("JPEG XL")),
+            (b"\0\0\0\x0cjP  \r\n\x87\n", Foreign::Image("JPEG 2000")),
+            (b"8BPS", Foreign::Image("Photoshop")),
             (b"PK\x03\x04", Foreign::Archive("zip")),
             (b"PK\x05\x06", Foreign::Archive("zip")),
             (b"Rar!\x1a\x07", Foreign::Archive("RAR")),
@@ -39,7 +43,9 @@ impl Foreign {
         let bitmap = || start.starts_with(b"BM") && start.get(6..10) == Some(&[0u8; 4][..]);
         let heif = || match (start.get(4..8)?, start.get(8..12)?) {
             (b"ftyp", b"avif" | b"avis") => Some(Self::Image("AVIF")),
-            (b"ftyp", b"heic" | b"heix" | b"mif1" | b"msf1") => Some(Self::Image("HEIC")),
+            (b"ftyp", b"heic" | b"heix" | b"heim" | b"heis" | b"hevc" | b"hevx" | b"mif1" | b"msf1") => {
+                Some(Self::Image("HEIC"))
+            }
             _ => None,
         };
         marked.or_else(|| bitmap().then_some(Self::Image("BMP"))).or_else(heif)
@@ -52,7 +58,7 @@ impl std::fmt::Display for Foreign {
             Self::Image(kind) => {
                 write!(f, "is a {kind} image, which is not read: convert it to PNG, JPEG or WebP")
             }
-            Self::Archive(kind) => write!(f, "is a {kind} archive: unpack it, and name the folder"),
+            Self::Archive(kind) => write!(f, "is a {kind} archive: unpack it, and name what was in it"),
             Self::Compressed(kind) => write!(
                 f,
                 "is compressed with {kind}, which is not read: unpack it, or compress it with gzip or zstd"
@@ -73,7 +79,23 @@ pub(super) fn no_set(start: &[u8]) -> Option<String> {
     Foreign::of(start).map(|kind| kind.to_string()).or_else(image)
 }
 
-/// Decodes an image.
+/// An image, turned as its EXIF says, as programs show it.
+///
+/// # Errors
+/// It is none, is of another format, is damaged, or needs too much memory.
+pub(super) fn upright(bytes: &[u8]) -> anyhow::Result<DynamicImage> {
+    let mut decoder = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_decoder()?;
+    let mut limits = Limits::default();
+    limits.reserve(decoder.total_bytes())?;
+    decoder.set_limits(limits)?;
+    // EXIF that cannot be read turns nothing.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder)?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+/// [`upright`] of a whole file.
 ///
 /// # Errors
 /// It is none, is of another format, is damaged, or is cut off; some decoders fill in what is missing.
@@ -90,7 +112,7 @@ pub(super) fn decoded(bytes: &[u8]) -> anyhow::Result<DynamicImage> {
         }
         _ => true,
     };
-    let image = image::load_from_memory(bytes)?;
+    let image = upright(bytes)?;
     ensure!(whole, "is cut off");
     ensure!(image.height() > 0 && image.width() > 0, "is empty");
     Ok(image)
@@ -147,4 +169,48 @@ pub(super) fn images(names: &[String]) -> Vec<String> {
     let read: HashSet<&str> = names.iter().filter(|name| is_read(name)).map(|name| stem(name)).collect();
     let is_one = |name: &&String| is_read(name) || (is_image(name) && !read.contains(stem(name)));
     names.iter().filter(is_one).cloned().collect()
+}
+
+/// The name of a file as another one in a folder, such as a list, gives it; perhaps on Windows.
+pub(super) fn below(folder: &str, file: &str) -> String {
+    let mut parts: Vec<&str> = folder.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
+    for part in file.split(['/', '\\']) {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use potstill_models::weights::Archive;
+
+    use super::*;
+
+    fn bytes(tensor: &tch::Tensor) -> Vec<u8> {
+        Vec::try_from(tensor.reshape([-1])).unwrap()
+    }
+
+    #[test]
+    fn images_of_all_kinds_show_what_pillow_shows() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/pillow.safetensors");
+        let fixture = Archive::read(&path).unwrap().tensors;
+        let names: Vec<&str> = fixture.keys().filter_map(|name| name.strip_prefix("file.")).collect();
+        assert_eq!(names.len(), 13);
+        for name in names {
+            let image = decoded(&bytes(&fixture[&format!("file.{name}")])).unwrap().into_rgb8();
+            let expected = &fixture[&format!("pixels.{name}")];
+            let size = [i64::from(image.height()), i64::from(image.width()), 3];
+            assert_eq!(size, expected.size()[..], "{name}");
+            let levels = image.as_raw().iter().zip(bytes(expected)).map(|(a, b)| a.abs_diff(b)).max();
+            // Decoders of JPEG round differently.
+            let allowed = if name.ends_with(".jpg") { 4 } else { 0 };
+            assert!(levels <= Some(allowed), "{name}: {levels:?}");
+        }
+    }
 }

@@ -385,6 +385,13 @@ mod tests {
             ("a.tif", b"II*\0\x08\0\0\0", ["TIFF image", "convert it"]),
             ("a.TIFF", b"MM\0*\0\0\0\x08", ["TIFF image", "convert it"]),
             ("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0", ["HEIC image", "convert it"]),
+            ("a.heif", b"\0\0\0\x18ftyphevc\0\0\0\0", ["HEIC image", "convert it"]),
+            ("a.avif", b"\0\0\0\x18ftypavif\0\0\0\0", ["AVIF image", "convert it"]),
+            ("a.jxl", b"\xff\x0a\xfa\x1f", ["JPEG XL image", "convert it"]),
+            ("a.JXL", b"\0\0\0\x0cJXL \r\n\x87\n", ["JPEG XL image", "convert it"]),
+            ("a.jp2", b"\0\0\0\x0cjP  \r\n\x87\n", ["JPEG 2000 image", "convert it"]),
+            ("a.psd", b"8BPS\0\x01", ["Photoshop image", "convert it"]),
+            ("a.tar.lz4", b"\x04\x22\x4d\x18", ["compressed with lz4", "gzip or zstd"]),
         ] {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join(name);

@@ -1,6 +1,9 @@
 //! Tars in the WebDataset layout: files of one sample are adjacent and share a key, the name up to its first dot.
 
-use std::{collections::BTreeMap, io::Read};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::Read,
+};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
@@ -8,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     compressed,
-    formats::{FORMATS, Foreign, is_image, no_set},
+    formats::{FORMATS, Foreign, below, is_image, no_set},
     text,
 };
 
@@ -50,7 +53,7 @@ pub fn read(bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
         bytes.len() >= 512 && bytes[bytes.len() - 512..].iter().all(|byte| *byte == 0),
         "is no tar, or is cut off"
     );
-    let mut members: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
+    let (mut members, mut links) = (Members::new(), Vec::new());
     let mut archive = tar::Archive::new(&bytes[..]);
     // Tars that were appended to each other.
     archive.set_ignore_zeros(true);
@@ -58,7 +61,7 @@ pub fn read(bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
     for entry in archive.entries().context("is not a tar")? {
         let mut entry = entry.context("is damaged or cut off")?;
         let kind = entry.header().entry_type();
-        if !kind.is_file() && !kind.is_hard_link() {
+        if kind.is_dir() {
             continue;
         }
         let name = entry.path().context("has a member whose name cannot be read")?.display().to_string();
@@ -73,21 +76,25 @@ pub fn read(bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
         let file = name.rfind('/').map_or(0, |slash| slash + 1);
         let Some(dot) = name[file..].find('.') else { continue };
         let key = name[..file + dot].to_owned();
-        let mut content = Vec::new();
-        if kind.is_hard_link() {
+        if kind.is_hard_link() || kind.is_symlink() {
             let target = entry.link_name().ok().flatten().map(|target| target.display().to_string());
-            let found = target.as_ref().and_then(|target| linked(&members, target));
-            let missing = || format!("member {name} is a link to {target:?}, which is not before it");
-            content = found.cloned().with_context(missing)?;
-        } else {
-            entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
+            let target = target.with_context(|| format!("member {name} is a link to nothing"))?;
+            links.push(Link { folder: kind.is_symlink().then_some(file), key, name, target });
+            continue;
         }
+        if !kind.is_file() {
+            ensure!(!belongs(&name), "member {name} is no plain file, but {kind:?}: pack it as one");
+            continue;
+        }
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).with_context(|| format!("member {name} is cut off"))?;
         if let Some(kind @ (Foreign::Archive(_) | Foreign::Compressed(_))) = Foreign::of(&content) {
             archive_in_it.get_or_insert_with(|| (name.clone(), kind));
         }
         // A file that is there twice has its last content, as when it is unpacked.
         members.entry(key).or_default().insert(name, content);
     }
+    follow(links, &mut members)?;
     let samples: Vec<Sample> = members.into_values().map(sample).collect();
     match (inner, archive_in_it) {
         _ if samples.iter().any(|sample| sample.image.is_some()) => Ok(samples),
@@ -97,9 +104,48 @@ pub fn read(bytes: Bytes) -> anyhow::Result<Vec<Sample>> {
     }
 }
 
-/// The content of a member that is read already.
-fn linked<'a>(members: &'a BTreeMap<String, BTreeMap<String, Vec<u8>>>, target: &str) -> Option<&'a Vec<u8>> {
-    members.values().find_map(|files| files.get(target))
+/// The contents of files by key and name.
+type Members = BTreeMap<String, BTreeMap<String, Vec<u8>>>;
+
+/// A member that is a link.
+struct Link {
+    key: String,
+    name: String,
+    /// The length of the folder in its name, to which the target is relative; `None` for a hard link, whose target is a member.
+    folder: Option<usize>,
+    target: String,
+}
+
+/// Adds what the links stand for.
+///
+/// # Errors
+/// That is not in the tar.
+fn follow(links: Vec<Link>, members: &mut Members) -> anyhow::Result<()> {
+    if links.is_empty() {
+        return Ok(());
+    }
+    let files = members.values().flatten().map(|(name, content)| (below("", name), content.clone()));
+    let files: HashMap<String, Vec<u8>> = files.collect();
+    for Link { key, name, folder, target } in links {
+        let place = below(folder.map_or("", |length| &name[..length]), &target);
+        match files.get(&place) {
+            Some(content) => {
+                members.entry(key).or_default().entry(name).or_insert_with(|| content.clone());
+            }
+            None if belongs(&name) => {
+                bail!(
+                    "member {name} is a link to {target}, which is no file of this tar: pack it with --dereference"
+                )
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file of this name is a part of a sample.
+fn belongs(name: &str) -> bool {
+    is_image(name) || ["cls", "txt", "caption", "json"].contains(&extension(name).as_str())
 }
 
 /// What comes behind the key's dot, in lower case.
@@ -284,6 +330,33 @@ mod tests {
         add("1.png", b"", Some("0.png"));
         let linked = read(builder.into_inner().unwrap().into()).unwrap();
         assert_eq!(linked[1].image.as_ref().unwrap().as_ref().unwrap().1, b"x");
+
+        // Members are not unpacked, so that a name that leads out of a folder is a name.
+        let symbolic = |target: &str| {
+            let mut builder = tar::Builder::new(Vec::new());
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_size(0);
+            builder.append_link(&mut header, "set/1.png", target).unwrap();
+            let mut header = tar::Header::new_gnu();
+            header.set_size(1);
+            header.as_gnu_mut().unwrap().name[..12].copy_from_slice(b"/store/0.png");
+            header.set_cksum();
+            builder.append(&header, &b"x"[..]).unwrap();
+            read(builder.into_inner().unwrap().into())
+        };
+        let linked = symbolic("../store/0.png").unwrap();
+        let found: Vec<_> =
+            linked.iter().map(|sample| sample.image.as_ref().unwrap().as_ref().unwrap()).collect();
+        assert_eq!(
+            found,
+            [&("/store/0.png".to_owned(), b"x".to_vec()), &("set/1.png".to_owned(), b"x".to_vec())]
+        );
+        let error = symbolic("/elsewhere/0.png").unwrap_err().to_string();
+        assert!(
+            error.contains("set/1.png is a link to /elsewhere/0.png") && error.contains("--dereference"),
+            "{error}"
+        );
 
         // Cut between two members.
         let error = read(first[..1024].to_vec().into()).unwrap_err().to_string();

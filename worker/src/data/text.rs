@@ -61,11 +61,15 @@ pub struct Table {
     pub rows: Vec<anyhow::Result<StringRecord>>,
 }
 
-/// Reads CSV, or TSV.
+/// Reads CSV, or TSV. Where the header has no `delimiter`, and a comma, a tab or a semicolon, that is the delimiter: programs of
+/// some languages write semicolons.
 ///
 /// # Errors
 /// It has no header, or a quote that is not closed.
 pub fn table(text: &str, delimiter: u8) -> anyhow::Result<Table> {
+    let header = text.lines().next().unwrap_or_default();
+    let has = |delimiter: &u8| header.contains(char::from(*delimiter));
+    let delimiter = [delimiter, b',', b'\t', b';'].into_iter().find(has).unwrap_or(delimiter);
     let mut reader =
         csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());
     let names: Vec<String> =
@@ -82,7 +86,7 @@ pub fn table(text: &str, delimiter: u8) -> anyhow::Result<Table> {
         let record = record.context("is no row of a table")?;
         ensure!(
             record.len() == names.len(),
-            "has {} fields, the header has {}: a text with commas or tabs is put into quotes",
+            "has {} fields, the header has {}: a text with commas, tabs or semicolons is put into quotes",
             record.len(),
             names.len()
         );

@@ -18,6 +18,7 @@ use potstill_storage::digest::{hexadecimal, sha256_with};
 use sha2::{Digest, Sha256};
 
 use super::{cache::once, location::fetch_model};
+use crate::process::work;
 
 /// A text-to-image teacher on this machine.
 pub struct TeacherFolder {
@@ -124,6 +125,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
         let copied = std::fs::create_dir_all(path.parent().unwrap_or(to))
             .and_then(|()| std::fs::copy(from.join(&name), &path).map(|_| ()));
         copied.with_context(|| format!("cannot write {}", path.display()))?;
+        work::complete();
     }
     Ok(())
 }

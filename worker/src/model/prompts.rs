@@ -181,7 +181,12 @@ impl Prompts {
                 (_, _, encoders) => {
                     let conditioner = Rc::clone(encoders.as_ref().context("there are no text encoders")?);
                     let all: Vec<&str> = texts.iter().map(String::as_str).collect();
-                    let tokens = conditioner.tokenize(&all)?;
+                    let tokens = all.chunks(TOKENIZED_AT_A_TIME).map(|texts| {
+                        work::complete();
+                        conditioner.tokenize(texts)
+                    });
+                    let tokens = Tokens::joined(&tokens.collect::<Result<Vec<_>, _>>()?)
+                        .context("there are no prompts")?;
                     Embedder::Encoders { conditioner, tokens }
                 }
             };
@@ -267,6 +272,9 @@ pub(super) fn distinct(indices: &[i64]) -> (Vec<i64>, Tensor) {
     let order: Vec<i64> = indices.iter().map(|index| places[index]).collect();
     (places.into_keys().collect(), Tensor::from_slice(&order))
 }
+
+/// Texts that are tokenized at a time.
+const TOKENIZED_AT_A_TIME: usize = 4096;
 
 /// Texts that are embedded at a time for the cache.
 const EMBEDDED_AT_A_TIME: usize = 8;

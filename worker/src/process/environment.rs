@@ -18,3 +18,20 @@ const VARIABLES: [(&str, &str); 4] = [
 pub fn of_children() -> impl Iterator<Item = (&'static str, &'static str)> {
     VARIABLES.into_iter().filter(|(name, _)| std::env::var_os(name).is_none())
 }
+
+/// The variable by which libtorch's Gloo takes another transport than TCP.
+const TRANSPORT: &str = "GLOO_DEVICE_TRANSPORT";
+
+/// Refuses a variable under which ranks would seem to encrypt what they exchange, before there is a rank.
+///
+/// # Errors
+/// It is set.
+pub fn check() -> anyhow::Result<()> {
+    match std::env::var_os(TRANSPORT) {
+        Some(transport) if transport != "TCP" => anyhow::bail!(
+            "{TRANSPORT} is {transport:?}, and only TCP is supported: with TCP_TLS this libtorch sends everything in the clear. Unset \
+             it, and encrypt the network between the ranks, as with WireGuard or IPsec (SECURITY.md)"
+        ),
+        _ => Ok(()),
+    }
+}

@@ -1,9 +1,12 @@
 //! The units of work that this process has completed. Heartbeats carry their number: while it grows, the process does not hang.
 //!
 //! A unit is whatever may take long on a slow machine: a micro-batch, an evaluation of a network, an image that is decoded, a
-//! prompt that is embedded, a piece of a file that is read.
+//! prompt that is read or embedded, a tensor or a piece of a file that is read.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use potstill_models::weights;
+use potstill_storage::pieces;
 
 static COMPLETED: AtomicU64 = AtomicU64::new(0);
 
@@ -14,5 +17,5 @@ pub fn complete() {
 
 /// The number of units so far.
 pub fn completed() -> u64 {
-    COMPLETED.load(Ordering::Relaxed) + potstill_storage::pieces::read()
+    COMPLETED.load(Ordering::Relaxed) + pieces::read() + weights::copied()
 }

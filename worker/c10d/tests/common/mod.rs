@@ -38,6 +38,11 @@ pub struct Cluster {
 
 /// Starts `world` processes, each of which runs `scenario`.
 pub fn launch(scenario: &str, world: usize) -> Cluster {
+    launch_with(scenario, world, &[])
+}
+
+/// The same with variables of the environment.
+pub fn launch_with(scenario: &str, world: usize, variables: &[(&str, &str)]) -> Cluster {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("store");
     let ranks = (0..world)
@@ -45,6 +50,7 @@ pub fn launch(scenario: &str, world: usize) -> Cluster {
             let mut child = Command::new(env::current_exe().expect("this binary"))
                 .args(["--exact", "rank", "--nocapture", "--test-threads=1"])
                 .env(SCENARIO, format!("{scenario} {rank} {world} {}", file.display()))
+                .envs(variables.iter().copied())
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()

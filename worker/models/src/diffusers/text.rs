@@ -32,6 +32,15 @@ impl Tokens {
         Self(self.0.iter().map(|ids| ids.index_select(0, &indices)).collect())
     }
 
+    /// Prompts one after the other; of no prompts nothing.
+    #[must_use]
+    pub fn joined(parts: &[Self]) -> Option<Self> {
+        let first = parts.first()?;
+        let joined =
+            |encoder: usize| Tensor::cat(&parts.iter().map(|part| &part.0[encoder]).collect::<Vec<_>>(), 0);
+        Some(Self((0..first.0.len()).map(joined).collect()))
+    }
+
     /// The tokens of the first encoder, int64 [N, tokens].
     ///
     /// # Panics

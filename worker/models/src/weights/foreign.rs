@@ -25,11 +25,15 @@ pub fn what_it_is(file: &Path) -> Option<&'static str> {
     let mut start = [0; 64];
     let length = File::open(file).and_then(|mut file| file.read(&mut start)).ok()?;
     let start = &start[..length];
-    if start.starts_with(b"PK\x03\x04") || start.starts_with(b"\x80\x02") {
+    // A header of safetensors may begin with these two bytes, too: then zeros follow.
+    if start.starts_with(b"PK\x03\x04") || matches!(start, [0x80, 2..=5, next, ..] if *next != 0) {
         return Some(
             "is a pickle, which can run any code when it is read: take the model's .safetensors file, or convert one that you trust \
              with Python's safetensors",
         );
+    }
+    if start.starts_with(b"GGUF") {
+        return Some("is a GGUF file, whose weights are quantized: take the model's .safetensors file");
     }
     failed_download(start)
 }

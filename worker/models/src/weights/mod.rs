@@ -6,7 +6,7 @@ mod mapped;
 mod stored;
 mod written;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, fs::File, io::Read, path::Path};
 
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -18,7 +18,7 @@ pub(crate) use self::written::to_safetensors;
 pub use self::{
     error::{CONFIG_KEY, LoadError, SaveError},
     mapped::Mapped,
-    stored::{Named, Stored, map, metadata},
+    stored::{Named, Stored, copied, map, metadata},
     written::{Precision, archive, archive_in, write},
 };
 use crate::{
@@ -92,8 +92,18 @@ pub(crate) fn json(path: &Path) -> Result<Value, LoadError> {
         .map_err(|error| LoadError::Foreign(format!("is not JSON: {error}")).in_file(path))
 }
 
+/// A file's content; each piece counts as [`copied`].
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
-    std::fs::read(path).map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
+    const PIECE: u64 = 8 << 20;
+    let pieces = || {
+        let mut file = File::open(path)?;
+        let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or_default());
+        while (&mut file).take(PIECE).read_to_end(&mut bytes)? > 0 {
+            stored::count();
+        }
+        Ok(bytes)
+    };
+    pieces().map_err(|source| LoadError::Unreadable { path: path.to_owned(), source })
 }
 
 /// What becomes of tensors that are not part of a network.

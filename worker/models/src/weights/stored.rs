@@ -1,12 +1,34 @@
 //! Tensors that stay in a mapped file until they are needed.
 
-use std::{collections::BTreeMap, ops::Range, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use potstill_torch_ext::MappedFile;
 use safetensors::{SafeTensors, tensor::Dtype};
 use tch::{Kind, Tensor};
 
 use super::error::LoadError;
+
+static COPIED: AtomicU64 = AtomicU64::new(0);
+
+/// The number of tensors, and of pieces of files, that this process has read so far: a process that loads for long can show by it
+/// that it does not stand still.
+#[must_use]
+pub fn copied() -> u64 {
+    COPIED.load(Ordering::Relaxed)
+}
+
+/// Counts one.
+pub(super) fn count() {
+    COPIED.fetch_add(1, Ordering::Relaxed);
+}
 
 /// A tensor in memory, or in a mapped file until it is needed.
 #[derive(Debug)]
@@ -50,6 +72,7 @@ impl Stored {
 
     /// Its bytes, if it is in a file.
     pub(super) fn bytes(&self) -> Option<&[u8]> {
+        count();
         match self {
             Self::Memory(_) => None,
             Self::Mapped { file, bytes, .. } => Some(&file[bytes.clone()]),
@@ -98,6 +121,7 @@ impl Stored {
     /// # Panics
     /// When there is no such row.
     pub fn row(&self, index: usize) -> Tensor {
+        count();
         match self {
             Self::Memory(tensor) => tensor.get(index as i64).copy(),
             Self::Mapped { file, bytes, kind, shape } => {
@@ -111,6 +135,7 @@ impl Stored {
 
     /// The tensor; if it is in a file, a copy on the host.
     pub fn tensor(&self) -> Tensor {
+        count();
         match self {
             Self::Memory(tensor) => tensor.shallow_clone(),
             Self::Mapped { file, bytes, kind, shape } => {

@@ -9,7 +9,7 @@ use potstill_storage::Source;
 use serde_json::Value;
 
 use crate::data::{
-    formats::stem,
+    formats::{below, stem},
     prompt_file::parquet,
     tars,
     text::{self, decode, lines},
@@ -108,17 +108,4 @@ fn listed(row: &Value, folder: &str, images: &HashSet<&str>) -> Result<(String, 
     let found = found
         .ok_or_else(|| format!("has no caption under {}; its keys are {:?}", CAPTIONS.join(", "), keys()))?;
     Ok((image, found))
-}
-
-/// The name of a file as a list in a folder gives it, which may be on Windows.
-fn below(folder: &str, file: &str) -> String {
-    let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
-    for part in file.split(['/', '\\']) {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            part => parts.push(part),
-        }
-    }
-    parts.join("/")
 }

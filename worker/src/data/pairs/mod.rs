@@ -144,7 +144,7 @@ impl Pair {
     /// # Errors
     /// It cannot be decoded, although it could when it was loaded.
     pub fn image(&self, sides: [i64; 2]) -> anyhow::Result<Tensor> {
-        let image = image::load_from_memory(&self.encoded)?.into_rgb8();
+        let image = formats::upright(&self.encoded)?.into_rgb8();
         let [height, width] = [i64::from(image.height()), i64::from(image.width())];
         let ([top, left], [scaled_height, scaled_width]) = cover([height, width], sides);
         let image = DynamicImage::ImageRgb8(image)

@@ -10,10 +10,15 @@ use serde_json::Value;
 
 pub use self::rows::Read;
 use self::rows::{COLUMN, LABEL, Row, Rows, from_object};
-use super::{compressed, text};
+use super::{compressed, formats::Foreign, text};
 
+const ARROW: &str =
+    "an Arrow file, as Dataset.save_to_disk writes it, which is not read: write it with Dataset.to_parquet";
 const EXPECTED: &str = "expected a file of prompts: .txt (one a line), .jsonl, .json, .csv, .tsv or .parquet, also with .gz or .zst \
                         behind it, or a folder of .parquet files";
+
+/// What the tables beside the parts of a folder may be called.
+const TABLES: [&str; 4] = [".jsonl", ".ndjson", ".csv", ".tsv"];
 
 /// Reads a file: `.txt` with one prompt a line, `.jsonl` or `.ndjson` with an object a line, `.json` with a list of objects,
 /// `.csv` or `.tsv` with a header, `.parquet`, or a folder of the last. Empty prompts are passed over, and a few broken rows.
@@ -37,6 +42,16 @@ async fn read(location: &str, column: &str) -> anyhow::Result<Read> {
     let hidden = |name: &str| name.rsplit('/').next().is_some_and(|file| file.starts_with(['.', '_']));
     let is_part = |name: &&String| name.to_lowercase().ends_with(".parquet") && !hidden(name);
     let parts: Vec<&String> = names.iter().filter(is_part).collect();
+    if let Some(name) = names.iter().find(|name| name.to_lowercase().ends_with(".arrow")) {
+        bail!("holds {name}: {ARROW}");
+    }
+    let is_table =
+        |name: &&String| TABLES.iter().any(|end| name.to_lowercase().contains(end)) && !hidden(name);
+    if let (Some(table), Some(part)) = (names.iter().find(is_table), parts.first()) {
+        bail!(
+            "holds {table} beside {part}: name the file that has the prompts, or a folder of .parquet files alone"
+        );
+    }
     ensure!(!parts.is_empty(), "is a folder without .parquet files; {EXPECTED}");
     for part in parts {
         let bytes = source.read(part).await?;
@@ -48,7 +63,19 @@ async fn read(location: &str, column: &str) -> anyhow::Result<Read> {
 /// Reads the rows of one file; `prefix` comes before their places in messages.
 fn read_file(name: &str, bytes: Bytes, column: &str, prefix: &str, rows: &mut Rows) -> anyhow::Result<()> {
     let (name, bytes) = compressed::opened(name, bytes)?;
-    match name.rsplit_once('.').map(|(_, extension)| extension) {
+    let extension = name.rsplit_once('.').map(|(_, extension)| extension);
+    match extension {
+        // A zip inside.
+        Some("xlsx" | "ods" | "xls") => bail!("is a spreadsheet: save it as .csv, in UTF-8"),
+        Some("arrow" | "feather") => bail!("is {ARROW}"),
+        _ => {}
+    }
+    if let Some(kind) = Foreign::of(&bytes) {
+        bail!("{kind}");
+    }
+    match extension {
+        // Links and caches have names of their own.
+        _ if parquet::is_one(&bytes) => parquet::read(bytes, column, prefix, rows),
         Some("txt") => from_lines(&text::decode(&bytes)?, column, rows),
         Some("jsonl" | "ndjson") => from_json_lines(&text::decode(&bytes)?, column, rows),
         Some("json") => from_json(&bytes, column, rows),
@@ -64,7 +91,7 @@ fn read_file(name: &str, bytes: Bytes, column: &str, prefix: &str, rows: &mut Ro
 fn is_header(line: &str, column: &str) -> bool {
     const USUAL: [&str; 8] = ["prompt", "caption", "text", "label", "image", "url", "file_name", "filename"];
     let names: Vec<String> =
-        line.split([',', '\t']).map(|name| name.trim().trim_matches('"').to_lowercase()).collect();
+        line.split([',', '\t', ';']).map(|name| name.trim().trim_matches('"').to_lowercase()).collect();
     let is_name = |name: &String| !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
     let prompts = names.iter().any(|name| [column, "prompt", "caption"].contains(&name.as_str()));
     let usual = names.iter().filter(|name| USUAL.contains(&name.as_str())).count();
@@ -168,6 +195,41 @@ pub(super) mod tests {
         bytes
     }
 
+    /// The values of a column without a mark of its kind.
+    enum Column {
+        Bytes(&'static [u8]),
+        Lists,
+    }
+
+    /// A file of one row.
+    fn parquet_of(name: &str, column: Column) -> Vec<u8> {
+        let field = match column {
+            Column::Bytes(_) => format!("required binary {name};"),
+            Column::Lists => {
+                format!(
+                    "required group {name} (LIST) {{ repeated group list {{ required binary element (UTF8); }} }}"
+                )
+            }
+        };
+        let schema = Arc::new(parse_message_type(&format!("message m {{ {field} }}")).unwrap());
+        let mut bytes = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        let mut values = rows.next_column().unwrap().unwrap();
+        let typed = values.typed::<ByteArrayType>();
+        match column {
+            Column::Bytes(content) => typed.write_batch(&[ByteArray::from(content)], None, None),
+            Column::Lists => {
+                typed.write_batch(&["a", "b"].map(ByteArray::from), Some(&[1, 1]), Some(&[0, 1]))
+            }
+        }
+        .unwrap();
+        values.close().unwrap();
+        rows.close().unwrap();
+        writer.close().unwrap();
+        bytes
+    }
+
     #[test]
     fn prompts_come_from_many_kinds_of_file() {
         let lines = "a red circle\r\n\n  \nzwei blaue Würfel\n";
@@ -179,7 +241,8 @@ pub(super) mod tests {
         std::io::Write::write_all(&mut gz, json.as_bytes()).unwrap();
         let zst = zstd::encode_all(json.as_bytes(), 1).unwrap();
         let utf16: Vec<u8> = format!("\u{feff}{lines}").encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let files: [(&str, Vec<u8>, bool); 14] = [
+        let gz = gz.finish().unwrap();
+        let files = [
             ("p.txt", lines.into(), false),
             ("P.TXT", format!("\u{feff}{lines}").into(), false),
             ("utf16.txt", utf16, false),
@@ -194,14 +257,25 @@ pub(super) mod tests {
             ),
             ("p.csv", csv.into(), true),
             ("p.tsv", csv.replace(',', "\t").into(), true),
-            ("p.jsonl.gz", gz.finish().unwrap(), true),
-            ("p.jsonl.zst", zst, true),
+            ("german.csv", csv.replace(',', ";").into(), true),
+            ("tabs.csv", csv.replace(',', "\t").into(), true),
+            ("p.jsonl.gz", gz.clone(), true),
+            ("p.jsonl.zst", zst.clone(), true),
+            ("P.JSONL.ZST", zst.clone(), true),
+            // A program that copied it dropped the ending, or unpacked it and kept the ending.
+            ("p.jsonl", gz, true),
+            ("q.jsonl", zst, true),
+            ("unpacked.jsonl.gz", json.into(), true),
             ("p.parquet", parquet_file(), true),
+            ("0a1b2c3d", parquet_file(), true),
+            ("bytes.parquet", parquet_of("prompt", Column::Bytes(b"a red circle")), false),
             ("floats.jsonl", json.replace('4', "4.0").replace('9', "\"9\"").into(), true),
         ];
         for (name, content, labelled) in files {
             let found = read(name, &content).unwrap();
-            assert_eq!(found.texts, ["a red circle", "zwei blaue Würfel"], "{name}");
+            let expected = ["a red circle", "zwei blaue Würfel"];
+            assert_eq!(found.texts, expected[..found.texts.len()], "{name}");
+            assert_eq!(found.texts.len(), if name.starts_with("bytes") { 1 } else { 2 }, "{name}");
             assert_eq!(found.labels, labelled.then(|| vec![4, 9]), "{name}");
         }
         // Tags, as some models are prompted with, are no header.
@@ -249,7 +323,19 @@ pub(super) mod tests {
             ("p.txt", b"{\"prompt\": \"a red circle\"}\n".to_vec(), "name the file .jsonl"),
             ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n".to_vec(), "Git LFS"),
             ("p.csv", b"<!DOCTYPE html><html></html>".to_vec(), "HTML page"),
-            ("p.jsonl", b"\x1f\x8b\x08".to_vec(), "name it p.jsonl.gz"),
+            ("p.txt", b"prompt;label\na red circle;0\n".to_vec(), "is the header of a table"),
+            ("p.txt.lz4", b"\x04\x22\x4d\x18x".to_vec(), "is compressed with lz4, which is not read"),
+            ("p.jsonl", b"\xfd7zXZ\0x".to_vec(), "is compressed with xz, which is not read"),
+            ("p.csv", b"PK\x03\x04x".to_vec(), "is a zip archive: unpack it"),
+            ("p.xlsx", b"PK\x03\x04x".to_vec(), "is a spreadsheet: save it as .csv"),
+            ("p.arrow", b"ARROW1\0\0".to_vec(), "write it with Dataset.to_parquet"),
+            ("p.csv", b"label;prompt\n1;a; b\n".to_vec(), "has 3 fields, the header has 2"),
+            (
+                "p.parquet",
+                parquet_of("prompt", Column::Lists),
+                "has a list, and not one text, under \"prompt\"",
+            ),
+            ("p.parquet", parquet_of("prompt", Column::Bytes(b"caf\xe9")), "has no text under \"prompt\""),
             ("p.csv", b"id,prompt\n1,a red circle, on white\n".to_vec(), "has 3 fields, the header has 2"),
             (
                 "p.csv",
@@ -263,7 +349,7 @@ pub(super) mod tests {
             ("p.csv", b"text,label\nx,1\n".to_vec(), "its columns are [\"text\", \"label\"]"),
             ("p.parquet", b"nothing".to_vec(), "is not Parquet"),
             ("p.txt.gz", b"\x1f\x8b nothing".to_vec(), "is not gzip"),
-            ("p.xlsx", b"x".to_vec(), ".csv, .tsv or .parquet"),
+            ("p.doc", b"x".to_vec(), ".csv, .tsv or .parquet"),
             ("prompts", b"x".to_vec(), "expected a file of prompts"),
         ] {
             let error = format!("{:#}", read(name, &content).unwrap_err());
@@ -275,6 +361,15 @@ pub(super) mod tests {
         assert!(error.contains("is a folder without .parquet files"), "{error}");
         let path = folder.path().join("p.parquet");
         std::fs::write(&path, parquet_file()).unwrap();
+        for (beside, said) in
+            [("q.jsonl.gz", "holds q.jsonl.gz beside p.parquet"), ("data.arrow", "Dataset.to_parquet")]
+        {
+            let beside = folder.path().join(beside);
+            std::fs::write(&beside, b"x").unwrap();
+            let error = format!("{:#}", read_prompts(folder.path().to_str().unwrap(), "prompt").unwrap_err());
+            assert!(error.contains(said), "{error}");
+            std::fs::remove_file(beside).unwrap();
+        }
         let error = format!("{:#}", read_prompts(path.to_str().unwrap(), "caption").unwrap_err());
         assert!(error.contains("\"caption\"") && error.contains("\"prompt\", \"label\""), "{error}");
     }

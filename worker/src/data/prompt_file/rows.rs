@@ -3,7 +3,10 @@
 use anyhow::{bail, ensure};
 use serde_json::Value;
 
-use crate::data::{tally::Tally, text};
+use crate::{
+    data::{tally::Tally, text},
+    process::work,
+};
 
 /// The content of a file of prompts.
 #[derive(Debug, Default)]
@@ -18,6 +21,11 @@ pub const LABEL: &str = "label";
 /// Names the keys that set the prompts' column.
 pub const COLUMN: &str =
     "the prompts' column (prompts.column, evaluation.prompts_column or --prompts-column)";
+
+/// What a row may have instead of a prompt.
+pub const NULL: &str = "null";
+pub const LIST: &str = "a list, and not one text,";
+pub const NO_TEXT: &str = "no text";
 
 /// A row's prompt, and its label as far as there is one.
 pub struct Row {
@@ -38,6 +46,7 @@ pub struct Rows {
 impl Rows {
     /// Takes one row. One whose prompt is empty is passed over.
     pub fn add(&mut self, place: &str, row: anyhow::Result<Row>) {
+        work::complete();
         match row {
             Ok(row) if row.text.trim().is_empty() => {}
             Ok(row) => {
@@ -82,9 +91,9 @@ pub fn from_object(value: &Value, column: &str) -> anyhow::Result<Row> {
         found => {
             let what = match found {
                 None => "nothing",
-                Some(Value::Null) => "null",
-                Some(Value::Array(_)) => "a list",
-                Some(_) => "no text",
+                Some(Value::Null) => NULL,
+                Some(Value::Array(_)) => LIST,
+                Some(_) => NO_TEXT,
             };
             let keys: Vec<&String> = object.keys().collect();
             bail!("has {what} under {column:?}, {COLUMN}; its keys are {keys:?}");
