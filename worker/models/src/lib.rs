@@ -19,6 +19,7 @@ pub mod diffusers;
 pub mod edm;
 mod layers;
 pub mod lora;
+mod masks;
 mod parameters;
 pub mod process;
 mod recomputed;

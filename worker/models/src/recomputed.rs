@@ -5,13 +5,25 @@ use tch::{Device, Tensor};
 
 use crate::{
     builder::{BufferDeclaration, Init, Registry, Scope},
+    masks,
     weight::Weight,
 };
 
 /// A block, and the parameters that it computes with.
 pub(crate) struct Recomputed<B> {
-    block: SharedBlock<B>,
+    block: SharedBlock<Named<B>>,
     parameters: Vec<Tensor>,
+}
+
+/// A block that draws the same masks each time. Its last input is the seed of their names, int64; empty: it draws none.
+struct Named<B>(B);
+
+impl<B: Block> Block for Named<B> {
+    fn forward(&self, inputs: &[Tensor]) -> Tensor {
+        let Some((seed, inputs)) = inputs.split_last() else { return self.0.forward(inputs) };
+        let seed = (seed.numel() > 0).then(|| seed.int64_value(&[0]));
+        masks::within(seed, || self.0.forward(inputs))
+    }
 }
 
 impl<B: Block> Recomputed<B> {
@@ -20,12 +32,14 @@ impl<B: Block> Recomputed<B> {
         let (registry, path) = scope.parts();
         let mut collector = Collector { registry, parameters: Vec::new() };
         let block = build(&mut Scope::at(&mut collector, path));
-        Self { block: SharedBlock::new(block), parameters: collector.parameters }
+        Self { block: SharedBlock::new(Named(block)), parameters: collector.parameters }
     }
 
     /// The block's output. With `again` only the inputs are kept for the backward pass.
     pub fn forward(&self, inputs: &[&Tensor], again: bool) -> Tensor {
-        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
+        let seed: Vec<i64> = masks::next().into_iter().collect();
+        let inputs: Vec<Tensor> =
+            inputs.iter().map(|input| input.shallow_clone()).chain([Tensor::from_slice(&seed)]).collect();
         if again && inputs.iter().chain(&self.parameters).any(Tensor::requires_grad) {
             return potstill_torch_ext::recompute(&self.block, &inputs, &self.parameters);
         }
