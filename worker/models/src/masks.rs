@@ -62,7 +62,7 @@ mod tests {
 
     #[test]
     fn names_follow_from_the_seed_alone_and_end_with_the_pass() {
-        let names = |seed| within(Some(seed), || [next(), within(next(), || next()), next()]);
+        let names = |seed| within(Some(seed), || [next(), within(next(), next), next()]);
         assert_eq!(names(7), names(7));
         let all: std::collections::BTreeSet<_> = names(7).into_iter().chain(names(8)).collect();
         assert_eq!(all.len(), 6);
