@@ -68,6 +68,7 @@ pub fn tears(name: &str, iteration: u64, rank: u32) -> bool {
 }
 
 /// Makes a process that drags take longer for what it has computed in the time `took`.
+#[expect(clippy::disallowed_methods, reason = "it is the training thread that is slow")]
 pub fn drag(name: &str, iteration: u64, rank: u32, took: Duration) {
     static DRAGS: AtomicBool = AtomicBool::new(false);
     if at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Drag) && fault.is_first()) {
