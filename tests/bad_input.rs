@@ -232,6 +232,17 @@ fn a_port_in_use() {
 }
 
 #[test]
+fn a_rank_without_a_device_of_its_own() {
+    let cluster = Cluster::default();
+    let mut command = cluster.unscored("launch", "hidden", 1, &[], &["--device", "cuda"]);
+    // Hides every device, so that it is the same where there are some.
+    let output = command.env("CUDA_VISIBLE_DEVICES", "-1").output().unwrap();
+    let message = text(&output.stderr);
+    assert!(!output.status.success(), "{message}");
+    says(&message, &["rank 0 of this machine has no GPU of its own: there are 0 (CUDA_VISIBLE_DEVICES=-1)"]);
+}
+
+#[test]
 fn resume() {
     let cluster = Cluster::default();
     says(&cluster.refused(&[], &["--resume"]), &["nothing to resume"]);

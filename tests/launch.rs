@@ -8,7 +8,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::signal::Signal,
+    unistd::Pid,
+};
 use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, repository, text, worker_pid};
 
 #[test]
@@ -334,4 +338,36 @@ fn a_lost_rank_is_replaced_and_changes_nothing() {
         let difference = relative_difference(&disturbed, &undisturbed, part);
         assert!(difference <= 1e-4, "{part}: {difference}");
     }
+}
+
+/// Ranks see the devices that their agent is left, and keep to the cores that it is left. On the CPU they are not bound to some of
+/// these.
+#[test]
+fn ranks_have_the_devices_and_cores_of_whoever_starts_them() {
+    let cluster = Cluster::default();
+    let mine = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let first = (0..CpuSet::count()).find(|core| mine.is_set(*core).unwrap()).unwrap();
+    let mut one = CpuSet::new();
+    one.set(first).unwrap();
+    let mut command = cluster.unscored("launch", "kept", 2, &["distillation.iterations=1000000"], &[]);
+    command.env("CUDA_VISIBLE_DEVICES", "3,1");
+    // A thread's affinity is that of what it starts; this one's ends with it.
+    let launched = std::thread::spawn(move || {
+        sched_setaffinity(Pid::from_raw(0), &one).unwrap();
+        Process::start(command)
+    });
+    let mut launched = launched.join().unwrap();
+    let pids = [(); 2].map(|()| worker_pid(&launched.until(&["worker attached"])));
+    for pid in pids {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+        let mut variables = environment.split(|byte| *byte == 0);
+        assert!(variables.any(|variable| variable == b"CUDA_VISIBLE_DEVICES=3,1"));
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let cores = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+        assert_eq!(cores.trim(), first.to_string());
+    }
+    launched.until(&["images/s"]);
+    launched.signal(Signal::SIGINT);
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(75), "{log}");
 }

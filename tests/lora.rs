@@ -7,6 +7,7 @@ use std::process::Command;
 use potstill_tests::{Cluster, binary, relative_difference, text};
 
 const LORA: &str = "lora={rank=4, alpha=4.0}";
+const DROPPING: &str = "lora={rank=4, alpha=4.0, dropout=0.2}";
 
 #[test]
 fn a_checkpoint_holds_adapters_alone_and_any_number_of_workers_follows_one_trajectory() {
@@ -16,11 +17,15 @@ fn a_checkpoint_holds_adapters_alone_and_any_number_of_workers_follows_one_traje
         "distillation.micro_batch=8",
         "generator.steps=2",
         "generator.sigmas=[2.5, 0.8]",
-        LORA,
+        DROPPING,
     ];
     for workers in [1, 2, 3] {
         cluster.succeed(&format!("w{workers}"), workers, &sets, &[]);
     }
+    cluster.succeed("whole", 1, &[&sets[..4], &[LORA]].concat(), &[]);
+    let difference =
+        relative_difference(&cluster.checkpoint("whole", 12), &cluster.checkpoint("w1", 12), "generator/");
+    assert!(difference > 1e-3, "dropout has an effect: {difference}");
     let one = cluster.checkpoint("w1", 12);
     for name in one.keys().filter(|name| !name.starts_with("counters/")) {
         assert!(name.ends_with("lora_A.weight") || name.ends_with("lora_B.weight"), "{name}");
@@ -42,7 +47,7 @@ fn a_checkpoint_holds_adapters_alone_and_any_number_of_workers_follows_one_traje
 #[test]
 fn a_run_with_adapters_resumes_bit_by_bit_and_loses_nothing_with_a_rank() {
     let cluster = Cluster::default();
-    let sets = |iterations: &'static str| [iterations, LORA, "optimizer.generator_learning_rate=1e-3"];
+    let sets = |iterations: &'static str| [iterations, DROPPING, "optimizer.generator_learning_rate=1e-3"];
     cluster.succeed("straight", 2, &sets("distillation.iterations=8"), &[]);
     cluster.succeed("halves", 2, &sets("distillation.iterations=4"), &[]);
     cluster.succeed("halves", 2, &sets("distillation.iterations=8"), &["--resume"]);
@@ -134,5 +139,25 @@ fn adapters_that_a_network_cannot_have_are_refused() {
     let message = cluster.refused(&["lora={rank=400}"], &[]);
     assert!(message.contains("rank 400 is above what model."), "{message}");
     assert!(cluster.refused(&["lora={alpha=0.0}"], &[]).contains("lora.alpha is 0"));
+    assert!(cluster.refused(&["lora={dropout=1.0}"], &[]).contains("lora.dropout is 1"));
     assert!(cluster.refused(&["lora={rank=0}"], &[]).contains("lora.rank"));
+}
+
+#[test]
+fn a_half_precision_export_that_overflows_is_refused_and_leaves_nothing() {
+    let cluster = Cluster::default();
+    let fast = "optimizer.generator_learning_rate=1e6";
+    cluster.finish("far", 1, &["distillation.iterations=1", LORA, fast], &[]);
+    let out = cluster.storage().join("adapters.safetensors");
+    let output = Command::new(binary("potstill"))
+        .args(["export", "--format", "lora-diffusers", "--dtype", "fp16", "--checkpoint"])
+        .arg(cluster.run("far"))
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    let message = text(&output.stderr);
+    assert!(!output.status.success() && !out.exists(), "{message}");
+    let count: Option<u64> = message.split(' ').find_map(|word| word.parse().ok());
+    assert!(count.is_some_and(|count| count > 0) && message.contains("lora_B.weight"), "{message}");
 }

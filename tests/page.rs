@@ -13,7 +13,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use potstill_tests::{Cluster, Process, browser, lacks, repository, text};
+use potstill_tests::{Cluster, Process, browser, lacks, repository, text, worker_pid};
 
 /// The most that an answer may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -49,6 +49,10 @@ fn start(cluster: &Cluster, run: &str) -> Shown {
     let sets = ["distillation.iterations=1000000", "evaluation.every=10", "checkpoint.every=10"];
     let mut launch = Process::start(cluster.launch(run, 2, &sets, &[]));
     launch.until(&["checkpoint committed", "iteration=10"]);
+    shown(cluster, run, launch)
+}
+
+fn shown(cluster: &Cluster, run: &str, launch: Process) -> Shown {
     let output = cluster.about("page", run).output().unwrap();
     let address = text(&output.stdout);
     let (host, token) =
@@ -126,6 +130,37 @@ fn the_page_and_the_metrics_are_for_those_with_a_token() {
     assert!(snapshot["pictures"].as_array().unwrap().iter().any(|iteration| *iteration == 10));
     assert_eq!(snapshot["checkpoints"][0]["iteration"], 10);
     assert!(snapshot["checkpoints"][0]["bytes"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_rank_that_stays_slow_is_named_with_figures() {
+    let cluster = Cluster::default();
+    let mut command =
+        cluster.unscored("launch", "dragged", 2, &["distillation.iterations=1000000"], &["--spares", "1"]);
+    let once = cluster.storage().join("once");
+    command.env("POTSTILL_FAULT", format!("drag:forward:3:1:{}", once.display()));
+    let mut launch = Process::start(command);
+    let line = launch.until(&["the others wait for this rank", "rank 1"]);
+    let figure = |name: &str| -> f64 {
+        let value = line.split(&format!("{name}=")).nth(1).and_then(|rest| rest.split_whitespace().next());
+        value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {line}"))
+    };
+    assert!(figure("seconds") > 1.5 * figure("median"), "{line}");
+
+    let status = cluster.about("status", "dragged").arg("--json").output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    let named: Vec<_> =
+        status["members"].as_array().unwrap().iter().filter(|it| it["straggles"] == true).collect();
+    assert_eq!(named.len(), 1, "{status}");
+    assert_eq!(i64::from(worker_pid(&line)), named[0]["pid"], "{status}");
+    assert!(named[0]["compute_seconds"].as_f64().unwrap() > 0.0, "{status}");
+    let table = text(&cluster.about("status", "dragged").output().unwrap().stdout);
+    assert!(table.contains(" s, slow"), "{table}");
+
+    let shown = shown(&cluster, "dragged", launch);
+    assert_eq!(shown.metric("potstill_stragglers_total"), Some(1.0));
+    // It keeps its place: the run has not asked for another.
+    assert!(!shown.stop().contains("generation=2"));
 }
 
 /// What comes out is what Prometheus reads, and what the dashboard asks for comes out.

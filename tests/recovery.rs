@@ -93,6 +93,7 @@ fn a_rank_that_hangs_is_named_and_started_again() {
     let sets = [SHORT[0], SHORT[1], "cluster.failure_timeout=1s"];
     let mut command = cluster.unscored("launch", "hung", 2, &sets, &[]);
     dies(&mut command, &cluster, "hang", "forward", 3, 1);
+    command.env("TORCH_FR_DUMP_TEMP_FILE", cluster.storage().join("record-"));
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{log}");
@@ -100,6 +101,14 @@ fn a_rank_that_hangs_is_named_and_started_again() {
         line.contains("rank 1") && line.contains("rank hung: heartbeats arrive, no progress for")
     };
     assert!(log.lines().any(|line| named(&line)), "{log}");
+    // It says what it has done before, and the rank that waited for it in which collective: pickles with the names of operations.
+    for rank in [0, 1] {
+        let record = cluster.storage().join(format!("record-{rank}"));
+        assert!(log.contains(&format!("its flight record is {}", record.display())), "{log}");
+        let record = std::fs::read(record).unwrap();
+        let holds = |what: &str| record.windows(what.len()).any(|part| part == what.as_bytes());
+        assert!(holds("gloo:all_reduce") && holds("scheduled") && holds("time_created_ns"));
+    }
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("hung", "undisturbed", 8);
 }
@@ -371,6 +380,23 @@ fn a_spare_takes_the_place_of_a_rank_that_dies() {
     assert!(replaced.iter().all(|line| line.contains("world_size=2")), "{log}");
     cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     cluster.assert_same_end("spared", "undisturbed", 60);
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_rank_that_stays_slow() {
+    let cluster = Cluster::default();
+    let sets = ["distillation.iterations=120", "checkpoint.every=1000", "cluster.replace_stragglers=true"];
+    let mut command = cluster.unscored("launch", "dragged", 2, &sets, &["--spares", "1"]);
+    dies(&mut command, &cluster, "drag", "forward", 3, 1);
+    let mut launched = Process::start(command);
+    let slow = worker_pid(&launched.until(&["the others wait for this rank", "rank 1"]));
+    let replaced = launched.until(&["generation opened", "generation=2", "world_size=2"]);
+    assert!(replaced.contains("a spare takes the place of worker"), "{replaced}");
+    assert_eq!(worker_pid(&replaced), slow, "{replaced}");
+    let (code, log) = launched.end();
+    assert_eq!(code, Some(0), "{log}");
+    cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
+    cluster.assert_same_end("dragged", "undisturbed", 120);
 }
 
 #[test]

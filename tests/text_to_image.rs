@@ -9,6 +9,11 @@ use std::{
 };
 
 use potstill_tests::{Cluster, Process, binary, lacks, relative_difference, repository, text, tiny_model};
+use safetensors::{Dtype, tensor::TensorView};
+
+#[path = "../storage/tests/s3_server/mod.rs"]
+#[allow(dead_code, reason = "the tests of the storage use the rest")]
+mod s3_server;
 
 /// A cluster with a model and prompts.
 struct Studio {
@@ -456,11 +461,42 @@ fn adapters_on_one_frozen_network_are_trained_resumed_and_exported() {
     }
 }
 
+/// The run "file" again, with the model's file in an object store: each machine copies it once.
+fn from_an_object_store(studio: &Studio, file: &str, sets: &[&str]) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = runtime.block_on(async {
+        let server = s3_server::Server::start().await;
+        let models = server.root().run(&"models".parse().unwrap());
+        models.put("student.safetensors", std::fs::read(file).unwrap().into()).await.unwrap();
+        server
+    });
+    let keys = server.keys();
+    let key = keys.iter().find(|key| key.ends_with("/student.safetensors")).unwrap();
+    let model = format!("teacher.model=s3://bucket/{key}");
+    let launch = |run: &str, model: &str| {
+        let mut command = studio.launch(run, 2, &[sets, &[model]].concat(), &[]);
+        let output = command.envs(server.variables()).output().unwrap();
+        (output.status.success(), text(&output.stderr))
+    };
+    let (succeeded, log) = launch("stored", &model);
+    assert!(succeeded, "{log}");
+    studio.assert_close("stored", "file", 1, 1e-4);
+    let (succeeded, log) = launch("nowhere", &model.replace("student", "teacher"));
+    assert!(!succeeded && log.contains("teacher.safetensors"), "{log}");
+    assert!(!studio.cluster.run("nowhere").exists(), "{log}");
+}
+
 #[test]
 fn a_model_in_one_file_is_a_teacher_and_an_export() {
     let python = python("a_model_in_one_file_is_a_teacher_and_an_export");
-    for family in ["sd15", "sd21", "sdxl"] {
+    // The last one with the U-Net of SSD-1B's kind.
+    for (family, unet) in
+        [("sd15", None), ("sd21", None), ("sdxl", None), ("sd15", Some("sd_unet_asymmetric"))]
+    {
         let studio = Studio::new(family);
+        if let Some(unet) = unet {
+            tiny_model::replace_unet(&studio.path("model"), unet);
+        }
         let storage = studio.cluster.storage().to_str().unwrap().to_owned();
         let adapters = ["lora={rank=2, alpha=3.0}", "optimizer.generator_learning_rate=3e-2"];
         studio.succeed("first", 1, &[&["distillation.iterations=2"], &adapters[..]].concat(), &[]);
@@ -488,6 +524,9 @@ fn a_model_in_one_file_is_a_teacher_and_an_export() {
         let still = ["distillation.iterations=1", "distillation.generator_start_images=1000000"];
         let (model, config) = (format!("teacher.model={file}"), format!("teacher.config={storage}/model"));
         studio.succeed("file", 1, &[&still[..], &[&model, &config]].concat(), &[]);
+        if family == "sd21" {
+            from_an_object_store(&studio, &file, &[&still[..], &[&config]].concat());
+        }
         let added = format!("teacher.loras=[{{path='{kohya}'}}]");
         studio.succeed("added", 1, &[&still[..], &[&added]].concat(), &[]);
         let generator = |run: &str| studio.cluster.checkpoint(run, 1);
@@ -707,6 +746,22 @@ fn wrong_input_is_named_before_anything_is_written() {
     let foreign = format!("teacher.loras=[{{path='{}'}}]", unknown.display());
     says(studio.refused(&[&foreign]), &["unknown.safetensors", "is not the name of an adapter"]);
     says(studio.refused(&["teacher.loras=[{path='/nowhere/a.safetensors'}]"]), &["/nowhere/a.safetensors"]);
+    // Adapters of another base: of a layer that it has in another size, and of one that it lacks.
+    for (module, words) in [
+        ("down_blocks.0.resnets.0.conv1", &["A is [2, 3]", "B [5, 2]", "another base"][..]),
+        ("down_blocks.9.resnets.0.conv1", &["which this network does not have", "another base"]),
+    ] {
+        let zeros = [0u8; 40];
+        let tensor = |shape: [usize; 2]| {
+            TensorView::new(Dtype::F32, shape.to_vec(), &zeros[..4 * shape[0] * shape[1]]).unwrap()
+        };
+        let halves = [
+            (format!("unet.{module}.lora_A.weight"), tensor([2, 3])),
+            (format!("unet.{module}.lora_B.weight"), tensor([5, 2])),
+        ];
+        std::fs::write(&unknown, safetensors::serialize(halves, None).unwrap()).unwrap();
+        says(studio.refused(&[&foreign]), &[&["unknown.safetensors", module], words].concat());
+    }
     let config = format!("teacher.config={}", studio.path("model").display());
     says(studio.refused(&[&config]), &["teacher.config is for a model in one file"]);
 

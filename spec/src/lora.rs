@@ -20,17 +20,23 @@ pub struct LoraSpec {
     /// DMD2 in a U-Net of diffusers, and all convolutions, attention and embedding layers inside the blocks of an EDM
     /// network.
     pub targets: Option<Vec<String>>,
+    /// Share of each adapter's input that is dropped while its network trains, as in the public PEFT library; whether or not the
+    /// networks' own dropout is active.
+    pub dropout: f64,
 }
 
 impl Default for LoraSpec {
     fn default() -> Self {
-        Self { rank: NonZeroU32::MIN.saturating_add(63), alpha: 8.0, targets: None }
+        Self { rank: NonZeroU32::MIN.saturating_add(63), alpha: 8.0, targets: None, dropout: 0.0 }
     }
 }
 
 impl LoraSpec {
     pub(crate) fn validate(&self, problems: &mut Problems) {
-        let alpha = self.alpha;
+        let Self { alpha, dropout, .. } = *self;
+        problems.require((0.0..1.0).contains(&dropout), || {
+            format!("lora.dropout is {dropout}; it must lie in [0, 1)")
+        });
         problems.require(positive(alpha), || format!("lora.alpha is {alpha}; it must be > 0"));
         problems.require(self.targets.as_ref().is_none_or(|targets| !targets.is_empty()), || {
             "lora.targets is empty: name layers, or remove the key for the usual ones".into()

@@ -26,3 +26,23 @@ fn what_it_does_not_know_is_refused_with_2_and_what_fails_with_1() {
     assert_eq!(missing.status.code(), Some(1), "{message}");
     assert!(message.starts_with("error: ") && message.contains("/nowhere/student.safetensors"), "{message}");
 }
+
+#[test]
+fn the_version_names_libtorch_cuda_and_nccl() {
+    let said = String::from_utf8(worker(&["--version"]).stdout).unwrap();
+    let values: Vec<&str> = [", libtorch ", ", CUDA ", ", NCCL "]
+        .iter()
+        .map(|name| said.split(name).nth(1).and_then(|rest| rest.split([',', '\n']).next()).unwrap())
+        .collect();
+    let number = |value: &str| value.starts_with(|first: char| first.is_ascii_digit());
+    // A libtorch for the CPU alone has none of the latter two.
+    assert!(number(values[0]) && values[1..].iter().all(|value| number(value) || *value == "none"), "{said}");
+    assert_eq!(values[0].contains("+cu"), number(values[1]), "{said}");
+}
+
+#[test]
+fn the_agents_help_says_what_a_spare_costs() {
+    let help = String::from_utf8(worker(&["agent", "--help"]).stdout).unwrap();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(help.contains("On GPUs each spare holds a device of its own"), "{help}");
+}

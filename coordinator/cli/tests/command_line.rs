@@ -241,3 +241,32 @@ fn a_coordinator_alone_says_how_workers_attach_and_stops_when_asked() {
     let (code, rest) = served.end();
     assert_eq!(code, Some(1), "nothing was saved, so there is nothing to resume: {rest}");
 }
+
+#[test]
+fn the_version_is_that_of_both_programs() {
+    let folder = Folder::new();
+    let said = |mut command: Command| {
+        let output = command.arg("--version").output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let own = format!("potstill {} (", env!("CARGO_PKG_VERSION"));
+    let both =
+        said(folder.potstill("[ \"$1\" = --version ] && echo potstill-worker 1, libtorch 2, CUDA 3, NCCL 4"));
+    assert!(
+        both.starts_with(&own) && both.ends_with("\npotstill-worker 1, libtorch 2, CUDA 3, NCCL 4\n"),
+        "{both}"
+    );
+    let mut without = folder.potstill("");
+    without.env("POTSTILL_WORKER", "/nowhere/worker");
+    let alone = said(without);
+    assert!(alone.starts_with(&own) && alone.lines().count() == 1, "{alone}");
+}
+
+#[test]
+fn the_help_says_what_a_spare_costs() {
+    let output = Folder::new().potstill("").args(["launch", "--help"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(text.contains("On GPUs each spare holds a device of its own"), "{text}");
+}

@@ -75,8 +75,8 @@ impl Server {
         Self { address, bucket, accepting }
     }
 
-    /// A root in the bucket, opened by its URL as in use.
-    pub fn root(&self) -> Root {
+    /// The environment of a program that reaches the bucket.
+    pub fn variables(&self) -> [(String, String); 5] {
         let endpoint = format!("http://{}", self.address);
         let variables = [
             ("AWS_ENDPOINT", endpoint.as_str()),
@@ -85,8 +85,12 @@ impl Server {
             ("AWS_ACCESS_KEY_ID", "id"),
             ("AWS_SECRET_ACCESS_KEY", "secret"),
         ];
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Root::open_with(&format!("s3://{BUCKET}/some/where"), variables).unwrap()
+        variables.map(|(name, value)| (name.to_owned(), value.to_owned()))
+    }
+
+    /// A root in the bucket, opened by its URL as in use.
+    pub fn root(&self) -> Root {
+        Root::open_with(&format!("s3://{BUCKET}/some/where"), self.variables()).unwrap()
     }
 
     /// From now on overwrites where it should create only.

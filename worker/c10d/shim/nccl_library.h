@@ -7,10 +7,13 @@
 
 #include "guard.h"
 
+#include <string>
+
 extern "C" {
 
-// The type of `potstill_nccl_backend`, the one symbol that the library exports. True when it failed.
+// The types of `potstill_nccl_backend` and `potstill_nccl_record`, the symbols that the library exports. True when they failed.
 typedef bool potstill_nccl_backend_fn(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world, int64_t timeout_ms,
                                       int device, c10::intrusive_ptr<c10d::Backend>* out, potstill_error* error);
+typedef bool potstill_nccl_record_fn(std::string* out, potstill_error* error);
 
 }

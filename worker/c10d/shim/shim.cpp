@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/distributed/c10d/FileStore.hpp>
+#include <torch/csrc/distributed/c10d/FlightRecorder.hpp>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -25,6 +26,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -228,7 +230,12 @@ struct Device {
   }
 };
 
-potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
+struct Nccl {
+  potstill_nccl_backend_fn* backend;
+  potstill_nccl_record_fn* record;
+};
+
+Nccl open_nccl(const uint8_t* image, size_t length) {
   TORCH_CHECK(length > 0, "unavailable: this program was built without NCCL");
   load_cuda();
   // The library is embedded in the executable, so that there is no second file to install. An anonymous file gives the
@@ -240,9 +247,16 @@ potstill_nccl_backend_fn* open_nccl(const uint8_t* image, size_t length) {
     written += static_cast<size_t>(n);
   }
   void* library = open_library("/proc/self/fd/" + std::to_string(file.descriptor), RTLD_NOW | RTLD_LOCAL);
-  auto symbol = reinterpret_cast<potstill_nccl_backend_fn*>(dlsym(library, "potstill_nccl_backend"));
-  TORCH_CHECK(symbol != nullptr, "unavailable: the NCCL library lacks its entry point");
-  return symbol;
+  Nccl nccl{reinterpret_cast<potstill_nccl_backend_fn*>(dlsym(library, "potstill_nccl_backend")),
+            reinterpret_cast<potstill_nccl_record_fn*>(dlsym(library, "potstill_nccl_record"))};
+  TORCH_CHECK(nccl.backend != nullptr && nccl.record != nullptr, "unavailable: the NCCL library lacks an entry point");
+  return nccl;
+}
+
+// Opened once, by the first use.
+const Nccl& nccl(const uint8_t* image, size_t length) {
+  static const Nccl opened = open_nccl(image, length);
+  return opened;
 }
 
 }  // namespace
@@ -346,9 +360,8 @@ bool potstill_group_gloo(const potstill_store* store, int rank, int world, int64
 bool potstill_group_nccl(const uint8_t* image, size_t length, const potstill_store* store, int rank, int world,
                          int64_t timeout_ms, int device, potstill_group** out, potstill_error* error) {
   return failed(error, [&] {
-    static potstill_nccl_backend_fn* const make = open_nccl(image, length);
     c10::intrusive_ptr<c10d::Backend> backend;
-    if (potstill_error inner; make(store->store, rank, world, timeout_ms, device, &backend, &inner)) {
+    if (potstill_error inner; nccl(image, length).backend(store->store, rank, world, timeout_ms, device, &backend, &inner)) {
       TORCH_CHECK(false, inner.text);
     }
     auto group = c10::make_intrusive<c10d::ProcessGroup>(store->store, rank, world);
@@ -364,6 +377,23 @@ bool potstill_group_set_timeout(const potstill_group* group, int64_t timeout_ms,
 
 bool potstill_group_abort(const potstill_group* group, potstill_error* error) {
   return failed(error, [&] { group->backend->abort(); });
+}
+
+// Writes what c10d's flight recorder holds of this process's newest operations: those of NCCL where its library is given,
+// else those of Gloo.
+bool potstill_flight_record(const uint8_t* image, size_t length, const char* path, potstill_error* error) {
+  return failed(error, [&] {
+    std::string record;
+    if (length == 0) {
+      record = c10d::dump_fr_trace(true, false, false);
+    } else if (potstill_error inner; nccl(image, length).record(&record, &inner)) {
+      TORCH_CHECK(false, inner.text);
+    }
+    std::ofstream file(path, std::ios::binary | std::ios::trunc);
+    file << record;
+    file.close();
+    TORCH_CHECK(file.good(), "cannot write ", path);
+  });
 }
 
 // Without a failure it waits for operations in flight.

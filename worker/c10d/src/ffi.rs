@@ -110,6 +110,12 @@ unsafe extern "C" {
     ) -> bool;
     pub fn potstill_group_set_timeout(group: *const Group, timeout_ms: i64, error: *mut ErrorText) -> bool;
     pub fn potstill_group_abort(group: *const Group, error: *mut ErrorText) -> bool;
+    pub fn potstill_flight_record(
+        image: *const u8,
+        length: usize,
+        path: *const c_char,
+        error: *mut ErrorText,
+    ) -> bool;
     pub fn potstill_group_free(group: *mut Group, orderly: bool);
 
     pub fn potstill_all_reduce(

@@ -1,6 +1,8 @@
 //! Process groups and their collectives.
 
 use std::ffi::{CString, c_int};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -424,6 +426,29 @@ impl ProcessGroup {
         };
         Err(self.invalid(operation, cause))
     }
+}
+
+/// Writes what c10d's flight recorder holds of this process's operations, the newest two thousand: which are complete, which are
+/// under way, and their sizes. Those of NCCL for a CUDA device, else those of Gloo, of all groups.
+/// `python -m torch.distributed.flight_recorder.fr_trace` compares the files of several ranks. To be called before
+/// [`ProcessGroup::abort`], which ends what is under way.
+///
+/// Where the device does not answer it may block: call it on a thread of its own.
+///
+/// # Errors
+/// The file cannot be written; [`ErrorKind::Unavailable`] where there is no NCCL.
+pub fn write_flight_record(device: Device, file: &Path) -> Result<(), Error> {
+    let wrong = |cause: String| Error::from_text("write the flight record", None, cause);
+    let path = CString::new(file.as_os_str().as_bytes()).map_err(|error| wrong(error.to_string()))?;
+    let library = if device.is_cuda() { NCCL_LIBRARY } else { &[] };
+    if device.is_cuda() && library.is_empty() {
+        return Err(wrong("unavailable: this program was built without NCCL".to_owned()));
+    }
+    call(|error| {
+        // SAFETY: the library's bytes are a static and come with their true length, and `path` ends with a zero byte.
+        unsafe { ffi::potstill_flight_record(library.as_ptr(), library.len(), path.as_ptr(), error) }
+    })
+    .map_err(wrong)
 }
 
 /// An operation under way. It keeps its tensors and its group alive. Dropping it does not end the operation.

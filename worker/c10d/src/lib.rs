@@ -31,6 +31,6 @@ mod reducer;
 mod store;
 
 pub use error::{Error, ErrorKind, Member};
-pub use group::{Backend, ProcessGroup, ReduceOp, Work};
+pub use group::{Backend, ProcessGroup, ReduceOp, Work, write_flight_record};
 pub use reducer::{Reducer, ReducerOptions};
 pub use store::{Answer, KeyValues, Operation, Store};

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{LONG, Seat, run, seat};
-use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, Store};
+use potstill_c10d::{Backend, Error, ErrorKind, ProcessGroup, ReduceOp, Store, write_flight_record};
 use tch::{Device, Kind, Tensor};
 
 /// Not a test by itself: the scenarios of child processes.
@@ -15,6 +15,7 @@ fn rank() {
             "results" => results(&seat),
             "wrong_tensors" => wrong_tensors(&seat),
             "nccl" => nccl(&seat),
+            "record" => record(&seat),
             other => panic!("no scenario {other}"),
         },
     }
@@ -117,6 +118,34 @@ fn nccl(seat: &Seat) {
     let store = seat.store.prefix("g1").expect("a prefix");
     let error = ProcessGroup::new(&Backend::Nccl { device: 0 }, &store, 0, 1, LONG).expect_err("refused");
     assert_eq!(error.kind, ErrorKind::Unavailable, "{error}");
+}
+
+#[test]
+fn the_flight_record_names_operations_that_are_under_way() {
+    run("record", 1);
+}
+
+fn record(seat: &Seat) {
+    let group = seat.join("g1", LONG);
+    let issued = || {
+        group.all_reduce(&Tensor::ones([3, 7], (Kind::Float, Device::Cpu)), ReduceOp::Sum).expect("issued")
+    };
+    issued().wait(None).expect("all_reduce");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("rank-0");
+    let holds = |what: &str| {
+        let bytes = std::fs::read(&file).expect("a record");
+        bytes.windows(what.len()).any(|part| part == what.as_bytes())
+    };
+    write_flight_record(Device::Cpu, &file).expect("a record");
+    assert!(holds("gloo:all_reduce") && holds("input_sizes"));
+    // NCCL's recorder answers without a device too, where libtorch has NCCL.
+    if potstill_torch_ext::load_cuda().is_ok() {
+        write_flight_record(Device::Cuda(0), &file).expect("a record");
+        assert!(holds("entries") && !holds("gloo:all_reduce"));
+    }
+    let error = write_flight_record(Device::Cpu, &folder.path().join("no/rank-0")).expect_err("no folder");
+    assert!(error.to_string().contains("cannot write"), "{error}");
 }
 
 fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorKind {

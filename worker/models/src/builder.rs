@@ -12,6 +12,7 @@ use rand_distr::StandardNormal;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    lora::Lora,
     parameters::{Entry, Parameters},
     weight::{DOWN, UP, Weight},
 };
@@ -225,6 +226,7 @@ pub(crate) struct Binding<'a> {
 /// Adapters that have not been asked for yet.
 struct Adapters<'a> {
     scale: f64,
+    dropout: f64,
     left: BTreeMap<&'a str, &'a Tensor>,
 }
 
@@ -233,11 +235,12 @@ impl<'a> Binding<'a> {
         Self { parameters, next: 0, adapters: None }
     }
 
-    /// With adapters beside some of the weights, whose products are multiplied by `scale`.
-    pub fn adapted(parameters: &'a Parameters, adapters: &'a Parameters, scale: f64) -> Self {
+    /// With adapters beside some of the weights.
+    pub fn adapted(parameters: &'a Parameters, adapters: &'a Parameters, lora: &Lora) -> Self {
         let names = adapters.entries().iter().map(|entry| entry.name.as_str());
         let left = names.zip(adapters.leaves()).collect();
-        Self { parameters, next: 0, adapters: Some(Adapters { scale, left }) }
+        let (scale, dropout) = (lora.scale(), lora.dropout);
+        Self { parameters, next: 0, adapters: Some(Adapters { scale, dropout, left }) }
     }
 }
 
@@ -251,10 +254,12 @@ impl Registry for Binding<'_> {
 
     fn weight(&mut self, module: &str, shape: &[i64], init: Init) -> Weight {
         let own = self.parameter(format!("{module}.weight"), shape, init);
-        let Some(Adapters { scale, left }) = &mut self.adapters else { return Weight::own(own) };
+        let Some(Adapters { scale, dropout, left }) = &mut self.adapters else { return Weight::own(own) };
         let mut take = |ending| left.remove(format!("{module}.{ending}").as_str());
         match (take(DOWN), take(UP)) {
-            (Some(down), Some(up)) => Weight::adapted(own, down.shallow_clone(), up.shallow_clone(), *scale),
+            (Some(down), Some(up)) => {
+                Weight::adapted(own, down.shallow_clone(), up.shallow_clone(), *scale, *dropout)
+            }
             _ => Weight::own(own),
         }
     }

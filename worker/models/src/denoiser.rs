@@ -182,6 +182,8 @@ impl Condition {
 pub enum Mode {
     /// Dropout draws from libtorch's global generator.
     Train,
+    /// That of adapters alone, as far as they have [some](crate::Lora::dropout).
+    TrainAdapters,
     /// No dropout; the same input gives the same output.
     Eval,
 }

@@ -82,7 +82,7 @@ impl Linear {
     }
 
     fn with_bias(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        let product = |weight: &Tensor, role: Role| x.linear(weight, role.bias(bias));
+        let product = |x: &Tensor, weight: &Tensor, role: Role| x.linear(weight, role.bias(bias));
         self.weight.apply(x, product, |down, up| down.linear::<&Tensor>(up, None))
     }
 }

@@ -21,6 +21,7 @@ pub mod edm;
 pub mod gate;
 mod layers;
 pub mod lora;
+mod masks;
 mod parameters;
 pub mod process;
 mod recomputed;

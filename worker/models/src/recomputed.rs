@@ -9,27 +9,32 @@ use tch::{Device, Tensor};
 use crate::{
     builder::{BufferDeclaration, Init, Registry, Scope},
     gate::Place,
+    masks,
     parameters::Entry,
     weight::Weight,
 };
 
 /// A block, and the parameters that it computes with.
 pub(crate) struct Recomputed<B> {
-    block: SharedBlock<Gated<B>>,
+    block: SharedBlock<Inner<B>>,
     /// Those that are trained.
     parameters: Vec<Tensor>,
     /// Names of the network's own parameters, in their order there.
     names: Vec<String>,
 }
 
-struct Gated<B> {
+/// A block that draws the same masks each time. Its last input is the seed of their names, int64; empty: it draws none.
+struct Inner<B> {
     block: B,
+    /// Where its weights come from, unless they are always there.
     place: OnceLock<Place>,
 }
 
-impl<B: Block> Block for Gated<B> {
+impl<B: Block> Block for Inner<B> {
     fn forward(&self, inputs: &[Tensor]) -> Tensor {
-        self.block.forward(inputs)
+        let Some((seed, inputs)) = inputs.split_last() else { return self.block.forward(inputs) };
+        let seed = (seed.numel() > 0).then(|| seed.int64_value(&[0]));
+        masks::within(seed, || self.block.forward(inputs))
     }
 
     fn enter(&self, backward: bool) {
@@ -79,12 +84,14 @@ impl<B: Block> Recomputed<B> {
         let mut collector = Collector { registry, parameters: Vec::new(), names: Vec::new() };
         let block = build(&mut Scope::at(&mut collector, path));
         let Collector { parameters, names, .. } = collector;
-        Self { block: SharedBlock::new(Gated { block, place: OnceLock::new() }), parameters, names }
+        Self { block: SharedBlock::new(Inner { block, place: OnceLock::new() }), parameters, names }
     }
 
     /// The block's output. With `again` only the inputs are kept for the backward pass.
     pub fn forward(&self, inputs: &[&Tensor], again: bool) -> Tensor {
-        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.shallow_clone()).collect();
+        let seed: Vec<i64> = masks::next().into_iter().collect();
+        let inputs: Vec<Tensor> =
+            inputs.iter().map(|input| input.shallow_clone()).chain([Tensor::from_slice(&seed)]).collect();
         if again && inputs.iter().chain(&self.parameters).any(Tensor::requires_grad) {
             return potstill_torch_ext::recompute(&self.block, &inputs, &self.parameters);
         }

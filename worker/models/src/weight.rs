@@ -2,6 +2,8 @@
 
 use tch::Tensor;
 
+use crate::masks;
+
 /// Ending of the name of A, [r, inputs(, k, k)], after that of its module.
 pub const DOWN: &str = "lora_A.weight";
 /// Ending of the name of B, [outputs, r(, 1, 1)].
@@ -17,6 +19,7 @@ struct Adapter {
     down: Tensor,
     up: Tensor,
     scale: f64,
+    dropout: f64,
 }
 
 impl Weight {
@@ -24,9 +27,10 @@ impl Weight {
         Self { own, adapter: None }
     }
 
-    /// `down` and `up` are A and B of [`lora`](mod@crate::lora), and `scale` is α/r.
-    pub fn adapted(own: Tensor, down: Tensor, up: Tensor, scale: f64) -> Self {
-        Self { own, adapter: Some(Adapter { down, up, scale }) }
+    /// `down` and `up` are A and B of [`lora`](mod@crate::lora), `scale` is α/r, and `dropout` the share of A's input that is 0
+    /// while the adapter trains.
+    pub fn adapted(own: Tensor, down: Tensor, up: Tensor, scale: f64, dropout: f64) -> Self {
+        Self { own, adapter: Some(Adapter { down, up, scale, dropout }) }
     }
 
     /// W itself.
@@ -43,16 +47,21 @@ impl Weight {
     }
 
     /// The layer's output: `product` of `x` with W, and with A; `up` multiplies the latter with B. The adapter computes in
-    /// the data type of `x`.
+    /// the data type of `x`, of which it sees a part where it has dropout and [trains](masks::pass).
     pub fn apply(
         &self,
         x: &Tensor,
-        product: impl Fn(&Tensor, Role) -> Tensor,
+        product: impl Fn(&Tensor, &Tensor, Role) -> Tensor,
         up: impl FnOnce(&Tensor, &Tensor) -> Tensor,
     ) -> Tensor {
-        let mut output = product(&self.own, Role::Own);
+        let mut output = product(x, &self.own, Role::Own);
         let Some(adapter) = &self.adapter else { return output };
-        let down = product(&adapter.down.to_kind(x.kind()), Role::Down) * adapter.scale;
+        let seen = match adapter.dropout > 0.0 {
+            true => masks::next().map(|seed| masks::dropped(x, adapter.dropout, seed)),
+            false => None,
+        };
+        let down = &adapter.down.to_kind(x.kind());
+        let down = product(seen.as_ref().unwrap_or(x), down, Role::Down) * adapter.scale;
         output.g_add_(&up(&down, &adapter.up.to_kind(down.kind())))
     }
 }

@@ -7,7 +7,7 @@ use std::{
     io::{Read, Write},
     net::IpAddr,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
@@ -28,7 +28,11 @@ use potstill_access::Locator;
 
 use crate::{
     commands::rank::{self, Service},
-    process::{device::Choice, environment, network},
+    process::{
+        cores::{self, Cores},
+        device::Choice,
+        environment, network,
+    },
 };
 use potstill_logging::chain;
 
@@ -53,7 +57,7 @@ pub struct Arguments {
     /// GPUs each spare holds a device of its own.
     #[arg(long, default_value_t = 0)]
     spares: u32,
-    /// Threads per rank; by default the machine's cores divided by the ranks.
+    /// Threads per rank; by default the machine's cores divided by the ranks, or the cores near a rank's GPU.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
     /// Device of the ranks.
@@ -103,8 +107,7 @@ pub fn main(arguments: &Arguments) -> ExitCode {
 fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCode> {
     environment::check()?;
     let service = &arguments.service;
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-    let threads = arguments.threads.unwrap_or((cores / arguments.ranks).max(1));
+    let count = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     let program =
         std::env::current_exe().context("cannot find this program's own file to start ranks from")?;
 
@@ -122,7 +125,11 @@ fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCo
         Locator::Fixed(invitation) if service.join.is_some() => Some(format!("{}\n", invitation.to_text())),
         _ => None,
     };
+    let mut bound = near_devices(arguments.device, slots as usize);
     for slot in 0..slots {
+        let own = bound.as_mut().map(|bound| std::mem::take(&mut bound[slot as usize]));
+        let most = own.as_ref().map_or(count, |own| own.len() as u32);
+        let threads = arguments.threads.unwrap_or((count / arguments.ranks).clamp(1, most.max(1)));
         let mut command = Command::new(&program);
         command
             .arg("rank")
@@ -145,6 +152,14 @@ fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCo
         let (tell, ranks, invitation) = (tell.clone(), Arc::clone(&ranks), invitation.clone());
         // The thread that spawns must live as long as the child: the kernel's death signal refers to it.
         std::thread::spawn(move || {
+            if let Some(own) = own {
+                match cores::bind(&own) {
+                    Ok(()) => {
+                        tracing::info!(slot, cores = %cores::text(&own), "bound to the cores near its GPU")
+                    }
+                    Err(error) => tracing::warn!(slot, %error, "cannot be bound to the cores near its GPU"),
+                }
+            }
             let result = supervise(slot, command, invitation.as_deref(), &ranks);
             let _ = tell.send(News::Ended { slot, result });
         });
@@ -196,6 +211,14 @@ fn keep_ranks(arguments: &Arguments, locator: &Locator) -> anyhow::Result<ExitCo
         (false, Some(_)) => ExitCode::from(LEFT_ON_REQUEST),
         (false, None) => ExitCode::SUCCESS,
     })
+}
+
+/// The cores of each rank, where they have GPUs: its threads and those of its libraries stay near its device.
+fn near_devices(device: Choice, ranks: usize) -> Option<Vec<Cores>> {
+    let addresses = device.addresses(ranks)?;
+    let allowed =
+        cores::allowed().inspect_err(|error| tracing::warn!(%error, "the ranks are not bound to cores"));
+    Some(cores::divided(Path::new("/sys"), &allowed.ok()?, &addresses))
 }
 
 /// Forwards SIGTERM and SIGUSR1.

@@ -21,7 +21,10 @@ use potstill_storage::Root;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use super::version::VERSION;
-use crate::process::{device::Choice, network};
+use crate::process::{
+    device::{self, Choice},
+    network,
+};
 
 /// How long a group of one rank may take to form: it waits for nobody.
 const FORMING: Duration = Duration::from_secs(60);
@@ -134,8 +137,7 @@ fn devices(first: Device) -> anyhow::Result<Found> {
             "cuda:{index} computes wrong results ({mean} for 1024): replace it"
         );
     }
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES");
-    let visible = visible.map_or_else(|_| String::new(), |list| format!(" (CUDA_VISIBLE_DEVICES={list})"));
+    let visible = device::visible();
     Ok(Fine(format!("{count} that compute{visible}: at most {count} ranks and spares here")))
 }
 

@@ -237,7 +237,10 @@ fn activations(spec: &RunSpec, model: &Sizes) -> i64 {
         false => 2 * i64::from(spec.distillation.micro_batch),
     };
     let again = spec.memory.recompute;
-    let kept = |samples, trained| unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again });
+    let dropout = spec.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+    let kept = |samples, trained| {
+        unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again, dropout })
+    };
     let steps = match spec.generator.matching {
         Matching::UniformStep => 1,
         Matching::FinalStep => i64::from(spec.generator.steps),
@@ -679,7 +682,7 @@ mod tests {
             let rank = std::num::NonZeroU32::new(4).unwrap();
             spec.lora = Some(LoraSpec { rank, ..LoraSpec::default() });
         };
-        let cases: [(&str, usize, Change); 18] = [
+        let cases: [(&str, usize, Change); 20] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("recompute", 1, &|spec| {
@@ -701,6 +704,16 @@ mod tests {
                 low(spec);
                 guided(spec);
                 adapted(spec);
+                spec.memory.recompute = true;
+            }),
+            ("dropout", 1, &|spec| {
+                adapted(spec);
+                spec.lora.as_mut().unwrap().dropout = 0.1;
+            }),
+            ("dropout, recompute", 1, &|spec| {
+                low(spec);
+                adapted(spec);
+                spec.lora.as_mut().unwrap().dropout = 0.1;
                 spec.memory.recompute = true;
             }),
             ("sharded", 2, &|spec| spec.memory.shard = Shard::Optimizer),

@@ -10,7 +10,8 @@ use tch::{Device, Kind, Tensor};
 
 /// The adapters that a specification describes.
 pub fn described(spec: &LoraSpec) -> Lora {
-    Lora { rank: spec.rank.get().into(), alpha: spec.alpha, targets: spec.targets.clone() }
+    let LoraSpec { rank, alpha, targets, dropout } = spec.clone();
+    Lora { rank: rank.get().into(), alpha, targets, dropout }
 }
 
 /// The teacher with new adapters, for fake score and generator. Both compute what the teacher computes; A is drawn from

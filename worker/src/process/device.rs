@@ -28,14 +28,25 @@ impl Choice {
         }
     }
 
+    /// Whether a GPU is wanted.
+    fn wants_gpu(self) -> bool {
+        // A file of the driver: without it, libtorch's CUDA libraries need not be loaded.
+        self == Self::Cuda || (self == Self::Auto && Path::new("/dev/nvidiactl").exists())
+    }
+
+    /// The PCI addresses of the devices of this machine's ranks, as far as the driver says; `None` where they compute on the CPU.
+    pub fn addresses(self, ranks: usize) -> Option<Vec<Option<String>>> {
+        let address = |slot| potstill_torch_ext::device_address(slot).ok();
+        let addresses: Vec<_> = self.wants_gpu().then(|| (0..ranks).map(address).collect())?;
+        addresses.iter().any(Option::is_some).then_some(addresses)
+    }
+
     /// The device of the rank in `slot` of this machine. Must be called before any other function of libtorch.
     ///
     /// # Errors
     /// A GPU is wanted and there is none for this slot; the machine has GPUs, but fewer than ranks: NCCL takes one rank on each.
     pub fn device(self, slot: usize) -> anyhow::Result<Device> {
-        // A file of the driver: without it, libtorch's CUDA libraries need not be loaded.
-        let wanted = self == Self::Cuda || (self == Self::Auto && Path::new("/dev/nvidiactl").exists());
-        if !wanted {
+        if !self.wants_gpu() {
             return Ok(Device::Cpu);
         }
         let loaded = potstill_torch_ext::load_cuda();
@@ -47,11 +58,18 @@ impl Choice {
         loaded.context("--device cuda")?;
         ensure!(
             slot < count,
-            "rank {slot} of this machine has no GPU of its own: there are {count}, and NCCL takes one rank on each; start fewer \
-             ranks and spares, or use --device cpu"
+            "rank {slot} of this machine has no GPU of its own: there are {count}{}, and NCCL takes one rank on each; start fewer \
+             ranks and spares, or use --device cpu",
+            visible()
         );
         Ok(Device::Cuda(slot))
     }
+}
+
+/// What limits the devices that CUDA shows, in brackets, where something does.
+pub fn visible() -> String {
+    let list = std::env::var("CUDA_VISIBLE_DEVICES");
+    list.map_or_else(|_| String::new(), |list| format!(" (CUDA_VISIBLE_DEVICES={list})"))
 }
 
 /// A device's name, as in `cuda:0`.

@@ -2,20 +2,32 @@
 //!
 //! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. The fault happens in the first process that
 //! reaches the point as that rank: the one that can create the file, or each, where no file is named. `hold:…` waits
-//! until the file, a named pipe, is written to. `tear:reduced:…` cuts a reduction short. Release builds do not support it.
+//! until the file, a named pipe, is written to. `tear:reduced:…` cuts a reduction short. `drag:forward:…` makes a process slow from
+//! that iteration on, whichever rank it is later. Release builds do not support it.
 
-use std::{fs::OpenOptions, sync::OnceLock, thread};
+use std::{
+    fs::OpenOptions,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use crate::process::lifeline;
 
 /// Environment variable with the fault.
 const VARIABLE: &str = "POTSTILL_FAULT";
+/// How many times as long a process that drags takes for its passes.
+const SLOWER: u32 = 10;
 
 enum Kind {
     Die,
     Hang,
     Hold,
     Tear,
+    Drag,
 }
 
 struct Fault {
@@ -46,13 +58,26 @@ pub fn point(name: &str, iteration: u64, rank: u32) {
                 tracing::error!(%error, "{VARIABLE}: {} cannot be read", fault.file);
             }
         }
-        Kind::Die | Kind::Hang | Kind::Tear => {}
+        Kind::Die | Kind::Hang | Kind::Tear | Kind::Drag => {}
     }
 }
 
 /// Whether the reduction that has just ended is to be cut short: its result is then to be another, and the group aborted.
 pub fn tears(name: &str, iteration: u64, rank: u32) -> bool {
     at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Tear) && fault.is_first())
+}
+
+/// Makes a process that drags take longer for what it has computed in the time `took`.
+#[expect(clippy::disallowed_methods, reason = "it is the training thread that is slow")]
+pub fn drag(name: &str, iteration: u64, rank: u32, took: Duration) {
+    static DRAGS: AtomicBool = AtomicBool::new(false);
+    if at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Drag) && fault.is_first()) {
+        tracing::warn!(name, iteration, "slow from now on because of {VARIABLE}");
+        DRAGS.store(true, Ordering::Relaxed);
+    }
+    if DRAGS.load(Ordering::Relaxed) {
+        thread::sleep(took * (SLOWER - 1));
+    }
 }
 
 /// The fault at this point, if there is one.
@@ -82,6 +107,7 @@ fn wanted() -> Option<Fault> {
                 "hang" => Kind::Hang,
                 "hold" => Kind::Hold,
                 "tear" => Kind::Tear,
+                "drag" => Kind::Drag,
                 _ => return None,
             },
             point: next()?,
@@ -91,7 +117,9 @@ fn wanted() -> Option<Fault> {
         })
     })();
     if fault.is_none() {
-        tracing::error!("{VARIABLE}={text:?} is not die|hang|hold|tear:point:iteration:rank:file; ignored");
+        tracing::error!(
+            "{VARIABLE}={text:?} is not die|hang|hold|tear|drag:point:iteration:rank:file; ignored"
+        );
     }
     fault
 }

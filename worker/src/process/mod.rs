@@ -1,6 +1,7 @@
-//! The process environment of all commands: devices, variables, the network, a lifeline to the process that started this one, and fault
-//! injection, and the count of completed work.
+//! The process environment of all commands: devices and the cores near them, variables, the network, a lifeline to the process that
+//! started this one, fault injection, and the count of completed work.
 
+pub mod cores;
 pub mod device;
 pub mod environment;
 pub mod faults;

@@ -16,7 +16,7 @@ use potstill_proto::{
 };
 use tonic::{Code, Status, Streaming};
 
-use super::{outbox::Outbox, progress::Progress, rendezvous::Calls};
+use super::{flight, outbox::Outbox, progress::Progress, rendezvous::Calls};
 use crate::process::lifeline;
 
 /// How long a starting rank tries to reach the coordinator, which may be starting as well: it hashes the teacher and reads the
@@ -174,22 +174,41 @@ impl Link {
                 self.calls.answer(reply);
                 continue;
             }
-            let message = match ToWorker::try_from(message) {
+            let mut message = match ToWorker::try_from(message) {
                 Ok(message) => message,
                 Err(error) => return Some(error.to_string()),
             };
             if let ToWorker::Restart { reason } = &message {
-                tracing::error!(reason, "this process hangs: ending it, so that its agent starts another");
+                let record =
+                    self.record_flight(|_| true).await.map_or_else(String::new, |it| format!("; {it}"));
+                tracing::error!(
+                    reason,
+                    "this process hangs: ending it, so that its agent starts another{record}"
+                );
                 lifeline::end_now();
             }
             self.outbox.heard(&message);
             self.end_what_waits(&message);
+            if let ToWorker::Abandon { generation, reason } = &mut message
+                && let Some(waited) = self.progress.waited().filter(|waited| *waited >= flight::HANGS)
+                && let Some(record) = self.record_flight(|entered| entered <= *generation).await
+            {
+                let waited = waited.as_secs_f64();
+                *reason += &format!("; this rank had waited in a collective for {waited:.1} s, {record}");
+            }
             abort(&self.entered, |generation| calls_away(&message, generation));
             let over = matches!(message, ToWorker::Stop { .. } | ToWorker::Refused { .. });
             if inbound.send(Inbound::Message(message)).is_err() || over {
                 return None;
             }
         }
+    }
+
+    /// Writes down which collectives this rank is in, if it is in a generation that is one of `which`.
+    async fn record_flight(&self, which: impl Fn(Generation) -> bool) -> Option<String> {
+        let entered = self.entered.lock().ok()?.clone();
+        let (generation, group) = entered.filter(|(generation, _)| which(*generation))?;
+        Some(flight::record(&group, &self.hello.run_id, generation).await)
     }
 
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {

@@ -8,6 +8,7 @@
 //! A lost stream does not affect the training thread: the link reconnects to the coordinator or to its successor and
 //! sends again what that may not have received.
 
+mod flight;
 mod link;
 mod orders;
 mod outbox;

@@ -3,10 +3,10 @@
 use std::{
     future::Future,
     sync::{
-        Mutex,
+        Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use potstill_proto::{
@@ -29,7 +29,8 @@ pub struct Progress {
     whole: AtomicBool,
     /// The newest generation whose state it was.
     loaded: AtomicU64,
-    waiting: AtomicBool,
+    /// Since when the rank has waited for its peers.
+    waiting: Mutex<Option<Instant>>,
     activity: Mutex<&'static str>,
 }
 
@@ -88,8 +89,13 @@ impl Progress {
 
     /// Whether the rank now waits for its peers.
     pub fn set_waiting(&self, waiting: bool) {
-        self.waiting.store(waiting, Ordering::Relaxed);
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = waiting.then(Instant::now);
         self.tick();
+    }
+
+    /// For how long the rank has waited for its peers; `None`: it does not.
+    pub fn waited(&self) -> Option<Duration> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).map(|since| since.elapsed())
     }
 
     /// Runs `wait`, which waits for the rank's peers: if there is no progress meanwhile, another rank hangs.
@@ -119,7 +125,7 @@ impl Progress {
             cursor: self.held().unwrap_or_default(),
             progress: work::completed(),
             activity: self.activity.lock().map(|a| a.to_string()).unwrap_or_default(),
-            waiting: self.waiting.load(Ordering::Relaxed),
+            waiting: self.waited().is_some(),
         }
     }
 }

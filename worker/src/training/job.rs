@@ -407,7 +407,11 @@ pub fn settings(spec: &RunSpec, process: &ForwardProcess, device: Device) -> Set
             join_images: spec.adversarial.as_ref().and_then(|a| a.join_images),
             fake_score_updates: d.fake_score_updates.into(),
         },
-        training_mode: if d.dropout { Mode::Train } else { Mode::Eval },
+        training_mode: match &spec.lora {
+            _ if d.dropout => Mode::Train,
+            Some(lora) if lora.dropout > 0.0 => Mode::TrainAdapters,
+            _ => Mode::Eval,
+        },
         device,
     }
 }

@@ -297,7 +297,9 @@ impl<'a> Trainer<'a> {
         let mut reported = Vec::with_capacity(self.micro_batches.len());
         for index in self.micro_batches.clone() {
             obey_orders()?;
+            let begun = Instant::now();
             let micro_batch = self.micro_batch(network, iteration, index)?;
+            faults::drag("forward", iteration, self.rank, begun.elapsed());
             faults::point("forward", iteration, self.rank);
             let scaled = &micro_batch.loss * scale;
             if index == last {

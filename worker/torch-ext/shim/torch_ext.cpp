@@ -183,6 +183,23 @@ bool potstill_load_cuda(potstill_error* error) {
   return failed(error, [] { potstill::load_cuda(); });
 }
 
+// Asks the driver alone, which opens no context and takes no memory of a device.
+bool potstill_device_address(int index, char* address, int length, potstill_error* error) {
+  return failed(error, [&] {
+    static void* const driver = potstill::open_library("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    auto call = [](const char* name, auto function, auto... arguments) {
+      auto symbol = reinterpret_cast<decltype(function)>(dlsym(driver, name));
+      TORCH_CHECK(symbol != nullptr, "the driver has no ", name);
+      int result = symbol(arguments...);
+      TORCH_CHECK(result == 0, name, " returned ", result);
+    };
+    int device = 0;
+    call("cuInit", static_cast<int (*)(unsigned)>(nullptr), 0U);
+    call("cuDeviceGet", static_cast<int (*)(int*, int)>(nullptr), &device, index);
+    call("cuDeviceGetPCIBusId", static_cast<int (*)(char*, int, int)>(nullptr), address, length, device);
+  });
+}
+
 // Calls `call(context, i)` in every backward pass, on autograd's thread, when the gradient of `leaves[i]` has been accumulated.
 bool potstill_on_gradients(at::Tensor* const* leaves, size_t count, void* context, void (*call)(void*, size_t),
                            potstill_hooks** out, potstill_error* error) {

@@ -2,7 +2,7 @@
 //! return true when they failed and then have written the reason to `error`; only otherwise have they written the
 //! out-parameters.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::marker::{PhantomData, PhantomPinned};
 
 use torch_sys::C_tensor;
@@ -25,6 +25,14 @@ pub struct Hooks {
 
 unsafe extern "C" {
     pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
+
+    /// Writes at most `length` bytes with a zero byte at the end.
+    pub fn potstill_device_address(
+        index: c_int,
+        address: *mut c_char,
+        length: c_int,
+        error: *mut ErrorText,
+    ) -> bool;
 
     pub fn potstill_recompute(
         tensors: *const *const C_tensor,

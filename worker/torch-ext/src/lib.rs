@@ -1,6 +1,7 @@
 //! The few functions of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the
 //! backward pass ([`recompute`]), the memory of tensors ([`MemoryMeter`]), clearing gradients ([`clear_gradients`])
-//! and using each as soon as it is there ([`on_gradients`]), Adam in one pass ([`step_adam`]), CUDA on demand ([`load_cuda`]), and files mapped into memory ([`MappedFile`]).
+//! and using each as soon as it is there ([`on_gradients`]), Adam in one pass ([`step_adam`]), CUDA on demand ([`load_cuda`]), the
+//! addresses of devices ([`device_address`]), and files mapped into memory ([`MappedFile`]).
 //!
 //! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and
 //! the safe types of this page. Unsafe code is in these two crates alone.
@@ -28,6 +29,8 @@ mod memory;
 mod recompute;
 pub mod shim;
 
+use std::ffi::{CStr, c_char, c_int};
+
 use tch::Tensor;
 
 pub use adam::{AdamStep, step_adam};
@@ -53,6 +56,25 @@ pub fn load_cuda() -> Result<(), Error> {
         unsafe { ffi::potstill_load_cuda(error) }
     })
     .map_err(|cause| Error { operation: "load CUDA", cause })
+}
+
+/// The PCI address of a CUDA device, as in `0000:3b:00.0`. Asks the driver alone: libtorch's CUDA half need not be loaded. `index`
+/// counts as CUDA does, so it follows `CUDA_VISIBLE_DEVICES`.
+///
+/// # Errors
+/// There is no driver, or no such device.
+pub fn device_address(index: usize) -> Result<String, Error> {
+    let wrong = |cause: String| Error { operation: "ask for a device's address", cause };
+    let index = c_int::try_from(index).map_err(|error| wrong(error.to_string()))?;
+    let mut text: [c_char; 64] = [0; 64];
+    shim::call(|error| {
+        // SAFETY: `text` is as long as is said, and the driver ends what it writes with a zero byte.
+        unsafe { ffi::potstill_device_address(index, text.as_mut_ptr(), text.len() as c_int, error) }
+    })
+    .map_err(wrong)?;
+    // SAFETY: as above; without a word from the driver it is zeros.
+    let address = unsafe { CStr::from_ptr(text.as_ptr()) };
+    Ok(address.to_string_lossy().to_lowercase())
 }
 
 /// Makes the gradients of `params` undefined, like PyTorch's `zero_grad(set_to_none=True)`. tch can only set them to

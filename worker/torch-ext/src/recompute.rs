@@ -14,8 +14,8 @@ use crate::{ffi, shim::call};
 
 /// A part of a network: a function of tensors.
 ///
-/// It must compute the same when it is called again, so it draws no random numbers, and it only reads the tensors that
-/// it holds.
+/// It must compute the same when it is called again, so the random numbers that it draws follow from its inputs, and it only
+/// reads the tensors that it holds.
 pub trait Block: Send + 'static {
     /// The function.
     fn forward(&self, inputs: &[Tensor]) -> Tensor;

@@ -13,7 +13,8 @@ mod status;
 
 use std::{process::ExitCode, sync::LazyLock};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, error::ErrorKind};
+use potstill_logging::print;
 
 use self::{
     checkpoint::Checkpoint,
@@ -26,7 +27,7 @@ use self::{
     run_name::AskedRun,
     status::StatusArguments,
 };
-use crate::launch::Exit;
+use crate::launch::{Exit, worker};
 
 /// With the commit that a release was built from (`POTSTILL_COMMIT` in the build's environment).
 static VERSION: LazyLock<String> = LazyLock::new(|| {
@@ -84,7 +85,17 @@ enum Command {
 
 /// Executes the command line.
 pub fn main() -> ExitCode {
-    let handed_on = match Cli::parse().command {
+    let cli = Cli::try_parse().unwrap_or_else(|told| {
+        // The worker program's line says what this program cannot know: libtorch, CUDA and NCCL.
+        if told.kind() == ErrorKind::DisplayVersion
+            && let Some(worker) = worker::version()
+        {
+            print(format_args!("{}\n{worker}", told.to_string().trim_end()));
+            std::process::exit(0);
+        }
+        told.exit()
+    });
+    let handed_on = match cli.command {
         Command::Launch(arguments) => return arguments.main(),
         Command::Serve(arguments) => return arguments.main(),
         Command::Report(arguments) => return ended(arguments.write()),

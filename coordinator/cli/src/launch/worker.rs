@@ -90,6 +90,12 @@ pub async fn check(program: &Path, specification: String) -> Result<(), WorkerEr
     }
 }
 
+/// What the worker program says of its version, if it can be run.
+pub fn version() -> Option<String> {
+    let output = Command::new(find().ok()?).arg("--version").stdin(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
 /// Replaces this process by the worker program, with these arguments. Returns only if that fails.
 ///
 /// # Errors

@@ -20,6 +20,7 @@ use crate::{
         file::Layers,
         weights::{AdapterDeclaration, Weights},
     },
+    masks,
     parameters::{Entry, Parameters},
     process::ForwardProcess,
     weights::{self, LoadError, Mapped, Named, Surplus},
@@ -149,6 +150,11 @@ impl LatentDenoiser {
         self.weights.base().flat().kind()
     }
 
+    /// Runs a pass, with the dropout of adapters in training mode.
+    fn masked<T>(&self, mode: Mode, pass: impl FnOnce() -> T) -> T {
+        masks::pass(mode != Mode::Eval && self.weights.has_dropout(), pass)
+    }
+
     /// Calls `forward` with the inputs of the condition.
     fn conditioned<T>(
         &self,
@@ -254,17 +260,19 @@ impl Denoiser for LatentDenoiser {
         x_t: &Tensor,
         time: &Tensor,
         condition: &Condition,
-        _mode: Mode,
+        mode: Mode,
     ) -> (Tensor, Tensor) {
-        let (native, bottleneck) = self.conditioned(time, condition, |inputs| self.predict(x_t, inputs));
+        let predict = |inputs: &UNetInputs| self.masked(mode, || self.predict(x_t, inputs));
+        let (native, bottleneck) = self.conditioned(time, condition, predict);
         // Under mixed precision the U-Net's outputs are of lower precision; computations with them are in fp32.
         let x0 = self.process.to_x0(&native.to_kind(Kind::Float), &x_t.to_kind(Kind::Float), time);
         (x0, bottleneck.to_kind(Kind::Float))
     }
 
-    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, _mode: Mode) -> Tensor {
+    fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
         let x = x_t.to_kind(self.kind());
-        let bottleneck = self.conditioned(time, condition, |inputs| self.unet.bottleneck(&x, inputs));
+        let encode = |inputs: &UNetInputs| self.masked(mode, || self.unet.bottleneck(&x, inputs));
+        let bottleneck = self.conditioned(time, condition, encode);
         bottleneck.to_kind(Kind::Float)
     }
 

@@ -47,7 +47,7 @@ impl Conv2d {
     }
 
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let product = |weight: &Tensor, role: Role| {
+        let product = |x: &Tensor, weight: &Tensor, role: Role| {
             x.conv2d(weight, role.bias(Some(&self.bias)), self.stride, self.padding, 1, 1)
         };
         self.weight.apply(x, product, |down, up| down.conv2d::<&Tensor>(up, None, 1, 0, 1, 1))

@@ -44,7 +44,8 @@ impl Conv2d {
     }
 
     fn convolve(&self, x: &Tensor, bias: Option<&Tensor>, extra_padding: i64) -> Tensor {
-        let product = |weight: &Tensor, role: Role| convolve(weight, x, role.bias(bias), extra_padding);
+        let product =
+            |x: &Tensor, weight: &Tensor, role: Role| convolve(weight, x, role.bias(bias), extra_padding);
         self.weight.apply(x, product, |down, up| convolve(up, down, None, 0))
     }
 }
@@ -189,7 +190,7 @@ impl Sinusoids {
 
 /// Drops a sample's class with probability `p` in training mode. A dropped class is a row of zeros.
 pub(crate) fn drop_labels(labels: Tensor, samples: i64, p: f64, mode: Mode) -> Tensor {
-    if mode == Mode::Eval || p == 0.0 {
+    if mode != Mode::Train || p == 0.0 {
         return labels;
     }
     let kept = Tensor::rand([samples, 1], (Kind::Float, labels.device())).ge(p).to_kind(Kind::Float);

@@ -26,6 +26,7 @@ use crate::{
         Lora, LoraError,
         weights::{AdapterDeclaration, Weights},
     },
+    masks,
     parameters::Parameters,
     process::ForwardProcess,
     weights::{self, Archive, LoadError, Stored},
@@ -109,6 +110,11 @@ impl EdmNetwork {
         &self.config
     }
 
+    /// Runs a pass, with the dropout of adapters in training mode.
+    fn masked<T>(&self, mode: Mode, pass: impl FnOnce() -> T) -> T {
+        masks::pass(mode != Mode::Eval && self.weights.has_dropout(), pass)
+    }
+
     fn coefficients(&self, time: &Tensor) -> Coefficients {
         Coefficients::new(&time.to_kind(Kind::Float).reshape([-1]), self.config.sigma_data)
     }
@@ -158,7 +164,8 @@ impl Denoiser for EdmNetwork {
         let x = x_t.to_kind(Kind::Float);
         let coefficients = self.coefficients(time);
         let inputs = self.inputs(&coefficients, condition, mode);
-        let (output, bottleneck) = self.unet.forward(&coefficients.network_input(&x), &inputs);
+        let (output, bottleneck) =
+            self.masked(mode, || self.unet.forward(&coefficients.network_input(&x), &inputs));
         // Under mixed precision the U-Net's outputs are of lower precision; computations with them are in fp32.
         (coefficients.denoised(&x, &output.to_kind(Kind::Float)), bottleneck.to_kind(Kind::Float))
     }
@@ -167,7 +174,7 @@ impl Denoiser for EdmNetwork {
         let coefficients = self.coefficients(time);
         let inputs = self.inputs(&coefficients, condition, mode);
         let input = coefficients.network_input(&x_t.to_kind(Kind::Float));
-        self.unet.bottleneck(&input, &inputs).to_kind(Kind::Float)
+        self.masked(mode, || self.unet.bottleneck(&input, &inputs)).to_kind(Kind::Float)
     }
 
     fn process(&self) -> &ForwardProcess {

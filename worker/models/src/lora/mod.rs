@@ -20,6 +20,9 @@ pub struct Lora {
     /// Names of modules, or their ends at a dot: `to_q` means every module `….to_q`. `None`: the usual
     /// ones of the network's family.
     pub targets: Option<Vec<String>>,
+    /// The share of an adapter's input that is 0 in training mode, drawn anew for each layer and pass; the rest is divided by what
+    /// is left of 1. As in the public PEFT library.
+    pub dropout: f64,
 }
 
 impl Lora {

@@ -38,11 +38,16 @@ impl Weights {
         &self.base
     }
 
+    /// Whether the weights that train see a part of their inputs only while they train.
+    pub fn has_dropout(&self) -> bool {
+        self.adapters.as_ref().is_some_and(|(lora, _)| lora.dropout > 0.0)
+    }
+
     /// A source of tensors for the network's second pass.
     pub fn binding(&self) -> Binding<'_> {
         match &self.adapters {
             None => Binding::new(&self.base),
-            Some((lora, adapters)) => Binding::adapted(&self.base, adapters, lora.scale()),
+            Some((lora, adapters)) => Binding::adapted(&self.base, adapters, lora),
         }
     }
 

@@ -17,6 +17,8 @@ pub struct Pass {
     pub trained: bool,
     /// Whether blocks are computed again in the backward pass.
     pub again: bool,
+    /// Whether what trains are adapters with dropout, of the usual layers.
+    pub dropout: bool,
 }
 
 /// Elements of the network's data type.
@@ -66,7 +68,7 @@ impl Sum<'_> {
             }
             if level < last {
                 sides = sides.map(|side| (side + 1) / 2);
-                self.keep(self.image(outputs, sides));
+                self.keep(self.image(outputs, sides) + self.dropped(self.image(outputs, levels[level])));
                 skips.push(outputs);
             }
             levels.push(sides);
@@ -90,7 +92,7 @@ impl Sum<'_> {
             if level > 0 {
                 sides = levels[level - 1];
                 // Repeated pixels, which the next convolution keeps, and its output.
-                self.keep(2 * self.image(outputs, sides));
+                self.keep(2 * self.image(outputs, sides) + self.dropped(self.image(outputs, sides)));
             }
         }
         // Normalized, and after the activation.
@@ -102,7 +104,9 @@ impl Sum<'_> {
         let image = |channels| self.image(channels, sides);
         // Normalized and activated, before each convolution; the output of the first one.
         let inside = 2 * image(inputs) + 3 * image(outputs);
-        self.block(inside, image(outputs));
+        let shortcut = if inputs == outputs { 0 } else { image(inputs) };
+        let dropped = self.dropped(image(inputs) + image(outputs) + shortcut);
+        self.block(inside + dropped, image(outputs));
         if let Some((level, layers)) = attends {
             let (inside, output) = self.attention(level, layers, outputs, sides);
             self.block(inside, output);
@@ -122,8 +126,15 @@ impl Sum<'_> {
         // Inputs of linear layers: normalized three times, and the gated product.
         let inputs = if self.pass.trained { 3 + 4 } else { 0 };
         let layer = (attended + inputs) * sequence + 2 * text + sums;
+        // Those of query, key, value and output, of query and output, and of the gated projections; key and value of the text.
+        let dropped = self.dropped(2 * sequence + layers * ((4 + 2 + 1 + 4) * sequence + text));
         // Normalized, and projected; the output.
-        (2 * sequence + layers * layer, sequence)
+        (2 * sequence + layers * layer + dropped, sequence)
+    }
+
+    /// What adapters with dropout keep besides, where their inputs have so many elements: a mask and what it leaves.
+    fn dropped(&self, inputs: i64) -> i64 {
+        if self.pass.dropout && self.pass.trained { 2 * inputs } else { 0 }
     }
 
     /// Adds a block that keeps `inside` elements and has this output.
