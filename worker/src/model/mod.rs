@@ -95,7 +95,7 @@ impl Model {
         match &model.files {
             None => finite(model.network.as_ref())?,
             Some(files) => {
-                let found = files.first_not_finite(model.parameters().entries(), work::complete);
+                let found = files.first_not_finite(model.parameters().entries());
                 found.map_or(Ok(()), not_finite)?;
             }
         }

@@ -37,7 +37,6 @@ use crate::{
     evaluation::samples::SampleSet,
     model::student::Student,
     model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times},
-    process::work,
 };
 
 /// The files that a run reads, loaded.
@@ -266,8 +265,8 @@ impl Job {
         let Some(Files { teacher, start }) = self.files.as_ref().filter(|_| layout.gathered) else {
             return State::starting_from(fake_score, generator, counters, layout);
         };
-        let of_teacher = |range| teacher.range(range, work::complete);
-        let of_generator = |range| start.as_ref().unwrap_or(teacher).range(range, work::complete);
+        let of_teacher = |range| teacher.range(range);
+        let of_generator = |range| start.as_ref().unwrap_or(teacher).range(range);
         let fake_score = Start { values: Some(&of_teacher), ..fake_score };
         let generator = Start { values: Some(&of_generator), ..generator };
         State::starting_from(fake_score, generator, counters, layout)
@@ -282,7 +281,7 @@ impl Job {
             // Before there is memory for another one.
             *newest = None;
             let flat = self.teacher.parameters().flat();
-            let values = files.teacher.range(slice.range(flat.numel() as i64), work::complete);
+            let values = files.teacher.range(slice.range(flat.numel() as i64));
             *newest = Some((slice, values.to_kind(flat.kind()).to_device(flat.device())));
         }
         newest.as_ref().map(|(_, values)| values.shallow_clone())

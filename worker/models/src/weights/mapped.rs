@@ -21,8 +21,8 @@ impl Mapped {
         Self { tensors: entries.iter().filter_map(found).collect() }
     }
 
-    /// Elements of the vector: fp32, 1-D, on the host. No more than one tensor is read at a time; `read` is called after each.
-    pub fn range(&self, range: Range<i64>, mut read: impl FnMut()) -> Tensor {
+    /// Elements of the vector: fp32, 1-D, on the host. No more than one tensor is read at a time.
+    pub fn range(&self, range: Range<i64>) -> Tensor {
         let values = Tensor::zeros([range.end - range.start], (Kind::Float, tch::Device::Cpu));
         for (first, stored) in &self.tensors {
             let numel: i64 = stored.shape().iter().product();
@@ -30,20 +30,14 @@ impl Mapped {
             if from < to {
                 let part = stored.tensor().reshape([-1]).narrow(0, from - first, to - from);
                 values.narrow(0, from - range.start, to - from).copy_(&part);
-                read();
             }
         }
         values
     }
 
     /// The name of the first of these tensors with a value that is not finite, among `entries`, which are those of the network.
-    /// `read` is called after each.
-    pub fn first_not_finite<'a>(&self, entries: &'a [Entry], mut read: impl FnMut()) -> Option<&'a str> {
-        let mut finite = |stored: &Stored| {
-            let all = stored.tensor().isfinite().all().int64_value(&[]) != 0;
-            read();
-            all
-        };
+    pub fn first_not_finite<'a>(&self, entries: &'a [Entry]) -> Option<&'a str> {
+        let finite = |stored: &Stored| stored.tensor().isfinite().all().int64_value(&[]) != 0;
         let found = self.tensors.iter().zip(entries).find(|((_, stored), _)| !finite(stored));
         found.map(|(_, entry)| entry.name.as_str())
     }
