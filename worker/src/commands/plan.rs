@@ -662,6 +662,8 @@ mod tests {
             spec.teacher.model = Some("model".to_owned());
             spec.prompts = Some(PromptsSpec::default());
             spec.distillation.micro_batch = 2;
+            // No more than the one rank that is measured computes.
+            spec.distillation.global_batch = 2;
             spec.distillation.alpha = 1.0;
             spec
         };
