@@ -63,8 +63,8 @@ class MemoryLimit(unittest.TestCase):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             self.assertEqual(done.returncode, 0, done.stderr)
         # The limit is one: a rank that holds everything breaks it.
-        with subprocess.Popen(self.launch("whole", 1, 1, "none"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as whole:
-            said = []
+        command, said = self.launch("whole", 1, 1, "none"), []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as whole:
             for line in iter(whole.stderr.readline, ""):
                 said.append(line)
                 if "rank process died" in line:

@@ -406,7 +406,6 @@ impl State {
     }
 
     /// The master weights of this rank's slice of a network: fp32, the memory that [`step`](Self::step) changes.
-    #[must_use]
     pub fn master(&self, network: Network) -> &Tensor {
         &self.held[0].networks[network as usize].master
     }

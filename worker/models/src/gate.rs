@@ -20,7 +20,6 @@ pub(crate) type Place = (Arc<dyn Gate>, usize);
 
 /// A vector of as many elements in the memory of one, which is 0: the weights of a network that has none in memory. The
 /// network's leaves must be [redirected](redirect) before it computes.
-#[must_use]
 pub fn absent(numel: i64, options: (Kind, Device)) -> Tensor {
     Tensor::zeros([1], options).expand([numel], false)
 }

@@ -284,7 +284,7 @@ fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<u64> {
     let world = f64::from(workers);
     // What passes through a rank of a vector that is reduced to all ranks' slices, or gathered from them.
     let through = |bytes: f64| bytes * (world - 1.0) / world;
-    let micro_batches = u32::from(distillation.global_batch).div_ceil(distillation.micro_batch.into());
+    let micro_batches = distillation.global_batch.div_ceil(distillation.micro_batch);
     let rounds = f64::from(micro_batches.div_ceil(workers));
     let reduced = through(4.0 * trained as f64);
     // A slice to the rank that holds its copy.
