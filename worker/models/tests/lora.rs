@@ -4,72 +4,21 @@
 
 mod common;
 
-use std::{collections::BTreeMap, rc::Rc};
+use std::collections::BTreeMap;
 
-use common::{equal, relative_error, small};
+use common::{
+    adapters::{CPU, adapted, lora, networks, stirred, unet},
+    equal, relative_error,
+};
 use potstill_models::{
-    Condition, Denoiser, EdmNetwork, Embedded, Lora, LoraError, Mode, TextCondition,
-    diffusers::{LatentDenoiser, ScheduleConfig, UNetConfig},
+    Condition, Denoiser, Lora, LoraError, Mode,
     lora::{
         DOWN, UP,
         file::{self, Naming},
     },
     weights::{Precision, archive_in},
 };
-use tch::{Device, Kind, Tensor, no_grad};
-
-const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-fn unet() -> LatentDenoiser {
-    let config = UNetConfig::parse(
-        r#"{"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 4,
-            "cross_attention_dim": 8, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "sample_size": 8}"#,
-    );
-    let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
-    LatentDenoiser::initialise(config.unwrap(), schedule, 3, Device::Cpu).unwrap()
-}
-
-/// Both families, their last layers not near 0, each with samples, times and a condition.
-fn networks() -> Vec<(Box<dyn Denoiser>, Tensor, Tensor, Condition)> {
-    tch::manual_seed(5);
-    let lively = |network: &dyn Denoiser| {
-        let flat = network.parameters().flat();
-        network.over(flat + flat.randn_like() * 0.05, false)
-    };
-    let config = small();
-    let labels = Tensor::from_slice(&[0i64, 1]).one_hot(config.label_dim).to_kind(Kind::Float);
-    let side = config.img_resolution;
-    let x = Tensor::randn([2, config.img_channels, side, side], CPU);
-    let edm = EdmNetwork::initialise(config, 1, Device::Cpu).unwrap();
-    let texts = Embedded { states: Tensor::randn([2, 5, 8], CPU), pooled: None };
-    let null = Embedded { states: Tensor::randn([1, 5, 8], CPU), pooled: None };
-    let text = TextCondition::new(texts, Rc::new(null), None);
-    vec![
-        (lively(&edm), x, Tensor::from_slice(&[0.4f32, 2.0]), Condition::Class(labels)),
-        (
-            lively(&unet()),
-            Tensor::randn([2, 4, 8, 8], CPU),
-            Tensor::from_slice(&[100.0f32, 600.0]),
-            Condition::Text(text),
-        ),
-    ]
-}
-
-fn lora(rank: i64, targets: Option<&[&str]>) -> Lora {
-    let targets = targets.map(|names| names.iter().map(|name| (*name).to_owned()).collect());
-    Lora { rank, alpha: 3.0, targets, dropout: 0.0 }
-}
-
-fn adapted(network: &dyn Denoiser, lora: &Lora) -> Box<dyn Denoiser> {
-    network.adapted(lora, &mut |shape| Tensor::randn(shape, CPU)).unwrap()
-}
-
-/// Gives B values, too.
-fn stirred(network: Box<dyn Denoiser>) -> Box<dyn Denoiser> {
-    let flat = network.parameters().flat();
-    network.over(flat + flat.randn_like() * 0.1, true)
-}
+use tch::{Kind, Tensor, no_grad};
 
 fn loss(network: &dyn Denoiser, x: &Tensor, time: &Tensor, condition: &Condition, weight: &Tensor) -> Tensor {
     (network.denoise(x, time, condition, Mode::Eval) * weight).sum(Kind::Float)
@@ -138,84 +87,6 @@ fn gradients_are_those_of_the_literal_product() {
         assert!(merged.parameters().entries() == network.parameters().entries());
         assert!(with.parameters().leaves().iter().all(Tensor::requires_grad));
     }
-}
-
-/// Adapters that see half of their inputs while they train.
-fn halved(lora: Lora) -> Lora {
-    Lora { dropout: 0.5, ..lora }
-}
-
-#[test]
-fn dropout_of_adapters_is_for_training_alone_and_follows_from_the_seed() {
-    for (network, x, time, condition) in networks() {
-        let targets = lora(2, Some(&["conv1"]));
-        let values = stirred(adapted(network.as_ref(), &targets)).parameters().flat().copy();
-        let [plain, dropping] = [targets.clone(), halved(targets)]
-            .map(|lora| adapted(network.as_ref(), &lora).over(values.copy(), false));
-        let passed = |network: &dyn Denoiser, mode| {
-            tch::manual_seed(7);
-            no_grad(|| network.denoise(&x, &time, &condition, mode))
-        };
-        let [without, with] = [&plain, &dropping].map(|n| passed(n.as_ref(), Mode::Eval));
-        assert!(equal(&without, &with), "no dropout outside of training");
-        let first = passed(dropping.as_ref(), Mode::TrainAdapters);
-        assert!(
-            equal(&without, &passed(plain.as_ref(), Mode::TrainAdapters)),
-            "the network's own is another"
-        );
-        assert!(!equal(&first, &without));
-        assert!(equal(&first, &passed(dropping.as_ref(), Mode::TrainAdapters)), "the seed decides");
-        let again = no_grad(|| dropping.denoise(&x, &time, &condition, Mode::TrainAdapters));
-        assert!(!equal(&first, &again), "another pass, other masks");
-    }
-    let (_, x, time, condition) = networks().remove(1);
-    let network = stirred(adapted(&unet(), &lora(2, None)));
-    let [train, eval] =
-        [Mode::Train, Mode::Eval].map(|m| no_grad(|| network.denoise(&x, &time, &condition, m)));
-    assert!(equal(&train, &eval), "without dropout training changes nothing");
-}
-
-/// The output is linear in the adapter of the last layer, so there the mean over masks is the branch without dropout.
-#[test]
-fn the_mean_over_masks_is_the_branch_without_dropout() {
-    let (network, x, time, condition) = networks().remove(1);
-    let last = lora(2, Some(&["conv_out"]));
-    let values = stirred(adapted(network.as_ref(), &last)).parameters().flat() * 3.0;
-    let dropping = adapted(network.as_ref(), &halved(last)).over(values, false);
-    let passed = |network: &dyn Denoiser, mode| no_grad(|| network.denoise(&x, &time, &condition, mode));
-    let without = passed(dropping.as_ref(), Mode::Eval);
-    let branch = &without - passed(network.as_ref(), Mode::Eval);
-    let sum = |passes: i32| {
-        let one = || passed(dropping.as_ref(), Mode::Train) - &without;
-        (1..passes).fold(one(), |sum, _| sum + one()) / f64::from(passes)
-    };
-    let size = |x: &Tensor| x.square().sum(Kind::Float).double_value(&[]).sqrt();
-    let (one, many) = (size(&sum(1)) / size(&branch), size(&sum(400)) / size(&branch));
-    assert!(one > 0.2, "a mask changes the branch: {one}");
-    assert!(many < one / 10.0, "{many} of {one}");
-}
-
-#[test]
-fn recomputed_blocks_draw_the_same_masks() {
-    let (_, x, time, condition) = networks().remove(1);
-    let weight = x.randn_like();
-    let lora = halved(lora(2, None));
-    let values = stirred(adapted(&unet(), &lora)).parameters().flat().copy();
-    let gradients = [false, true].map(|again| {
-        let with = adapted(&unet().with_recomputation(again), &lora).over(values.copy(), true);
-        tch::manual_seed(9);
-        // Two passes of one graph, as a generator of two steps has.
-        let first = with.denoise(&x, &time, &condition, Mode::Train);
-        let second = with.denoise(&first, &time, &condition, Mode::Train);
-        (second * &weight).sum(Kind::Float).backward();
-        let named = with.parameters().entries().iter().zip(with.parameters().leaves());
-        named.map(|(entry, leaf)| (entry.name.clone(), leaf.grad())).collect::<Vec<_>>()
-    });
-    // Up to the order of sums: with other masks they would differ by their size.
-    let errors = gradients[0].iter().zip(&gradients[1]);
-    let errors = errors.map(|(kept, again)| (&kept.0, relative_error(&again.1, &kept.1)));
-    let differ: Vec<_> = errors.filter(|(_, error)| *error > 1e-4).collect();
-    assert!(differ.is_empty(), "{differ:?}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 #include "guard.h"
 #include "libtorch.h"
 
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -14,6 +15,7 @@
 
 #include <atomic>
 #include <memory>
+#include <mutex>
 
 using potstill::copy_handles;
 using potstill::failed;
@@ -240,6 +242,22 @@ bool potstill_adam(const at::Tensor* values, const at::Tensor* gradient, const a
     auto count = at::full({}, static_cast<double>(step), at::TensorOptions().dtype(at::kFloat).device(on));
     at::_fused_adam_({*values}, {*gradient}, {first == nullptr ? *gradient : *first}, {*second}, {}, {count}, rate, beta1,
                      beta2, 0.0, epsilon, false, false, std::nullopt, std::nullopt);
+  });
+}
+
+// Fills a tensor with ones of this probability and zeros, from a generator of its own with this seed: the device's own one, which
+// other threads may use, is not touched.
+bool potstill_bernoulli(const at::Tensor* mask, double probability, uint64_t seed, potstill_error* error) {
+  return failed(error, [&] {
+    at::NoGradGuard no_grad;
+    at::Generator shared = at::globalContext().defaultGenerator(mask->device());
+    at::Generator own;
+    {
+      std::lock_guard<std::mutex> lock(shared.mutex());
+      own = shared.clone();
+    }
+    own.set_current_seed(seed);
+    mask->bernoulli_(probability, own);
   });
 }
 

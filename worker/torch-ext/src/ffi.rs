@@ -54,6 +54,13 @@ unsafe extern "C" {
 
     pub fn potstill_autocast(cuda: bool, on: bool, half: bool, error: *mut ErrorText) -> bool;
 
+    pub fn potstill_bernoulli(
+        mask: *const C_tensor,
+        probability: f64,
+        seed: u64,
+        error: *mut ErrorText,
+    ) -> bool;
+
     pub fn potstill_adam(
         values: *const C_tensor,
         gradient: *const C_tensor,

@@ -77,6 +77,18 @@ pub fn device_address(index: usize) -> Result<String, Error> {
     Ok(address.to_string_lossy().to_lowercase())
 }
 
+/// Fills `mask` with ones, of this probability, and zeros that follow from `seed` alone. libtorch's own generator is not touched.
+///
+/// # Errors
+/// libtorch's error.
+pub fn bernoulli(mask: &Tensor, probability: f64, seed: u64) -> Result<(), Error> {
+    shim::call(|error| {
+        // SAFETY: `mask` is a live tensor, of which only the elements are written.
+        unsafe { ffi::potstill_bernoulli(mask.as_ptr(), probability, seed, error) }
+    })
+    .map_err(|cause| Error { operation: "draw a mask", cause })
+}
+
 /// Makes the gradients of `params` undefined, like PyTorch's `zero_grad(set_to_none=True)`. tch can only set them to
 /// zero, which fails for a gradient that is a view of a reducer's bucket.
 ///

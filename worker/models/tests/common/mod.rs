@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used, reason = "each test file uses its own part, and a test may panic")]
 
+pub mod adapters;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
