@@ -378,7 +378,13 @@ fn sharded_workers_join_without_a_step_lost() {
 
 fn sharded_workers_join(shard: &str) {
     let studio = Studio::new("sd15");
-    let sets = ["distillation.iterations=60", shard, "memory.recompute=true", "checkpoint.every=1000"];
+    let sets = [
+        "distillation.iterations=60",
+        shard,
+        "memory.recompute=true",
+        "generator.steps=1",
+        "checkpoint.every=1000",
+    ];
     studio.succeed("undisturbed", 2, &sets, &[]);
     let mut serve = Command::new(binary("potstill"));
     serve
