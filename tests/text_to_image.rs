@@ -277,8 +277,13 @@ fn whatever_the_ranks_divide_among_themselves_they_compute_the_same() {
     let studio = Studio::new("sdxl");
     let pairs = format!("adversarial.data={}", studio.pairs().display());
     let base = ["distillation.iterations=4", "memory.recompute=true", "checkpoint.every=1000"];
-    let kinds: [(&str, &[&str]); 3] = [
-        ("adapters", &["lora={rank=2, alpha=3.0}", "optimizer.generator_learning_rate=3e-2"]),
+    type Kind<'a> = (&'a str, &'a [&'a str], &'a [(&'a str, u32)]);
+    let kinds: [Kind; 3] = [
+        (
+            "adapters",
+            &["lora={rank=2, alpha=3.0}", "optimizer.generator_learning_rate=3e-2"],
+            &[("optimizer", 3), ("parameters", 2), ("parameters", 3)],
+        ),
         (
             "adversarial",
             &[
@@ -287,18 +292,21 @@ fn whatever_the_ranks_divide_among_themselves_they_compute_the_same() {
                 "adversarial.approximate_r1=0.1",
                 &pairs,
             ],
+            &[("gradients", 3), ("parameters", 3)],
         ),
-        ("final-step", &["generator.matching=final-step", "generator.steps=3", "optimizer.clip_norm=0.5"]),
+        (
+            "final-step",
+            &["generator.matching=final-step", "generator.steps=3", "optimizer.clip_norm=0.5"],
+            &[("gradients", 2), ("optimizer", 2), ("parameters", 3)],
+        ),
     ];
-    for (kind, sets) in kinds {
+    for (kind, sets, shards) in kinds {
         let sets = [&base[..], sets].concat();
         let whole = format!("{kind}-whole");
         studio.succeed(&whole, 1, &sets, &[]);
-        for (shard, workers) in
-            [("optimizer", 3), ("gradients", 2), ("gradients", 3), ("parameters", 2), ("parameters", 3)]
-        {
+        for (shard, workers) in shards {
             let (run, shard) = (format!("{kind}-{shard}-{workers}"), format!("memory.shard={shard}"));
-            studio.succeed(&run, workers, &[&sets[..], &[&shard]].concat(), &[]);
+            studio.succeed(&run, *workers, &[&sets[..], &[&shard]].concat(), &[]);
             studio.assert_close(&run, &whole, 4, 1e-4);
         }
     }
