@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::{Error as StoreError, ObjectMeta, ObjectStoreExt, WriteMultipart};
 use serde::{Deserialize, Serialize};
@@ -122,27 +122,11 @@ impl Run {
     /// # Errors
     /// [`Error::Damaged`] when it is missing here, or is not what was written; otherwise the store's error.
     pub async fn confirm_shard(&self, shard: &Shard, e_tag: Option<&str>) -> Result<(), Error> {
-        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
-        let path = self.path(&shard.key);
-        let found = self.head(shard).await?;
-        if found.size != shard.bytes {
-            return Err(damaged(format!("it has {} bytes; {} were written", found.size, shard.bytes)));
-        }
+        let found = self.found(shard).await?;
         if self.root().folder().is_none() && e_tag.is_some() && found.e_tag.as_deref() == e_tag {
             return Ok(());
         }
-        let read = async || {
-            let mut pieces = self.root().store().get(&path).await?.into_stream();
-            let mut hasher = Sha256::new();
-            while let Some(piece) = pieces.try_next().await? {
-                hasher.update(&piece);
-            }
-            Ok(hexadecimal(&hasher.finalize()))
-        };
-        match self.ask("read", &shard.key, shard.bytes, read).await? {
-            found if found == shard.sha256 => Ok(()),
-            found => Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256))),
-        }
+        self.read_shard_in_pieces(shard, |_| {}).await
     }
 
     /// Reads a shard and gives its pieces to `take`, in order; no more than a few are in memory. Its length is checked before, and
@@ -157,7 +141,7 @@ impl Run {
     ) -> Result<(), Error> {
         let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
         let path = self.path(&shard.key);
-        let length = self.length_of(shard).await?;
+        let length = self.found(shard).await?.size;
         let piece = |start: u64| {
             let range = start..length.min(start + PART as u64);
             let path = &path;
@@ -180,45 +164,28 @@ impl Run {
         }
     }
 
-    /// The length of a shard, if it is what was written.
-    async fn length_of(&self, shard: &Shard) -> Result<u64, Error> {
-        match self.head(shard).await? {
-            found if found.size == shard.bytes => Ok(found.size),
-            found => Err(Error::Damaged {
-                place: self.describe(&shard.key),
-                problem: format!("it has {} bytes; {} were written", found.size, shard.bytes),
-            }),
-        }
-    }
-
-    async fn head(&self, shard: &Shard) -> Result<ObjectMeta, Error> {
+    /// What the store says of a shard that has the length that was written.
+    async fn found(&self, shard: &Shard) -> Result<ObjectMeta, Error> {
+        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
         let path = self.path(&shard.key);
         match self.ask("look for", &shard.key, 0, || self.root().store().head(&path)).await {
+            Ok(found) if found.size == shard.bytes => Ok(found),
+            Ok(found) => Err(damaged(format!("it has {} bytes; {} were written", found.size, shard.bytes))),
             Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => {
-                Err(Error::Damaged { place: self.describe(&shard.key), problem: "it is missing".to_owned() })
+                Err(damaged("it is missing".to_owned()))
             }
-            other => other,
+            Err(error) => Err(error),
         }
     }
 
-    /// Reads a shard and checks its length and its checksum.
+    /// Reads a shard whole and checks its length and its checksum.
     ///
     /// # Errors
     /// [`Error::Damaged`] when its content is not what was written, or it is missing; otherwise the store's error.
     pub async fn read_shard(&self, shard: &Shard) -> Result<Bytes, Error> {
-        let damaged = |problem: String| Error::Damaged { place: self.describe(&shard.key), problem };
-        let bytes = self
-            .get_large(&shard.key, shard.bytes)
-            .await?
-            .ok_or_else(|| damaged("it is missing".to_owned()))?;
-        if bytes.len() as u64 != shard.bytes {
-            return Err(damaged(format!("it has {} bytes; {} were written", bytes.len(), shard.bytes)));
-        }
-        let found = sha256(&bytes).await;
-        if found != shard.sha256 {
-            return Err(damaged(format!("its SHA-256 is {found}; {} was written", shard.sha256)));
-        }
-        Ok(bytes)
+        let mut bytes = BytesMut::with_capacity(usize::try_from(shard.bytes).unwrap_or_default());
+        self.read_shard_in_pieces(shard, |piece| bytes.extend_from_slice(piece)).await?;
+        Ok(bytes.freeze())
     }
 
     /// Writes a manifest, create-only, and returns its key: from then on the checkpoint exists.

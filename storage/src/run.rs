@@ -68,14 +68,9 @@ impl Run {
     /// # Errors
     /// The store's error.
     pub async fn get(&self, key: &str) -> Result<Option<Bytes>, Error> {
-        self.get_large(key, 0).await
-    }
-
-    /// [`get`](Self::get) for an object of about this many bytes.
-    pub(crate) async fn get_large(&self, key: &str, bytes: u64) -> Result<Option<Bytes>, Error> {
         let path = self.path(key);
         let read = async || self.root.store().get(&path).await?.bytes().await;
-        match self.ask("read", key, bytes, read).await {
+        match self.ask("read", key, 0, read).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(Error::Store { source: StoreError::NotFound { .. }, .. }) => Ok(None),
             Err(error) => Err(error),
