@@ -270,8 +270,8 @@ fn what_saves_memory_changes_nothing() {
     assert!(relative_difference(&bf16, &plain, "generator/") > 0.0);
 }
 
-/// Each rank holds slices: with every value of `memory.shard`, adapters, an adversarial loss and gradients through several
-/// steps, on 2 and on 3 ranks, of which one has fewer micro-batches than the others.
+/// Adapters, an adversarial loss and gradients through several steps, each with several values of `memory.shard`, on 2 ranks
+/// and on 3, which have unequal numbers of micro-batches.
 #[test]
 fn whatever_the_ranks_divide_among_themselves_they_compute_the_same() {
     let studio = Studio::new("sdxl");

@@ -258,7 +258,8 @@ impl Job {
             weights: generator.parameters().flat().kind(),
             average_on_host: self.spec.memory.offload_ema,
             first_moments: self.recipe.optimizer.first_moments(),
-            gathered: self.recipe.gathered && self.adapted.is_none(),
+            // Adapters are held whole, on a network that is gathered.
+            gathered: self.files.is_some() && self.adapted.is_none(),
         };
         let [fake_score, generator] = [fake_score, generator].map(Start::of);
         let counters = Counters::new(dynamic);

@@ -279,12 +279,10 @@ impl Member<'_> {
         let average =
             self.session.progress.while_waiting(|| transfer::gather_average(&self.trainer.group, state))?;
         let generator = state.generator_ema(average);
-        Ok(match self.job.spec.lora {
-            // The network beneath the adapters is the teacher's.
-            Some(_) => match self.weights_of_teacher()? {
-                Some(weights) => generator.rebased(weights),
-                None => generator,
-            },
+        // The network beneath adapters is the teacher's.
+        let base = if self.job.spec.lora.is_some() { self.weights_of_teacher()? } else { None };
+        Ok(match base {
+            Some(weights) => generator.rebased(weights),
             None => generator,
         })
     }

@@ -84,7 +84,7 @@ impl Networks {
         self.gates_of(network).into_iter().try_for_each(|gate| gate.enter_rest())
     }
 
-    /// After them. Returns how long they waited for weights.
+    /// After them. Returns how long weights were waited for since [`enter`](Self::enter).
     ///
     /// # Errors
     /// A collective failed, also in the micro-batches: their results must not be used.

@@ -87,8 +87,6 @@ pub struct Recipe {
     pub mixed_precision: Option<LowerPrecision>,
     /// Whether each rank holds only its slice of the sum of gradients, where it holds a slice of the state.
     pub sharded_sum: bool,
-    /// Whether the networks' weights are gathered from the ranks' slices while they compute.
-    pub gathered: bool,
 }
 
 impl Recipe {
@@ -105,7 +103,6 @@ impl Recipe {
             optimizer: Optimizer::new(&spec.optimizer),
             mixed_precision,
             sharded_sum: matches!(spec.memory.shard, Shard::Gradients | Shard::Parameters),
-            gathered: spec.memory.shard == Shard::Parameters,
         }
     }
 }
@@ -288,12 +285,10 @@ impl<'a> Trainer<'a> {
         let scale = reduction.scale(self.group.member().world, batch) * loss_scale;
         let last = self.micro_batches.end - 1;
         let mut exposed = Duration::ZERO;
-        let entering = Instant::now();
         if self.networks.are_gathered() {
             faults::point("gathering", iteration, self.rank);
         }
         self.networks.enter(network)?;
-        exposed += entering.elapsed();
         let mut reported = Vec::with_capacity(self.micro_batches.len());
         for index in self.micro_batches.clone() {
             obey_orders()?;
