@@ -77,14 +77,19 @@ fn a_reduction_that_was_cut_short_is_never_applied() {
 }
 
 #[test]
-fn a_rank_that_dies_again_and_again_before_it_works_ends_the_run_with_the_reason() {
+fn a_rank_that_dies_again_and_again_at_one_point_ends_the_run_with_the_reason() {
     let cluster = Cluster::default();
-    let mut command = cluster.unscored("launch", "doomed", 2, &SHORT, &[]);
-    command.env("POTSTILL_FAULT", "die:forward:0:1:");
-    let output = command.output().unwrap();
-    let log = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{log}");
-    assert!(log.contains("times in a row before it completed an iteration"), "{log}");
+    // Before it has ever worked; and each time in the same iteration, with others before it.
+    for (run, workers, fault, point) in [
+        ("at-once", 2, "die:forward:0:1:", "before it completed an iteration"),
+        ("late", 1, "die:stepped:2:0:", "without getting beyond iteration 1"),
+    ] {
+        let mut command = cluster.unscored("launch", run, workers, &SHORT, &[]);
+        let output = command.env("POTSTILL_FAULT", fault).output().unwrap();
+        let log = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains(&format!("died 10 times in a row {point}")), "{log}");
+    }
 }
 
 #[test]

@@ -495,6 +495,15 @@ fn from_an_object_store(studio: &Studio, file: &str, sets: &[&str]) {
     let (succeeded, log) = launch("stored", &model);
     assert!(succeeded, "{log}");
     studio.assert_close("stored", "file", 1, 1e-4);
+    // What the first copy was is kept with the run, and no other one joins it.
+    let kept = std::fs::read_to_string(studio.cluster.run("stored").join("teacher.sha256")).unwrap();
+    assert_eq!(kept.trim().len(), 64);
+    let other = studio.cluster.run("changed");
+    std::fs::create_dir_all(&other).unwrap();
+    std::fs::write(other.join("teacher.sha256"), "0".repeat(64)).unwrap();
+    let (succeeded, log) = launch("changed", &model);
+    let named = [kept.trim(), "on this machine, but 000000", "teacher.sha256"];
+    assert!(!succeeded && named.iter().all(|part| log.contains(part)), "{log}");
     let (succeeded, log) = launch("nowhere", &model.replace("student", "teacher"));
     assert!(!succeeded && log.contains("teacher.safetensors"), "{log}");
     assert!(!studio.cluster.run("nowhere").exists(), "{log}");

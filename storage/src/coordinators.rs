@@ -1,12 +1,10 @@
 //! Where the coordinators of a run are: one object for each that has taken the run over, in their order, and the run's join key.
 
-use std::{fs, io::Write, os::unix::fs::OpenOptionsExt};
-
 use bytes::Bytes;
+use object_store::Error as StoreError;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
-use crate::{Error, Run, journal::Journal, layout};
+use crate::{Error, Run, journal::Journal, layout, new_file};
 
 /// A coordinator, as its object tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,39 +72,17 @@ impl Run {
     /// The store's error.
     pub async fn keep_join_key(&self, key: &str) -> Result<(), Error> {
         let text = Bytes::from(format!("{key}\n"));
-        let written = match self.root().folder() {
-            Some(_) => self.create_secret(layout::JOIN_KEY, &text),
+        let written = match self.local(layout::JOIN_KEY) {
+            Some(file) => new_file::create(&file, &text, new_file::SECRET).map_err(|source| match source {
+                StoreError::AlreadyExists { .. } => Error::AlreadyExists { place: file.display().to_string() },
+                source => Error::Store { operation: "write", place: file.display().to_string(), source },
+            }),
             None => self.create(layout::JOIN_KEY, text).await,
         };
         match written {
             Err(Error::AlreadyExists { .. }) => Ok(()),
             other => other,
         }
-    }
-
-    /// Creates a file that nobody else can read, at once with its whole content.
-    fn create_secret(&self, key: &str, content: &[u8]) -> Result<(), Error> {
-        let place = std::path::PathBuf::from(self.describe(key));
-        let written = || {
-            let folder = place.parent().unwrap_or(&place);
-            fs::create_dir_all(folder)?;
-            let draft = folder.join(format!(".{}", Uuid::new_v4()));
-            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft)?;
-            let linked = file
-                .write_all(content)
-                .and_then(|()| file.sync_all())
-                .and_then(|()| fs::hard_link(&draft, &place));
-            fs::remove_file(&draft)?;
-            linked
-        };
-        written().map_err(|source| match source.kind() {
-            std::io::ErrorKind::AlreadyExists => Error::AlreadyExists { place: place.display().to_string() },
-            _ => Error::Store {
-                operation: "write",
-                place: place.display().to_string(),
-                source: object_store::Error::Generic { store: "LocalFileSystem", source: source.into() },
-            },
-        })
     }
 
     fn unusable(&self, key: &str, problem: impl std::fmt::Display) -> Error {
@@ -116,7 +92,7 @@ impl Run {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::{fs, os::unix::fs::PermissionsExt};
 
     use super::*;
     use crate::Root;

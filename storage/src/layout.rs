@@ -4,6 +4,8 @@
 pub const SPECIFICATION: &str = "run.toml";
 /// The key that lets workers and users in.
 pub const JOIN_KEY: &str = "join.key";
+/// SHA-256 of the teacher, where the coordinator has no copy of it: that of the first worker's copy.
+pub const TEACHER: &str = "teacher.sha256";
 /// The folder of the coordinators' objects.
 pub const COORDINATORS: &str = "coordinators";
 /// The folder of the journal.

@@ -1,9 +1,10 @@
-//! Files that come into being whole, and only where there is none, on file systems without hard links: by a rename that replaces
-//! nothing.
+//! Files that come into being whole, and only where there is none: by a hard link, or on file systems without hard links by a rename
+//! that replaces nothing.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, ErrorKind, Write},
+    os::unix::fs::OpenOptionsExt,
     path::Path,
 };
 
@@ -17,20 +18,24 @@ pub(crate) fn lacks_links(error: &StoreError) -> bool {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>() {
-            // EPERM, ENOSYS, ENOTSUP: file systems differ in how they say so.
-            return matches!(io.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
-                && is_publishing;
+            return is_without_links(io) && is_publishing;
         }
         cause = error.source();
     }
     false
 }
 
-/// Writes a file that must not exist, and syncs it and its folder to disk.
+/// Permissions of a file that others may read, as far as the process's mask lets them.
+pub(crate) const SHARED: u32 = 0o666;
+/// Permissions of a file for this user alone.
+pub(crate) const SECRET: u32 = 0o600;
+
+/// Writes a file that must not exist, with these permissions, and syncs it and its folder to disk.
 ///
 /// # Errors
-/// [`StoreError::AlreadyExists`]; [`StoreError::NotSupported`] where the file system has no rename that replaces nothing.
-pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+/// [`StoreError::AlreadyExists`]; [`StoreError::NotSupported`] where the file system has neither hard links nor a rename that replaces
+/// nothing.
+pub(crate) fn create(path: &Path, bytes: &[u8], permissions: u32) -> Result<(), StoreError> {
     let place = || path.display().to_string();
     let failed = |source: io::Error| StoreError::Generic { store: "LocalFileSystem", source: source.into() };
     let folder = path.parent().unwrap_or(Path::new("/"));
@@ -41,12 +46,15 @@ pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         path.file_name().unwrap_or_default().to_string_lossy(),
         Uuid::new_v4().as_u128() >> 64
     ));
-    let written = File::create_new(&staged)
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(permissions)
+        .open(&staged)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| rename_new(&staged, path));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&staged);
-    }
+        .and_then(|()| publish(&staged, path));
+    // After a rename it is not there.
+    let _ = std::fs::remove_file(&staged);
     match written {
         Ok(()) => File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed),
         Err(source) if source.kind() == ErrorKind::AlreadyExists => {
@@ -62,6 +70,19 @@ pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         }
         Err(source) => Err(failed(source)),
     }
+}
+
+/// Gives a file its name, where no file has it. The file's former name may stay.
+fn publish(staged: &Path, path: &Path) -> io::Result<()> {
+    match std::fs::hard_link(staged, path) {
+        Err(error) if is_without_links(&error) => rename_new(staged, path),
+        other => other,
+    }
+}
+
+/// EPERM, ENOSYS, ENOTSUP: file systems differ in how they say that they have no hard links.
+fn is_without_links(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
 }
 
 #[cfg(target_os = "linux")]
@@ -86,7 +107,7 @@ mod tests {
         let results: Vec<_> = std::thread::scope(|scope| {
             let one = |n: u8| {
                 let path = &path;
-                scope.spawn(move || create(path, &[n; 4096]))
+                scope.spawn(move || create(path, &[n; 4096], SHARED))
             };
             (0..16u8).map(one).collect::<Vec<_>>().into_iter().map(|one| one.join().unwrap()).collect()
         });

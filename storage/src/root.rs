@@ -284,7 +284,7 @@ impl Root {
         match put {
             Err(error) if new_file::lacks_links(&error) => {
                 let file = folder.join(path.as_ref());
-                tokio::task::spawn_blocking(move || new_file::create(&file, &bytes)).await?
+                tokio::task::spawn_blocking(move || new_file::create(&file, &bytes, new_file::SHARED)).await?
             }
             other => other.map(drop),
         }

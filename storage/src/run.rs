@@ -109,6 +109,33 @@ impl Run {
         }
     }
 
+    /// The SHA-256 of the run's teacher, hexadecimal, where a worker has [kept](Self::keep_teacher) it.
+    ///
+    /// # Errors
+    /// The store's error; [`Error::Damaged`] when it is not UTF-8.
+    pub async fn teacher(&self) -> Result<Option<String>, Error> {
+        let Some(bytes) = self.get(layout::TEACHER).await? else { return Ok(None) };
+        let text = String::from_utf8(bytes.into()).map_err(|error| Error::Damaged {
+            place: self.describe(layout::TEACHER),
+            problem: error.to_string(),
+        })?;
+        Ok(Some(text.trim().to_owned()))
+    }
+
+    /// Writes the SHA-256 of a teacher of which the coordinator has no copy, unless the run has one. Returns the run's.
+    ///
+    /// # Errors
+    /// As [`teacher`](Self::teacher).
+    pub async fn keep_teacher(&self, sha256: &str) -> Result<String, Error> {
+        match self.create(layout::TEACHER, format!("{sha256}\n").into()).await {
+            Ok(()) => Ok(sha256.to_owned()),
+            Err(Error::AlreadyExists { place }) => {
+                self.teacher().await?.ok_or(Error::AlreadyExists { place })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Removes an object; a missing one counts as removed.
     ///
     /// # Errors

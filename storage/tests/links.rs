@@ -50,6 +50,9 @@ fn in_folder(folder: &str) {
         let error = run.create("journal/1.json", "two".into()).await.unwrap_err();
         assert!(matches!(error, potstill_storage::Error::AlreadyExists { .. }), "{error}");
         assert_eq!(run.get("journal/1.json").await.unwrap().unwrap(), "one");
+        run.keep_join_key("first").await.unwrap();
+        run.keep_join_key("second").await.unwrap();
+        assert_eq!(run.join_key().await.unwrap().unwrap(), "first");
     });
     println!("without links: checked");
 }

@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     ffi::OsStr,
-    io::{Read, Write},
+    io::Write,
     net::IpAddr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
@@ -31,7 +31,7 @@ use crate::{
     process::{
         cores::{self, Cores},
         device::Choice,
-        environment, network,
+        environment, lifeline, network,
     },
 };
 use potstill_logging::chain;
@@ -39,7 +39,7 @@ use potstill_logging::chain;
 /// A rank that dies more often than this within [`WINDOW`] is not restarted: its failure is permanent.
 const RESTARTS: usize = 20;
 const WINDOW: Duration = Duration::from_secs(60);
-/// Nor one that has died this number of times in a row without completing an iteration, however long each life was.
+/// Nor one that has died this number of times in a row without getting further than an earlier life did, however long each was.
 const FRUITLESS: usize = 10;
 
 /// Exit code of an agent whose ranks have saved and ended because it was asked to stop; they can be started again.
@@ -257,11 +257,12 @@ fn supervise(
     invitation: Option<&str>,
     ranks: &Shared,
 ) -> anyhow::Result<bool> {
+    // The iteration that came last of those that a life of this rank has completed.
+    let mut furthest = None;
     let (mut deaths, mut fruitless) = (VecDeque::new(), 0);
     loop {
-        // The rank's lifeline, through which it tells that it works.
+        // The rank's lifeline, through which it tells how far it has come.
         let (mut own, its) = UnixStream::pair().context("cannot make a socket pair")?;
-        own.set_nonblocking(true).context("its socket")?;
         own.write_all(invitation.unwrap_or_default().as_bytes()).context("its socket")?;
         command.stdin(OwnedFd::from(its));
         let mut child = {
@@ -275,6 +276,7 @@ fn supervise(
         };
         // The command holds its end until it is given another one.
         command.stdin(Stdio::null());
+        let reached = lifeline::last_completed(&own);
         let status = child.wait().context("cannot wait for the rank process")?;
         lock(ranks).living.remove(&slot);
         match status.code() {
@@ -282,12 +284,14 @@ fn supervise(
             Some(code) if code == i32::from(rank::LEFT_IN_FAILURE) => return Ok(false),
             _ => {}
         }
-        let worked = own.read(&mut [0]).is_ok_and(|bytes| bytes > 0);
-        fruitless = if worked { 0 } else { fruitless + 1 };
+        fruitless = if reached > furthest { 0 } else { fruitless + 1 };
+        furthest = reached.max(furthest);
         if fruitless >= FRUITLESS {
-            bail!(
-                "died {fruitless} times in a row before it completed an iteration, last with {status}; it is not restarted"
-            );
+            let point = match furthest {
+                None => "before it completed an iteration".to_owned(),
+                Some(iteration) => format!("without getting beyond iteration {iteration}"),
+            };
+            bail!("died {fruitless} times in a row {point}, last with {status}; it is not restarted");
         }
         let now = Instant::now();
         deaths.push_back(now);

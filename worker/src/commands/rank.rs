@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use potstill_access::{Invitation, Locator, Role, WorkerSecret, address};
 use potstill_proto::{
@@ -16,12 +16,13 @@ use potstill_proto::{
     cursor::{Cursor, Generation},
     message::{FromWorker, Hello, WorkerId},
 };
-use potstill_spec::RunSpec;
+use potstill_spec::{RunSpec, TeacherSpec};
 use potstill_storage::{Root, RunId, layout};
 use tch::Device;
 
 use crate::{
     checkpoint,
+    model::teacher_folder,
     process::device::{self, Choice},
     process::lifeline,
     process::network,
@@ -308,10 +309,30 @@ fn prepare(
     if terms.run_id != run_id.to_string() {
         bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
     }
-    let spec = RunSpec::from_toml(&terms.specification)?;
+    let mut spec = RunSpec::from_toml(&terms.specification)?;
     let run = Root::open_existing(storage)?.run(run_id);
     runtime.block_on(same_storage(&run, terms))?;
+    if spec.teacher.model.is_some() && spec.teacher.sha256.is_none() {
+        spec.teacher.sha256 = runtime.block_on(same_teacher(&run, &spec.teacher))?;
+    }
     Job::load(spec, run, runtime.handle().clone(), device)
+}
+
+/// Checks that this worker's copy of a teacher of which the coordinator has none is the one with which the run was started: the
+/// first worker's. Returns its SHA-256.
+async fn same_teacher(
+    run: &potstill_storage::Run,
+    teacher: &TeacherSpec,
+) -> anyhow::Result<Option<String>> {
+    let Some(found) = teacher_folder(teacher, true)?.digest else { return Ok(None) };
+    let first = run.keep_teacher(&found).await?;
+    ensure!(
+        first == found,
+        "the teacher {teacher} has SHA-256 {found} on this machine, but {first} where the run was started ({}): give this \
+         machine that model, or start another run",
+        run.describe(layout::TEACHER)
+    );
+    Ok(Some(first))
 }
 
 /// Checks that this worker sees the coordinator's storage: its name lies there. File systems on a network may show it late.

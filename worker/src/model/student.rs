@@ -133,7 +133,10 @@ impl Student {
         let specification = run.specification().await?.with_context(|| {
             format!("there is no run {id} in {storage}: {} is missing", run.describe("run.toml"))
         })?;
-        let spec = RunSpec::of_finished_run(&specification)?;
+        let mut spec = RunSpec::of_finished_run(&specification)?;
+        if spec.teacher.sha256.is_none() {
+            spec.teacher.sha256 = run.teacher().await?;
+        }
         let committed = run.checkpoints().await?;
         let iteration = match iteration {
             Some(iteration) => {

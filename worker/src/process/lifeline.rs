@@ -7,9 +7,8 @@
 //! parent through it that it works.
 
 use std::{
-    io::Read,
-    os::fd::AsRawFd,
-    sync::atomic::{AtomicBool, Ordering},
+    io::{ErrorKind, Read},
+    os::{fd::AsRawFd, unix::net::UnixStream},
 };
 
 use nix::sys::socket::{MsgFlags, send};
@@ -43,20 +42,27 @@ pub fn hold() {
     std::thread::spawn(|| {
         let mut byte = [0u8; 1];
         // Any other result than an interruption means that the pipe is closed.
-        while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::Interrupted)
-        {
-        }
+            while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == ErrorKind::Interrupted) {}
         end_now();
     });
 }
 
-/// Tells the agent, once, that this rank has completed an iteration: it can work, whatever ends it later.
-pub fn worked() {
-    static TOLD: AtomicBool = AtomicBool::new(false);
-    if !TOLD.swap(true, Ordering::Relaxed) {
-        // Without an agent stdin is no socket, and this does nothing.
-        let _ = send(std::io::stdin().as_raw_fd(), b".", MsgFlags::MSG_NOSIGNAL);
+/// Tells the agent that this rank has completed the run's iteration with this number.
+pub fn completed(iteration: u64) {
+    // Without an agent stdin is no socket, and this does nothing. An agent that is stopped does not stop its ranks: it misses
+    // some numbers.
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let _ = send(std::io::stdin().as_raw_fd(), &iteration.to_le_bytes(), flags);
+}
+
+/// Waits until the rank at the other end of this connection has ended. Returns the number of the iteration that it completed
+/// last.
+pub fn last_completed(mut rank: &UnixStream) -> Option<u64> {
+    let (mut last, mut number) = (None, [0; 8]);
+    while rank.read_exact(&mut number).is_ok() {
+        last = Some(u64::from_le_bytes(number));
     }
+    last
 }
 
 /// Ends this process at once. Not by exit(), whose handlers may wait for threads that are inside a collective.

@@ -98,7 +98,7 @@ impl Member<'_> {
             fake_score_loss_scale: fake_score.loss_scale,
             generator_loss_scale: generator.loss_scale,
         }));
-        lifeline::worked();
+        lifeline::completed(iteration);
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         faults::point("reported", iteration, self.assignment.rank);
         // Read only now: the iteration is complete and reported, even if the group fails.
