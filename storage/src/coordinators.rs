@@ -74,7 +74,9 @@ impl Run {
         let text = Bytes::from(format!("{key}\n"));
         let written = match self.local(layout::JOIN_KEY) {
             Some(file) => new_file::create(&file, &text, new_file::SECRET).map_err(|source| match source {
-                StoreError::AlreadyExists { .. } => Error::AlreadyExists { place: file.display().to_string() },
+                StoreError::AlreadyExists { .. } => {
+                    Error::AlreadyExists { place: file.display().to_string() }
+                }
                 source => Error::Store { operation: "write", place: file.display().to_string(), source },
             }),
             None => self.create(layout::JOIN_KEY, text).await,

@@ -7,6 +7,7 @@
 //! tells them apart by these.
 
 use potstill_models::Condition;
+use potstill_torch_ext::upload;
 use tch::{Device, Kind, Tensor};
 
 use crate::random::Stream;
@@ -167,7 +168,7 @@ impl RealSamples {
             0 => Condition::None,
             classes => {
                 let labels = self.labels.index_select(0, indices).one_hot(classes);
-                Condition::Class(labels.to_kind(Kind::Float).to_device(device))
+                Condition::Class(upload(&labels.to_kind(Kind::Float), device))
             }
         }
     }
@@ -176,7 +177,7 @@ impl RealSamples {
 impl RealData for RealSamples {
     fn draw(&self, stream: &mut Stream, count: i64, device: Device) -> (Tensor, Condition) {
         let indices = Tensor::from_slice(&stream.integers(count, self.len()));
-        let pixels = self.pixels.index_select(0, &indices).to_device(device).to_kind(Kind::Float);
+        let pixels = upload(&self.pixels.index_select(0, &indices), device).to_kind(Kind::Float);
         (pixels * (2.0 / self.white) - 1.0, self.classes_of(&indices, device))
     }
 

@@ -14,6 +14,7 @@
 
 use std::f64::consts::PI;
 
+use potstill_torch_ext::upload;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::random::Stream;
@@ -183,7 +184,7 @@ impl Transforms {
 
     fn labels(&self, device: Device) -> Tensor {
         let labels: Vec<f64> = self.0.iter().flat_map(Transform::labels).collect();
-        Tensor::from_slice(&labels).view([-1, LABELS]).to_kind(Kind::Float).to_device(device)
+        upload(&Tensor::from_slice(&labels).view([-1, LABELS]).to_kind(Kind::Float), device)
     }
 
     fn flipped(&self, images: &Tensor, dimension: i64, flips: impl Fn(&Transform) -> bool) -> Tensor {
@@ -191,7 +192,7 @@ impl Transforms {
         if !flips.contains(&true) {
             return images.detach();
         }
-        let flips = Tensor::from_slice(&flips).view([-1, 1, 1, 1]).to_device(images.device());
+        let flips = upload(&Tensor::from_slice(&flips).view([-1, 1, 1, 1]), images.device());
         images.flip([dimension]).where_self(&flips, images)
     }
 
@@ -202,12 +203,12 @@ impl Transforms {
             return images.shallow_clone();
         }
         let indices: Vec<i64> = chosen.iter().map(|i| *i as i64).collect();
-        let indices = Tensor::from_slice(&indices).to_device(device);
+        let indices = upload(&Tensor::from_slice(&indices), device);
         let origins: Vec<Affine> = self.0.iter().map(|transform| transform.origin(width, height)).collect();
         let [columns, rows] = Axis::around([width, height], &origins);
         let coordinates: Vec<f64> =
             chosen.iter().flat_map(|i| normalised(&origins[*i], &columns, &rows)).collect();
-        let coordinates = Tensor::from_slice(&coordinates).view([-1, 2, 3]).to_device(device);
+        let coordinates = upload(&Tensor::from_slice(&coordinates).view([-1, 2, 3]), device);
 
         let pixels = images.index_select(0, &indices).to_kind(Kind::Double);
         let fine = rows.doubling(device).matmul(&pixels).matmul(&columns.doubling(device).tr());
@@ -306,7 +307,7 @@ impl Axis {
                 }
             }
         }
-        Tensor::from_slice(&matrix).view([samples as i64, self.side]).to_device(device)
+        upload(&Tensor::from_slice(&matrix).view([samples as i64, self.side]), device)
     }
 
     /// From the result at twice the resolution to its pixels, f64 [side, lattice]: pixel i is at sample 2i + [`PEAK`].
@@ -317,7 +318,7 @@ impl Axis {
             let start = pixel * lattice + 2 * pixel;
             matrix[start..start + FILTER.len()].copy_from_slice(&FILTER);
         }
-        Tensor::from_slice(&matrix).view([self.side, -1]).to_device(device)
+        upload(&Tensor::from_slice(&matrix).view([self.side, -1]), device)
     }
 
     /// From libtorch's coordinate of a sample of the result, which is −1 and 1 at the lattice's edges, half a sample

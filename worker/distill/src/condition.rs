@@ -1,6 +1,7 @@
 //! Conditions of generated samples.
 
 use potstill_models::Condition;
+use potstill_torch_ext::upload;
 use tch::{Device, Kind, Tensor};
 
 use crate::random::Stream;
@@ -24,7 +25,7 @@ impl Conditions for Classes {
             0 => Condition::None,
             classes => {
                 let labels = Tensor::from_slice(&stream.integers(n, classes));
-                Condition::Class(labels.one_hot(classes).to_kind(Kind::Float).to_device(device))
+                Condition::Class(upload(&labels.one_hot(classes).to_kind(Kind::Float), device))
             }
         }
     }

@@ -2,6 +2,7 @@
 //! recorded loop supplies them. The [phases](crate::phase) have no other randomness.
 
 use potstill_models::{Condition, Denoiser};
+use potstill_torch_ext::upload;
 use tch::Tensor;
 
 use crate::{
@@ -119,7 +120,7 @@ impl<'a> NamedStreams<'a> {
                 .iter()
                 .map(|u| f32::from(u8::from(*u >= share)))
                 .collect();
-            Tensor::from_slice(&kept).to_device(self.settings.device).unsqueeze(1)
+            upload(&Tensor::from_slice(&kept), self.settings.device).unsqueeze(1)
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The noise distributions: the distributions of the diffusion time at which scores are learned and compared
 //! (docs/algorithm.md §3).
 
+use potstill_torch_ext::upload;
 use tch::{Device, Kind, Tensor};
 
 use crate::random::Stream;
@@ -56,7 +57,7 @@ impl NoiseDistribution {
                 stream.integers(count, last - first + 1).iter().map(|t| *t as f64).collect()
             }
         };
-        self.times(&numbers).to_device(device)
+        upload(&self.times(&numbers), device)
     }
 
     /// The times for given random numbers, fp32 on the host: numbers from N(0, 1) for the normal distributions, from

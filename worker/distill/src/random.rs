@@ -4,6 +4,7 @@
 //! so a run follows the same trajectory at any world size, and there is no generator state to save. The numbers are drawn
 //! on the host with ChaCha8, whose output is the same on every platform, and copied to the device.
 
+use potstill_torch_ext::upload;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -56,7 +57,7 @@ impl Stream {
             .sample_iter(StandardNormal)
             .take(shape.iter().product::<i64>() as usize)
             .collect();
-        Tensor::from_slice(&numbers).reshape(shape).to_device(self.device)
+        upload(&Tensor::from_slice(&numbers).reshape(shape), self.device)
     }
 
     /// `count` numbers from U[0, 1), fp64.

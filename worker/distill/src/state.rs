@@ -441,8 +441,7 @@ impl State {
     pub fn update_average(&mut self, half_life_images: f64, images_seen: f64, batch: f64) {
         let beta = ema::beta(half_life_images, images_seen, batch);
         for held in &self.held {
-            let master = &held.networks[Network::Generator as usize].master;
-            ema::update(&held.average, &master.to_device(held.average.device()), beta);
+            ema::update(&held.average, &held.networks[Network::Generator as usize].master, beta);
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use potstill_torch_ext::upload;
 use tch::{Kind, Tensor};
 
 /// A forward process and the native prediction of the networks trained on it.
@@ -60,7 +61,7 @@ impl ForwardProcess {
             Self::Edm { .. } => (t.ones_like(), t),
             Self::Ddpm { alphas_cumprod, .. } => {
                 // The roots are taken in fp64: 1 − ᾱ loses digits at small t.
-                let table = Tensor::from_slice(alphas_cumprod).to_device(t.device());
+                let table = upload(&Tensor::from_slice(alphas_cumprod), t.device());
                 let index = time.round().to_kind(Kind::Int64).clamp(0, alphas_cumprod.len() as i64 - 1);
                 let alpha = table.index_select(0, &index.view([-1])).view([-1, 1, 1, 1]);
                 let fp32 = |x: Tensor| x.to_kind(Kind::Float);

@@ -320,10 +320,7 @@ fn prepare(
 
 /// Checks that this worker's copy of a teacher of which the coordinator has none is the one with which the run was started: the
 /// first worker's. Returns its SHA-256.
-async fn same_teacher(
-    run: &potstill_storage::Run,
-    teacher: &TeacherSpec,
-) -> anyhow::Result<Option<String>> {
+async fn same_teacher(run: &potstill_storage::Run, teacher: &TeacherSpec) -> anyhow::Result<Option<String>> {
     let Some(found) = teacher_folder(teacher, true)?.digest else { return Ok(None) };
     let first = run.keep_teacher(&found).await?;
     ensure!(

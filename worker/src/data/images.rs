@@ -103,7 +103,8 @@ pub(super) async fn from_tars(source: &Source, tars: &[String], wanted: Wanted) 
         let file = if tar.is_empty() { source.name() } else { tar };
         for sample in tars::read(bytes).with_context(|| format!("tar {file:?}"))? {
             let Some(image) = sample.image else { continue };
-            match image.and_then(|image| Ok((image, sample.label?))) {
+            let label = if wanted.classes > 0 { sample.label } else { Ok(None) };
+            match image.and_then(|image| Ok((image, label?))) {
                 Ok(((name, _), None)) if wanted.classes > 0 => {
                     collected.tally.broken(format!("{file}: {name}: has no label (.cls, or label in .json)"));
                 }
@@ -271,6 +272,8 @@ mod tests {
             ],
         );
         assert_eq!(labels(&load(&first).unwrap()), [3, 7]);
+        tar(&second, &[("0.png", &png(9)), ("1.png", &png(8)), ("0.json", b"broken"), ("1.seg.json", b"{}")]);
+        assert_eq!(load_for(&second, 0).unwrap().images().size()[0], 2, "labels that are not needed");
         tar(&second, &[("x.png", &png(9)), ("x.cls", b"1")]);
         let both = load(folder.path()).unwrap();
         assert_eq!(labels(&both), [3, 7, 1]);

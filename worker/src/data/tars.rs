@@ -145,8 +145,13 @@ fn follow(links: Vec<Link>, members: &mut Members) -> anyhow::Result<()> {
 
 /// Whether a file of this name is a part of a sample.
 fn belongs(name: &str) -> bool {
-    is_image(name) || ["cls", "txt", "caption", "json"].contains(&extension(name).as_str())
+    is_image(name) || TEXTS.contains(&extension(name).as_str())
 }
+
+/// Endings of a sample's files beside the image.
+const TEXTS: [&str; 4] = ["cls", "txt", "caption", "json"];
+/// Why a file that looks like a part of a sample is none.
+const KEYS: &str = "a key ends at the first dot of a file's name, so a name needs to have no other dot than that of its ending";
 
 /// What comes behind the key's dot, in lower case.
 fn extension(name: &str) -> String {
@@ -159,7 +164,7 @@ fn extension(name: &str) -> String {
 fn sample(files: BTreeMap<String, Vec<u8>>) -> Sample {
     let mut sample = Sample { image: None, label: Ok(None), captions: Ok(vec![]) };
     let (mut images, mut others) = (Vec::new(), Vec::new());
-    let mut description = None;
+    let (mut description, mut stray) = (None, None);
     for (name, content) in files {
         let place = |error: anyhow::Error| format!("{name} {error:#}");
         match extension(&name).as_str() {
@@ -169,6 +174,9 @@ fn sample(files: BTreeMap<String, Vec<u8>>) -> Sample {
             known if FORMATS.contains(&known) => images.push((name, content)),
             // Beside an image there may be others made from it: a mask, depths, a preview.
             _ if is_image(&name) => others.push((name, content)),
+            unknown if unknown.rsplit('.').next().is_some_and(|last| TEXTS.contains(&last)) => {
+                stray = Some(name)
+            }
             _ => {}
         }
     }
@@ -183,12 +191,21 @@ fn sample(files: BTreeMap<String, Vec<u8>>) -> Sample {
         }
         None => {}
     }
+    if let Some(name) = stray {
+        let problem = |what: &str| format!("its image has no {what}, and {name} is not read as one: {KEYS}");
+        if matches!(&sample.captions, Ok(none) if none.is_empty()) {
+            sample.captions = Err(problem("caption"));
+        }
+        if matches!(sample.label, Ok(None)) {
+            sample.label = Err(problem("label"));
+        }
+    }
     let mut images = if images.is_empty() { others } else { images };
     sample.image = match images.len() {
         0 | 1 => images.pop().map(Ok),
         _ => {
             let names: Vec<&str> = images.iter().map(|(name, _)| name.as_str()).collect();
-            Some(Err(format!("there are several images under one key: {}", names.join(", "))))
+            Some(Err(format!("there are several images under one key: {} ({KEYS})", names.join(", "))))
         }
     };
     sample
@@ -281,6 +298,8 @@ mod tests {
             ("0.txt", b"caf\xe9", (None, Some(None))),
             ("0.cls", b"one", (Some(&[]), None)),
             ("0.cls", b"1", (Some(&[]), Some(Some(1)))),
+            ("0.5.txt", b"a", none),
+            ("0.5.bin", b"a", (Some(&[]), Some(None))),
         ] {
             let samples = read_members(&[("0.png", b""), (name, content)]).unwrap();
             let found = samples[0].captions.as_ref().ok();
@@ -292,6 +311,12 @@ mod tests {
         let both =
             read_members(&[("0.png", b""), ("0.txt", b"a"), ("0.json", br#"{"caption": null}"#)]).unwrap();
         assert_eq!(both[0].captions, Ok(vec!["a".to_owned()]));
+        let named = read_members(&[("img_0.5.png", b""), ("img_0.5.txt", b"a")]).unwrap();
+        let problem = named[0].captions.as_ref().unwrap_err();
+        assert!(
+            problem.contains("no caption, and img_0.5.txt is not read") && problem.contains("first dot"),
+            "{problem}"
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@ use potstill_models::{
 };
 use potstill_spec::{PromptsSpec, RunSpec};
 use potstill_storage::digest::hexadecimal;
+use potstill_torch_ext::upload;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
@@ -254,12 +255,12 @@ impl Prompts {
                 pooled: cache.rows("pooled", &distinct),
             },
         };
-        let texts = embedded.map(|x| x.to_device(Device::Cpu).index_select(0, &places).to_device(device));
+        let texts = embedded.map(|x| upload(&x.index_select(0, &upload(&places, x.device())), device));
         let null = match self.null.states.device() == device {
             true => Rc::clone(&self.null),
-            false => Rc::new(self.null.map(|x| x.to_device(device))),
+            false => Rc::new(self.null.map(|x| upload(x, device))),
         };
-        Condition::Text(TextCondition::new(texts, null, sizes.map(|sizes| sizes.to_device(device))))
+        Condition::Text(TextCondition::new(texts, null, sizes.map(|sizes| upload(&sizes, device))))
     }
 }
 

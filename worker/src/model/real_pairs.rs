@@ -10,7 +10,7 @@ use std::{path::Path, rc::Rc};
 use anyhow::Context;
 use potstill_distill::{adversarial::RealData, random::Stream};
 use potstill_models::Condition;
-use potstill_torch_ext::Autocast;
+use potstill_torch_ext::{Autocast, upload};
 use tch::{Device, Tensor, no_grad};
 
 use super::{
@@ -115,9 +115,9 @@ impl RealData for RealPairs {
         let (means, log_variances) = self.moments(&indices);
         let noise = stream.normal(&means.size());
         let latents = self.texts.autoencoder.draw(
-            &means.to_device(device),
-            &log_variances.to_device(device),
-            &noise.to_device(device),
+            &upload(&means, device),
+            &upload(&log_variances, device),
+            &upload(&noise, device),
         );
         (latents, self.texts.prompts.condition_of(&indices, device))
     }

@@ -42,7 +42,7 @@ pub fn hold() {
     std::thread::spawn(|| {
         let mut byte = [0u8; 1];
         // Any other result than an interruption means that the pipe is closed.
-            while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == ErrorKind::Interrupted) {}
+        while matches!(std::io::stdin().read(&mut byte), Err(e) if e.kind() == ErrorKind::Interrupted) {}
         end_now();
     });
 }

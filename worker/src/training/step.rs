@@ -25,7 +25,7 @@ use potstill_proto::{
 };
 use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec, Shard};
 use potstill_torch_ext::{Autocast, LowerPrecision};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{buckets::Shares, interruption::Interruption, networks::Networks, reduction::Reduction};
 use crate::{model::Watched, process::faults, session::Progress, training::transfer};
@@ -111,6 +111,7 @@ impl Recipe {
 #[derive(Default)]
 pub struct Totals {
     /// The complete loss that is back-propagated, without the loss scale.
+    #[cfg_attr(not(test), expect(dead_code, reason = "what is replayed is compared with it"))]
     pub loss: f64,
     /// See [`MicroBatchLoss::score_loss`].
     pub score_loss: f64,
@@ -120,6 +121,35 @@ pub struct Totals {
     pub score_difference: f64,
     /// See [`MicroBatchLoss::dropped`].
     pub dropped: u32,
+}
+
+impl Totals {
+    /// The sums over these micro-batches, which all report the same numbers. They are read from the device together: each reading
+    /// waits until its queue is empty.
+    fn of(batches: &[MicroBatchLoss]) -> Self {
+        let numbers = batches.iter().map(|batch| {
+            let none = batch.loss.zeros_like();
+            let numbers = [
+                &batch.loss,
+                &batch.score_loss,
+                batch.adversarial_loss.as_ref().unwrap_or(&none),
+                batch.score_difference.as_ref().unwrap_or(&none),
+                &batch.dropped,
+            ];
+            Tensor::stack(&numbers.map(|number| number.to_kind(Kind::Double)), 0)
+        });
+        let numbers = Tensor::stack(&numbers.collect::<Vec<_>>(), 0).to_device(Device::Cpu);
+        let sum =
+            |column| (0..batches.len() as i64).map(|row| numbers.double_value(&[row, column])).sum::<f64>();
+        let is_adversarial = batches.iter().any(|batch| batch.adversarial_loss.is_some());
+        Self {
+            loss: sum(0),
+            score_loss: sum(1),
+            adversarial_loss: is_adversarial.then(|| sum(2)),
+            score_difference: sum(3),
+            dropped: sum(4) as u32,
+        }
+    }
 }
 
 /// The result of a phase's micro-batches, before the step.
@@ -316,16 +346,7 @@ impl<'a> Trainer<'a> {
             computed += 1;
         }
         exposed += self.networks.leave(network)?;
-        let mut totals = Totals::default();
-        for batch in reported {
-            totals.loss += batch.loss.double_value(&[]);
-            totals.score_loss += batch.score_loss.double_value(&[]);
-            if let Some(loss) = batch.adversarial_loss {
-                *totals.adversarial_loss.get_or_insert(0.0) += loss.double_value(&[]);
-            }
-            totals.score_difference += batch.score_difference.map_or(0.0, |s| s.double_value(&[]));
-            totals.dropped += batch.dropped.int64_value(&[]) as u32;
-        }
+        let totals = Totals::of(&reported);
         let trained = self.networks.trained(network);
         let (mut slices, waited) = self.progress.while_waiting(|| reduction.finish(trained, computed))?;
         exposed += waited;
@@ -357,6 +378,7 @@ impl<'a> Trainer<'a> {
             let numbers = [sums.squares, sums.non_finite, sums.clipped_squares];
             let sum = Tensor::from_slice(&numbers).to_device(self.group.device());
             self.progress.while_waiting(|| self.group.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
+            let sum = sum.to_device(Device::Cpu);
             let [squares, non_finite, clipped_squares] = [0, 1, 2].map(|index| sum.double_value(&[index]));
             sums = Sums { squares, non_finite, clipped_squares };
         }

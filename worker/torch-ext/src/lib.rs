@@ -28,6 +28,7 @@ mod map;
 mod memory;
 mod recompute;
 pub mod shim;
+mod upload;
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -40,6 +41,7 @@ pub use hooks::{GradientHooks, on_gradients};
 pub use map::MappedFile;
 pub use memory::MemoryMeter;
 pub use recompute::{Block, SharedBlock, recompute};
+pub use upload::upload;
 
 /// Loads libtorch's CUDA half into this process.
 ///
