@@ -8,7 +8,10 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use potstill_tests::{Cluster, Process, binary, lacks, relative_difference, repository, text, tiny_model};
+use nix::sys::signal::Signal;
+use potstill_tests::{
+    Cluster, Process, binary, kill, lacks, relative_difference, repository, text, tiny_model,
+};
 use safetensors::{Dtype, tensor::TensorView};
 
 #[path = "../storage/tests/s3_server/mod.rs"]
@@ -84,11 +87,11 @@ impl Studio {
         text(&output.stderr)
     }
 
-    /// Three ranks, of which one dies at a point of the fourth iteration, end as those of the run `undisturbed` do.
-    fn survive(&self, undisturbed: &str, sets: &[&str], deaths: &[(&str, u32)]) {
+    /// Ranks of which one dies at a point of the fourth iteration end as those of the run `undisturbed` do.
+    fn survive(&self, undisturbed: &str, workers: u32, sets: &[&str], deaths: &[(&str, u32)]) {
         for (at, rank) in deaths {
             let run = format!("{at}-{rank}");
-            let mut command = self.launch(&run, 3, sets, &[]);
+            let mut command = self.launch(&run, workers, sets, &[]);
             let once = self.path(&format!("once-{run}"));
             command.env("POTSTILL_FAULT", format!("die:{at}:3:{rank}:{}", once.display()));
             let output = command.output().unwrap();
@@ -354,7 +357,7 @@ fn a_rank_of_a_sharded_run_dies_and_its_partner_goes_on_with_its_slice() {
         "memory.offload_ema=true",
     ];
     studio.succeed("undisturbed", 3, &sets, &[]);
-    studio.survive("undisturbed", &sets, &[("forward", 0), ("stepped", 1)]);
+    studio.survive("undisturbed", 3, &sets, &[("forward", 0), ("stepped", 1)]);
 }
 
 #[test]
@@ -371,10 +374,46 @@ fn a_rank_of_a_run_whose_weights_are_gathered_may_die_at_any_point_of_an_iterati
     let points = ["gathering", "forward", "backward", "reducing", "reduced", "agreed", "stepped", "reported"];
     // Of three ranks the first has two micro-batches, so that it can die between them.
     let ranks = [1, 2, 0, 1, 2, 0, 1, 2];
-    studio.survive("undisturbed", &sets, &points.into_iter().zip(ranks).collect::<Vec<_>>());
+    studio.survive("undisturbed", 3, &sets, &points.into_iter().zip(ranks).collect::<Vec<_>>());
     // While a checkpoint is written that is never committed.
     let sets = [&sets[..], &["checkpoint.every=3"]].concat();
-    studio.survive("undisturbed", &sets, &[("snapshot", 1), ("copied", 2)]);
+    studio.survive("undisturbed", 3, &sets, &[("snapshot", 1), ("copied", 2)]);
+}
+
+/// Two groups of two, each of which holds all slices, with each value of `memory.shard`.
+#[test]
+fn groups_that_each_hold_the_state_compute_the_same_and_one_of_them_may_die() {
+    let studio = Studio::new("sd15");
+    let base = ["memory.recompute=true", "optimizer.clip_norm=0.5", "checkpoint.every=1000"];
+    let (short, long) = ("distillation.iterations=6", "distillation.iterations=20");
+    let groups = |iterations, shard| [&base[..], &["memory.shard_group=2", iterations, shard]].concat();
+    studio.succeed("whole", 1, &[&base[..], &[short]].concat(), &[]);
+    for shard in ["optimizer", "gradients", "parameters"] {
+        let setting = format!("memory.shard={shard}");
+        studio.succeed(shard, 4, &[&groups(short, "memory.recompute=true")[..], &[&setting]].concat(), &[]);
+        studio.assert_close(shard, "whole", 6, 1e-4);
+    }
+    let parameters = "memory.shard=parameters";
+    let deaths = [("reduced", 3), ("agreed", 0), ("stepped", 1)];
+    studio.survive("parameters", 4, &groups(short, parameters), &deaths);
+    // Three ranks are one group.
+    studio.succeed("parameters", 3, &groups(long, parameters), &["--resume"]);
+    studio.succeed("long", 1, &[&base[..], &[long]].concat(), &[]);
+    studio.assert_close("parameters", "long", 20, 1e-4);
+    // All ranks of one group at once: the other group has every slice.
+    let mut launched = Process::start(studio.launch("halved", 4, &groups(long, parameters), &[]));
+    launched.until(&["images/s"]);
+    let status = studio.cluster.about("status", "halved").arg("--json").output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    for member in status["members"].as_array().unwrap() {
+        if [2, 3].contains(&member["rank"].as_u64().unwrap()) {
+            kill(i32::try_from(member["pid"].as_u64().unwrap()).unwrap(), Signal::SIGKILL);
+        }
+    }
+    let (code, log) = launched.end();
+    assert!(code == Some(0) && log.contains("generation=2"), "{log}");
+    assert_eq!(studio.cluster.summary("halved")["repeated_iterations"], 0, "{log}");
+    studio.assert_close("halved", "long", 20, 1e-4);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Reports that the coordinator only records ([`wire::StepReport`]) keep their wire type: all their fields are plain
 //! data.
 
-use std::fmt;
+use std::{fmt, num::NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
@@ -240,6 +240,37 @@ pub struct Assignment {
     pub start: Cursor,
     /// The ranks that it shares slices of the state with, where each rank holds a slice and there is more than one.
     pub partners: Option<Partners>,
+    /// Its place in the groups of ranks that each hold all slices of the state, where there are several. Then it has no
+    /// partners.
+    pub replica: Option<Replica>,
+}
+
+/// A place in one of several groups of ranks that each hold all slices of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// The number of the group, from 0.
+    pub number: u32,
+    /// The slice that the rank holds, from 0.
+    pub slice: u32,
+    /// The number of slices: that of the ranks of each group.
+    pub slices: u32,
+}
+
+impl Replica {
+    /// How many groups of equal size, of at least `smallest`, this many ranks form at most.
+    #[must_use]
+    pub fn count(ranks: u32, smallest: NonZeroU32) -> u32 {
+        (1..=ranks / smallest).rev().find(|groups| ranks.is_multiple_of(*groups)).unwrap_or(1)
+    }
+
+    /// Whether a rank of this many can have this place.
+    fn fits(self, world_size: u32) -> bool {
+        let Self { number, slice, slices } = self;
+        slice < slices
+            && world_size.is_multiple_of(slices)
+            && number < world_size / slices
+            && slices < world_size
+    }
 }
 
 /// Each slice of a state has two holders: the rank that owns it, and a partner that makes the same steps.
@@ -597,6 +628,11 @@ impl From<ToWorker> for wire::CoordinatorMessage {
                 partners: a
                     .partners
                     .map(|Partners { copies, copied_by }| wire::Partners { copies, copied_by }),
+                replica: a.replica.map(|Replica { number, slice, slices }| wire::Replica {
+                    number,
+                    slice,
+                    slices,
+                }),
             }),
             ToWorker::Abandon { generation, reason } => {
                 Kind::Abandon(wire::Abandon { generation: generation.0, reason })
@@ -658,6 +694,16 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     let problem = format!("rank {} of {} has {partners:?}", m.rank, m.world_size);
                     return malformed("Assignment", problem);
                 }
+                let replica = m.replica.map(|wire::Replica { number, slice, slices }| Replica {
+                    number,
+                    slice,
+                    slices,
+                });
+                if replica.is_some_and(|replica| partners.is_some() || !replica.fits(m.world_size)) {
+                    let problem =
+                        format!("rank {} of {} has {partners:?} and {replica:?}", m.rank, m.world_size);
+                    return malformed("Assignment", problem);
+                }
                 ToWorker::Assignment(Assignment {
                     generation: Generation(m.generation),
                     rank: m.rank,
@@ -668,6 +714,7 @@ impl TryFrom<wire::CoordinatorMessage> for ToWorker {
                     existing: Existing { evaluated: m.evaluated, saved: m.saved },
                     start: cursor("Assignment", m.start)?,
                     partners,
+                    replica,
                 })
             }
             Kind::Abandon(m) => ToWorker::Abandon { generation: Generation(m.generation), reason: m.reason },
@@ -740,8 +787,28 @@ mod tests {
                 existing: Existing { evaluated: Some(0), saved: Some(4) },
                 start: Cursor { iteration: 3, phase: Phase::Generator },
                 partners: Some(Partners { copies: 0, copied_by: 0 }),
+                replica: None,
             });
-            assert_eq!(ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())), Ok(message));
+            assert_eq!(
+                ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())),
+                Ok(message.clone())
+            );
+            let ToWorker::Assignment(assignment) = message else { unreachable!() };
+            let placed = |replica| {
+                let assignment = Assignment {
+                    world_size: 4,
+                    partners: None,
+                    replica: Some(replica),
+                    ..assignment.clone()
+                };
+                let message = ToWorker::Assignment(assignment);
+                ToWorker::try_from(wire::CoordinatorMessage::from(message.clone())) == Ok(message)
+            };
+            assert!(placed(Replica { number: 1, slice: 0, slices: 2 }));
+            for wrong in [(2, 0, 2), (0, 2, 2), (0, 0, 3), (0, 0, 4), (0, 0, 0)] {
+                let (number, slice, slices) = wrong;
+                assert!(!placed(Replica { number, slice, slices }), "{wrong:?}");
+            }
         }
         for what in
             [Request::Checkpoint, Request::CheckpointAndStop, Request::Yield, Request::CheckpointAndYield]

@@ -1,5 +1,7 @@
 //! `[memory]`: options that save memory on the devices.
 
+use std::num::NonZeroU32;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +35,10 @@ pub struct MemorySpec {
     pub recompute: bool,
     /// What the ranks divide among themselves instead of holding it whole.
     pub shard: Shard,
+    /// Ranks that hold all slices together, at least: as many as a machine has. Where the ranks can form several groups of
+    /// equal size, slices are exchanged within each, only sums of gradients between them, and each group is another's copy
+    /// (hybrid sharding, 2304.11277). Without it, all ranks are one group.
+    pub shard_group: Option<NonZeroU32>,
     /// G_ema is kept in the host's memory.
     pub offload_ema: bool,
 }
@@ -53,6 +59,12 @@ impl MemorySpec {
             "memory.shard = \"parameters\" gathers the weights of the blocks that are computed again: set memory.recompute = true \
              (text-to-image models), or memory.shard = \"gradients\""
                 .into()
+        });
+        problems.require(self.shard_group.is_none() || self.is_sharded(), || {
+            "memory.shard_group divides the ranks that memory.shard divides the state among: set memory.shard too".into()
+        });
+        problems.require(self.shard_group.is_none_or(|ranks| ranks.get() > 1), || {
+            "memory.shard_group = 1 divides nothing: set memory.shard = \"none\"".into()
         });
         problems.require(!self.recompute || reads, || "memory.recompute is for text-to-image models".into());
     }

@@ -1,10 +1,10 @@
 //! Which worker gets which rank in a generation, and where its state comes from.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, num::NonZeroU32};
 
 use potstill_proto::{
     cursor::{Cursor, Generation},
-    message::{Assignment, Existing, Partners, Source},
+    message::{Assignment, Existing, Partners, Replica, Source},
     micro_batches::MicroBatches,
 };
 
@@ -20,6 +20,27 @@ pub struct Start {
     pub exact: bool,
 }
 
+/// How the ranks of a generation divide the state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Division {
+    /// Every rank holds all of it.
+    #[default]
+    Whole,
+    /// Each rank holds a slice of its own, and a copy of another rank's.
+    Slices,
+    /// Groups of at least this many ranks each hold all slices, if the ranks can form several of equal size; otherwise as
+    /// [`Slices`](Self::Slices).
+    SlicesInGroups(NonZeroU32),
+}
+
+impl Division {
+    /// Whether each rank holds a slice.
+    #[must_use]
+    pub fn is_sliced(self) -> bool {
+        self != Self::Whole
+    }
+}
+
 /// A generation before it is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -31,6 +52,32 @@ pub struct Plan {
     pub start: Start,
     /// Each rank's partners; empty where there is nothing to share.
     pub partners: Vec<Partners>,
+    /// Each rank's place in groups that hold all slices; empty where there are not several.
+    pub replicas: Vec<Replica>,
+}
+
+/// The ranks by their hosts, one host after the other.
+fn by_host(hosts: &[&str]) -> Vec<usize> {
+    let mut ranks: Vec<usize> = (0..hosts.len()).collect();
+    ranks.sort_by_key(|rank| hosts[*rank]);
+    ranks
+}
+
+/// Places of ranks on these hosts in groups of at least `smallest`: the ranks of a host are in the same group, as far as group
+/// and host are equally large. Empty where there is only one group.
+#[must_use]
+pub fn replicas(hosts: &[&str], smallest: NonZeroU32) -> Vec<Replica> {
+    let ranks = u32::try_from(hosts.len()).unwrap_or(u32::MAX);
+    let groups = Replica::count(ranks, smallest);
+    if groups < 2 {
+        return vec![];
+    }
+    let slices = ranks / groups;
+    let mut replicas = vec![Replica { number: 0, slice: 0, slices }; hosts.len()];
+    for (place, rank) in (0..).zip(by_host(hosts)) {
+        replicas[rank] = Replica { number: place / slices, slice: place % slices, slices };
+    }
+    replicas
 }
 
 /// Partners of ranks on these hosts: each slice is copied to a rank on another host, as far as no host has more than half
@@ -42,8 +89,7 @@ pub fn partners(hosts: &[&str]) -> Vec<Partners> {
         return vec![];
     }
     // Hosts one after the other: the rank that is as far behind as the largest host has ranks is on another one.
-    let mut by_host: Vec<usize> = (0..world).collect();
-    by_host.sort_by_key(|rank| hosts[*rank]);
+    let by_host = by_host(hosts);
     let largest = by_host.chunk_by(|a, b| hosts[*a] == hosts[*b]).map(<[usize]>::len).max().unwrap_or(1);
     let shift = if largest < world { largest } else { 1 };
     let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
@@ -58,16 +104,20 @@ pub fn partners(hosts: &[&str]) -> Vec<Partners> {
 
 /// Chooses at most `max_workers` of the members that can be given a place. The order of ranks: first the members that
 /// had a rank, by that rank; then those that hold the furthest state; then all others by id. The state is that of the
-/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it. `sliced`:
-/// whether each rank holds a slice of the state.
+/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it.
 #[must_use]
-pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckpoint>, sliced: bool) -> Plan {
+pub fn plan(
+    members: &Members,
+    max_workers: u32,
+    newest: Option<&CommittedCheckpoint>,
+    division: Division,
+) -> Plan {
     let mut candidates: Vec<_> = members
         .eligible()
         .map(|(stream, m)| (m.place.map_or(u32::MAX, |p| p.rank), Reverse(m.held), m.id(), stream))
         .collect();
     let most = max_workers as usize;
-    if sliced && candidates.len() > most {
+    if division.is_sliced() && candidates.len() > most {
         // All that hold slices of the furthest state are needed. Of a rank of the newest generation that has not said yet
         // what it holds it is assumed that it does.
         let newest =
@@ -108,11 +158,16 @@ pub fn plan(members: &Members, max_workers: u32, newest: Option<&CommittedCheckp
     };
     let ranks: Vec<StreamId> = candidates.into_iter().map(|c| c.3).collect();
     let host = |stream: &StreamId| members.get(*stream).map_or("", |member| member.hello.host.as_str());
-    let partners = match sliced {
-        true => partners(&ranks.iter().map(host).collect::<Vec<_>>()),
+    let hosts: Vec<&str> = ranks.iter().map(host).collect();
+    let replicas = match division {
+        Division::SlicesInGroups(smallest) => replicas(&hosts, smallest),
+        _ => vec![],
+    };
+    let partners = match division.is_sliced() && replicas.is_empty() {
+        true => partners(&hosts),
         false => vec![],
     };
-    Plan { ranks, source, start, partners }
+    Plan { ranks, source, start, partners, replicas }
 }
 
 impl Plan {
@@ -142,6 +197,7 @@ impl Plan {
                 existing,
                 start: self.start.cursor,
                 partners: self.partners.get(rank as usize).copied(),
+                replica: self.replicas.get(rank as usize).copied(),
             };
             (*stream, assignment)
         })
@@ -187,14 +243,14 @@ mod tests {
             ("z", Some(1), Some(4)),
             ("y", Some(3), Some(4)),
         ]);
-        assert_eq!(names(&members, &plan(&members, 5, None, false)), ["z", "y", "b", "c", "d"]);
-        assert_eq!(names(&members, &plan(&members, 3, None, false)), ["z", "y", "b"]);
+        assert_eq!(names(&members, &plan(&members, 5, None, Division::Whole)), ["z", "y", "b", "c", "d"]);
+        assert_eq!(names(&members, &plan(&members, 3, None, Division::Whole)), ["z", "y", "b"]);
     }
 
     #[test]
     fn one_that_holds_the_furthest_state_always_has_a_place() {
         let members = members(&[("a", Some(0), Some(1)), ("b", Some(1), None), ("c", None, Some(5))]);
-        let plan = plan(&members, 2, None, false);
+        let plan = plan(&members, 2, None, Division::Whole);
         assert_eq!(
             (names(&members, &plan), plan.source),
             (vec!["a".into(), "c".into()], Source::Peer { rank: 1 })
@@ -205,7 +261,7 @@ mod tests {
     fn the_state_comes_from_the_furthest_the_newest_checkpoint_or_the_teacher() {
         let source = |members: &Members, newest: Option<u64>| {
             let newest = newest.map(checkpoint);
-            let plan = plan(members, 8, newest.as_ref(), false);
+            let plan = plan(members, 8, newest.as_ref(), Division::Whole);
             (plan.source, plan.start.cursor.iteration, plan.start.exact)
         };
         let none = members(&[("a", None, None), ("b", None, None)]);
@@ -221,13 +277,13 @@ mod tests {
     fn a_phase_counts_as_further() {
         let mut members = members(&[("a", Some(0), Some(6)), ("b", Some(1), None)]);
         members.get_mut(StreamId(1)).unwrap().hold(Cursor { iteration: 6, phase: Phase::Generator });
-        assert_eq!(plan(&members, 2, None, false).source, Source::Peer { rank: 1 });
+        assert_eq!(plan(&members, 2, None, Division::Whole).source, Source::Peer { rank: 1 });
     }
 
     #[test]
     fn assignments_share_the_micro_batches() {
         let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
-        let plan = plan(&members, 2, None, false);
+        let plan = plan(&members, 2, None, Division::Whole);
         let assigned: Vec<_> = plan.assignments(Generation(4), 5, true, Existing::default()).collect();
         let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
@@ -260,6 +316,31 @@ mod tests {
     }
 
     #[test]
+    fn groups_are_equal_and_those_of_hosts_where_they_can_be() {
+        let smallest = |ranks| NonZeroU32::new(ranks).unwrap();
+        for (ranks, size, expected) in [
+            (8, 4, 2),
+            (8, 8, 1),
+            (7, 4, 1),
+            (12, 4, 3),
+            (10, 4, 2),
+            (9, 2, 3),
+            (4, 1, 4),
+            (3, 5, 1),
+            (1, 1, 1),
+        ] {
+            assert_eq!(Replica::count(ranks, smallest(size)), expected, "{ranks} in groups of {size}");
+        }
+        let places = |hosts: &[&str], size| -> Vec<_> {
+            let replicas = replicas(hosts, smallest(size));
+            replicas.iter().map(|of| (of.number, of.slice)).collect()
+        };
+        assert_eq!(places(&["b", "a", "a", "b"], 2), [(1, 0), (0, 0), (0, 1), (1, 1)]);
+        assert_eq!(places(&["a", "a", "b"], 2), []);
+        assert_eq!(places(&["a", "a", "a", "b"], 2), [(0, 0), (0, 1), (1, 0), (1, 1)]);
+    }
+
+    #[test]
     fn all_that_hold_slices_of_the_furthest_state_come_before_others_with_a_rank() {
         let members = members(&[
             ("a", Some(0), Some(1)),
@@ -267,9 +348,9 @@ mod tests {
             ("c", Some(3), Some(5)),
             ("d", Some(2), Some(5)),
         ]);
-        assert_eq!(names(&members, &plan(&members, 2, None, false)), ["a", "d"]);
-        assert_eq!(names(&members, &plan(&members, 2, None, true)), ["d", "c"]);
-        assert_eq!(names(&members, &plan(&members, 3, None, true)), ["a", "d", "c"]);
+        assert_eq!(names(&members, &plan(&members, 2, None, Division::Whole)), ["a", "d"]);
+        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["d", "c"]);
+        assert_eq!(names(&members, &plan(&members, 3, None, Division::Slices)), ["a", "d", "c"]);
     }
 
     #[test]
@@ -282,6 +363,6 @@ mod tests {
         ]);
         let place = Place { generation: Generation(2), rank: 2 };
         members.get_mut(StreamId(2)).unwrap().place = Some(place);
-        assert_eq!(names(&members, &plan(&members, 2, None, true)), ["old", "silent"]);
+        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["old", "silent"]);
     }
 }

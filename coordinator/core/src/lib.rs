@@ -7,7 +7,11 @@
 //! ```
 //! use std::time::Duration;
 //!
-//! use potstill_core::{Action, Core, Event, Setup, Tick, terms::{Terms, Timeouts}};
+//! use potstill_core::{
+//!     Action, Core, Event, Setup, Tick,
+//!     assignment::Division,
+//!     terms::{Terms, Timeouts},
+//! };
 //!
 //! let mut core = Core::new(Setup {
 //!     coordinator: "c1".into(),
@@ -23,7 +27,7 @@
 //!         timeouts: Timeouts::new(Duration::from_secs(10), Duration::from_secs(300)),
 //!         scored: false,
 //!         collapse_share: 0.25,
-//!         sliced: false,
+//!         division: Division::Whole,
 //!         stop_after_failures: None,
 //!         straggler_factor: 1.5,
 //!         replace_stragglers: false,

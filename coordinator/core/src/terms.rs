@@ -2,6 +2,8 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
+use crate::assignment::Division;
+
 /// The terms of a run, validated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Terms {
@@ -15,8 +17,8 @@ pub struct Terms {
     pub min_workers: u32,
     /// Workers beyond this number are standby.
     pub max_workers: u32,
-    /// Whether each rank holds a slice of the state, and a copy of one other rank's slice.
-    pub sliced: bool,
+    /// How the ranks divide the state.
+    pub division: Division,
     /// The run's timeouts.
     pub timeouts: Timeouts,
     /// Whether the teacher and the student are scored.

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use potstill_access::{AccessError, Fingerprint, JoinKey, Locator, Role};
 use potstill_core::{
     Setup,
+    assignment::Division,
     ledger::CommittedCheckpoint,
     observation::Outcome,
     record::Record,
@@ -174,7 +175,11 @@ pub fn terms(spec: &RunSpec) -> Terms {
         timeouts: Timeouts::new(spec.cluster.failure_timeout, spec.cluster.wait_timeout),
         scored: spec.evaluation.features.is_some(),
         collapse_share: spec.evaluation.collapse_share,
-        sliced: spec.memory.is_sharded(),
+        division: match (spec.memory.is_sharded(), spec.memory.shard_group) {
+            (false, _) => Division::Whole,
+            (true, None) => Division::Slices,
+            (true, Some(smallest)) => Division::SlicesInGroups(smallest),
+        },
         stop_after_failures: spec.checkpoint.stop_after_failures,
         straggler_factor: spec.cluster.straggler_factor,
         replace_stragglers: spec.cluster.replace_stragglers,

@@ -1,8 +1,11 @@
 //! The shape of a world.
 
-use std::time::Duration;
+use std::{num::NonZeroU32, time::Duration};
 
-use potstill_core::terms::{Terms, Timeouts};
+use potstill_core::{
+    assignment::Division,
+    terms::{Terms, Timeouts},
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -75,6 +78,8 @@ pub struct Scenario {
     pub cut_off: usize,
     /// Whether each rank holds a slice of the state, and a copy of one other rank's.
     pub sliced: bool,
+    /// Ranks of a group that holds all slices, at least, where there may be several groups.
+    pub shard_group: Option<NonZeroU32>,
     /// Machines of one host.
     pub per_host: usize,
     /// With fewer workers than this the run waits.
@@ -118,6 +123,7 @@ impl Scenario {
             blind: 0,
             cut_off: 0,
             sliced: false,
+            shard_group: None,
             per_host: 1,
             min_workers,
             max_workers,
@@ -186,6 +192,8 @@ impl Scenario {
         let cut_off = usize::from(rng.random_bool(0.3) && min_workers > 1 && blind == 0);
         let sliced = rng.random_bool(0.25);
         let per_host = 1 + seed.0 as usize % 3;
+        // Not drawn, so that each seed's world stays what it was in all else.
+        let shard_group = NonZeroU32::new([0, 2, 3, 2][seed.0 as usize / 3 % 4]).filter(|_| sliced);
         let phase = *[(5, 20), (20, 60), (40, 300)].get(rng.random_range(0..3)).unwrap_or(&(20, 60));
         Self {
             iterations: rng.random_range(4..=30),
@@ -200,6 +208,7 @@ impl Scenario {
             blind,
             cut_off,
             sliced,
+            shard_group,
             per_host,
             ..Self::calm(min_workers, max_workers, spares)
         }
@@ -238,7 +247,11 @@ impl Scenario {
             ),
             scored: false,
             collapse_share: 0.0,
-            sliced: self.sliced,
+            division: match self.shard_group {
+                Some(smallest) => Division::SlicesInGroups(smallest),
+                None if self.sliced => Division::Slices,
+                None => Division::Whole,
+            },
             stop_after_failures: None,
             straggler_factor: 1.5,
             replace_stragglers: true,

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
-use potstill_distill::state::{FIRST_MOMENTS, GENERATOR_EMA, Part, State};
+use potstill_distill::state::{FIRST_MOMENTS, GENERATOR_EMA, Part, Slice, State};
 use potstill_models::{Denoiser, Entry};
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
@@ -126,16 +126,28 @@ impl Save {
 
 impl Share {
     /// The share of `rank`: the tensors that only it holds, and of those that every rank holds a contiguous run, so
-    /// that the shares are as equal in bytes as tensor boundaries allow.
-    pub fn of(state: &State, iteration: u64, rank: u32, world_size: u32, staging: Staging) -> Self {
+    /// that the shares are as equal in bytes as tensor boundaries allow. Of a slice that several `replicas` of the state have,
+    /// each rank has a part.
+    pub fn of(
+        state: &State,
+        iteration: u64,
+        (rank, world_size): (u32, u32),
+        replica: Slice,
+        staging: Staging,
+    ) -> Self {
         let parts = state.parts();
         let replicated = || parts.iter().filter(|part| part.replicated);
         let total: i64 = replicated().flat_map(|part| part.entries).map(Entry::numel).sum();
         let (mut before, mut pieces) = (0i64, Vec::new());
+        let own = |part: &Part<'_>| {
+            let held = part.held();
+            let range = if part.replicated { Slice::WHOLE } else { replica }.range(held.end - held.start);
+            held.start + range.start..held.start + range.end
+        };
         for part in &parts {
             for entry in part.entries {
                 let whole = entry.offset..entry.offset + entry.numel();
-                let held = overlap(&whole, &part.held());
+                let held = overlap(&whole, &own(part));
                 let mine = if part.replicated {
                     // The rank in whose range of the bytes this tensor begins.
                     let owner = before * i64::from(world_size) / total;
@@ -285,7 +297,7 @@ pub async fn rescue(
         Err(potstill_storage::Error::AlreadyExists { .. }) => return Ok(None),
         other => other?,
     }
-    let bytes = Share::of(state, cursor.iteration, 0, 1, Staging::default()).serialise()?;
+    let bytes = Share::of(state, cursor.iteration, (0, 1), Slice::WHOLE, Staging::default()).serialise()?;
     let attempt = format!("rescue-{}", generation.store_prefix());
     let key = layout::shard_key(cursor.iteration, &attempt, 0, 1);
     let Written { shard, .. } = run.write_shard(&key, 0, bytes).await?;

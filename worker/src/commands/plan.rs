@@ -7,6 +7,7 @@ use clap::Args;
 use potstill_distill::state::Slice;
 use potstill_logging::print;
 use potstill_models::diffusers::{Kept, ModelFolder, Pass, UNetConfig};
+use potstill_proto::message::Replica;
 use potstill_spec::{AdversarialSpec, Matching, Precision, RunSpec, Shard};
 use serde::Serialize;
 
@@ -134,14 +135,12 @@ impl Plan {
             Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4),
             None => (size, kind),
         };
-        let shared = memory.is_sharded() && workers > 1;
-        let part = |numel| match shared {
-            true => Slice { rank: 0, world: workers as usize }.width(numel),
-            false => numel,
-        };
+        let (slices, replicas) = divided(spec, workers);
+        let shared = slices > 1;
+        let part = |numel| Slice { rank: 0, world: slices as usize }.width(numel);
         let slice = part(trained);
         // The copy of another rank's slice, whose master weights are never views of the weights.
-        let copy = if shared { slice } else { 0 };
+        let copy = if shared && replicas == 1 { slice } else { 0 };
         let held = slice + copy;
         let low = trained_kind < 4;
         let gathered = memory.shard == Shard::Parameters;
@@ -216,6 +215,15 @@ impl Plan {
     }
 }
 
+/// The number of slices of the state that this many ranks make, and how many ranks hold each as its owner.
+fn divided(spec: &RunSpec, workers: u32) -> (u32, u32) {
+    if !spec.memory.is_sharded() {
+        return (1, workers);
+    }
+    let replicas = spec.memory.shard_group.map_or(1, |smallest| Replica::count(workers, smallest));
+    (workers / replicas, replicas)
+}
+
 fn bytes_of(elements: i64) -> u64 {
     u64::try_from(elements).unwrap_or(0)
 }
@@ -272,23 +280,36 @@ fn activations(spec: &RunSpec, model: &Sizes) -> i64 {
     kind * generator_phase.max(fake_phase) + casts
 }
 
+/// Bytes that a rank sends in an iteration.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    all: u64,
+    /// Of these, to ranks of other groups.
+    between: u64,
+}
+
 /// Bytes that each of `workers` ranks sends in an iteration, with ring algorithms. Checkpoints, evaluations and the norms of
 /// gradients are left out.
-fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<u64> {
+fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Sent> {
     let (size, distillation) = (model.size, &spec.distillation);
     let kind = if spec.memory.bf16_weights { 2.0 } else { 4.0 };
     let (trained, trained_kind) = match &spec.lora {
         Some(lora) => (model.unet.lora_size(&adapters::described(lora))?, 4.0),
         None => (size, kind),
     };
-    let world = f64::from(workers);
-    // What passes through a rank of a vector that is reduced to all ranks' slices, or gathered from them.
-    let through = |bytes: f64| bytes * (world - 1.0) / world;
+    let (slices, replicas) = divided(spec, workers);
+    // What passes through one of `ranks` of a vector that is reduced to all their slices, or gathered from them.
+    let share = |bytes: f64, ranks: u32| bytes * f64::from(ranks - 1) / f64::from(ranks);
+    let world = if spec.memory.is_sharded() { slices } else { workers };
+    let through = |bytes: f64| share(bytes, world);
     let micro_batches = distillation.global_batch.div_ceil(distillation.micro_batch);
     let rounds = f64::from(micro_batches.div_ceil(workers));
     let reduced = through(4.0 * trained as f64);
     // A slice to the rank that holds its copy.
-    let copied = if workers > 1 { 4.0 * trained as f64 / world } else { 0.0 };
+    let slice = 4.0 * trained as f64 / f64::from(world);
+    let copied = if workers > 1 && replicas == 1 { slice } else { 0.0 };
+    // A slice's gradient is reduced over the replicas, to all of them.
+    let between = if spec.memory.is_sharded() { 2.0 * share(slice, replicas) } else { 0.0 };
     let gathered = through(trained_kind * trained as f64);
     let each = match spec.memory.shard {
         Shard::None => 2.0 * reduced,
@@ -300,7 +321,7 @@ fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<u64> {
         Shard::Parameters => rounds * passes(spec) * through(kind * size as f64),
         _ => 0.0,
     };
-    Ok((2.0 * each + passes) as u64)
+    Ok(Sent { all: (2.0 * (each + between) + passes) as u64, between: (2.0 * between) as u64 })
 }
 
 /// Forward and backward passes through a network in the micro-batches of both phases, on average. One through the encoder alone
@@ -346,7 +367,17 @@ fn shardings(
         spec.memory.shard = shard;
         let needed = |workers| Ok::<_, anyhow::Error>(Plan::new(&spec, model, workers)?.needed());
         let fits = |workers| Ok::<_, anyhow::Error>(needed(workers)? <= device_memory);
-        let fewest_workers = if fits(1)? {
+        let fewest_workers = if let (Some(group), true) = (spec.memory.shard_group, spec.memory.is_sharded())
+        {
+            // More ranks need less of each only until there are several groups, whose sizes repeat.
+            let mut found = None;
+            for workers in (1..=MOST_WORKERS.min(4 * group.get())).rev() {
+                if fits(workers)? {
+                    found = Some(workers);
+                }
+            }
+            found
+        } else if fits(1)? {
             Some(1)
         } else if fits(MOST_WORKERS)? {
             // From two ranks on, each more needs less of each.
@@ -359,7 +390,12 @@ fn shardings(
         } else {
             None
         };
-        Ok(Sharding { shard, needed: needed(workers)?, sent: sent(&spec, model, workers)?, fewest_workers })
+        Ok(Sharding {
+            shard,
+            needed: needed(workers)?,
+            sent: sent(&spec, model, workers)?.all,
+            fewest_workers,
+        })
     };
     let mut found: Vec<Sharding> = shards.into_iter().filter(can).map(of).collect::<anyhow::Result<_>>()?;
     found.sort_by_key(|sharding| sharding.sent);
@@ -384,8 +420,9 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
             "device_memory": device_memory,
             "fits": fits,
             "savers": savers,
-            "sent": sent,
-            "seconds_to_send": seconds(sent),
+            "sent": sent.all,
+            "sent_between_groups": sent.between,
+            "seconds_to_send": seconds(sent.all),
             "shardings": shardings,
         });
         print(format_args!("{}", serde_json::to_string_pretty(&report)?));
@@ -397,7 +434,15 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     print(format_args!("{:<46} {:>10.2} GiB", "peak", gib(plan.peak())));
     print(format_args!("{:<46} {:>10.2} GiB", "peak with the device's overhead", gib(plan.needed())));
     let taking = |bytes: u64| seconds(bytes).map_or(String::new(), |seconds| format!(", {seconds:.3} s"));
-    print(format_args!("{:<46} {:>10.2} GiB{}", "sent by a rank in an iteration", gib(sent), taking(sent)));
+    print(format_args!(
+        "{:<46} {:>10.2} GiB{}",
+        "sent by a rank in an iteration",
+        gib(sent.all),
+        taking(sent.all)
+    ));
+    if sent.between > 0 {
+        print(format_args!("{:<46} {:>10.2} GiB", "of that, between groups", gib(sent.between)));
+    }
     print(format_args!("with {workers} ranks, from what sends the least:"));
     for Sharding { shard, needed, sent, fewest_workers } in shardings {
         let shard = serde_json::to_string(&shard)?;
@@ -525,7 +570,7 @@ mod tests {
 
     /// The peak memory of one of `world` ranks in two iterations of the training step, without the exchange with other
     /// ranks: the threads of collectives free their memory at a time of their own.
-    fn measured(spec: &RunSpec, world: usize) -> u64 {
+    fn measured(spec: &RunSpec, workers: u32) -> u64 {
         let timeout = Duration::from_secs(60);
         let store = Store::alone(timeout).unwrap();
         let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
@@ -547,9 +592,9 @@ mod tests {
                 files.over(flat, false)
             }
         };
-        let sliced = spec.memory.is_sharded();
-        let slice = if sliced { Slice { rank: 0, world } } else { Slice::WHOLE };
-        let copy = (sliced && world > 1).then_some(Slice { rank: world - 1, world });
+        let (slices, replicas) = divided(spec, workers);
+        let slice = Slice { rank: 0, world: slices as usize };
+        let copy = (slices > 1 && replicas == 1).then_some(Slice { rank: slices as usize - 1, ..slice });
         let recipe = Recipe::new(spec, settings(spec, teacher.process(), Device::Cpu));
         let first_moments = recipe.optimizer.first_moments();
         // As in a run, where a state that starts anew is made of them: they are kept to the end.
@@ -582,7 +627,8 @@ mod tests {
             if weights == Kind::Float { values } else { values.to_kind(weights) }
         });
         let networks = Networks::new(&state, teacher.as_ref(), slice_of_teacher.as_ref(), &alone, &progress);
-        let trainer = Trainer::new(&recipe, networks, &draws, alone, 0..1, &progress, &state, None).unwrap();
+        let trainer =
+            Trainer::new(&recipe, networks, &draws, alone.into(), 0..1, &progress, &state, None).unwrap();
         for iteration in 0..2 {
             for network in [Network::FakeScore, Network::Generator] {
                 let mut seconds = StepSeconds::default();
@@ -648,7 +694,7 @@ mod tests {
         // An all-reduce sends each gradient twice, less what a rank keeps.
         let size = unet().size().unwrap() as f64;
         assert_eq!(of(Shard::None).sent, (2.0 * 2.0 * 4.0 * size * 7.0 / 8.0) as u64);
-        assert_eq!(sent(&spec, &model, 1).unwrap(), 0);
+        assert_eq!(sent(&spec, &model, 1).unwrap().all, 0);
         // The weights of a network that does not recompute cannot be gathered.
         spec.memory.recompute = false;
         assert!(shardings_of(&spec, memory).iter().all(|sharding| sharding.shard != Shard::Parameters));
@@ -684,7 +730,7 @@ mod tests {
             let rank = std::num::NonZeroU32::new(4).unwrap();
             spec.lora = Some(LoraSpec { rank, ..LoraSpec::default() });
         };
-        let cases: [(&str, usize, Change); 23] = [
+        let cases: [(&str, u32, Change); 25] = [
             ("plain", 1, &|_| {}),
             ("guided", 1, &guided),
             ("recompute", 1, &|spec| {
@@ -734,6 +780,14 @@ mod tests {
                 guided(spec);
             }),
             ("gradients over 2", 2, &|spec| spec.memory.shard = Shard::Gradients),
+            ("gradients over 8 in groups of 4", 8, &|spec| {
+                spec.memory.shard = Shard::Gradients;
+                spec.memory.shard_group = std::num::NonZeroU32::new(4);
+            }),
+            ("parameters over 4 in groups of 2", 4, &|spec| {
+                divided(spec);
+                spec.memory.shard_group = std::num::NonZeroU32::new(2);
+            }),
             ("parameters over 8, bf16", 8, &|spec| {
                 low(spec);
                 divided(spec);
@@ -751,22 +805,22 @@ mod tests {
             }),
         ];
         let mut wrong = Vec::new();
-        for (name, world, change) in cases {
+        for (name, workers, change) in cases {
             let mut spec = base();
             change(&mut spec);
-            let plan = Plan::new(&spec, &model, world as u32).unwrap();
+            let plan = Plan::new(&spec, &model, workers).unwrap();
             // One rank is measured alone: no reduction of a bucket is under way.
             let trained = spec
                 .lora
                 .as_ref()
                 .map_or(Ok(model.size), |lora| model.unet.lora_size(&adapters::described(lora)));
             let under_way = match spec.memory.shard {
-                Shard::Gradients | Shard::Parameters if world > 1 => {
+                Shard::Gradients | Shard::Parameters if workers > 1 => {
                     bytes_of(4 * buckets::UNDER_WAY as i64 * buckets::elements(trained.unwrap()))
                 }
                 _ => 0,
             };
-            let (planned, found) = (plan.peak() - under_way, measured(&spec, world));
+            let (planned, found) = (plan.peak() - under_way, measured(&spec, workers));
             let ratio = planned as f64 / found as f64;
             println!("{name}: planned {planned}, measured {found}: {ratio:.3}; {plan:?}");
             if (ratio - 1.0).abs() > 0.1 {

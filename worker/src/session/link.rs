@@ -58,17 +58,20 @@ pub(super) enum Inbound {
     Lost(String),
 }
 
-/// The rank's current group, which the link can abort.
-pub type Entered = Arc<Mutex<Option<(Generation, ProcessGroup)>>>;
+/// The current groups of the rank, which the link can abort.
+pub type Entered = Arc<Mutex<Option<(Generation, Vec<ProcessGroup>)>>>;
 
 /// Aborts the collectives of the rank's generation if that is one of `which`.
 pub fn abort(entered: &Entered, which: impl Fn(Generation) -> bool) {
     let Ok(entered) = entered.lock() else { return };
-    if let Some((generation, group)) = entered.as_ref()
-        && which(*generation)
-        && let Err(error) = group.abort()
-    {
-        tracing::warn!(%generation, %error, "cannot abort the group");
+    let Some((generation, groups)) = entered.as_ref().filter(|(generation, _)| which(*generation)) else {
+        return;
+    };
+    // That of all ranks first: what it settles does not count from then on.
+    for group in groups {
+        if let Err(error) = group.abort() {
+            tracing::warn!(%generation, %error, "cannot abort a group");
+        }
     }
 }
 
@@ -207,8 +210,9 @@ impl Link {
     /// Writes down which collectives this rank is in, if it is in a generation that is one of `which`.
     async fn record_flight(&self, which: impl Fn(Generation) -> bool) -> Option<String> {
         let entered = self.entered.lock().ok()?.clone();
-        let (generation, group) = entered.filter(|(generation, _)| which(*generation))?;
-        Some(flight::record(&group, &self.hello.run_id, generation).await)
+        let (generation, groups) = entered.filter(|(generation, _)| which(*generation))?;
+        // The record is of all of the process's groups.
+        Some(flight::record(groups.first()?, &self.hello.run_id, generation).await)
     }
 
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {

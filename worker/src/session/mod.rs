@@ -27,10 +27,12 @@ use potstill_proto::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-pub use self::{link::Terms, orders::Orders, outbox::Outbox, progress::Progress};
+pub use self::{
+    link::Terms, orders::Orders, outbox::Outbox, progress::Progress, rendezvous::GenerationStore,
+};
 use self::{
     link::{Entered, Inbound, Link},
-    rendezvous::{Calls, GenerationStore},
+    rendezvous::Calls,
 };
 
 /// A worker's session with the coordinators of its run.
@@ -93,23 +95,24 @@ impl Session {
 
     /// The keys and values through which the ranks of a generation find each other.
     pub fn store(&self, generation: Generation) -> GenerationStore {
-        GenerationStore { outbox: self.outbox.clone(), calls: self.calls.clone(), generation }
+        let (outbox, calls) = (self.outbox.clone(), self.calls.clone());
+        GenerationStore { outbox, calls, generation, prefix: String::new() }
     }
 
-    /// The rank has joined a group: from now on an order to leave its generation aborts the group.
-    pub fn enter_group(&self, generation: Generation, group: &ProcessGroup) {
+    /// The rank has joined groups, that of all ranks first: from now on an order to leave their generation aborts them.
+    pub fn enter_groups(&self, generation: Generation, groups: Vec<ProcessGroup>) {
         if let Ok(mut entered) = self.entered.lock() {
-            *entered = Some((generation, group.clone()));
+            *entered = Some((generation, groups));
         }
     }
 
-    /// Ends the operations of the rank's group, if it is in one.
-    pub fn abort_group(&self) {
+    /// Ends the operations of the rank's groups, if it is in any.
+    pub fn abort_groups(&self) {
         link::abort(&self.entered, |_| true);
     }
 
-    /// The rank has left its group.
-    pub fn leave_group(&self) {
+    /// The rank has left its groups.
+    pub fn leave_groups(&self) {
         if let Ok(mut entered) = self.entered.lock() {
             *entered = None;
         }

@@ -69,15 +69,19 @@ impl Calls {
 }
 
 /// The keys and values of one generation.
+#[derive(Clone)]
 pub struct GenerationStore {
     pub(super) outbox: Outbox,
     pub(super) calls: Calls,
     pub(super) generation: Generation,
+    /// What the keys begin with: groups of some of the ranks have keys of their own.
+    pub(super) prefix: String,
 }
 
 impl KeyValues for GenerationStore {
     fn execute(&self, operation: Operation<'_>, patience: Duration) -> Result<Answer, String> {
-        let (request, kind) = request(&operation);
+        let (mut request, kind) = request(&operation);
+        request.keys.iter_mut().for_each(|key| key.insert_str(0, &self.prefix));
         let reply = match self.ask(request, patience) {
             Ok(reply) if reply.error.is_empty() => reply,
             Ok(reply) => return unanswered(kind, reply.error),
@@ -94,6 +98,11 @@ impl KeyValues for GenerationStore {
 }
 
 impl GenerationStore {
+    /// The keys of a group of some of the ranks.
+    pub fn of_group(&self, name: &str) -> Self {
+        Self { prefix: format!("{}{name}/", self.prefix), ..self.clone() }
+    }
+
     /// Sends a request and waits for its reply.
     fn ask(&self, mut request: StoreRequest, patience: Duration) -> Result<StoreReply, String> {
         // Without values, which may be secret.

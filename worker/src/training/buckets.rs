@@ -11,12 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
+use potstill_c10d::{Error, ReduceOp, Work};
 use potstill_distill::state::Slice;
 use potstill_models::Parameters;
 use potstill_torch_ext::{GradientHooks, clear_gradients, on_gradients};
 use tch::{Kind, Tensor, no_grad};
 
+use super::groups::Groups;
 use crate::session::Progress;
 
 /// Elements of a bucket, at most, unless a single tensor is larger: 25 MiB of fp32, as in PyTorch's
@@ -111,7 +112,7 @@ struct Shared {
     of_leaf: Vec<usize>,
     numel: i64,
     shares: Shares,
-    group: ProcessGroup,
+    groups: Groups,
     progress: Arc<Progress>,
     pass: Mutex<Pass>,
 }
@@ -131,7 +132,7 @@ impl Bucketed {
         parameters: &Parameters,
         sum: Tensor,
         shares: Shares,
-        group: &ProcessGroup,
+        groups: &Groups,
         progress: &Arc<Progress>,
     ) -> Result<Self, Error> {
         let sizes: Vec<i64> = parameters.entries().iter().map(potstill_models::Entry::numel).collect();
@@ -154,7 +155,7 @@ impl Bucketed {
             of_leaf,
             numel: sizes.iter().sum(),
             shares,
-            group: group.clone(),
+            groups: groups.clone(),
             progress: Arc::clone(progress),
             pass: Mutex::new(pass),
         });
@@ -204,7 +205,7 @@ impl Bucketed {
         while let Some(launched) = pass.launched.pop_front() {
             launched.wait()?;
         }
-        let (numel, alone) = (self.shared.numel, self.shared.group.member().world == 1);
+        let (numel, alone) = (self.shared.numel, self.shared.groups.all.member().world == 1);
         if slice.world == 1 {
             return Ok(vec![pass.sum.narrow(0, 0, numel)]);
         }
@@ -214,6 +215,10 @@ impl Bucketed {
             false => pass.sum.narrow(0, slice.rank as i64 * width, width),
         };
         let own = of(slice);
+        if let Some(replicas) = &self.shared.groups.replicas {
+            // The same bits for each of them.
+            replicas.all_reduce(&own, ReduceOp::Sum)?.wait(None)?;
+        }
         let copied = match copy {
             None => None,
             // One rank is measured alone, as if it were one of several.
@@ -221,7 +226,7 @@ impl Bucketed {
             Some(copy) => {
                 // The owner's bits, so that both make the same step.
                 let copied = own.empty_like();
-                self.shared.group.exchange(&copied, &own, copied_by, copy.rank)?.wait(None)?;
+                self.shared.groups.all.exchange(&copied, &own, copied_by, copy.rank)?.wait(None)?;
                 Some((copy, copied))
             }
         };
@@ -285,11 +290,11 @@ impl Shared {
         }
         for (part, owner) in parts {
             let Shares { slice, sharded_sum, .. } = self.shares;
-            let alone = self.group.member().world == 1;
+            let alone = self.groups.all.member().world == 1;
             let work = match owner {
                 _ if alone => None,
-                None => Some(self.group.all_reduce(&part, ReduceOp::Sum)?),
-                Some((owner, _)) => Some(self.group.reduce(&part, owner)?),
+                None => Some(self.groups.all.all_reduce(&part, ReduceOp::Sum)?),
+                Some((owner, _)) => Some(self.groups.shards.reduce(&part, owner)?),
             };
             let own = owner.filter(|(owner, _)| sharded_sum && *owner == slice.rank);
             let added = own.map(|(_, first)| {

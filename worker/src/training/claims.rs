@@ -149,16 +149,16 @@ fn whole(
     let (mut senders, mut fewest) = (vec![], usize::MAX);
     for rank in 0..world {
         let slice = Slice { rank, world };
-        let owner = of_cut().find(|(_, cut)| cut.slice == slice).map(|(sender, _)| sender);
+        let owners = || of_cut().filter(|(_, cut)| cut.slice == slice).map(|(sender, _)| sender);
         let keepers = || of_cut().filter(|(_, cut)| cut.copy == Some(slice)).map(|(sender, _)| sender);
-        senders.push(match owner.or_else(|| keepers().next()) {
+        senders.push(match owners().chain(keepers()).next() {
             Some(sender) => sender,
             // Nothing is sent of an empty slice.
             None if !needed(slice) => 0,
             None => return None,
         });
         if needed(slice) {
-            fewest = fewest.min(usize::from(owner.is_some()) + keepers().count());
+            fewest = fewest.min(owners().count() + keepers().count());
         }
     }
     let fits = of_cut().filter(|(_, cut)| cut.fits).count() == claims.len();

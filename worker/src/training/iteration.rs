@@ -54,7 +54,7 @@ impl Member<'_> {
             stop: orders.stop_wanted(generation),
             yields: orders.yield_wanted(generation),
         };
-        let lane = Lane::issue(&self.trainer.group, flags)?;
+        let lane = Lane::issue(&self.trainer.groups.all, flags)?;
         let mut seconds = StepSeconds::default();
 
         let fake_score = match cursor.phase {
@@ -102,10 +102,10 @@ impl Member<'_> {
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         faults::point("reported", iteration, self.assignment.rank);
         // Read only now: the iteration is complete and reported, even if the group fails.
-        let group = &self.trainer.group;
+        let groups = &self.trainer.groups;
         Ok(self.session.progress.while_waiting(|| {
             let flags = lane.read()?;
-            group.settle().map(|()| flags)
+            groups.settle().map(|()| flags)
         })?)
     }
 

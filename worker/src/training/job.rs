@@ -20,7 +20,7 @@ use potstill_distill::{
 use potstill_models::{
     Denoiser, ForwardProcess, Mode, diffusers::ModelFolder, gate::absent, weights::Mapped,
 };
-use potstill_proto::message::Assignment;
+use potstill_proto::message::{Assignment, Replica};
 use potstill_spec::{self as spec, AdversarialSpec, Precision, RunSpec, Shard};
 use potstill_storage::Run;
 use tch::{Device, Kind, Tensor};
@@ -297,9 +297,15 @@ impl Job {
     pub(super) fn slices(&self, assignment: &Assignment) -> (Slice, Option<Slice>) {
         let world = assignment.world_size as usize;
         let slice = |rank: u32| Slice { rank: rank as usize, world };
-        match self.is_sliced() {
-            true => (slice(assignment.rank), assignment.partners.map(|partners| slice(partners.copies))),
-            false => (Slice::WHOLE, None),
+        match (self.is_sliced(), assignment.replica) {
+            (true, None) => {
+                (slice(assignment.rank), assignment.partners.map(|partners| slice(partners.copies)))
+            }
+            // The other replicas are its copies.
+            (true, Some(Replica { slice, slices, .. })) => {
+                (Slice { rank: slice as usize, world: slices as usize }, None)
+            }
+            (false, _) => (Slice::WHOLE, None),
         }
     }
 

@@ -1,12 +1,8 @@
 //! The start of a generation: joins the group and takes over the state from the assignment's source.
 
-use std::{
-    sync::{Arc, mpsc},
-    thread,
-    time::Duration,
-};
+use std::{sync::mpsc, thread, time::Duration};
 
-use potstill_c10d::{Backend, ProcessGroup, Store};
+use potstill_c10d::{Backend, ProcessGroup};
 use potstill_distill::{
     gradient::Sums,
     state::{Layout, Slice, State},
@@ -19,6 +15,7 @@ use tch::Device;
 
 use super::{
     claims::{self, Claim, Cut, Decision},
+    groups::Groups,
     interruption::Interruption,
     job::Job,
     step::{Prepared, Recipe},
@@ -26,11 +23,6 @@ use super::{
 };
 use crate::{checkpoint, session::Session};
 use potstill_logging::chain;
-
-/// The collectives of a generation have no timeout of their own: a rank that computes for long does not let its peers fail.
-/// The coordinator finds ranks that are dead or hang, and ends the generation of those that wait for them; without a
-/// coordinator a rank leaves its group when its patience is over.
-const COLLECTIVES: Duration = Duration::MAX;
 
 /// How often a rank that waits to join checks for other orders.
 const LOOK: Duration = Duration::from_millis(20);
@@ -60,7 +52,7 @@ pub struct Pending {
     pub made: Option<(Cursor, Sums)>,
 }
 
-/// Joins the group. Waiting for the other ranks cannot be interrupted, so a thread of its own does it, which is
+/// Joins the groups. Waiting for the other ranks cannot be interrupted, so a thread of its own does it, which is
 /// abandoned when the coordinator orders this rank to leave.
 pub(super) fn join(
     job: &Job,
@@ -68,26 +60,22 @@ pub(super) fn join(
     assignment: &Assignment,
     host: &str,
     timeout: Duration,
-) -> Result<ProcessGroup, Interruption> {
+) -> Result<Groups, Interruption> {
     let backend = match job.recipe.settings.device {
         Device::Cuda(device) => Backend::Nccl { device },
         _ => Backend::Gloo { host: host.to_owned() },
     };
-    let store = Arc::new(session.store(assignment.generation));
-    let (rank, world_size) = (assignment.rank as usize, assignment.world_size as usize);
+    let (store, assigned) = (session.store(assignment.generation), assignment.clone());
     let (joined, joining) = mpsc::channel();
     thread::spawn(move || {
-        let group = Store::of(store, timeout)
-            .and_then(|store| ProcessGroup::new(&backend, &store, rank, world_size, timeout))
-            .and_then(|group| group.set_timeout(COLLECTIVES).map(|()| group));
-        let _ = joined.send(group);
+        let _ = joined.send(Groups::join(&backend, &store, &assigned, timeout));
     });
     loop {
         match joining.recv_timeout(LOOK) {
-            Ok(group) => return Ok(group?),
+            Ok(groups) => return Ok(groups?),
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(anyhow::anyhow!("the thread that joins the group ended").into());
+                return Err(anyhow::anyhow!("the thread that joins the groups ended").into());
             }
         }
         if let Some(reason) = session.orders()?.interruption(assignment.generation) {

@@ -4,6 +4,7 @@ pub mod buckets;
 mod claims;
 mod control_lane;
 mod gathered;
+pub mod groups;
 mod interruption;
 mod iteration;
 mod job;
@@ -117,9 +118,9 @@ pub fn run_generation(
     let result = take_part(job, session, holding, saving, assignment, host, joining_timeout);
     if result.is_err() {
         // What is in flight may wait for peers that no longer come.
-        session.abort_group();
+        session.abort_groups();
     }
-    session.leave_group();
+    session.leave_groups();
     match result {
         Ok(ending) => Ok(ending),
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
@@ -145,15 +146,15 @@ fn take_part(
 ) -> Result<Ending, Interruption> {
     session.progress.set_activity("joining");
     session.progress.set_waiting(true);
-    let group = join(job, session, assignment, host, timeout)?;
+    let groups = join(job, session, assignment, host, timeout)?;
     session.progress.set_waiting(false);
     // From here on an order to leave aborts the collectives at once.
-    session.enter_group(assignment.generation, &group);
+    session.enter_groups(assignment.generation, groups.every());
     if let Some(reason) = session.orders()?.interruption(assignment.generation) {
         return Err(Interruption::Left(reason));
     }
 
-    obtain_state(job, session, holding, assignment, &group)?;
+    obtain_state(job, session, holding, assignment, &groups.all)?;
     let Holding { state: Some(state), cursor, pending, .. } = holding else {
         return Err(anyhow::anyhow!("there is no state to work with").into());
     };
@@ -161,12 +162,13 @@ fn take_part(
     session.progress.set_loaded(assignment.generation, *cursor);
     let (progress, draws) = (Arc::clone(&session.progress), job.draws());
     let slice_of_teacher = job.slice_of_teacher(assignment);
-    let networks = Networks::new(state, job.teacher.as_ref(), slice_of_teacher.as_ref(), &group, &progress);
+    let networks =
+        Networks::new(state, job.teacher.as_ref(), slice_of_teacher.as_ref(), &groups.shards, &progress);
     let trainer = Trainer::new(
         &job.recipe,
         networks,
         &draws,
-        group,
+        groups,
         assignment.micro_batches.indices(),
         &progress,
         state,
@@ -243,7 +245,8 @@ impl Member<'_> {
                 error,
             }));
         }
-        let share = Share::of(state, iteration, a.rank, a.world_size, self.job.staging.clone());
+        let replica = self.trainer.groups.replica();
+        let share = Share::of(state, iteration, (a.rank, a.world_size), replica, self.job.staging.clone());
         let (runtime, run) = (&self.job.runtime, self.job.run.clone());
         let outbox = self.session.outbox();
         let save = share.save(runtime, run, a.generation, a.rank, a.world_size, outbox, patience);
@@ -276,8 +279,10 @@ impl Member<'_> {
 
     /// G_ema, also where each rank holds a slice of it.
     fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
-        let average =
-            self.session.progress.while_waiting(|| transfer::gather_average(&self.trainer.group, state))?;
+        let average = self
+            .session
+            .progress
+            .while_waiting(|| transfer::gather_average(&self.trainer.groups.shards, state))?;
         let generator = state.generator_ema(average);
         // The network beneath adapters is the teacher's.
         let base = if self.job.spec.lora.is_some() { self.weights_of_teacher()? } else { None };
@@ -298,7 +303,7 @@ impl Member<'_> {
         let Some(own) = self.job.slice_of_teacher(self.assignment) else { return Ok(None) };
         let (slice, _) = self.job.slices(self.assignment);
         let numel = self.job.teacher.parameters().flat().numel() as i64;
-        let group = &self.trainer.group;
+        let group = &self.trainer.groups.shards;
         let gathered = || transfer::gather_whole(group, &own, slice, numel);
         Ok(Some(self.session.progress.while_waiting(gathered)?))
     }
@@ -313,7 +318,7 @@ impl Member<'_> {
         let network = Watched(network.as_ref());
         let sampler = self.sampler(subject, &network);
         progress.set_activity(activity);
-        let scores = evaluator.score(sampler, &self.trainer.group, |what| {
+        let scores = evaluator.score(sampler, &self.trainer.groups.all, |what| {
             progress.set_waiting(what == Scoring::Gather);
         });
         progress.set_waiting(false);
@@ -341,7 +346,7 @@ impl Member<'_> {
             let network = Watched(network.as_ref());
             let sampler = self.sampler(subject, &network);
             let images = self.job.samples.picture(sampler, i64::from(columns * rows), rank, world);
-            let group = &self.trainer.group;
+            let group = &self.trainer.groups.all;
             let sum = || group.all_reduce(&images, ReduceOp::Sum).and_then(|work| work.wait(None));
             progress.while_waiting(sum)?;
             Ok(images.to_device(Device::Cpu))

@@ -32,12 +32,13 @@ struct Gates {
 }
 
 impl Networks {
-    /// For a state and a teacher. `slice_of_teacher`: this rank's slice of the teacher's weights, where these are gathered.
+    /// For a state and a teacher. `slice_of_teacher`: this rank's slice of the teacher's weights, where these are gathered from
+    /// the ranks of `shards`.
     pub fn new(
         state: &State,
         teacher: &dyn Denoiser,
         slice_of_teacher: Option<&Tensor>,
-        group: &ProcessGroup,
+        shards: &ProcessGroup,
         progress: &Arc<Progress>,
     ) -> Self {
         let [generator, fake_score] = [&state.generator, &state.fake_score].map(|trained| {
@@ -52,7 +53,7 @@ impl Networks {
             let sliced = |own: &Tensor| Sliced { own: own.shallow_clone(), slice, numel, kind };
             // Adapters are held whole; the network beneath them is the teacher's.
             let trained = |network| sliced(if layout.gathered { state.master(network) } else { own });
-            let gate = |network: &dyn Denoiser, weights| Gathered::new(network, weights, group, progress);
+            let gate = |network: &dyn Denoiser, weights| Gathered::new(network, weights, shards, progress);
             Gates {
                 generator: gate(generator.as_ref(), trained(Network::Generator)),
                 fake_score: gate(fake_score.as_ref(), trained(Network::FakeScore)),

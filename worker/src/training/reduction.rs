@@ -6,12 +6,13 @@ use std::{
 };
 
 use anyhow::Context;
-use potstill_c10d::{Error, ProcessGroup, Reducer, ReducerOptions};
+use potstill_c10d::{Error, Reducer, ReducerOptions};
 use potstill_models::Denoiser;
 use tch::{Kind, Tensor};
 
 use super::{
     buckets::{self, Bucketed, Shares},
+    groups::Groups,
     interruption::Interruption,
 };
 use crate::session::Progress;
@@ -33,19 +34,19 @@ impl Reduction {
         networks: [&dyn Denoiser; 2],
         held: bool,
         shares: Shares,
-        group: &ProcessGroup,
+        groups: &Groups,
         progress: &Arc<Progress>,
     ) -> Result<[Self; 2], Error> {
         let plain = held && shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
         if plain {
             let reducer = |network: &dyn Denoiser| {
-                Reducer::new(network.parameters().leaves(), group, ReducerOptions::default())
+                Reducer::new(network.parameters().leaves(), &groups.all, ReducerOptions::default())
             };
             return Ok([Self::Whole(reducer(networks[0])?), Self::Whole(reducer(networks[1])?)]);
         }
         let sum = buckets::memory(networks[0].parameters(), shares);
         let bucketed = |network: &dyn Denoiser| {
-            Bucketed::new(network.parameters(), sum.shallow_clone(), shares, group, progress)
+            Bucketed::new(network.parameters(), sum.shallow_clone(), shares, groups, progress)
                 .map(Self::Bucketed)
         };
         Ok([bucketed(networks[0])?, bucketed(networks[1])?])

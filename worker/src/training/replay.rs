@@ -476,7 +476,8 @@ fn replay(recording: &Recording) -> Vec<String> {
     let (progress, micro_batches) = (Arc::new(Progress::default()), 0..spec.micro_batches());
     let networks = Networks::new(&state, teacher.as_ref(), None, &group, &progress);
     let trainer =
-        Trainer::new(&recipe, networks, &draws, group, micro_batches, &progress, &state, None).unwrap();
+        Trainer::new(&recipe, networks, &draws, group.into(), micro_batches, &progress, &state, None)
+            .unwrap();
     let order = Order::new(recording, teacher.as_ref());
     let schedule = &recipe.settings.schedule;
     let images = recording.counts("images_seen").unwrap();

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use potstill_c10d::{ProcessGroup, ReduceOp};
+use potstill_c10d::ReduceOp;
 use potstill_distill::{
     adam::AdamSettings,
     counters::Network,
@@ -27,7 +27,9 @@ use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec, Shard};
 use potstill_torch_ext::{Autocast, LowerPrecision};
 use tch::{Device, Kind, Tensor};
 
-use super::{buckets::Shares, interruption::Interruption, networks::Networks, reduction::Reduction};
+use super::{
+    buckets::Shares, groups::Groups, interruption::Interruption, networks::Networks, reduction::Reduction,
+};
 use crate::{model::Watched, process::faults, session::Progress, training::transfer};
 
 /// Everything that decides an optimizer step besides the gradient.
@@ -232,7 +234,7 @@ pub struct Trainer<'a> {
     /// The source of micro-batches.
     pub draws: &'a dyn Draws,
     /// The ranks.
-    pub group: ProcessGroup,
+    pub groups: Groups,
     /// This rank's micro-batches.
     pub micro_batches: Range<u32>,
     /// Receives each wait and each micro-batch.
@@ -254,7 +256,7 @@ impl<'a> Trainer<'a> {
         recipe: &'a Recipe,
         networks: Networks,
         draws: &'a dyn Draws,
-        group: ProcessGroup,
+        groups: Groups,
         micro_batches: Range<u32>,
         progress: &'a Arc<Progress>,
         state: &State,
@@ -268,15 +270,15 @@ impl<'a> Trainer<'a> {
             copy,
             copied_by: copied_by.unwrap_or_default() as usize,
             sharded_sum: slice.world > 1 && recipe.sharded_sum,
-            rounds: all.div_ceil(group.member().world),
+            rounds: all.div_ceil(groups.all.member().world),
         };
         let trained = [Network::FakeScore, Network::Generator].map(|network| networks.trained(network));
-        let [fake_score, generator] = Reduction::of(trained, !gathered, shares, &group, progress)?;
-        let rank = group.member().rank as u32;
+        let [fake_score, generator] = Reduction::of(trained, !gathered, shares, &groups, progress)?;
+        let rank = groups.all.member().rank as u32;
         Ok(Self {
             recipe,
             draws,
-            group,
+            groups,
             micro_batches,
             progress,
             shares,
@@ -312,7 +314,7 @@ impl<'a> Trainer<'a> {
         let loss_scale = state.counters.scale(network);
         let reduction = self.reduction(network);
         let batch = self.recipe.settings.schedule.global_batch as f64;
-        let scale = reduction.scale(self.group.member().world, batch) * loss_scale;
+        let scale = reduction.scale(self.groups.all.member().world, batch) * loss_scale;
         let last = self.micro_batches.end - 1;
         let mut exposed = Duration::ZERO;
         if self.networks.are_gathered() {
@@ -356,7 +358,7 @@ impl<'a> Trainer<'a> {
         faults::point("reduced", iteration, self.rank);
         if faults::tears("reduced", iteration, self.rank) {
             let _ = slices.iter_mut().map(|flat| flat.g_mul_scalar_(3.0)).count();
-            self.group.abort()?;
+            self.groups.all.abort()?;
         }
         if loss_scale != 1.0 {
             let _ = slices.iter_mut().map(|flat| flat.g_mul_scalar_(loss_scale.recip())).count();
@@ -374,20 +376,24 @@ impl<'a> Trainer<'a> {
     pub fn agree(&self, prepared: &Prepared, seconds: &mut StepSeconds) -> Result<Sums, Interruption> {
         let started = Instant::now();
         let mut sums = prepared.gradient.sums();
-        if self.shares.slice.world > 1 && self.group.member().world > 1 {
-            let numbers = [sums.squares, sums.non_finite, sums.clipped_squares];
-            let sum = Tensor::from_slice(&numbers).to_device(self.group.device());
-            self.progress.while_waiting(|| self.group.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
+        if self.shares.slice.world > 1 && self.groups.all.member().world > 1 {
+            let numbers = match self.groups.replica().rank {
+                0 => [sums.squares, sums.non_finite, sums.clipped_squares],
+                // Those of the first replica are the others' too. All ranks take part, so that all have prepared the step.
+                _ => [0.0; 3],
+            };
+            let sum = Tensor::from_slice(&numbers).to_device(self.groups.all.device());
+            self.progress.while_waiting(|| self.groups.all.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
             let sum = sum.to_device(Device::Cpu);
             let [squares, non_finite, clipped_squares] = [0, 1, 2].map(|index| sum.double_value(&[index]));
             sums = Sums { squares, non_finite, clipped_squares };
         }
         let iteration = prepared.iteration;
         if faults::tears("agreed", iteration, self.rank) {
-            self.group.abort()?;
+            self.groups.all.abort()?;
         }
         // A reduction that was cut short changes nothing.
-        self.group.settle()?;
+        self.groups.settle()?;
         faults::point("agreed", iteration, self.rank);
         seconds.communication += started.elapsed().as_secs_f64();
         Ok(sums)
@@ -404,7 +410,7 @@ impl<'a> Trainer<'a> {
         let step = Instant::now();
         let (network, iteration) = (prepared.network, prepared.iteration);
         let stepped = prepared.make(self.recipe, state, whole);
-        if self.group.member().world == 1 {
+        if self.groups.all.member().world == 1 {
             // One rank is measured alone, as if it were one of several: the other slices do not exist.
             state.trained(network).set_gathered();
         }
@@ -426,8 +432,8 @@ impl<'a> Trainer<'a> {
             if trained.is_behind() {
                 faults::point("gathering", iteration, self.rank);
                 self.progress.while_waiting(|| {
-                    transfer::gather_weights(&self.group, trained)?;
-                    self.group.settle()
+                    transfer::gather_weights(&self.groups.shards, trained)?;
+                    self.groups.shards.settle()
                 })?;
                 trained.set_gathered();
             }

@@ -325,7 +325,7 @@ impl Core {
     /// Opens the next generation with all workers that can be given a place.
     fn open(&mut self, reason: String, actions: &mut Actions) {
         let (most, newest) = (self.terms.max_workers, self.ledger.newest());
-        let plan = assignment::plan(&self.members, most, newest, self.terms.sliced);
+        let plan = assignment::plan(&self.members, most, newest, self.terms.division);
         if plan.source == Source::Fresh && !self.from_teacher {
             return self.fail(NOTHING_TO_CONTINUE.to_owned(), actions);
         }
@@ -356,7 +356,7 @@ impl Core {
             // The state of all others is about to be overwritten: it counts again when they report it. That of the
             // source too where it is put together from slices, and others may turn out to hold newer ones.
             let is_source = plan.source == Source::Peer { rank };
-            member.loaded = is_source && !self.terms.sliced;
+            member.loaded = is_source && !self.terms.division.is_sliced();
             member.held = member.held.filter(|_| is_source);
         }
         actions.push(Action::Persist(Record::GenerationOpened {

@@ -283,7 +283,7 @@ impl Core {
         actions: &mut Actions,
     ) {
         let nothing = Cursor::default();
-        if !self.terms.sliced {
+        if !self.terms.division.is_sliced() {
             return self.collective_failed(stream, generation, nothing, error, actions);
         }
         let first = self.incomplete != generation;

@@ -37,7 +37,7 @@ impl Core {
                 continue;
             }
             // Two of them may be both holders of a slice: the next is left out once the others hold all slices again.
-            if self.terms.sliced && turn > 0 {
+            if self.terms.division.is_sliced() && turn > 0 {
                 break;
             }
             let Some(member) = self.members.get_mut(stream) else { continue };

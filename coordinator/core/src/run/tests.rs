@@ -13,6 +13,7 @@ use potstill_proto::{
 use super::{Core, Setup, fixtures::hello};
 use crate::{
     Action, ClientId, Event, StreamId, Tick, Uncommitted,
+    assignment::Division,
     ledger::CommittedCheckpoint,
     observation::{Observation, Outcome},
     record::Record,
@@ -34,7 +35,7 @@ fn setup(min: u32, max: u32) -> Setup {
         timeouts: Timeouts::new(Duration::from_millis(DEAD), Duration::from_millis(WAIT)),
         scored: false,
         collapse_share: 0.25,
-        sliced: false,
+        division: Division::Whole,
         stop_after_failures: None,
         straggler_factor: 1.5,
         replace_stragglers: false,
@@ -782,7 +783,7 @@ fn a_newcomer_that_cannot_reach_the_others_is_left_out_for_longer_and_longer() {
 }
 
 fn sliced(mut setup: Setup) -> Setup {
-    setup.terms.sliced = true;
+    setup.terms.division = Division::Slices;
     setup
 }
 
@@ -795,7 +796,7 @@ fn incomplete_at(generation: Generation, cursor: Cursor) -> FromWorker {
 fn of_several_newcomers_of_a_sliced_run_one_is_left_out_at_a_time() {
     for sharded in [false, true] {
         let mut world = World::training(2, 4);
-        world.core.terms.sliced = sharded;
+        world.core.terms.division = if sharded { Division::Slices } else { Division::Whole };
         world.report(0, 0);
         world.report(1, 0);
         world.attach(2);

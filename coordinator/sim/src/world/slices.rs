@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use potstill_proto::message::{Assignment, FromWorker, Source};
+use potstill_proto::message::{Assignment, FromWorker, Replica, Source};
 
 use super::World;
 use crate::{
@@ -126,14 +126,15 @@ impl World {
             return;
         }
         let copy = place.partners.map(|partners| partners.copies);
-        let slices =
-            Slices { generation: place.generation.0, count: place.world_size, own: place.rank, copy };
+        let whole = Replica { number: 0, slice: place.rank, slices: place.world_size };
+        let Replica { slice: own, slices: count, .. } = place.replica.unwrap_or(whole);
+        let slices = Slices { generation: place.generation.0, count, own, copy };
         // What the others take theirs from is kept until all have them.
         let cut = self.groups[&place.generation.0].cut;
         let of = &mut self.processes[process];
         of.slices.retain(|slices| Some(slices.generation) == cut);
         of.slices.push(slices);
         let holders = self.holders.entry(place.generation.0).or_default();
-        holders.extend([Some(place.rank), copy].into_iter().flatten().map(|slice| (slice, process)));
+        holders.extend([Some(own), copy].into_iter().flatten().map(|slice| (slice, process)));
     }
 }
