@@ -41,6 +41,9 @@ pub struct MemorySpec {
     pub shard_group: Option<NonZeroU32>,
     /// G_ema is kept in the host's memory.
     pub offload_ema: bool,
+    /// Master weights, Adam's moments and G_ema are kept in the host's memory, and stepped there: the gradient is sent to it and the
+    /// weights back in each step (2101.06840). For `bf16_weights`, whose master weights are separate.
+    pub offload_optimizer: bool,
 }
 
 impl MemorySpec {
@@ -58,6 +61,11 @@ impl MemorySpec {
         problems.require(self.shard != Shard::Parameters || self.recompute, || {
             "memory.shard = \"parameters\" gathers the weights of the blocks that are computed again: set memory.recompute = true \
              (text-to-image models), or memory.shard = \"gradients\""
+                .into()
+        });
+        problems.require(!self.offload_optimizer || self.bf16_weights, || {
+            "memory.offload_optimizer keeps master weights on the host, which are the weights themselves without \
+             memory.bf16_weights = true"
                 .into()
         });
         problems.require(self.shard_group.is_none() || self.is_sharded(), || {

@@ -1,7 +1,11 @@
 //! Adam (1412.6980) over a network's flat parameter vector, in one pass, whatever the number of layers.
 
+use std::ops::Range;
+
 use potstill_torch_ext::{AdamStep, step_adam};
 use tch::Tensor;
+
+use crate::host;
 
 /// Settings of [`Adam`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,15 +33,34 @@ impl Adam {
         Self { exp_avg: first_moment.then(|| parameters.zeros_like()), exp_avg_sq: parameters.zeros_like() }
     }
 
-    /// One step, in place. `step` counts from 1 (bias correction).
+    /// One step, in place. `step` counts from 1 (bias correction). The gradient may be on a GPU where parameters and moments are on
+    /// the host: then it comes in pieces.
     ///
     /// # Panics
     /// Without a first moment whose decay is not 0, or with a gradient of another shape: an error of the program.
     pub fn step(&mut self, parameters: &Tensor, gradient: &Tensor, step: u64, settings: &AdamSettings) {
+        match parameters.device() == gradient.device() {
+            true => self.step_part(&(0..parameters.numel() as i64), parameters, gradient, step, settings),
+            false => host::for_each_piece(gradient, host::PIECE, |range, piece| {
+                self.step_part(&range, parameters, piece, step, settings);
+            }),
+        }
+    }
+
+    fn step_part(
+        &self,
+        range: &Range<i64>,
+        parameters: &Tensor,
+        gradient: &Tensor,
+        step: u64,
+        settings: &AdamSettings,
+    ) {
         let AdamSettings { learning_rate, betas, epsilon } = *settings;
         let numbers = AdamStep { step, learning_rate, betas, epsilon };
-        if let Err(error) = step_adam(parameters, gradient, self.exp_avg.as_ref(), &self.exp_avg_sq, numbers)
-        {
+        let part = |vector: &Tensor| host::part(vector, range);
+        let (parameters, first, second) =
+            (part(parameters), self.exp_avg.as_ref().map(part), part(&self.exp_avg_sq));
+        if let Err(error) = step_adam(&parameters, gradient, first.as_ref(), &second, numbers) {
             panic!("{error}");
         }
     }
@@ -66,12 +89,18 @@ mod tests {
     #[test]
     fn steps_are_those_of_the_algorithm() {
         let gradients = [[0.5, -1.0], [2.0, 0.25], [-0.1, 3.0], [0.0, 1e-3]];
-        for betas in [[0.0, 0.999], [0.9, 0.99]] {
+        for (betas, in_pieces) in [([0.0, 0.999], false), ([0.9, 0.99], false), ([0.9, 0.99], true)] {
             let settings = AdamSettings { learning_rate: 0.1, betas, epsilon: 1e-8 };
             let x = Tensor::from_slice(&[1.0, -2.0]);
             let mut adam = Adam::new(&x, betas[0] != 0.0);
             for (index, gradient) in gradients.iter().enumerate() {
-                adam.step(&x, &Tensor::from_slice(gradient), index as u64 + 1, &settings);
+                let (gradient, step) = (Tensor::from_slice(gradient), index as u64 + 1);
+                match in_pieces {
+                    false => adam.step(&x, &gradient, step, &settings),
+                    true => host::for_each_piece(&gradient, 1, |range, piece| {
+                        adam.step_part(&range, &x, piece, step, &settings);
+                    }),
+                }
             }
             let found = Vec::<f64>::try_from(x).unwrap();
             for (found, expected) in found.iter().zip(by_the_book(&gradients, &settings)) {

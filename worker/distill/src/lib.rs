@@ -29,6 +29,7 @@ pub mod ema;
 pub mod generator;
 pub mod gradient;
 pub mod guidance;
+mod host;
 pub mod loss;
 pub mod metrics;
 pub mod noise_distribution;

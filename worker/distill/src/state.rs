@@ -10,6 +10,7 @@ use crate::{
     counters::{Counters, Network},
     ema,
     gradient::Gradient,
+    host,
 };
 
 /// The part of a flat vector that one rank's optimizer steps: one of `world` ranges of equal length (ZeRO stage 1,
@@ -55,6 +56,8 @@ pub struct Layout {
     pub weights: Kind,
     /// Whether G_ema is in the host's memory.
     pub average_on_host: bool,
+    /// Whether master weights and Adam's moments are in the host's memory, where they are stepped. Then G_ema has to be there too.
+    pub optimizer_on_host: bool,
     /// Whether Adam has a first moment, of generator and fake score: where its decay is not 0.
     pub first_moments: [bool; 2],
     /// Whether the networks' weights are gathered from the ranks' slices when they are needed, instead of being held.
@@ -68,6 +71,7 @@ impl Layout {
         copy: None,
         weights: Kind::Float,
         average_on_host: false,
+        optimizer_on_host: false,
         first_moments: [true; 2],
         gathered: false,
     };
@@ -152,7 +156,9 @@ impl Trained {
     /// The weights of this rank's own slice follow its master weights; those of the others are behind.
     fn follow(&mut self, master: &Tensor) {
         let Some(mut own) = self.range(self.slice) else { return };
-        if own.kind() != Kind::Float {
+        if own.device() != master.device() {
+            host::copy_in_pieces(&own, master, host::PIECE);
+        } else if own.data_ptr() != master.data_ptr() {
             no_grad(|| own.copy_(master));
         }
         self.behind = self.slice.world > 1;
@@ -209,18 +215,16 @@ impl Held {
         layout: Layout,
         first: impl Fn(Network) -> Tensor,
     ) -> Self {
+        let device = networks[0].network.parameters().flat().device();
+        let place = |on_host: bool| if on_host { Device::Cpu } else { device };
         let master = |network: Network| match networks[network as usize].range(slice) {
             // A copy only where the data types differ.
-            Some(weights) if is_own => weights.to_kind(Kind::Float),
-            Some(weights) => weights.to_kind(Kind::Float).copy(),
-            None => first(network),
+            Some(weights) if is_own && !layout.optimizer_on_host => weights.to_kind(Kind::Float),
+            Some(weights) => weights.to_device(place(layout.optimizer_on_host)).to_kind(Kind::Float).copy(),
+            None => first(network).to_device(place(layout.optimizer_on_host)),
         };
-        Self::new(slice, master(Network::Generator), master(Network::FakeScore), layout)
-    }
-
-    fn new(slice: Slice, generator: Tensor, fake_score: Tensor, layout: Layout) -> Self {
-        let host = if layout.average_on_host { Device::Cpu } else { generator.device() };
-        let average = generator.to_device(host).copy();
+        let (generator, fake_score) = (master(Network::Generator), master(Network::FakeScore));
+        let average = generator.to_device(place(layout.average_on_host)).copy();
         let networks = [
             Optimized::new(generator, Network::Generator, layout),
             Optimized::new(fake_score, Network::FakeScore, layout),

@@ -142,6 +142,7 @@ impl Plan {
         // The copy of another rank's slice, whose master weights are never views of the weights.
         let copy = if shared && replicas == 1 { slice } else { 0 };
         let held = slice + copy;
+        let on_device = |elements| if memory.offload_optimizer { 0 } else { elements };
         let low = trained_kind < 4;
         let gathered = memory.shard == Shard::Parameters;
         let trained_is_gathered = gathered && spec.lora.is_none();
@@ -162,9 +163,9 @@ impl Plan {
         let encoders = if cached { 0 } else { model.text };
         Ok(Self {
             weights: bytes_of(weights),
-            master_weights: bytes_of(2 * 4 * if low || trained_is_gathered { held } else { copy }),
-            moments: bytes_of(moments * 4 * held),
-            average: bytes_of(if memory.offload_ema { 0 } else { 4 * held }),
+            master_weights: bytes_of(2 * 4 * on_device(if low || trained_is_gathered { held } else { copy })),
+            moments: bytes_of(moments * 4 * on_device(held)),
+            average: bytes_of(if memory.offload_ema { 0 } else { 4 * on_device(held) }),
             surroundings: bytes_of(4 * (encoders + model.autoencoder)),
             gradients: bytes_of(match bucketed {
                 true if shared && memory.shard != Shard::Optimizer => {
@@ -476,7 +477,7 @@ struct Saver {
 /// The changes that save memory, each by itself, the greatest first.
 fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Saver>> {
     type Change = fn(&mut RunSpec, &mut u32);
-    let changes: [(&str, Change); 9] = [
+    let changes: [(&str, Change); 10] = [
         ("memory.recompute=true", |spec, _| spec.memory.recompute = true),
         ("memory.bf16_weights=true with distillation.precision=bf16", |spec, _| {
             spec.memory.bf16_weights = true;
@@ -490,6 +491,9 @@ fn savers(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Vec<Sav
         }),
         ("distillation.micro_batch=1", |spec, _| spec.distillation.micro_batch = 1),
         ("memory.offload_ema=true", |spec, _| spec.memory.offload_ema = true),
+        ("memory.offload_optimizer=true", |spec, _| {
+            spec.memory.offload_optimizer = spec.memory.bf16_weights;
+        }),
         ("lora={rank=64}", |spec, _| {
             spec.lora.get_or_insert_default();
         }),
@@ -604,6 +608,7 @@ mod tests {
             copy,
             weights,
             average_on_host: false,
+            optimizer_on_host: false,
             first_moments,
             gathered,
         };

@@ -16,6 +16,7 @@ use potstill_models::{
     Denoiser,
     gate::{Gate, redirect},
 };
+use potstill_torch_ext::upload;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::session::Progress;
@@ -38,14 +39,19 @@ impl Sliced {
     fn gather(&self, group: &ProcessGroup, elements: Range<i64>) -> Result<Incoming, Error> {
         let Self { own, slice, numel, kind } = self;
         let width = slice.width(*numel);
-        let values = Tensor::zeros([elements.end - elements.start], (*kind, own.device()));
+        let values = Tensor::zeros([elements.end - elements.start], (*kind, group.device()));
         let mut works = Vec::new();
         for owner in elements.start / width..=(elements.end - 1) / width {
             let first = owner * width;
             let (from, to) = (elements.start.max(first), elements.end.min(first + width));
             let mut part = values.narrow(0, from - elements.start, to - from);
             if owner as usize == slice.rank {
-                no_grad(|| part.copy_(&own.narrow(0, from - first, to - from)));
+                let own = own.narrow(0, from - first, to - from);
+                no_grad(|| match own.device() == part.device() {
+                    true => part.copy_(&own),
+                    // Half as many bytes.
+                    false => part.copy_(&upload(&own.to_kind(*kind), part.device())),
+                });
             }
             // One rank is measured alone, as if it were one of several.
             if group.member().world > 1 {

@@ -256,7 +256,8 @@ impl Job {
             copy,
             // Adapters are small: they are fp32 also where the network beneath is not.
             weights: generator.parameters().flat().kind(),
-            average_on_host: self.spec.memory.offload_ema,
+            average_on_host: self.spec.memory.offload_ema || self.spec.memory.offload_optimizer,
+            optimizer_on_host: self.spec.memory.offload_optimizer,
             first_moments: self.recipe.optimizer.first_moments(),
             // Adapters are held whole, on a network that is gathered.
             gathered: self.files.is_some() && self.adapted.is_none(),
