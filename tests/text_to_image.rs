@@ -8,7 +8,10 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::{signal::Signal, stat::Mode},
+    unistd::mkfifo,
+};
 use potstill_tests::{
     Cluster, Process, binary, kill, lacks, relative_difference, repository, text, tiny_model,
 };
@@ -259,7 +262,12 @@ fn what_saves_memory_changes_nothing() {
     // bf16 weights with fp32 master weights: close, but not equal; sharded or not.
     let bf16 = ["distillation.precision=bf16", "memory.bf16_weights=true"];
     studio.succeed("bf16", 1, &sets(&bf16), &[]);
-    studio.succeed("bf16-sharded", 2, &sets(&[&bf16[..], &["memory.shard=optimizer", "memory.offload_optimizer=true"]].concat()), &[]);
+    studio.succeed(
+        "bf16-sharded",
+        2,
+        &sets(&[&bf16[..], &["memory.shard=optimizer", "memory.offload_optimizer=true"]].concat()),
+        &[],
+    );
     studio.succeed("bf16-gradients", 4, &sets(&[&bf16[..], &["memory.shard=gradients"]].concat()), &[]);
     let parameters = ["memory.shard=parameters", "memory.recompute=true", "memory.offload_ema=true"];
     studio.succeed("bf16-parameters", 3, &sets(&[&bf16[..], &parameters].concat()), &[]);
@@ -426,7 +434,7 @@ fn sharded_workers_join_without_a_step_lost() {
 fn sharded_workers_join(shard: &str) {
     let studio = Studio::new("sd15");
     let sets = [
-        "distillation.iterations=60",
+        "distillation.iterations=20",
         shard,
         "memory.recompute=true",
         "generator.steps=1",
@@ -440,18 +448,25 @@ fn sharded_workers_join(shard: &str) {
         .args(["--workers", "2", "--run-id", "joined", "--listen", "127.0.0.1:0", "--storage"])
         .arg(studio.cluster.storage())
         .args(sets.iter().flat_map(|set| ["--set", set]))
-        .args(["--set", "cluster.min_workers=1", "--set", "cluster.failure_timeout=2s"]);
+        .args(["--set", "cluster.min_workers=1"]);
     let mut serve = Process::start(serve);
     serve.until(&["waiting"]);
-    let first = Process::start(studio.cluster.agent("joined", 1));
+    // The first waits after two iterations until the second has come.
+    let pipe = studio.path("pipe");
+    mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+    let mut first = studio.cluster.agent("joined", 1);
+    first.env("POTSTILL_FAULT", format!("hold:reported:1:0:{}", pipe.display()));
+    let first = Process::start(first);
     serve.until(&["generation=1"]);
     let second = Process::start(studio.cluster.agent("joined", 1));
+    serve.until(&["worker attached"]);
+    std::fs::write(&pipe, "").unwrap();
     let (code, log) = serve.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("world_size=2"), "{log}");
     let _ = (first.end(), second.end());
-    let end = studio.cluster.checkpoint("joined", 60);
-    let undisturbed = studio.cluster.checkpoint("undisturbed", 60);
+    let end = studio.cluster.checkpoint("joined", 20);
+    let undisturbed = studio.cluster.checkpoint("undisturbed", 20);
     let difference = relative_difference(&end, &undisturbed, "generator/");
     assert!(difference <= 1e-4, "{difference}");
     assert_eq!(studio.cluster.summary("joined")["repeated_iterations"], 0, "{log}");

@@ -313,15 +313,21 @@ fn prepare(
     let run = Root::open_existing(storage)?.run(run_id);
     runtime.block_on(same_storage(&run, terms))?;
     if spec.teacher.model.is_some() && spec.teacher.sha256.is_none() {
-        spec.teacher.sha256 = runtime.block_on(same_teacher(&run, &spec.teacher))?;
+        // Fetching and hashing it block.
+        if let Some(found) = teacher_folder(&spec.teacher, true)?.digest {
+            spec.teacher.sha256 = Some(runtime.block_on(same_teacher(&run, &spec.teacher, found))?);
+        }
     }
     Job::load(spec, run, runtime.handle().clone(), device)
 }
 
 /// Checks that this worker's copy of a teacher of which the coordinator has none is the one with which the run was started: the
-/// first worker's. Returns its SHA-256.
-async fn same_teacher(run: &potstill_storage::Run, teacher: &TeacherSpec) -> anyhow::Result<Option<String>> {
-    let Some(found) = teacher_folder(teacher, true)?.digest else { return Ok(None) };
+/// first worker's. `found`: the SHA-256 of this one, which is returned.
+async fn same_teacher(
+    run: &potstill_storage::Run,
+    teacher: &TeacherSpec,
+    found: String,
+) -> anyhow::Result<String> {
     let first = run.keep_teacher(&found).await?;
     ensure!(
         first == found,
@@ -329,7 +335,7 @@ async fn same_teacher(run: &potstill_storage::Run, teacher: &TeacherSpec) -> any
          machine that model, or start another run",
         run.describe(layout::TEACHER)
     );
-    Ok(Some(first))
+    Ok(found)
 }
 
 /// Checks that this worker sees the coordinator's storage: its name lies there. File systems on a network may show it late.
