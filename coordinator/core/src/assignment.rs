@@ -8,7 +8,7 @@ use potstill_proto::{
     micro_batches::MicroBatches,
 };
 
-use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members};
+use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members, terms::Division};
 
 /// Where a generation starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,27 +18,6 @@ pub struct Start {
     /// False when the source is a peer, which may be further than its last message said: then `cursor` is a lower
     /// bound.
     pub exact: bool,
-}
-
-/// How the ranks of a generation divide the state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Division {
-    /// Every rank holds all of it.
-    #[default]
-    Whole,
-    /// Each rank holds a slice of its own, and a copy of another rank's.
-    Slices,
-    /// Groups of at least this many ranks each hold all slices, if the ranks can form several of equal size; otherwise as
-    /// [`Slices`](Self::Slices).
-    SlicesInGroups(NonZeroU32),
-}
-
-impl Division {
-    /// Whether each rank holds a slice.
-    #[must_use]
-    pub fn is_sliced(self) -> bool {
-        self != Self::Whole
-    }
 }
 
 /// A generation before it is opened.

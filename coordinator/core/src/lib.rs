@@ -9,8 +9,7 @@
 //!
 //! use potstill_core::{
 //!     Action, Core, Event, Setup, Tick,
-//!     assignment::Division,
-//!     terms::{Terms, Timeouts},
+//!     terms::{Division, Terms, Timeouts},
 //! };
 //!
 //! let mut core = Core::new(Setup {

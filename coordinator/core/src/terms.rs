@@ -2,8 +2,6 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
-use crate::assignment::Division;
-
 /// The terms of a run, validated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Terms {
@@ -31,6 +29,27 @@ pub struct Terms {
     pub straggler_factor: f64,
     /// Whether a spare takes the place of a straggler.
     pub replace_stragglers: bool,
+}
+
+/// How the ranks of a generation divide the state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Division {
+    /// Every rank holds all of it.
+    #[default]
+    Whole,
+    /// Each rank holds a slice of its own, and a copy of another rank's.
+    Slices,
+    /// Groups of at least this many ranks each hold all slices, if the ranks can form several of equal size; otherwise as
+    /// [`Slices`](Self::Slices).
+    SlicesInGroups(NonZeroU32),
+}
+
+impl Division {
+    /// Whether each rank holds a slice.
+    #[must_use]
+    pub fn is_sliced(self) -> bool {
+        self != Self::Whole
+    }
 }
 
 /// Every timeout of a run, derived from `failure_timeout` so that they cannot contradict each other.

@@ -5,11 +5,10 @@ use std::{path::PathBuf, time::Duration};
 use potstill_access::{AccessError, Fingerprint, JoinKey, Locator, Role};
 use potstill_core::{
     Setup,
-    assignment::Division,
     ledger::CommittedCheckpoint,
     observation::Outcome,
     record::Record,
-    terms::{Terms, Timeouts},
+    terms::{Division, Terms, Timeouts},
 };
 use potstill_proto::wire::RunState;
 use potstill_spec::RunSpec;

@@ -2,10 +2,7 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
-use potstill_core::{
-    assignment::Division,
-    terms::{Terms, Timeouts},
-};
+use potstill_core::terms::{Division, Terms, Timeouts};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -13,11 +13,10 @@ use potstill_proto::{
 use super::{Core, Setup, fixtures::hello};
 use crate::{
     Action, ClientId, Event, StreamId, Tick, Uncommitted,
-    assignment::Division,
     ledger::CommittedCheckpoint,
     observation::{Observation, Outcome},
     record::Record,
-    terms::{Terms, Timeouts},
+    terms::{Division, Terms, Timeouts},
 };
 
 const DEAD: u64 = 1000;
