@@ -4,7 +4,6 @@ use tch::{Device, Tensor};
 
 /// The tensor on `device`. A copy from the host to a GPU goes into the device's queue: the host neither waits for it nor for what was
 /// queued before, as it would with [`Tensor::to_device`], whose source may change as soon as it returns.
-#[must_use]
 pub fn upload(tensor: &Tensor, device: Device) -> Tensor {
     match (tensor.device(), device) {
         // libtorch keeps page-locked memory until copies from it are done.
