@@ -341,21 +341,31 @@ fn workers_come_and_go_and_change_nothing() {
     let listen = "127.0.0.1:0";
     // Six micro-batches: one, two and three workers share them.
     let sets = [
-        "distillation.iterations=160",
+        "distillation.iterations=48",
         "distillation.global_batch=48",
         "distillation.micro_batch=8",
         "checkpoint.every=1000",
         "cluster.min_workers=1",
-        "cluster.failure_timeout=2s",
     ];
     let mut served = Process::start(cluster.unscored("serve", "elastic", 3, &sets, &["--listen", listen]));
     served.until(&["coordinator started"]);
-    let agent = || Process::start(cluster.agent("elastic", 1));
-    let first = agent();
+    // Each waits after an iteration until the next one is to join: that happens two iterations later.
+    let agent = |rank: u32, iteration: u64| {
+        let pipe = cluster.storage().join(format!("pipe-{rank}"));
+        mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        let mut agent = cluster.agent("elastic", 1);
+        agent.env("POTSTILL_FAULT", format!("hold:reported:{iteration}:{rank}:{}", pipe.display()));
+        (Process::start(agent), pipe)
+    };
+    let (first, go_on) = agent(0, 2);
     served.until(&["generation opened", "world_size=1"]);
-    let second = agent();
+    let (second, then_go_on) = agent(1, 4);
+    served.until(&["asked to yield at the next boundary", "joins"]);
+    std::fs::write(go_on, "").unwrap();
     served.until(&["generation opened", "world_size=2"]);
-    let third = agent();
+    let third = Process::start(cluster.agent("elastic", 1));
+    served.until(&["asked to yield at the next boundary", "joins"]);
+    std::fs::write(then_go_on, "").unwrap();
     served.until(&["generation opened", "world_size=3"]);
     for agent in [second, third] {
         agent.signal(Signal::SIGTERM);
@@ -368,7 +378,7 @@ fn workers_come_and_go_and_change_nothing() {
     assert_eq!(code, Some(0), "{log}");
     assert_eq!(first.end().0, Some(0));
     cluster.unscored("launch", "undisturbed", 1, &sets, &[]).output().unwrap();
-    cluster.assert_same_end("elastic", "undisturbed", 160);
+    cluster.assert_same_end("elastic", "undisturbed", 48);
 }
 
 #[test]

@@ -434,7 +434,7 @@ fn sharded_workers_join_without_a_step_lost() {
 fn sharded_workers_join(shard: &str) {
     let studio = Studio::new("sd15");
     let sets = [
-        "distillation.iterations=20",
+        "distillation.iterations=8",
         shard,
         "memory.recompute=true",
         "generator.steps=1",
@@ -459,14 +459,14 @@ fn sharded_workers_join(shard: &str) {
     let first = Process::start(first);
     serve.until(&["generation=1"]);
     let second = Process::start(studio.cluster.agent("joined", 1));
-    serve.until(&["worker attached"]);
+    serve.until(&["asked to yield at the next boundary", "joins"]);
     std::fs::write(&pipe, "").unwrap();
     let (code, log) = serve.end();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("world_size=2"), "{log}");
     let _ = (first.end(), second.end());
-    let end = studio.cluster.checkpoint("joined", 20);
-    let undisturbed = studio.cluster.checkpoint("undisturbed", 20);
+    let end = studio.cluster.checkpoint("joined", 8);
+    let undisturbed = studio.cluster.checkpoint("undisturbed", 8);
     let difference = relative_difference(&end, &undisturbed, "generator/");
     assert!(difference <= 1e-4, "{difference}");
     assert_eq!(studio.cluster.summary("joined")["repeated_iterations"], 0, "{log}");
