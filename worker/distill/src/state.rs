@@ -217,14 +217,19 @@ impl Held {
     ) -> Self {
         let device = networks[0].network.parameters().flat().device();
         let place = |on_host: bool| if on_host { Device::Cpu } else { device };
+        // fp32 in memory of its own, with no further copy where the move or the data type has made one.
+        let copied = |values: &Tensor, on_host: bool| {
+            let moved = values.to_device(place(on_host)).to_kind(Kind::Float);
+            if moved.data_ptr() == values.data_ptr() { moved.copy() } else { moved }
+        };
         let master = |network: Network| match networks[network as usize].range(slice) {
             // A copy only where the data types differ.
             Some(weights) if is_own && !layout.optimizer_on_host => weights.to_kind(Kind::Float),
-            Some(weights) => weights.to_device(place(layout.optimizer_on_host)).to_kind(Kind::Float).copy(),
+            Some(weights) => copied(&weights, layout.optimizer_on_host),
             None => first(network).to_device(place(layout.optimizer_on_host)),
         };
         let (generator, fake_score) = (master(Network::Generator), master(Network::FakeScore));
-        let average = generator.to_device(place(layout.average_on_host)).copy();
+        let average = copied(&generator, layout.average_on_host);
         let networks = [
             Optimized::new(generator, Network::Generator, layout),
             Optimized::new(fake_score, Network::FakeScore, layout),

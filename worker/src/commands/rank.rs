@@ -309,33 +309,29 @@ fn prepare(
     if terms.run_id != run_id.to_string() {
         bail!("the coordinator serves run {}, not {run_id}", terms.run_id);
     }
-    let mut spec = RunSpec::from_toml(&terms.specification)?;
+    let spec = RunSpec::from_toml(&terms.specification)?;
     let run = Root::open_existing(storage)?.run(run_id);
     runtime.block_on(same_storage(&run, terms))?;
     if spec.teacher.model.is_some() && spec.teacher.sha256.is_none() {
         // Fetching and hashing it block.
         if let Some(found) = teacher_folder(&spec.teacher, true)?.digest {
-            spec.teacher.sha256 = Some(runtime.block_on(same_teacher(&run, &spec.teacher, found))?);
+            runtime.block_on(same_teacher(&run, &spec.teacher, &found))?;
         }
     }
     Job::load(spec, run, runtime.handle().clone(), device)
 }
 
 /// Checks that this worker's copy of a teacher of which the coordinator has none is the one with which the run was started: the
-/// first worker's. `found`: the SHA-256 of this one, which is returned.
-async fn same_teacher(
-    run: &potstill_storage::Run,
-    teacher: &TeacherSpec,
-    found: String,
-) -> anyhow::Result<String> {
-    let first = run.keep_teacher(&found).await?;
+/// first worker's. `found`: the SHA-256 of this one.
+async fn same_teacher(run: &potstill_storage::Run, teacher: &TeacherSpec, found: &str) -> anyhow::Result<()> {
+    let first = run.keep_teacher(found).await?;
     ensure!(
         first == found,
         "the teacher {teacher} has SHA-256 {found} on this machine, but {first} where the run was started ({}): give this \
          machine that model, or start another run",
         run.describe(layout::TEACHER)
     );
-    Ok(found)
+    Ok(())
 }
 
 /// Checks that this worker sees the coordinator's storage: its name lies there. File systems on a network may show it late.
