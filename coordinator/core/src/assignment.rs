@@ -103,9 +103,10 @@ pub fn plan(
             members.iter().filter_map(|(_, member)| member.place).map(|place| place.generation).max();
         let furthest = candidates.iter().map(|(_, Reverse(held), ..)| *held).max().flatten();
         let held = |stream: &StreamId, held: Option<Cursor>| {
-            let of_newest = members.get(*stream).and_then(|member| member.place);
-            let silent = of_newest.is_some_and(|place| held.is_none() && Some(place.generation) == newest);
-            if silent { furthest } else { held }
+            let unheard = members
+                .get(*stream)
+                .is_some_and(|member| member.unheard && member.place.map(|place| place.generation) == newest);
+            if unheard { furthest } else { held }
         };
         candidates
             .sort_by_key(|(rank, Reverse(cursor), id, stream)| (Reverse(held(stream, *cursor)), *rank, *id));
@@ -341,7 +342,19 @@ mod tests {
             ("new", None, None),
         ]);
         let place = Place { generation: Generation(2), rank: 2 };
-        members.get_mut(StreamId(2)).unwrap().place = Some(place);
+        let member = members.get_mut(StreamId(2)).unwrap();
+        (member.place, member.unheard) = (Some(place), true);
         assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["old", "silent"]);
+        // Once it has said that it holds nothing, those that hold slices come first.
+        members.get_mut(StreamId(2)).unwrap().left(Cursor::default());
+        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["old", "older"]);
+    }
+
+    #[test]
+    fn a_holder_that_was_cut_off_comes_before_ranks_that_said_that_they_hold_nothing() {
+        let members = members(&[("a", Some(0), None), ("b", Some(1), None), ("back", None, Some(5))]);
+        let plan = plan(&members, 2, None, Division::Slices);
+        assert_eq!(names(&members, &plan), ["a", "back"]);
+        assert_eq!(plan.source, Source::Peer { rank: 1 });
     }
 }

@@ -59,6 +59,8 @@ pub struct Member {
     /// Whether it is known to have taken over the state of its place completely. Until then the cursors of its
     /// heartbeats do not count.
     pub loaded: bool,
+    /// Whether it has not said what it holds since its newest generation was opened.
+    pub unheard: bool,
     /// Whether it has loaded what the run reads.
     ready: bool,
     /// Why it leaves, once it has announced that.
@@ -86,6 +88,7 @@ impl Member {
     /// Notes the state that the worker says it holds; the start of the run does not count as one.
     pub fn hold(&mut self, cursor: Cursor) {
         self.cursor = cursor;
+        self.unheard = false;
         self.held = Some(cursor).filter(|c| *c > Cursor::default());
     }
 
@@ -167,6 +170,7 @@ impl Members {
             proven: false,
             fruitless: 0,
             loaded: held.is_some(),
+            unheard: false,
             ready: false,
             leaving: None,
             barred: None,
@@ -174,6 +178,8 @@ impl Members {
             deadline,
         };
         member.hold(held.unwrap_or_default());
+        // A rank that takes over a state when its connection breaks holds nothing yet.
+        member.unheard = held.is_none() && member.place.is_some();
         self.loading += 1;
         self.by_stream.entry(stream).or_insert(member)
     }

@@ -358,6 +358,7 @@ impl Core {
             let is_source = plan.source == Source::Peer { rank };
             member.loaded = is_source && !self.terms.division.is_sliced();
             member.held = member.held.filter(|_| is_source);
+            member.unheard = !is_source;
         }
         actions.push(Action::Persist(Record::GenerationOpened {
             generation,

@@ -296,8 +296,11 @@ impl Core {
             let placed =
                 |(stream, member): (StreamId, &Member)| member.place.or(member.hello.place).map(|_| stream);
             for holder in self.members.iter().filter_map(placed).collect::<Vec<_>>() {
+                let is_rank = self.rank(holder).is_some();
                 if let Some(member) = self.members.get_mut(holder) {
                     member.left(nothing);
+                    // Each rank is about to say whether it holds the slices of an earlier state.
+                    member.unheard = is_rank;
                 }
             }
         }
