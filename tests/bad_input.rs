@@ -23,8 +23,8 @@ fn configuration() {
         &cluster.refused(&["optimizer.generator_learning_rate=-1"], &[]),
         &["generator_learning_rate is -1"],
     );
-    says(&cluster.refused(&["distillation.micro_batch=7"], &[]), &["global_batch (32)", "micro_batch (7)"]);
-    says(&cluster.refused(&["distillation.micro_batch=32"], &[]), &["2 workers", "1 micro-batch"]);
+    says(&cluster.refused(&["distillation.micro_batch=3"], &[]), &["global_batch (8)", "micro_batch (3)"]);
+    says(&cluster.refused(&["distillation.micro_batch=8"], &[]), &["2 workers", "1 micro-batch"]);
     says(&cluster.refused(&["seed"], &[]), &["key=value"]);
 }
 

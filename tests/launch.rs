@@ -64,7 +64,7 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     assert_eq!(summary["run"], "results");
     assert_eq!(summary["world_size"], 2);
     assert_eq!(summary["iterations"], 6);
-    assert_eq!(summary["images"], 6 * 32);
+    assert_eq!(summary["images"], 6 * 8);
     for path in ["/images_per_second", "/wall_seconds", "/initial/fid", "/initial/agreement"] {
         assert!(summary.pointer(path).unwrap().as_f64().unwrap() >= 0.0, "{path}: {summary}");
     }

@@ -179,7 +179,7 @@ fn the_dashboard_asks_for_metrics_that_exist() {
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!(status["page"], format!("http://{}/", shown.host));
     assert!(shown.metric("potstill_iterations_total").unwrap() >= 10.0);
-    assert_eq!(shown.metric("potstill_images_total").unwrap() % 32.0, 0.0, "the global batch is 32");
+    assert_eq!(shown.metric("potstill_images_total").unwrap() % 8.0, 0.0, "the global batch is 8");
     for (name, value) in [
         ("potstill_workers{state=\"rank\"}", 2.0),
         ("potstill_workers{state=\"standby\"}", 0.0),

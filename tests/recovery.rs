@@ -35,7 +35,7 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
     // Three micro-batches for rank 0, two for rank 1: each has some work between two backward passes, and when rank 0
     // starts its last one, rank 1 already waits in the all-reduce.
-    let sets = [SHORT[0], SHORT[1], "distillation.global_batch=40", "distillation.micro_batch=8"];
+    let sets = [SHORT[0], SHORT[1], "distillation.global_batch=10", "distillation.micro_batch=2"];
     let undisturbed = cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
     assert!(undisturbed.status.success(), "{}", text(&undisturbed.stderr));
     for (at, iteration) in [
@@ -175,8 +175,8 @@ fn ranks_may_die_faster_than_the_run_recovers() {
 /// Each rank holds a slice of the state, and a copy of another's. Three ranks have one micro-batch or two.
 const SHARDED: [&str; 4] = [
     "memory.shard=gradients",
-    "distillation.global_batch=32",
-    "distillation.micro_batch=8",
+    "distillation.global_batch=8",
+    "distillation.micro_batch=2",
     "optimizer.clip_norm=0.5",
 ];
 
@@ -342,8 +342,8 @@ fn workers_come_and_go_and_change_nothing() {
     // Six micro-batches: one, two and three workers share them.
     let sets = [
         "distillation.iterations=48",
-        "distillation.global_batch=48",
-        "distillation.micro_batch=8",
+        "distillation.global_batch=12",
+        "distillation.micro_batch=2",
         "checkpoint.every=1000",
         "cluster.min_workers=1",
     ];

@@ -94,7 +94,7 @@ impl Cluster {
         self.folder.path().join("runs").join(run)
     }
 
-    /// `potstill launch` on the digits with two micro-batches of 16 per iteration and without evaluation, unless `sets`
+    /// `potstill launch` on the digits with two micro-batches of 4 per iteration and without evaluation, unless `sets`
     /// change that.
     #[must_use]
     pub fn launch(&self, run: &str, workers: u32, sets: &[&str], flags: &[&str]) -> Command {
@@ -111,7 +111,7 @@ impl Cluster {
             .arg("launch")
             .arg(repository().join("configs/digits/one-step.toml"))
             .args(["--workers", &workers.to_string(), "--run-id", run, "--threads", "1"])
-            .args(["--set", "distillation.global_batch=32", "--set", "distillation.micro_batch=16"])
+            .args(["--set", "distillation.global_batch=8", "--set", "distillation.micro_batch=4"])
             .args(["--set", "evaluation.every=none", "--set", "evaluation.samples=100"])
             // With two steps the teacher's samples are not digits yet, so a collapse could not be recognized.
             .args(["--set", "evaluation.teacher_steps=2", "--set", "evaluation.collapse_share=0.0"])
@@ -130,14 +130,14 @@ impl Cluster {
         let digits = repository().join("configs/digits");
         let config = self.folder.path().join("unscored.toml");
         let text = format!(
-            "[teacher]\nweights = {:?}\n[distillation]\nglobal_batch = 32\nmicro_batch = 16",
+            "[teacher]\nweights = {:?}\n[distillation]\nglobal_batch = 8\nmicro_batch = 4",
             digits.join("teacher.safetensors").display().to_string()
         );
         std::fs::write(&config, text).expect("the run file can be written");
         config
     }
 
-    /// `potstill launch` or `potstill serve` on the digits, without evaluation, with two micro-batches of 16 per
+    /// `potstill launch` or `potstill serve` on the digits, without evaluation, with two micro-batches of 4 per
     /// iteration unless `sets` change that.
     #[must_use]
     pub fn unscored(

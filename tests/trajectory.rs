@@ -39,7 +39,7 @@ fn twenty_and_twenty_more_equal_forty_bit_by_bit() {
 fn one_and_two_and_three_workers_follow_the_same_trajectory() {
     let cluster = Cluster::default();
     // Four micro-batches: three workers share them unevenly.
-    let sets = ["distillation.iterations=20", "distillation.micro_batch=8", "distillation.dropout=true"];
+    let sets = ["distillation.iterations=20", "distillation.micro_batch=2", "distillation.dropout=true"];
     for workers in [1, 2, 3] {
         cluster.succeed(&format!("w{workers}"), workers, &sets, &[]);
     }
@@ -57,7 +57,7 @@ fn one_and_two_and_three_workers_follow_the_same_trajectory() {
 fn what_three_workers_saved_is_loaded_by_any_number_of_workers() {
     let cluster = Cluster::default();
     // Eight micro-batches: five workers share them unevenly.
-    let micro_batch = "distillation.micro_batch=4";
+    let micro_batch = "distillation.micro_batch=1";
     cluster.finish("straight", 1, &["distillation.iterations=6", micro_batch], &[]);
     cluster.finish("three", 3, &["distillation.iterations=3", micro_batch], &[]);
     let straight = cluster.checkpoint("straight", 6);
@@ -107,13 +107,13 @@ fn adversarial_runs_follow_the_same_trajectory_and_resume_bit_by_bit() {
             "adversarial.limit=100",
             // The generator steps from iteration 3 on and its term joins in iteration 5; the run in two halves resumes
             // between the two.
-            "adversarial.join_images=128",
+            "adversarial.join_images=32",
             "adversarial.approximate_r1=1",
-            "distillation.generator_start_images=64",
+            "distillation.generator_start_images=16",
             "optimizer.fake_score_clip_value=1.0",
             "guidance.preset=zero-cfg",
             "optimizer.clip_norm=1000.0",
-            "optimizer.decay={start_images=100,end_images=400}",
+            "optimizer.decay={start_images=25,end_images=100}",
         ]
     };
     cluster.succeed("w1", 1, &sets("distillation.iterations=8"), &[]);

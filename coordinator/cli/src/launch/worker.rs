@@ -69,8 +69,7 @@ pub fn find() -> Result<PathBuf, WorkerError> {
 /// The worker program's message about an invalid file.
 pub async fn check(program: &Path, specification: String) -> Result<(), WorkerError> {
     let refused = |source| WorkerError::Refused { program: program.to_owned(), source };
-    let mut child = tokio::process::Command::new(program)
-        .arg("check")
+    let mut child = tokio::process::Command::from(command(program, "check"))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -92,7 +91,7 @@ pub async fn check(program: &Path, specification: String) -> Result<(), WorkerEr
 
 /// What the worker program says of its version, if it can be run.
 pub fn version() -> Option<String> {
-    let output = Command::new(find().ok()?).arg("--version").stdin(Stdio::null()).output().ok()?;
+    let output = command(&find().ok()?, "--version").stdin(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
@@ -102,13 +101,17 @@ pub fn version() -> Option<String> {
 /// See [`WorkerError`].
 pub fn become_worker(subcommand: &str, arguments: &[OsString]) -> Result<Infallible, WorkerError> {
     let program = find()?;
-    let mut command = Command::new(&program);
-    command.arg(subcommand).args(arguments);
+    let source = command(&program, subcommand).args(arguments).exec();
+    Err(WorkerError::Refused { program, source })
+}
+
+fn command(program: &Path, subcommand: &str) -> Command {
+    let mut command = Command::new(program);
+    command.arg(subcommand);
     if std::env::var_os(SPINNING.0).is_none() {
         command.env(SPINNING.0, SPINNING.1);
     }
-    let source = command.exec();
-    Err(WorkerError::Refused { program, source })
+    command
 }
 
 fn is_program(file: &Path) -> bool {
