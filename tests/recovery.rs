@@ -20,13 +20,13 @@ fn dies(command: &mut Command, cluster: &Cluster, how: &str, at: &str, iteration
     command.env("POTSTILL_FAULT", format!("{how}:{at}:{iteration}:{rank}:{}", once.display()));
 }
 
-/// The [SHORT] run goes on in a second generation and ends as the undisturbed one. Returns its log.
-fn survives(mut command: Command, cluster: &Cluster, run: &str) -> String {
+/// A run in which ranks die, one after the other, goes on each time and ends as the undisturbed one. Returns its log.
+fn survives(mut command: Command, run: &str, deaths: usize, end: u64, cluster: &Cluster) -> String {
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{run}: {log}");
-    assert!(log.contains("generation=2"), "{run}: no rank left: {log}");
-    cluster.assert_same_end(run, "undisturbed", 8);
+    assert!(log.contains(&format!("generation={}", 1 + deaths)), "{run}: not all have died: {log}");
+    cluster.assert_same_end(run, "undisturbed", end);
     log
 }
 
@@ -35,27 +35,31 @@ fn a_rank_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
     // Three micro-batches for rank 0, two for rank 1: each has some work between two backward passes, and when rank 0
     // starts its last one, rank 1 already waits in the all-reduce.
-    let sets = [SHORT[0], SHORT[1], "distillation.global_batch=10", "distillation.micro_batch=2"];
-    let undisturbed = cluster.unscored("launch", "undisturbed", 2, &sets, &[]).output().unwrap();
-    assert!(undisturbed.status.success(), "{}", text(&undisturbed.stderr));
-    for (at, iteration) in [
-        ("forward", 3),
+    let sets = [
+        "distillation.iterations=20",
+        "checkpoint.every=4",
+        "distillation.global_batch=10",
+        "distillation.micro_batch=2",
+    ];
+    cluster.finish("undisturbed", 2, &sets, &[]);
+    // The last checkpoint is of iteration 20, when nothing is left to compute.
+    let points = [
+        ("forward", 2),
         ("backward", 3),
-        ("reducing", 3),
-        ("reduced", 3),
-        ("stepped", 3),
-        ("reported", 3),
-        ("snapshot", 4),
-        ("uploaded", 4),
-        // The last checkpoint, when nothing is left to compute.
-        ("uploaded", 8),
-    ] {
-        for rank in [0, 1] {
-            let run = format!("{at}-{iteration}-{rank}");
-            let mut command = cluster.unscored("launch", &run, 2, &sets, &[]);
-            dies(&mut command, &cluster, "die", at, iteration, rank);
-            survives(command, &cluster, &run);
-        }
+        ("reducing", 4),
+        ("reduced", 5),
+        ("stepped", 6),
+        ("reported", 7),
+        ("snapshot", 12),
+        ("uploaded", 16),
+        ("uploaded", 20),
+    ];
+    for rank in [0, 1] {
+        let run = format!("without-{rank}");
+        let deaths = points.map(|(at, iteration)| (at, iteration, rank));
+        let mut command = cluster.unscored("launch", &run, 2, &sets, &[]);
+        command.env("POTSTILL_FAULT", potstill_tests::deaths(cluster.storage(), &run, &deaths));
+        survives(command, &run, deaths.len(), 20, &cluster);
     }
 }
 
@@ -183,16 +187,16 @@ const SHARDED: [&str; 4] = [
 #[test]
 fn a_rank_with_a_slice_of_the_state_may_die_at_any_point_of_an_iteration() {
     let cluster = Cluster::default();
-    let sets = [&[SHORT[0], "checkpoint.every=1000"], &SHARDED[..]].concat();
-    cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
+    let sets = [&["distillation.iterations=10", "checkpoint.every=1000"], &SHARDED[..]].concat();
+    cluster.finish("undisturbed", 3, &sets, &[]);
     let points = ["forward", "reducing", "reduced", "agreed", "stepped", "gathering", "reported"];
-    let modes = ["memory.shard=optimizer", "memory.shard=gradients"];
-    for (number, (mode, at)) in (0..).zip(modes.iter().flat_map(|mode| points.map(|at| (mode, at)))) {
-        let (run, rank) = (format!("sharded-{number}-{at}"), number % 3);
-        let sets = [&sets[..], &[*mode]].concat();
-        let mut command = cluster.unscored("launch", &run, 3, &sets, &[]);
-        dies(&mut command, &cluster, "die", at, 3, rank);
-        survives(command, &cluster, &run);
+    for (shift, mode) in [(0, "optimizer"), (1, "gradients")] {
+        let ranks = [0, 1, 2].into_iter().cycle().skip(shift);
+        let deaths: Vec<_> = (2..).zip(points).zip(ranks).map(|((i, at), rank)| (at, i, rank)).collect();
+        let sharded = format!("memory.shard={mode}");
+        let mut command = cluster.unscored("launch", mode, 3, &[&sets[..], &[&sharded]].concat(), &[]);
+        command.env("POTSTILL_FAULT", potstill_tests::deaths(cluster.storage(), mode, &deaths));
+        survives(command, mode, deaths.len(), 10, &cluster);
     }
 }
 
@@ -204,7 +208,7 @@ fn a_rank_that_missed_the_word_makes_the_step_that_the_others_have_made() {
     cluster.unscored("launch", "undisturbed", 3, &sets, &[]).output().unwrap();
     let mut command = cluster.unscored("launch", "missed", 3, &sets, &[]);
     dies(&mut command, &cluster, "tear", "agreed", 3, 1);
-    let log = survives(command, &cluster, "missed");
+    let log = survives(command, "missed", 1, 8, &cluster);
     assert!(log.contains("this rank makes the step that others have made"), "{log}");
 }
 

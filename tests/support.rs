@@ -293,6 +293,16 @@ impl Cluster {
     }
 }
 
+/// The value of `POTSTILL_FAULT` by which ranks die, each once: at a point of an iteration, as a rank.
+#[must_use]
+pub fn deaths(folder: &Path, run: &str, deaths: &[(&str, u64, u32)]) -> String {
+    let death = |(at, iteration, rank): &(&str, u64, u32)| {
+        let once = folder.join(format!("{run}-{at}-{iteration}-{rank}"));
+        format!("die:{at}:{iteration}:{rank}:{}", once.display())
+    };
+    deaths.iter().map(death).collect::<Vec<_>>().join(";")
+}
+
 /// Longer than any command takes that does not hang.
 const PATIENCE: Duration = Duration::from_secs(240);
 

@@ -1,9 +1,9 @@
 //! Fault injection, for tests of recovery: a rank dies, hangs or is delayed at a chosen point of a chosen iteration.
 //!
-//! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`. The fault happens in the first process that
-//! reaches the point as that rank: the one that can create the file, or each, where no file is named. `hold:…` waits
-//! until the file, a named pipe, is written to. `tear:reduced:…` cuts a reduction short. `drag:forward:…` makes a process slow from
-//! that iteration on, whichever rank it is later. Release builds do not support it.
+//! `POTSTILL_FAULT=die:<point>:<iteration>:<rank>:<file>`, or `hang:…`, or several, separated by `;`. The fault happens in the first
+//! process that reaches the point as that rank: the one that can create the file, or each, where no file is named. `hold:…` waits until
+//! the file, a named pipe, is written to. `tear:reduced:…` cuts a reduction short. `drag:forward:…` makes a process slow from that
+//! iteration on, whichever rank it is later. Release builds do not support it.
 
 use std::{
     fs::OpenOptions,
@@ -82,12 +82,12 @@ pub fn drag(name: &str, iteration: u64, rank: u32, took: Duration) {
 
 /// The fault at this point, if there is one.
 fn at(name: &str, iteration: u64, rank: u32) -> Option<&'static Fault> {
-    static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
+    static FAULTS: OnceLock<Vec<Fault>> = OnceLock::new();
     if !cfg!(debug_assertions) {
         return None;
     }
-    let fault = FAULT.get_or_init(wanted).as_ref()?;
-    (fault.point == name && fault.iteration == iteration && fault.rank == rank).then_some(fault)
+    let mut faults = FAULTS.get_or_init(wanted).iter();
+    faults.find(|fault| fault.point == name && fault.iteration == iteration && fault.rank == rank)
 }
 
 impl Fault {
@@ -96,30 +96,35 @@ impl Fault {
     }
 }
 
-fn wanted() -> Option<Fault> {
-    let text = std::env::var(VARIABLE).ok()?;
+fn wanted() -> Vec<Fault> {
+    let text = std::env::var(VARIABLE).unwrap_or_default();
+    let parse = |text: &str| {
+        let fault = fault(text);
+        if fault.is_none() {
+            tracing::error!(
+                "{VARIABLE}={text:?} is not die|hang|hold|tear|drag:point:iteration:rank:file; ignored"
+            );
+        }
+        fault
+    };
+    text.split(';').filter(|text| !text.is_empty()).filter_map(parse).collect()
+}
+
+fn fault(text: &str) -> Option<Fault> {
     let mut parts = text.splitn(5, ':');
     let mut next = || parts.next().map(str::to_owned);
-    let fault = (|| {
-        Some(Fault {
-            kind: match next()?.as_str() {
-                "die" => Kind::Die,
-                "hang" => Kind::Hang,
-                "hold" => Kind::Hold,
-                "tear" => Kind::Tear,
-                "drag" => Kind::Drag,
-                _ => return None,
-            },
-            point: next()?,
-            iteration: next()?.parse().ok()?,
-            rank: next()?.parse().ok()?,
-            file: next()?,
-        })
-    })();
-    if fault.is_none() {
-        tracing::error!(
-            "{VARIABLE}={text:?} is not die|hang|hold|tear|drag:point:iteration:rank:file; ignored"
-        );
-    }
-    fault
+    Some(Fault {
+        kind: match next()?.as_str() {
+            "die" => Kind::Die,
+            "hang" => Kind::Hang,
+            "hold" => Kind::Hold,
+            "tear" => Kind::Tear,
+            "drag" => Kind::Drag,
+            _ => return None,
+        },
+        point: next()?,
+        iteration: next()?.parse().ok()?,
+        rank: next()?.parse().ok()?,
+        file: next()?,
+    })
 }
