@@ -178,9 +178,10 @@ def write() -> None:
     marker = "<!-- everything below is written by scripts/bench/ablation.py -->"
     head = DOCUMENT.read_text().split(marker)[0] if DOCUMENT.exists() else "# Results on the digits\n\n"
     lines = [head + marker, ""]
+    samples = next(iter(found.values()))["student"].get("samples", 5000)
     lines += [
-        f"{len(found)} of {len(ROWS)} runs, {ITERATIONS:,} iterations each with a global batch of 128, two workers; scores on {next(iter(found.values()))['student'].get('samples', 5000)} samples."
-        " One seed: differences in FID below about 0.03 say nothing.",
+        f"{len(found)} of {len(ROWS)} runs, {ITERATIONS:,} iterations each with a global batch of 128, two workers; scores on {samples}",
+        "samples. One seed: differences in FID below about 0.03 say nothing.",
         "",
     ]
     lines += table(ROWS, found, teacher)

@@ -25,11 +25,17 @@ import prepare
 prepare.python()
 
 import numpy  # noqa: E402
+from teachers import TEACHERS, unscored  # noqa: E402
 
 ROOT = prepare.ROOT
 PROGRAMS = prepare.PROGRAMS
 POTSTILL = PROGRAMS / "potstill"
 KILLS = 10
+# Teacher, spares and what the ranks divide among themselves. Weights are gathered for text-to-image networks alone.
+CASES = [("digits", spares, shard) for spares in (0, 1) for shard in ("none", "optimizer", "gradients")]
+CASES += [("shapes", 0, shard) for shard in ("none", "parameters")]
+# Finished between two kills.
+ITERATIONS = 5
 # A network of 38 million parameters makes a state of 1 GiB: generator, average, fake score and two moments of two networks.
 LARGE = {"network.model_channels": 128, "network.channel_mult": "[2, 2]", "network.num_blocks": 4}
 SAVE_EVERY = 20
@@ -39,12 +45,6 @@ GLOBAL_BATCH = 64
 
 def environment(log: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "RUST_LOG": log}
-
-
-def unscored(folder: Path, teacher: Path) -> Path:
-    config = folder / f"{teacher.stem}.toml"
-    config.write_text(f"[teacher]\nweights = {json.dumps(str(teacher))}\n")
-    return config
 
 
 def launch(folder: Path, config: Path, run: str, settings: dict[str, object], *flags: str) -> list[str]:
@@ -84,18 +84,21 @@ class Log:
         self.process.wait()
 
 
-def kills(folder: Path, spares: int, shard: str) -> list[float]:
+def kills(folder: Path, teacher: str, spares: int, shard: str) -> list[float]:
     """Seconds from kill −9 of a rank to the next finished iteration."""
-    config = unscored(folder, ROOT / "configs" / "digits" / "teacher.safetensors")
+    config = unscored(folder, TEACHERS[teacher])
     settings = {"distillation.iterations": 1_000_000, "checkpoint.every": 1_000_000, "memory.shard": shard}
-    run = f"kill-{spares}-{shard}"
+    if teacher == "shapes":
+        # Two micro-batches, and what gathered weights need, whether they are gathered or not.
+        settings |= {"distillation.global_batch": 16, "distillation.micro_batch": 8, "memory.recompute": "true"}
+    run = f"kill-{teacher}-{spares}-{shard}"
     log = Log(launch(folder, config, run, settings, "--spares", str(spares)), "potstill=debug,info")
     seconds = []
     try:
         generation = 1
         log.until("generation opened", generation=1)
         for _ in range(KILLS):
-            for _ in range(20):
+            for _ in range(ITERATIONS):
                 log.until("iteration")
             members = json.loads(
                 subprocess.run(
@@ -205,11 +208,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
         folder = Path(name)
         if "kill".startswith(only):
-            for spares, shard in ((spares, shard) for spares in (0, 1) for shard in ("none", "optimizer", "gradients")):
-                seconds = kills(folder, spares, shard)
+            for teacher, spares, shard in CASES:
+                seconds = kills(folder, teacher, spares, shard)
                 spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
                 print(
-                    f"kill -9 of one of two ranks, {spares} spare(s), memory.shard={shard}: {statistics.median(seconds):.2f} s to"
+                    f"kill -9 of one of two ranks, {teacher}, {spares} spare(s), memory.shard={shard}: {statistics.median(seconds):.2f} s to"
                     f" the next finished iteration of two ranks (median of {len(seconds)}; {spread})",
                     flush=True,
                 )

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Train on the digits while ranks and the coordinator are killed and paused at random, hosts are cut off, workers that cannot work join, and
+"""Train while ranks and the coordinator are killed and paused at random, hosts are cut off, workers that cannot work join, and
 the storage misbehaves, and compare the result with an undisturbed run's. Exits with 1 if anything was lost, repeated or changed.
 
 Four ranks and two spares of two agents; where namespaces can be made (root, iproute2, nftables), coordinator and agents are on hosts of
 their own.
 
     scripts/bench/chaos.py --minutes 2 --seed 0
+    scripts/bench/chaos.py --minutes 10 --teacher shapes --set memory.shard=parameters --set memory.recompute=true
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ prepare.python()
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from teachers import TEACHERS, unscored  # noqa: E402
 
-ROOT = prepare.ROOT
 POTSTILL = prepare.PROGRAMS / "potstill"
 RUN = "chaos"
 WORLD = 4
@@ -59,14 +60,12 @@ def settings(iterations: int, own: dict[str, str]) -> list[str]:
 class Lab:
     """Storage, a run file without evaluation, and the started processes."""
 
-    def __init__(self, folder: Path, hosts: Hosts, own: dict[str, str]):
+    def __init__(self, folder: Path, hosts: Hosts, teacher: str, own: dict[str, str]):
         self.folder = folder
         # Settings of the run that come from the command line.
         self.own = own
         self.hosts = hosts
-        self.config = folder / "chaos.toml"
-        teacher = ROOT / "configs" / "digits" / "teacher.safetensors"
-        self.config.write_text(f"[teacher]\nweights = {json.dumps(str(teacher))}\n")
+        self.config = unscored(folder, TEACHERS[teacher])
         self.processes: list[subprocess.Popen] = []
 
     def start(self, name: str, *arguments: str, host: str | None = None, faults: str | None = None) -> subprocess.Popen:
@@ -296,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=2.0, help="approximate duration of the disturbed run in minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher", choices=TEACHERS, default="digits")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run, such as lora.rank=4")
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints")
     arguments = parser.parse_args()
@@ -305,12 +305,12 @@ def main() -> None:
     if hosts.separate:
         hosts.cut("d", AGENTS)
     own = dict(pair.split("=", 1) for pair in arguments.set)
-    lab = Lab(folder, hosts, own)
+    lab = Lab(folder, hosts, arguments.teacher, own)
     failed = True
     try:
         # The speed of this machine: the disturbed run gets as many iterations as an undisturbed one completes in half
         # its time.
-        trial = Lab(folder, hosts, own)
+        trial = Lab(folder, hosts, arguments.teacher, own)
         (folder / "trial").mkdir()
         trial.folder = folder / "trial"
         seconds = (undisturbed(trial, 60) - 2.0) / 60

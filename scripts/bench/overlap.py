@@ -21,6 +21,7 @@ from pathlib import Path
 import bench_recovery
 import prepare
 from hosts import Hosts
+from teachers import unscored
 
 ITERATIONS = 14
 # What each of two ranks sends in a phase, in bytes for a parameter. To reduce and gather is half of the vector each; with slices, the
@@ -79,7 +80,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
             folder = Path(name)
             teacher = bench_recovery.large_teacher(folder)
-            config = bench_recovery.unscored(folder, teacher)
+            config = unscored(folder, teacher)
             parameters = teacher.stat().st_size / 4
             for shard, bytes_of in SENT.items():
                 seconds = measured(folder, config, hosts, shard)
