@@ -343,7 +343,7 @@ fn a_lost_rank_is_replaced_and_changes_nothing() {
 /// Ranks see the devices that their agent is left, and keep to the cores that it is left. On the CPU they are not bound to some of
 /// these.
 #[test]
-fn ranks_have_the_devices_and_cores_of_whoever_starts_them() {
+fn ranks_keep_to_the_devices_and_cores_of_their_agent() {
     let cluster = Cluster::default();
     let mine = sched_getaffinity(Pid::from_raw(0)).unwrap();
     let first = (0..CpuSet::count()).find(|core| mine.is_set(*core).unwrap()).unwrap();

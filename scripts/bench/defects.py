@@ -62,13 +62,13 @@ DEFECTS = [
         "        if !self.has(iteration) && let Err(place) = self.committed.binary_search_by_key(",
     ),
     Defect(
-        "before the first iteration, nobody who cannot reach the others is left out",
+        "before the first iteration, workers that cannot reach the others are never left out",
         RUN + "newcomers.rs",
         "if self.failed_starts < FAILED_WITH_ALL ||",
         "if true || self.failed_starts < FAILED_WITH_ALL ||",
     ),
     Defect(
-        "neither newcomers nor others who cannot reach the rest are ever left out",
+        "newcomers and others that cannot reach the rest are never left out",
         CORE + "membership.rs",
         "            self.barred.insert((until, stream));\n            self.eligible.remove(&stream);\n",
         "            self.barred.insert((until, stream));\n",

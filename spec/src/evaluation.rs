@@ -24,7 +24,7 @@ pub struct EvaluationSpec {
     /// Prompts for the evaluation of a text-to-image model, such as COCO's captions: a file in one of the forms of
     /// `prompts.data`, as a path relative to the file that names it, or a URL. By default those of `prompts.data`.
     pub prompts: Option<String>,
-    /// Column of these prompts in JSONL and Parquet; by default `prompts.column`.
+    /// Column of these prompts in tables, JSON, JSONL and Parquet; by default `prompts.column`.
     pub prompts_column: Option<String>,
     /// Least number of samples of each prompt, where there are enough prompts: `samples` divided by this many prompts
     /// are used. COCO's protocol has 1; diversity, which is measured among samples of one prompt, needs 2.

@@ -21,7 +21,7 @@ const TAKEN: [(&str, &str); 4] = [
 ];
 /// The variables that set the endpoint of a store, each of which comes before those of a profile.
 const ENDPOINTS: [&str; 3] = ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"];
-/// Variables with which other credentials are found, which come before a profile that nobody named.
+/// Variables that select other credentials. They take precedence over a profile that was not named explicitly.
 const OTHERS: [&str; 3] = [
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",

@@ -1,5 +1,5 @@
 //! Tests against S3 over the wire: moto's server, which this test starts. Without it (`scripts/test.sh` installs it) each
-//! test says that it is skipped.
+//! test fails, unless `POTSTILL_TEST_WITHOUT` names it.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 

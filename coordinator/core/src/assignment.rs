@@ -8,7 +8,12 @@ use potstill_proto::{
     micro_batches::MicroBatches,
 };
 
-use crate::{StreamId, ledger::CommittedCheckpoint, membership::Members, terms::Division};
+use crate::{
+    StreamId,
+    ledger::CommittedCheckpoint,
+    membership::{Member, Members},
+    terms::Division,
+};
 
 /// Where a generation starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,15 +86,27 @@ pub fn partners(hosts: &[&str]) -> Vec<Partners> {
     partners
 }
 
+/// The furthest state that a rank of the newest generation may hold which has not said what it holds: as far as any rank of
+/// that generation, or as any member where the state came from a peer that may have been further than it had said.
+fn may_hold(members: &Members, (generation, start): (Generation, Start)) -> Option<Cursor> {
+    let of_it = |member: &Member| member.place.is_some_and(|place| place.generation == generation);
+    let counts = |member: &Member| !start.exact || of_it(member);
+    let held =
+        members.iter().filter(|(_, member)| counts(member)).filter_map(|(_, member)| member.held).max();
+    held.max(Some(start.cursor).filter(|cursor| *cursor > Cursor::default()))
+}
+
 /// Chooses at most `max_workers` of the members that can be given a place. The order of ranks: first the members that
 /// had a rank, by that rank; then those that hold the furthest state; then all others by id. The state is that of the
-/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it.
+/// member that is furthest, so that no finished step is lost, unless the newest checkpoint is beyond it. `opened` is the
+/// newest generation, and where it started.
 #[must_use]
 pub fn plan(
     members: &Members,
     max_workers: u32,
     newest: Option<&CommittedCheckpoint>,
     division: Division,
+    opened: (Generation, Start),
 ) -> Plan {
     let mut candidates: Vec<_> = members
         .eligible()
@@ -97,16 +114,11 @@ pub fn plan(
         .collect();
     let most = max_workers as usize;
     if division.is_sliced() && candidates.len() > most {
-        // All that hold slices of the furthest state are needed. Of a rank of the newest generation that has not said yet
-        // what it holds it is assumed that it does.
-        let newest =
-            members.iter().filter_map(|(_, member)| member.place).map(|place| place.generation).max();
-        let furthest = candidates.iter().map(|(_, Reverse(held), ..)| *held).max().flatten();
+        // All that hold slices of the furthest state are needed.
+        let unheard = may_hold(members, opened);
         let held = |stream: &StreamId, held: Option<Cursor>| {
-            let unheard = members
-                .get(*stream)
-                .is_some_and(|member| member.unheard && member.place.map(|place| place.generation) == newest);
-            if unheard { furthest } else { held }
+            let member = members.get(*stream).filter(|member| member.is_unheard_of(opened.0));
+            member.map_or(held, |_| held.max(unheard))
         };
         candidates
             .sort_by_key(|(rank, Reverse(cursor), id, stream)| (Reverse(held(stream, *cursor)), *rank, *id));
@@ -210,6 +222,19 @@ mod tests {
         plan.ranks.iter().map(|s| members.get(*s).unwrap().id().to_string()).collect()
     }
 
+    /// A plan after a generation whose state came from a peer.
+    fn planned(
+        members: &Members,
+        most: u32,
+        newest: Option<&CommittedCheckpoint>,
+        division: Division,
+    ) -> Plan {
+        let start = Start { cursor: Cursor::default(), exact: false };
+        let newest_generation =
+            members.iter().filter_map(|(_, m)| m.place).map(|place| place.generation).max();
+        plan(members, most, newest, division, (newest_generation.unwrap_or_default(), start))
+    }
+
     fn checkpoint(iteration: u64) -> CommittedCheckpoint {
         CommittedCheckpoint { iteration, manifest_key: format!("m{iteration}") }
     }
@@ -223,14 +248,14 @@ mod tests {
             ("z", Some(1), Some(4)),
             ("y", Some(3), Some(4)),
         ]);
-        assert_eq!(names(&members, &plan(&members, 5, None, Division::Whole)), ["z", "y", "b", "c", "d"]);
-        assert_eq!(names(&members, &plan(&members, 3, None, Division::Whole)), ["z", "y", "b"]);
+        assert_eq!(names(&members, &planned(&members, 5, None, Division::Whole)), ["z", "y", "b", "c", "d"]);
+        assert_eq!(names(&members, &planned(&members, 3, None, Division::Whole)), ["z", "y", "b"]);
     }
 
     #[test]
     fn one_that_holds_the_furthest_state_always_has_a_place() {
         let members = members(&[("a", Some(0), Some(1)), ("b", Some(1), None), ("c", None, Some(5))]);
-        let plan = plan(&members, 2, None, Division::Whole);
+        let plan = planned(&members, 2, None, Division::Whole);
         assert_eq!(
             (names(&members, &plan), plan.source),
             (vec!["a".into(), "c".into()], Source::Peer { rank: 1 })
@@ -241,7 +266,7 @@ mod tests {
     fn the_state_comes_from_the_furthest_the_newest_checkpoint_or_the_teacher() {
         let source = |members: &Members, newest: Option<u64>| {
             let newest = newest.map(checkpoint);
-            let plan = plan(members, 8, newest.as_ref(), Division::Whole);
+            let plan = planned(members, 8, newest.as_ref(), Division::Whole);
             (plan.source, plan.start.cursor.iteration, plan.start.exact)
         };
         let none = members(&[("a", None, None), ("b", None, None)]);
@@ -257,13 +282,13 @@ mod tests {
     fn a_phase_counts_as_further() {
         let mut members = members(&[("a", Some(0), Some(6)), ("b", Some(1), None)]);
         members.get_mut(StreamId(1)).unwrap().hold(Cursor { iteration: 6, phase: Phase::Generator });
-        assert_eq!(plan(&members, 2, None, Division::Whole).source, Source::Peer { rank: 1 });
+        assert_eq!(planned(&members, 2, None, Division::Whole).source, Source::Peer { rank: 1 });
     }
 
     #[test]
     fn assignments_share_the_micro_batches() {
         let members = members(&[("a", None, None), ("b", None, None), ("c", None, None)]);
-        let plan = plan(&members, 2, None, Division::Whole);
+        let plan = planned(&members, 2, None, Division::Whole);
         let assigned: Vec<_> = plan.assignments(Generation(4), 5, true, Existing::default()).collect();
         let shares: Vec<_> = assigned.iter().map(|(_, a)| (a.rank, a.micro_batches.indices())).collect();
         assert_eq!(shares, [(0, 0..3), (1, 3..5)]);
@@ -328,9 +353,9 @@ mod tests {
             ("c", Some(3), Some(5)),
             ("d", Some(2), Some(5)),
         ]);
-        assert_eq!(names(&members, &plan(&members, 2, None, Division::Whole)), ["a", "d"]);
-        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["d", "c"]);
-        assert_eq!(names(&members, &plan(&members, 3, None, Division::Slices)), ["a", "d", "c"]);
+        assert_eq!(names(&members, &planned(&members, 2, None, Division::Whole)), ["a", "d"]);
+        assert_eq!(names(&members, &planned(&members, 2, None, Division::Slices)), ["d", "c"]);
+        assert_eq!(names(&members, &planned(&members, 3, None, Division::Slices)), ["a", "d", "c"]);
     }
 
     #[test]
@@ -344,17 +369,37 @@ mod tests {
         let place = Place { generation: Generation(2), rank: 2 };
         let member = members.get_mut(StreamId(2)).unwrap();
         (member.place, member.unheard) = (Some(place), true);
-        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["old", "silent"]);
+        assert_eq!(names(&members, &planned(&members, 2, None, Division::Slices)), ["old", "silent"]);
         // Once it has said that it holds nothing, those that hold slices come first.
         members.get_mut(StreamId(2)).unwrap().left(Cursor::default());
-        assert_eq!(names(&members, &plan(&members, 2, None, Division::Slices)), ["old", "older"]);
+        assert_eq!(names(&members, &planned(&members, 2, None, Division::Slices)), ["old", "older"]);
     }
 
     #[test]
     fn a_holder_that_was_cut_off_comes_before_ranks_that_said_that_they_hold_nothing() {
         let members = members(&[("a", Some(0), None), ("b", Some(1), None), ("back", None, Some(5))]);
-        let plan = plan(&members, 2, None, Division::Slices);
+        let plan = planned(&members, 2, None, Division::Slices);
         assert_eq!(names(&members, &plan), ["a", "back"]);
         assert_eq!(plan.source, Source::Peer { rank: 1 });
+    }
+
+    #[test]
+    fn ranks_that_started_from_a_checkpoint_hold_no_more_than_it_unless_one_of_them_said_so() {
+        let mut members = members(&[
+            ("a", Some(0), None),
+            ("b", Some(1), None),
+            ("back", None, Some(7)),
+            ("also-back", None, Some(7)),
+        ]);
+        for rank in 0..2 {
+            members.get_mut(StreamId(rank)).unwrap().unheard = true;
+        }
+        let start = Start { cursor: Cursor::boundary(4), exact: true };
+        let chosen = |members: &Members| {
+            names(members, &plan(members, 2, None, Division::Slices, (Generation(1), start)))
+        };
+        assert_eq!(chosen(&members), ["also-back", "back"]);
+        members.get_mut(StreamId(1)).unwrap().hold(Cursor::boundary(8));
+        assert_eq!(chosen(&members), ["a", "b"]);
     }
 }

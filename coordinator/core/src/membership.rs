@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use potstill_proto::{
-    cursor::Cursor,
+    cursor::{Cursor, Generation},
     message::{Hello, Place, WorkerId},
 };
 
@@ -59,7 +59,8 @@ pub struct Member {
     /// Whether it is known to have taken over the state of its place completely. Until then the cursors of its
     /// heartbeats do not count.
     pub loaded: bool,
-    /// Whether it has not said what it holds since its newest generation was opened.
+    /// Whether it may hold more than `held`: it has a rank, and has not said what it holds since its generation was opened, or
+    /// since it was asked whether it has slices of an earlier state.
     pub unheard: bool,
     /// Whether it has loaded what the run reads.
     ready: bool,
@@ -83,6 +84,12 @@ impl Member {
     pub fn describe(&self) -> String {
         let Hello { worker, host, pid, device, .. } = &self.hello;
         format!("{worker} ({host}, process {pid}, {device})")
+    }
+
+    /// Whether it is a rank of this generation that may hold more than `held`.
+    #[must_use]
+    pub fn is_unheard_of(&self, generation: Generation) -> bool {
+        self.unheard && self.place.is_some_and(|place| place.generation == generation)
     }
 
     /// Notes the state that the worker says it holds; the start of the run does not count as one.
@@ -178,7 +185,7 @@ impl Members {
             deadline,
         };
         member.hold(held.unwrap_or_default());
-        // A rank that takes over a state when its connection breaks holds nothing yet.
+        // A rank whose connection breaks while it takes over a state may have that state by now.
         member.unheard = held.is_none() && member.place.is_some();
         self.loading += 1;
         self.by_stream.entry(stream).or_insert(member)

@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn one_rank_alone_and_times_that_are_none_name_nobody() {
+    fn a_single_rank_or_a_zero_time_names_no_straggler() {
         let mut stragglers = Stragglers::new(1.5);
         stragglers.open(1);
         assert!(many(&mut stragglers, &[9.0], 50).is_empty());

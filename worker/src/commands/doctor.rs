@@ -26,7 +26,7 @@ use crate::process::{
     network,
 };
 
-/// How long a group of one rank may take to form: it waits for nobody.
+/// How long a group of one rank may take to form: it waits for no other rank.
 const FORMING: Duration = Duration::from_secs(60);
 /// A clock that differs by more has times in logs and signed requests that mislead, or are refused.
 const SKEW: Duration = Duration::from_secs(30);

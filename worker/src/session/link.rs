@@ -124,7 +124,7 @@ impl Link {
                 Some(lost) => lost,
                 None => return,
             };
-            // In this order: no request is sent that nobody answers.
+            // In this order, so that no request is sent that would get no answer.
             self.outbox.welcomed(false);
             self.calls.lost();
             tracing::warn!(
@@ -138,7 +138,7 @@ impl Link {
                     incoming = stream;
                 }
                 Err(error) => {
-                    // Its peers may be gone as well, and nobody is left to say so.
+                    // Its peers may be gone as well, and no coordinator is left to report it.
                     abort(&self.entered, |_| true);
                     let _ = inbound.send(Inbound::Lost(format!("{lost}; then {error:#}")));
                     return;

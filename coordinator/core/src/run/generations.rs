@@ -325,7 +325,8 @@ impl Core {
     /// Opens the next generation with all workers that can be given a place.
     fn open(&mut self, reason: String, actions: &mut Actions) {
         let (most, newest) = (self.terms.max_workers, self.ledger.newest());
-        let plan = assignment::plan(&self.members, most, newest, self.terms.division);
+        let plan =
+            assignment::plan(&self.members, most, newest, self.terms.division, (self.generation, self.start));
         if plan.source == Source::Fresh && !self.from_teacher {
             return self.fail(NOTHING_TO_CONTINUE.to_owned(), actions);
         }
@@ -358,7 +359,7 @@ impl Core {
             let is_source = plan.source == Source::Peer { rank };
             member.loaded = is_source && !self.terms.division.is_sliced();
             member.held = member.held.filter(|_| is_source);
-            member.unheard = !is_source;
+            member.unheard = !member.loaded;
         }
         actions.push(Action::Persist(Record::GenerationOpened {
             generation,

@@ -139,7 +139,7 @@ impl Core {
     /// A member of the newest generation is known to hold this state completely.
     fn reached(&mut self, stream: StreamId, cursor: Cursor) {
         if let Some(member) = self.members.get_mut(stream) {
-            member.loaded = true;
+            (member.loaded, member.unheard) = (true, false);
             // Messages of two threads may overtake each other: the further cursor is right.
             if Some(cursor) > member.held {
                 member.hold(cursor);
@@ -260,8 +260,15 @@ impl Core {
         error: &str,
         actions: &mut Actions,
     ) {
-        let cursor = if generation > self.incomplete { cursor } else { Cursor::default() };
+        let held = cursor;
+        let cursor = if generation > self.incomplete { held } else { Cursor::default() };
         let Some(rank) = self.left_rank(stream, generation, cursor, actions) else { return };
+        if let Some(member) = self.members.get_mut(stream)
+            && held > cursor
+        {
+            // What it holds does not count as a whole state. It may be slices of an earlier one.
+            member.unheard = true;
+        }
         let worker = self.members.get(stream).map(|member| member.describe()).unwrap_or_default();
         if matches!(self.stage, Stage::Training(_)) {
             let reason = format!("a collective failed on rank {rank}, worker {worker}: {error}");
@@ -299,7 +306,7 @@ impl Core {
                 let is_rank = self.rank(holder).is_some();
                 if let Some(member) = self.members.get_mut(holder) {
                     member.left(nothing);
-                    // Each rank is about to say whether it holds the slices of an earlier state.
+                    // Each rank says whether it holds slices of an earlier state, or has said something else by then.
                     member.unheard = is_rank;
                 }
             }
@@ -332,9 +339,8 @@ impl Core {
     ) -> Option<u32> {
         let rank = self.rank(stream).filter(|_| generation == self.generation);
         let member = self.members.get_mut(stream)?;
-        // What a worker that was taken for lost reports of its own state still counts.
-        let mut its_own = [member.place, member.hello.place].into_iter().flatten();
-        if rank.is_some() || its_own.any(|place| place.generation == generation) {
+        // What a worker that was taken for lost reports of its own state still counts, until it is given a new place.
+        if member.place.or(member.hello.place).is_some_and(|place| place.generation == generation) {
             member.left(cursor);
         }
         if rank.is_none() {

@@ -25,10 +25,12 @@ impl Core {
             .filter(|stream| self.rank(*stream).is_some())
             .collect();
         let proven = |stream: &StreamId| self.members.get(*stream).is_some_and(|member| member.proven);
-        let (proven, new): (Vec<_>, Vec<_>) = ranks.into_iter().partition(proven);
+        let (proven, mut new): (Vec<_>, Vec<_>) = ranks.into_iter().partition(proven);
         if proven.is_empty() {
             return false;
         }
+        // In turn: where one of many is the cause, it is left out before another is left out again.
+        new.sort_by_key(|stream| self.members.get(*stream).map(|member| member.fruitless));
         let timeouts = self.terms.timeouts;
         let mut turn = 0;
         for stream in new {

@@ -814,6 +814,30 @@ fn of_several_newcomers_of_a_sliced_run_one_is_left_out_at_a_time() {
     }
 }
 
+/// One of many newcomers is the cause: it is left out before another is left out again.
+#[test]
+fn newcomers_of_a_sliced_run_are_left_out_in_turn() {
+    let mut world = World::training(2, 5);
+    world.core.terms.division = Division::Slices;
+    world.report(0, 0);
+    world.report(1, 0);
+    (2..5).for_each(|stream| {
+        world.attach(stream);
+    });
+    world.yields(0, 1);
+    assert_eq!(places(&world.yields(1, 1)).len(), 5);
+    // No generation gets on. Each newcomer can be given a place again before the next one is left out.
+    let actions = heartbeats(&mut world, 30 * DEAD, &[], &[0, 1, 2, 3, 4]);
+    let left_out = |action: &Action| match action {
+        Action::Log(text) if text.contains("go on without it") => {
+            (2..5).find(|stream| text.contains(&format!("with worker w{stream} ")))
+        }
+        _ => None,
+    };
+    let left_out: Vec<u64> = actions.iter().filter_map(left_out).collect();
+    assert_eq!(left_out[..3], [2, 3, 4], "{left_out:?}");
+}
+
 #[test]
 fn an_earlier_state_that_the_ranks_can_put_together_is_gone_on_with() {
     let mut world = World::new(sliced(setup(2, 3)));

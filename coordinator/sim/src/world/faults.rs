@@ -284,12 +284,18 @@ impl World {
         }
     }
 
-    /// Damages all checkpoints but the last of the run: if no worker holds the state then, the run cannot succeed.
+    /// Damages all checkpoints but the last of the run, and half of the time ends all workers: if none holds the state then, the
+    /// run cannot succeed.
     fn ruin(&mut self) {
         for checkpoint in self.storage.committed() {
             if checkpoint.iteration < self.scenario.iterations {
                 self.storage.damage(checkpoint.iteration);
                 self.ruined = true;
+            }
+        }
+        if self.ruined && self.rng.random_bool(0.5) {
+            while let Some(process) = self.any_process() {
+                self.dies(process);
             }
         }
     }
