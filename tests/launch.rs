@@ -13,7 +13,7 @@ use nix::{
     sys::signal::Signal,
     unistd::Pid,
 };
-use potstill_tests::{Cluster, Process, kill, lacks, relative_difference, repository, text, worker_pid};
+use potstill_tests::{Cluster, Process, lacks, repository, text, worker_pid};
 
 #[test]
 fn the_doctor_finds_what_is_there_and_what_is_not() {
@@ -316,28 +316,6 @@ fn nothing_outlives_a_launcher_that_is_killed() {
     // The log ends only when agent and ranks, which write to it too, have ended.
     let (code, _) = launched.end();
     assert_eq!(code, None);
-}
-
-#[test]
-fn a_lost_rank_is_replaced_and_changes_nothing() {
-    let cluster = Cluster::default();
-    let sets = ["distillation.iterations=60", "checkpoint.every=1000"];
-    let mut launched = Process::start(cluster.launch("disturbed", 2, &sets, &[]));
-    let line = launched.until(&["attached", "process"]);
-    let pid = worker_pid(&line);
-    launched.until(&["iteration", "images/s"]);
-    kill(pid, Signal::SIGKILL);
-    let (code, log) = launched.end();
-    assert_eq!(code, Some(0), "{log}");
-    assert!(log.contains("generation=2"), "{log}");
-
-    cluster.succeed("undisturbed", 2, &sets, &[]);
-    let (disturbed, undisturbed) =
-        (cluster.checkpoint("disturbed", 60), cluster.checkpoint("undisturbed", 60));
-    for part in ["generator/", "fake_score/", "generator_ema/"] {
-        let difference = relative_difference(&disturbed, &undisturbed, part);
-        assert!(difference <= 1e-4, "{part}: {difference}");
-    }
 }
 
 /// Ranks see the devices that their agent is left, and keep to the cores that it is left. On the CPU they are not bound to some of

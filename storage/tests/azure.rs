@@ -1,32 +1,25 @@
 //! Tests against Azure's Blob service over the wire: Azurite, which each test starts. Without it (`scripts/test.sh` installs it
-//! where there is Node) each test says that it is skipped.
+//! where there is Node) each test fails, unless `POTSTILL_TEST_WITHOUT` names it.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod contract;
+
 use std::{
-    collections::BTreeSet,
     env,
     io::{BufRead, BufReader},
-    num::NonZeroU64,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
 };
 
-use bytes::Bytes;
 use futures::future::join_all;
 use object_store::{
     ClientOptions,
     azure::{AzureAccessKey, AzureAuthorizer, AzureCredential},
     client::{HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector},
 };
-use potstill_storage::{
-    Error, Root, Run,
-    checkpoint::Manifest,
-    journal::Journal,
-    layout,
-    retention::{Policy, Swept},
-};
+use potstill_storage::{Error, Root, Run};
 use potstill_tests::lacks;
 
 /// What scripts/tests/run.py installs.
@@ -154,47 +147,7 @@ async fn a_container_passes_the_probe_and_of_many_writers_one_wins() {
 }
 
 #[tokio::test]
-async fn two_coordinators_cannot_both_write_the_next_record() {
-    let Some(server) = Server::start("two_coordinators_cannot_both_write_the_next_record").await else {
-        return;
-    };
-    let run = run(&server.root());
-    let (mut one, _) = Journal::open(&run).await.unwrap();
-    one.append("one, 0".into()).await.unwrap();
-    let (mut two, records) = Journal::open(&run).await.unwrap();
-    assert_eq!(records, ["one, 0"]);
-    two.append("two, 1".into()).await.unwrap();
-    assert!(matches!(one.append("one, 1".into()).await, Err(Error::Fenced { .. })));
-    let (_, records) = Journal::open(&run).await.unwrap();
-    assert_eq!(records, ["one, 0", "two, 1"]);
-}
-
-#[tokio::test]
-async fn checkpoints_come_back_whole_or_are_named_and_old_ones_go() {
-    let Some(server) = Server::start("checkpoints_come_back_whole_or_are_named_and_old_ones_go").await else {
-        return;
-    };
-    let run = run(&server.root());
-    // The first is uploaded in parts.
-    let large: Bytes = (0..20_u32 << 20).map(|n| (n % 251) as u8).collect();
-    for (iteration, bytes) in [(10, large.clone()), (20, "small".into()), (30, "small".into())] {
-        let key = layout::shard_key(iteration, "g1", 0, 1);
-        let shard = run.write_shard(&key, 0, bytes).await.unwrap().shard;
-        run.commit(&Manifest::new(iteration, 1, vec![shard])).await.unwrap();
-    }
-    let (whole, damaged) = run.survey().await.unwrap();
-    assert_eq!((whole.len(), damaged.len()), (3, 0));
-    assert!(run.read_shard(&whole[0].shards[0]).await.unwrap() == large);
-
-    run.put(&whole[1].shards[0].key, "smell".into()).await.unwrap();
-    let error = run.read_shard(&whole[1].shards[0]).await.unwrap_err();
-    let place = run.describe(&whole[1].shards[0].key);
-    assert!(error.to_string().contains(&format!("{place} is damaged")), "{error}");
-
-    let orphan = layout::shard_key(15, "g1", 0, 2);
-    run.write_shard(&orphan, 0, "left behind".into()).await.unwrap();
-    let policy = Policy { keep_last: Some(1), keep_every: NonZeroU64::new(20) };
-    let swept = run.sweep(policy, &BTreeSet::new(), 30).await.unwrap();
-    assert_eq!(swept, Swept { checkpoints: vec![10], orphans: 1 });
-    assert_eq!(run.checkpoints().await.unwrap(), [20, 30]);
+async fn a_container_keeps_a_run() {
+    let Some(server) = Server::start("a_container_keeps_a_run").await else { return };
+    contract::is_kept_by(&server.root()).await;
 }
