@@ -120,8 +120,8 @@ DEFECTS = [
     Defect(
         "what a worker that was taken for lost reports of its state is ignored",
         RUN + "messages.rs",
-        "its_own.any(|place| place.generation == generation)",
-        "its_own.any(|place| false && place.generation == generation)",
+        "if member.place.or(member.hello.place).is_some_and(|place| place.generation == generation) {",
+        "if rank.is_some() {",
     ),
     Defect(
         "ranks that found their state incomplete count as ranks that could not meet",
@@ -138,7 +138,7 @@ DEFECTS = [
     Defect(
         "slices of the state are copied to no other rank",
         CORE + "assignment.rs",
-        "        true => partners(&ranks.iter().map(host).collect::<Vec<_>>()),\n",
+        "        true => partners(&hosts),\n",
         "        true => vec![],\n",
     ),
     Defect(
