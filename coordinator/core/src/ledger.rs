@@ -40,6 +40,8 @@ pub struct CommittedCheckpoint {
 pub struct Ledger {
     /// Oldest first.
     committed: Vec<CommittedCheckpoint>,
+    /// Those whose manifests were sent to the storage, which answered with an error: they may exist.
+    possible: BTreeMap<u64, String>,
     generation: Generation,
     world_size: u32,
     collecting: BTreeMap<u64, BTreeMap<u32, ShardReceipt>>,
@@ -53,6 +55,7 @@ impl Ledger {
     pub fn new(committed: Vec<CommittedCheckpoint>) -> Self {
         Self {
             committed,
+            possible: BTreeMap::new(),
             generation: Generation(0),
             world_size: 0,
             collecting: BTreeMap::new(),
@@ -101,6 +104,7 @@ impl Ledger {
     /// The manifest of `iteration` was written. Returns its checkpoint.
     pub fn committed(&mut self, iteration: u64, manifest_key: String) -> Option<Checkpoint> {
         let checkpoint = self.committing.remove(&iteration)?;
+        self.possible.remove(&iteration);
         // The answer for an older one may come later: it is the next best where the newer one is damaged.
         if let Err(place) = self.committed.binary_search_by_key(&iteration, |other| other.iteration) {
             self.committed.insert(place, CommittedCheckpoint { iteration, manifest_key });
@@ -110,10 +114,16 @@ impl Ledger {
         Some(checkpoint)
     }
 
-    /// The manifest of `iteration` could not be written. Returns a checkpoint to commit when another generation has
-    /// meanwhile completed the same iteration.
-    pub fn commit_failed(&mut self, iteration: u64, reason: String) -> Option<Checkpoint> {
+    /// The manifest of `iteration` could not be written, or only its answer was lost: then it is under `manifest_key`. Returns a
+    /// checkpoint to commit when another generation has meanwhile completed the same iteration.
+    pub fn commit_failed(
+        &mut self,
+        iteration: u64,
+        reason: String,
+        manifest_key: Option<String>,
+    ) -> Option<Checkpoint> {
         let failed = self.committing.remove(&iteration)?;
+        self.possible.extend(manifest_key.map(|key| (iteration, key)));
         let again = self.complete(iteration);
         // What an earlier generation could not commit says nothing about this one.
         if again.is_none() && failed.generation == self.generation {
@@ -139,6 +149,16 @@ impl Ledger {
         let before = self.committed.len();
         self.committed.retain(|checkpoint| checkpoint.manifest_key != manifest_key);
         self.committed.len() < before
+    }
+
+    /// Where no checkpoint is left, counts on the newest of those that may exist. False when there is none.
+    pub fn recall(&mut self) -> bool {
+        let Some((iteration, manifest_key)) = self.possible.pop_last().filter(|_| self.committed.is_empty())
+        else {
+            return false;
+        };
+        self.committed.push(CommittedCheckpoint { iteration, manifest_key });
+        true
     }
 
     /// Whether there is a checkpoint with this manifest.
@@ -237,9 +257,9 @@ mod tests {
         assert!(ledger.receipt(0, receipt(5, 0)).unwrap().is_some());
         ledger.open(Generation(2), 1);
         assert_eq!(ledger.receipt(0, receipt(5, 0)), Ok(None));
-        let again = ledger.commit_failed(5, "disk full".into()).unwrap();
+        let again = ledger.commit_failed(5, "disk full".into(), None).unwrap();
         assert_eq!(again.generation, Generation(2));
-        assert_eq!(ledger.commit_failed(5, "disk full".into()), None);
+        assert_eq!(ledger.commit_failed(5, "disk full".into(), None), None);
         assert_eq!(ledger.failure(5), Some("disk full"));
     }
 }

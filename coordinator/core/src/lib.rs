@@ -97,6 +97,8 @@ pub struct Uncommitted {
     pub reason: String,
     /// Ranks that reported a shard which is not in the storage, as the coordinator sees it.
     pub unseen: BTreeSet<u32>,
+    /// Where the manifest lies if it was written and only the answer was lost; none if it was not sent.
+    pub manifest_key: Option<String>,
 }
 
 /// An input of the state machine.

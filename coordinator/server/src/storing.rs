@@ -77,11 +77,12 @@ pub async fn commit(run: Run, checkpoint: Checkpoint, patience: Duration) -> Res
         }
     }
     if !problems.is_empty() {
-        return Err(Uncommitted { reason: problems.join("; "), unseen });
+        return Err(Uncommitted { reason: problems.join("; "), unseen, manifest_key: None });
     }
     let manifest = manifest(checkpoint);
     let written = patiently(patience, "write a manifest", || write(&run, &manifest)).await;
-    written.map_err(|error| Uncommitted { reason: error.to_string(), ..Uncommitted::default() })
+    let manifest_key = Some(layout::manifest_key(manifest.iteration));
+    written.map_err(|error| Uncommitted { reason: error.to_string(), manifest_key, ..Uncommitted::default() })
 }
 
 /// What is wrong with a checkpoint, if something is.

@@ -42,12 +42,12 @@ impl Core {
                 self.answer(&Ok(iteration), actions);
                 self.conclude(actions);
             }
-            Err(Uncommitted { reason, unseen }) => {
+            Err(Uncommitted { reason, unseen, manifest_key }) => {
                 let reason = format!("the checkpoint could not be committed: {reason}");
                 let generation = self.ledger.committing_of(iteration).map(|checkpoint| checkpoint.generation);
                 // Where none is seen, the coordinator's own access may be at fault.
                 let some_seen = !unseen.is_empty() && unseen.len() < self.steps.world_size() as usize;
-                match self.ledger.commit_failed(iteration, reason.clone()) {
+                match self.ledger.commit_failed(iteration, reason.clone(), manifest_key) {
                     Some(again) => actions.push(Action::Commit(again)),
                     None if generation != Some(self.generation) => {
                         self.observe_failed_checkpoint(iteration, &reason, actions);

@@ -328,6 +328,9 @@ impl Core {
         let plan =
             assignment::plan(&self.members, most, newest, self.terms.division, (self.generation, self.start));
         if plan.source == Source::Fresh && !self.from_teacher {
+            if self.ledger.recall() {
+                return self.open(reason, actions);
+            }
             return self.fail(NOTHING_TO_CONTINUE.to_owned(), actions);
         }
         let last = self.terms.iterations;

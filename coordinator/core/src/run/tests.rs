@@ -1687,7 +1687,11 @@ fn a_worker_that_writes_its_shards_elsewhere_is_sent_away() {
     assert_eq!(commits(&world.receipt(1, 2)), [2]);
     let failed = |unseen: &[u32]| Event::CommitAnswered {
         iteration: 2,
-        result: Err(Uncommitted { reason: "it is missing".into(), unseen: unseen.iter().copied().collect() }),
+        result: Err(Uncommitted {
+            reason: "it is missing".into(),
+            unseen: unseen.iter().copied().collect(),
+            manifest_key: None,
+        }),
     };
     let actions = world.step(failed(&[1]));
     let stopped =
@@ -1736,6 +1740,26 @@ fn when_no_worker_sees_the_storage_the_run_waits_for_one_that_does() {
     world.says(0, cannot_read(1, "m2"));
     let reason = failure(&world.step(verified("m2", Err("503 Slow Down".into()))));
     assert!(reason.contains("m2") && reason.contains("503 Slow Down"), "{reason}");
+}
+
+#[test]
+fn a_manifest_whose_answer_was_lost_is_tried_when_no_other_checkpoint_is_left() {
+    let mut world = with_checkpoints(&[2], 1, false);
+    world.report(0, 2);
+    assert_eq!(commits(&world.receipt(0, 3)), [3]);
+    let reason = "connection reset by peer".into();
+    let result = Err(Uncommitted { reason, manifest_key: Some("m3".into()), ..Default::default() });
+    world.step(Event::CommitAnswered { iteration: 3, result });
+    world.close(0);
+    let m2 = Source::Checkpoint { manifest_key: "m2".into() };
+    assert_eq!(source(&world.attach(1)), m2);
+    let generation = world.core.generation.0;
+    world.says(1, cannot_read(generation, "m2"));
+    let actions = world.step(verified("m2", Ok(Some("a shard is missing".into()))));
+    assert_eq!(source(&actions), Source::Checkpoint { manifest_key: "m3".into() });
+    world.says(1, cannot_read(generation + 1, "m3"));
+    let reason = failure(&world.step(verified("m3", Ok(Some("it is missing".into())))));
+    assert!(reason.contains("--from-teacher"), "{reason}");
 }
 
 #[test]

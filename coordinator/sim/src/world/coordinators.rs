@@ -13,6 +13,7 @@ use super::{
     happening::{Happening, Verdict},
     parts::Coordinator,
 };
+use crate::storage::manifest_key;
 
 /// Why a shell stops executing the actions of a step.
 enum Halt {
@@ -388,17 +389,20 @@ impl World {
         }
         let iteration = checkpoint.iteration;
         let unseen = self.storage.unseen(checkpoint);
-        let failed = |reason: String| Uncommitted { reason, ..Uncommitted::default() };
+        let failed = |reason: &str| {
+            let manifest_key = Some(manifest_key(iteration));
+            Uncommitted { reason: reason.to_owned(), manifest_key, ..Uncommitted::default() }
+        };
         let result = match verdict {
             // What a dead coordinator had sent was checked before.
             _ if alive && !unseen.is_empty() => {
-                Err(Uncommitted { reason: "it is missing".to_owned(), unseen })
+                Err(Uncommitted { reason: "it is missing".to_owned(), unseen, manifest_key: None })
             }
-            Verdict::Refused => Err(failed("503 Slow Down".to_owned())),
+            Verdict::Refused => Err(failed("503 Slow Down")),
             Verdict::Written => Ok(self.storage.commit(checkpoint)),
             Verdict::Lie => {
                 self.storage.commit(checkpoint);
-                Err(failed("connection reset by peer".to_owned()))
+                Err(failed("connection reset by peer"))
             }
         };
         if result.is_ok() {
