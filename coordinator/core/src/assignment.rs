@@ -117,7 +117,7 @@ pub fn plan(
         // All that hold slices of the furthest state are needed.
         let unheard = may_hold(members, opened);
         let held = |stream: &StreamId, held: Option<Cursor>| {
-            let member = members.get(*stream).filter(|member| member.is_unheard_of(opened.0));
+            let member = members.get(*stream).filter(|member| member.is_unheard(opened.0));
             member.map_or(held, |_| held.max(unheard))
         };
         candidates

@@ -88,7 +88,7 @@ impl Member {
 
     /// Whether it is a rank of this generation that may hold more than `held`.
     #[must_use]
-    pub fn is_unheard_of(&self, generation: Generation) -> bool {
+    pub fn is_unheard(&self, generation: Generation) -> bool {
         self.unheard && self.place.is_some_and(|place| place.generation == generation)
     }
 
