@@ -14,7 +14,7 @@ fn a_checkpoint_holds_adapters_alone_and_any_number_of_workers_follows_one_traje
     let cluster = Cluster::default();
     let sets = [
         "distillation.iterations=12",
-        "distillation.micro_batch=8",
+        "distillation.micro_batch=2",
         "generator.steps=2",
         "generator.sigmas=[2.5, 0.8]",
         DROPPING,

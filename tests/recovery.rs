@@ -291,6 +291,39 @@ fn a_coordinator_may_die_and_its_workers_go_on() {
     cluster.assert_same_end("led", "undisturbed", 150);
 }
 
+/// The object of a run's newest coordinator, and where it is.
+fn announced(cluster: &Cluster, run: &str) -> (std::path::PathBuf, serde_json::Value) {
+    let files = std::fs::read_dir(cluster.run(run).join("coordinators")).unwrap();
+    let newest = files.map(|file| file.unwrap().path()).max().unwrap();
+    let object = serde_json::from_slice(&std::fs::read(&newest).unwrap()).unwrap();
+    (newest, object)
+}
+
+/// As where the coordinator's last message does not come through, and the coordinator has gone.
+#[test]
+fn a_worker_that_was_not_told_of_the_end_finds_it_in_the_storage() {
+    let cluster = Cluster::default();
+    cluster.finish("told", 1, &SHORT, &[]);
+    let ended = announced(&cluster, "told").1["ended"].clone();
+    assert_eq!(ended["success"], true, "{ended}");
+
+    let flags = ["--listen", "127.0.0.1:0"];
+    let endless = ["distillation.iterations=100000"];
+    let mut serve = Process::start(cluster.unscored("serve", "untold", 1, &endless, &flags));
+    serve.until(&["coordinator started"]);
+    let agent = Process::start(cluster.agent("untold", 1));
+    serve.until(&["images/s"]);
+    serve.signal(Signal::SIGKILL);
+    assert_eq!(serve.end().0, None);
+    let (file, mut object) = announced(&cluster, "untold");
+    assert!(object["ended"].is_null(), "{object}");
+    object["ended"] = ended;
+    std::fs::write(file, object.to_string()).unwrap();
+    let (code, log) = agent.end();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("the run has ended, as its storage says"), "{log}");
+}
+
 /// Longer than the failure timeout of the runs here that pause something.
 const PAUSE: Duration = Duration::from_secs(5);
 

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Output, Stdio},
     sync::mpsc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{sys::signal::Signal, unistd::Pid};
@@ -368,20 +368,33 @@ impl Process {
     /// A process still holds the log open after a long time.
     #[must_use]
     pub fn end(mut self) -> (Option<i32>, String) {
-        let (done, finished) = mpsc::channel();
-        std::thread::spawn(move || {
-            let result = self.log.read_to_string(&mut self.seen);
+        let mut said = std::mem::take(&mut self.seen);
+        let (tell, lines) = mpsc::channel();
+        let ended = std::thread::spawn(move || {
+            let mut line = String::new();
+            while self.log.read_line(&mut line).expect("the log can be read") > 0 {
+                // Fails when the test has given up.
+                let _ = tell.send(std::mem::take(&mut line));
+            }
             if let Some(mut stdout) = self.child.stdout.take() {
                 // A line that cannot be read is missing in the result.
-                let _ = stdout.read_to_string(&mut self.seen);
+                let _ = stdout.read_to_string(&mut line);
             }
-            let status = self.child.wait();
-            let code = result.and(status).map(|status| status.code());
-            let _ = done.send((code, std::mem::take(&mut self.seen)));
+            let _ = tell.send(line);
+            self.child.wait().map(|status| status.code())
         });
-        let (code, log) =
-            finished.recv_timeout(PATIENCE).expect("a process of the command still holds its log open");
-        (code.expect("the process can be waited for"), log)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => said += &line,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    panic!("a process of the command still holds its log open, which says so far:\n{said}")
+                }
+            }
+        }
+        let code = ended.join().expect("the log was read");
+        (code.expect("the process can be waited for"), said)
     }
 }
 

@@ -16,6 +16,18 @@ pub struct Coordinator {
     /// SHA-256 of its TLS certificate, hexadecimal; absent where it serves without TLS and lets everybody in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
+    /// How the run has ended under it. A worker that its last message did not reach reads it here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+/// The end of a run, as its workers are told it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// Whether the workers have done what they were to do.
+    pub success: bool,
+    /// Why it has ended.
+    pub reason: String,
 }
 
 impl Run {
@@ -28,6 +40,17 @@ impl Run {
         let text =
             serde_json::to_vec_pretty(coordinator).map_err(|e| self.unusable(layout::COORDINATORS, e))?;
         self.create(&layout::coordinator_key(journal.length()), text.into()).await
+    }
+
+    /// Adds to the object of a coordinator how the run has ended. `announced`: the journal's length when it was
+    /// announced.
+    ///
+    /// # Errors
+    /// The store's error.
+    pub async fn announce_end(&self, announced: u64, coordinator: &Coordinator) -> Result<(), Error> {
+        let text =
+            serde_json::to_vec_pretty(coordinator).map_err(|e| self.unusable(layout::COORDINATORS, e))?;
+        self.put(&layout::coordinator_key(announced), text.into()).await
     }
 
     /// The run's newest coordinator, which may have ended; `None` when there was none.
@@ -100,7 +123,8 @@ mod tests {
     use crate::Root;
 
     fn coordinator(name: &str) -> Coordinator {
-        Coordinator { name: name.into(), address: "host:1".into(), certificate: Some("ab".into()) }
+        let certificate = Some("ab".into());
+        Coordinator { name: name.into(), address: "host:1".into(), certificate, ended: None }
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@
 use potstill_storage::{
     Root, Run,
     checkpoint::{Manifest, Shard},
-    coordinators::Coordinator,
+    coordinators::{Coordinator, Ended},
     journal::Journal,
     layout,
 };
@@ -23,7 +23,8 @@ fn manifests() -> Vec<Vec<u8>> {
 
 fn coordinators() -> Vec<Vec<u8>> {
     let certificate = Some("ab".repeat(32));
-    let coordinator = Coordinator { name: "c".into(), address: "10.0.0.1:7070".into(), certificate };
+    let ended = Some(Ended { success: true, reason: "all iterations are done".into() });
+    let coordinator = Coordinator { name: "c".into(), address: "10.0.0.1:7070".into(), certificate, ended };
     vec![serde_json::to_vec_pretty(&coordinator).unwrap(), b"0123456789abcdef\n".to_vec()]
 }
 

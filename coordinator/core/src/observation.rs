@@ -1,6 +1,11 @@
 //! What the core reports: the source of the progress bar, the log, the metrics and the summary.
 
-use potstill_proto::{cursor::Generation, message::Source, scores::Evaluation, wire};
+use potstill_proto::{
+    cursor::Generation,
+    message::{Source, ToWorker},
+    scores::Evaluation,
+    wire,
+};
 use serde::{Deserialize, Serialize};
 
 /// Something that happened, with its reason where there was a choice.
@@ -146,4 +151,19 @@ pub enum Outcome {
         /// Why, and what to do about it.
         reason: String,
     },
+}
+
+impl Outcome {
+    /// The message that tells a worker that the run is over.
+    #[must_use]
+    pub fn stop_message(&self) -> ToWorker {
+        match self {
+            Self::Succeeded { iteration } => ToWorker::Stop {
+                success: true,
+                reason: format!("the run is complete: {iteration} iterations"),
+            },
+            Self::Stopped { reason, .. } => ToWorker::Stop { success: true, reason: reason.clone() },
+            Self::Failed { reason } => ToWorker::Stop { success: false, reason: reason.clone() },
+        }
+    }
 }

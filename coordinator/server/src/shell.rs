@@ -16,7 +16,7 @@ use potstill_proto::{
 };
 use potstill_storage::{
     Run,
-    coordinators::Coordinator,
+    coordinators::{Coordinator, Ended},
     journal::{Journal, Seen},
     layout,
     retention::{Policy, Swept},
@@ -62,6 +62,8 @@ enum Happened {
 pub struct Shell {
     core: Core,
     announced: Coordinator,
+    /// The journal's length when it was announced.
+    announced_at: u64,
     changed_specification: Option<String>,
     /// The address of the run's page.
     page: String,
@@ -94,6 +96,8 @@ pub struct Shell {
     next_client: u64,
     observations: mpsc::UnboundedSender<Observation>,
     outcome: Option<Outcome>,
+    /// False once another coordinator may have taken it over.
+    owns_the_run: bool,
 }
 
 impl Shell {
@@ -110,10 +114,12 @@ impl Shell {
             name: setup.coordinator.clone(),
             address: setup.address.clone(),
             certificate: setup.certificate.clone(),
+            ended: None,
         };
         Self {
             core: Core::new(setup),
             announced,
+            announced_at: 0,
             changed_specification,
             page,
             clock,
@@ -136,6 +142,22 @@ impl Shell {
             next_client: 0,
             observations,
             outcome: None,
+            owns_the_run: true,
+        }
+    }
+
+    /// Says in the storage how the run has ended, for workers that the last message does not reach.
+    async fn announce_end(&mut self, outcome: &Outcome) {
+        if !self.owns_the_run {
+            return;
+        }
+        let ToWorker::Stop { success, reason } = outcome.stop_message() else { return };
+        self.announced.ended = Some(Ended { success, reason });
+        let written = self.run.announce_end(self.announced_at, &self.announced);
+        match tokio::time::timeout(LAST_SWEEP, written).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the storage does not say that the run has ended"),
+            Err(_) => tracing::warn!("the storage does not say that the run has ended: it does not answer"),
         }
     }
 
@@ -152,6 +174,7 @@ impl Shell {
             return Err(StartError::Journal(reason));
         }
         self.run.announce(&self.journal, &self.announced).await?;
+        self.announced_at = self.journal.length();
         if let Some(text) = self.changed_specification.take() {
             self.run.put(layout::SPECIFICATION, text.into()).await?;
         }
@@ -170,6 +193,7 @@ impl Shell {
             if let Some(outcome) = self.outcome.take() {
                 // Objects that this sweep leaves are found by the next one, if there is one.
                 let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
+                self.announce_end(&outcome).await;
                 return outcome;
             }
             // What has happened while a record is written comes before any deadline.
@@ -405,6 +429,7 @@ impl Shell {
 
     /// No action after a record may be executed before the record is durable: those that wait never are.
     fn lose_journal(&mut self, reason: String) {
+        self.owns_the_run = false;
         self.pending.clear();
         self.waiting.clear();
         self.step(self.clock.now(), Event::JournalLost { reason });

@@ -14,6 +14,7 @@ use potstill_proto::{
     message::{Hello, ToWorker},
     wire,
 };
+use potstill_storage::{Root, coordinators::Ended};
 use tonic::{Code, Status, Streaming};
 
 use super::{flight, outbox::Outbox, progress::Progress, rendezvous::Calls};
@@ -132,10 +133,18 @@ impl Link {
                 "lost the coordinator; training continues while reconnecting to it or its successor"
             );
             let longest = terms.heartbeat.clamp(FIRST_PAUSE, LONGEST_PAUSE);
-            match retry(terms.patience, longest, || self.attempt()).await {
-                Ok((stream, _)) => {
+            match retry(terms.patience, longest, || self.attempt_again(&terms)).await {
+                Ok(Found::Coordinator(stream)) => {
                     tracing::info!("reattached to a coordinator");
                     incoming = stream;
+                }
+                Ok(Found::End(Ended { success, reason })) => {
+                    tracing::info!(reason, "the run has ended, as its storage says");
+                    let message = ToWorker::Stop { success, reason };
+                    self.outbox.heard(&message);
+                    abort(&self.entered, |generation| calls_away(&message, generation));
+                    let _ = inbound.send(Inbound::Message(message));
+                    return;
                 }
                 Err(error) => {
                     // Its peers may be gone as well, and no coordinator is left to report it.
@@ -215,6 +224,15 @@ impl Link {
         Some(flight::record(groups.first()?, &self.hello.run_id, generation).await)
     }
 
+    /// An attempt to reach the coordinator again, or its successor. Where there is none, the run may have ended.
+    async fn attempt_again(&self, terms: &Terms) -> Result<Found, Failure> {
+        let failure = match self.attempt().await {
+            Ok((stream, _)) => return Ok(Found::Coordinator(stream)),
+            Err(failure) => failure,
+        };
+        ended(terms).await.map(Found::End).ok_or(failure)
+    }
+
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {
         let invitation = self.locator.find().await.map_err(|error| match &self.locator {
             // It may be about to be replaced.
@@ -266,6 +284,21 @@ impl Link {
             ))),
         }
     }
+}
+
+/// What a worker finds that has lost its coordinator.
+enum Found {
+    /// The stream from it, or from its successor.
+    Coordinator(Streaming<wire::CoordinatorMessage>),
+    /// The end of the run, of which it was not told.
+    End(Ended),
+}
+
+/// The end of the run, if its newest coordinator has left it in the storage.
+async fn ended(terms: &Terms) -> Option<Ended> {
+    let root = Root::open(&terms.storage_url).ok()?;
+    let run = root.run(&terms.run_id.parse().ok()?);
+    run.coordinator().await.ok().flatten()?.ended
 }
 
 /// Repeats an attempt for `patience`, with pauses up to `longest`.

@@ -502,7 +502,8 @@ mod tests {
             observations.extend(iterations(0..20));
             observations
         };
-        let owner = Coordinator { name: "successor".into(), address: String::new(), certificate: None };
+        let owner =
+            Coordinator { name: "successor".into(), address: String::new(), certificate: None, ended: None };
         let (journal, _) = Journal::open(&run).await.unwrap();
         run.announce(&journal, &owner).await.unwrap();
         let lost = Outcome::Failed { reason: "another coordinator has taken over".into() };

@@ -5,7 +5,7 @@ use potstill_proto::{
     message::{Hello, Place, Request, ToWorker},
 };
 
-use super::{Actions, Cause, Core, Stage, ending::stop_message, log, send};
+use super::{Actions, Cause, Core, Stage, log, send};
 use crate::{Action, StreamId, observation::Observation, record::Record};
 
 impl Core {
@@ -45,7 +45,7 @@ impl Core {
             return;
         }
         if let Stage::Ended(outcome) = &self.stage {
-            send(actions, stream, stop_message(outcome));
+            send(actions, stream, outcome.stop_message());
             actions.push(Action::Close { stream });
             return;
         }

@@ -214,7 +214,7 @@ impl Core {
         }
         actions.push(Action::Persist(Record::Ended { outcome: outcome.clone() }));
         for (stream, _) in self.members.iter() {
-            send(actions, stream, stop_message(&outcome));
+            send(actions, stream, outcome.stop_message());
         }
         self.announce_end(outcome, actions);
     }
@@ -231,16 +231,5 @@ impl Core {
         actions.push(Action::Observe(Observation::Ended(outcome.clone())));
         actions.push(Action::End(outcome.clone()));
         self.stage = Stage::Ended(outcome);
-    }
-}
-
-/// The message that tells a worker that the run is over.
-pub(super) fn stop_message(outcome: &Outcome) -> ToWorker {
-    match outcome {
-        Outcome::Succeeded { iteration } => {
-            ToWorker::Stop { success: true, reason: format!("the run is complete: {iteration} iterations") }
-        }
-        Outcome::Stopped { reason, .. } => ToWorker::Stop { success: true, reason: reason.clone() },
-        Outcome::Failed { reason } => ToWorker::Stop { success: false, reason: reason.clone() },
     }
 }
