@@ -238,7 +238,7 @@ fn tokenizers_in_one_file_and_added_tokens_equal_transformers() {
 }
 
 #[test]
-fn an_added_token_with_another_number_is_refused() {
+fn settings_and_added_tokens_that_are_not_clips_are_refused() {
     let (_, archive) = files("sd_tokenizer").swap_remove(0);
     let folder = tempfile::tempdir().unwrap();
     for file in ["vocab.json", "merges.txt"] {
@@ -246,6 +246,7 @@ fn an_added_token_with_another_number_is_refused() {
     }
     for (name, content, part) in [
         ("tokenizer_config.json", r#"{"padding_side": "left"}"#, "padding_side"),
+        ("tokenizer_config.json", r#"{"truncation_side": "left"}"#, "truncation_side"),
         ("tokenizer_config.json", r#"{"added_tokens_decoder": []}"#, "added_tokens_decoder"),
         ("tokenizer_config.json", "[]", "is no object"),
         ("added_tokens.json", "[]", "is no object"),
