@@ -599,6 +599,12 @@ fn a_model_in_one_file_is_a_teacher_and_an_export() {
                 .output()
                 .unwrap();
             assert!(checked.status.success(), "{family}: {}", text(&checked.stderr));
+            // What is printed makes an image, also of a model of another size than the published ones.
+            let out = format!("{storage}/printed.safetensors");
+            let said = potstill(&["export", "--checkpoint", &run, "--out", &out, "--format", "single-file"]);
+            let lines = &said[said.find("\n\n").unwrap()..];
+            let made = Command::new(python).args(["-c", lines]).env("HF_HUB_OFFLINE", "1").output().unwrap();
+            assert!(made.status.success(), "{family}: {lines}\n{}", text(&made.stderr));
         }
         // The student is a teacher again: as the file, and as its own teacher with its adapters added. A generator that has
         // not been trained yet is its teacher.

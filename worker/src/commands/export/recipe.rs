@@ -22,7 +22,9 @@ pub fn python(student: &Student, latent: &Latent, format: Format, out: &Path) ->
         Format::SingleFile | Format::LoraDiffusers | Format::LoraKohya => {
             lines.push(format!("from diffusers import {kind}, LCMScheduler"));
             if format == Format::SingleFile {
-                lines.push(format!("pipe = {kind}.from_single_file({})", quoted(out)));
+                // diffusers knows the configurations of the published models alone.
+                let config = quoted(latent.folder.path());
+                lines.push(format!("pipe = {kind}.from_single_file({}, config={config})", quoted(out)));
             } else {
                 lines.push(format!("pipe = {kind}.from_pretrained({})", quoted(latent.folder.path())));
                 lines.push(format!("pipe.load_lora_weights({})", quoted(out)));
