@@ -25,7 +25,9 @@ fn survives(mut command: Command, run: &str, deaths: usize, end: u64, cluster: &
     let output = command.output().unwrap();
     let log = text(&output.stderr);
     assert!(output.status.success(), "{run}: {log}");
-    assert!(log.contains(&format!("generation={}", 1 + deaths)), "{run}: not all have died: {log}");
+    let died = log.matches("because of POTSTILL_FAULT").count();
+    assert_eq!(died, deaths, "{run}: {log}");
+    assert!(log.contains(&format!("generation={}", 1 + deaths)), "{run}: {log}");
     cluster.assert_same_end(run, "undisturbed", end);
     log
 }

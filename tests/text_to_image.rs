@@ -103,7 +103,9 @@ impl Studio {
         let output = command.output().unwrap();
         let log = text(&output.stderr);
         assert!(output.status.success(), "{run}: {log}");
-        assert!(log.contains(&format!("generation={}", 1 + deaths.len())), "{run}: not all have died: {log}");
+        let died = log.matches("because of POTSTILL_FAULT").count();
+        assert_eq!(died, deaths.len(), "{run}: {log}");
+        assert!(log.contains(&format!("generation={}", 1 + deaths.len())), "{run}: {log}");
         self.cluster.assert_same_end(&run, undisturbed, end);
     }
 

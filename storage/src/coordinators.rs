@@ -37,9 +37,8 @@ impl Run {
     /// # Errors
     /// The store's error.
     pub async fn announce(&self, journal: &Journal, coordinator: &Coordinator) -> Result<(), Error> {
-        let text =
-            serde_json::to_vec_pretty(coordinator).map_err(|e| self.unusable(layout::COORDINATORS, e))?;
-        self.create(&layout::coordinator_key(journal.length()), text.into()).await
+        let text = self.told(coordinator)?;
+        self.create(&layout::coordinator_key(journal.length()), text).await
     }
 
     /// Adds to the object of a coordinator how the run has ended. `announced`: the journal's length when it was
@@ -48,9 +47,8 @@ impl Run {
     /// # Errors
     /// The store's error.
     pub async fn announce_end(&self, announced: u64, coordinator: &Coordinator) -> Result<(), Error> {
-        let text =
-            serde_json::to_vec_pretty(coordinator).map_err(|e| self.unusable(layout::COORDINATORS, e))?;
-        self.put(&layout::coordinator_key(announced), text.into()).await
+        let text = self.told(coordinator)?;
+        self.put(&layout::coordinator_key(announced), text).await
     }
 
     /// The run's newest coordinator, which may have ended; `None` when there was none.
@@ -108,6 +106,11 @@ impl Run {
             Err(Error::AlreadyExists { .. }) => Ok(()),
             other => other,
         }
+    }
+
+    fn told(&self, coordinator: &Coordinator) -> Result<Bytes, Error> {
+        let text = serde_json::to_vec_pretty(coordinator);
+        text.map(Bytes::from).map_err(|e| self.unusable(layout::COORDINATORS, e))
     }
 
     fn unusable(&self, key: &str, problem: impl std::fmt::Display) -> Error {

@@ -151,14 +151,13 @@ impl Ledger {
         self.committed.len() < before
     }
 
-    /// Where no checkpoint is left, counts on the newest of those that may exist. False when there is none.
+    /// Counts on the newest of those that may exist, once no checkpoint is left. False when there is none.
     pub fn recall(&mut self) -> bool {
-        let Some((iteration, manifest_key)) = self.possible.pop_last().filter(|_| self.committed.is_empty())
-        else {
-            return false;
-        };
-        self.committed.push(CommittedCheckpoint { iteration, manifest_key });
-        true
+        debug_assert!(self.committed.is_empty(), "a checkpoint that is known to exist comes first");
+        let newest = self.possible.pop_last();
+        self.committed
+            .extend(newest.map(|(iteration, manifest_key)| CommittedCheckpoint { iteration, manifest_key }));
+        !self.committed.is_empty()
     }
 
     /// Whether there is a checkpoint with this manifest.

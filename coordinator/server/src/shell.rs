@@ -39,6 +39,8 @@ use crate::{
     storing,
 };
 
+/// How long the word in the storage that a run has ended may delay its end.
+const LAST_WORD: Duration = Duration::from_secs(5);
 /// How long the last sweep may delay the end of a run.
 const LAST_SWEEP: Duration = Duration::from_secs(30);
 /// Members in one answer about the status: so many fit into a message, however long their names are.
@@ -154,7 +156,7 @@ impl Shell {
         let ToWorker::Stop { success, reason } = outcome.stop_message() else { return };
         self.announced.ended = Some(Ended { success, reason });
         let written = self.run.announce_end(self.announced_at, &self.announced);
-        match tokio::time::timeout(LAST_SWEEP, written).await {
+        match tokio::time::timeout(LAST_WORD, written).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the storage does not say that the run has ended"),
             Err(_) => tracing::warn!("the storage does not say that the run has ended: it does not answer"),
@@ -191,9 +193,9 @@ impl Shell {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(outcome) = self.outcome.take() {
+                self.announce_end(&outcome).await;
                 // Objects that this sweep leaves are found by the next one, if there is one.
                 let _ = tokio::time::timeout(LAST_SWEEP, self.sweep.join_next()).await;
-                self.announce_end(&outcome).await;
                 return outcome;
             }
             // What has happened while a record is written comes before any deadline.

@@ -33,8 +33,9 @@ impl Adam {
         Self { exp_avg: first_moment.then(|| parameters.zeros_like()), exp_avg_sq: parameters.zeros_like() }
     }
 
-    /// One step, in place. `step` counts from 1 (bias correction). The gradient may be on a GPU where parameters and moments are on
-    /// the host: then it comes in pieces.
+    /// One step, in place. `step` counts from 1; the correction of the bias with it is libtorch's (`potstill_adam` in
+    /// `worker/torch-ext/shim`). The gradient may be on a GPU where parameters and moments are on the host: then it comes
+    /// in pieces.
     ///
     /// # Panics
     /// Without a first moment whose decay is not 0, or with a gradient of another shape: an error of the program.

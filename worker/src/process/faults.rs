@@ -64,7 +64,12 @@ pub fn point(name: &str, iteration: u64, rank: u32) {
 
 /// Whether the reduction that has just ended is to be cut short: its result is then to be another, and the group aborted.
 pub fn tears(name: &str, iteration: u64, rank: u32) -> bool {
-    at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Tear) && fault.is_first())
+    let tears =
+        at(name, iteration, rank).is_some_and(|fault| matches!(fault.kind, Kind::Tear) && fault.is_first());
+    if tears {
+        tracing::warn!(name, iteration, "cutting a reduction short because of {VARIABLE}");
+    }
+    tears
 }
 
 /// Makes a process that drags take longer for what it has computed in the time `took`.
