@@ -311,19 +311,22 @@ fn a_worker_that_was_not_told_of_the_end_finds_it_in_the_storage() {
 
     let flags = ["--listen", "127.0.0.1:0"];
     let endless = ["distillation.iterations=100000"];
-    let mut serve = Process::start(cluster.unscored("serve", "untold", 1, &endless, &flags));
+    let mut serve = Process::start(cluster.unscored("serve", "untold", 2, &endless, &flags));
     serve.until(&["coordinator started"]);
-    let agent = Process::start(cluster.agent("untold", 1));
+    let agent = Process::start(cluster.agent("untold", 2));
+    let pid = worker_pid(&serve.until(&["worker attached"]));
     serve.until(&["images/s"]);
     serve.signal(Signal::SIGKILL);
     assert_eq!(serve.end().0, None);
+    // Its successor finds no coordinator at all.
+    kill(pid, Signal::SIGKILL);
     let (file, mut object) = announced(&cluster, "untold");
     assert!(object["ended"].is_null(), "{object}");
     object["ended"] = ended;
     std::fs::write(file, object.to_string()).unwrap();
     let (code, log) = agent.end();
     assert_eq!(code, Some(0), "{log}");
-    assert!(log.contains("the run has ended, as its storage says"), "{log}");
+    assert_eq!(log.matches("the run has ended, as its storage says").count(), 2, "{log}");
 }
 
 /// Longer than the failure timeout of the runs here that pause something.

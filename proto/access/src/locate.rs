@@ -27,6 +27,15 @@ pub enum Locator {
 }
 
 impl Locator {
+    /// The run, where its storage is known here.
+    #[must_use]
+    pub fn run(&self) -> Option<&Run> {
+        match self {
+            Self::Storage { run, .. } => Some(run),
+            Self::Fixed(_) | Self::File(_) => None,
+        }
+    }
+
     /// The invitation as it is now.
     ///
     /// # Errors

@@ -259,7 +259,7 @@ fn supervise(
 ) -> anyhow::Result<bool> {
     // The iteration that came last of those that a life of this rank has completed.
     let mut furthest = None;
-    let (mut deaths, mut fruitless) = (VecDeque::new(), 0);
+    let (mut deaths, mut fruitless, mut restarted) = (VecDeque::new(), 0, false);
     loop {
         // The rank's lifeline, through which it tells how far it has come.
         let (mut own, its) = UnixStream::pair().context("cannot make a socket pair")?;
@@ -306,5 +306,8 @@ fn supervise(
             );
         }
         tracing::warn!(slot, %status, deaths = deaths.len(), "rank process died; restarting it");
+        if !std::mem::replace(&mut restarted, true) {
+            command.arg("--restarted");
+        }
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     process::device::{self, Choice},
     process::lifeline,
     process::network,
-    session::{Session, Terms},
+    session::{Attached, Session, Terms},
     training::{Ending, Holding, Job, run_generation},
 };
 use potstill_logging::{LogFormat, chain};
@@ -125,6 +125,9 @@ pub struct Arguments {
     /// Index among the ranks of this machine, from 0.
     #[arg(long, default_value_t = 0)]
     slot: usize,
+    /// It takes the place of a rank that has died.
+    #[arg(long)]
+    restarted: bool,
     /// See the agent's option.
     #[arg(long)]
     rescue_dir: Option<PathBuf>,
@@ -148,14 +151,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
 
     // The coordinator ended it, not a crash: the agent must not restart it.
-    match serve(
-        &arguments.service,
-        locator,
-        &runtime,
-        device,
-        arguments.rescue_dir.as_deref(),
-        arguments.address,
-    ) {
+    match serve(&arguments, locator, &runtime, device) {
         Ok(true) => Ok(ExitCode::SUCCESS),
         Ok(false) => Ok(ExitCode::from(LEFT_IN_FAILURE)),
         Err(error) => {
@@ -167,13 +163,12 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 /// Attaches and works until told to stop. True: the run succeeded, or saved when it was asked to stop.
 fn serve(
-    service: &Service,
+    arguments: &Arguments,
     locator: Locator,
     runtime: &tokio::runtime::Runtime,
     device: Device,
-    rescue_dir: Option<&Path>,
-    address: Option<IpAddr>,
 ) -> anyhow::Result<bool> {
+    let service = &arguments.service;
     // Entered, so that the session can start its tasks.
     let _entered = runtime.enter();
     let run_id: RunId = service.run_id.parse()?;
@@ -188,9 +183,13 @@ fn serve(
         held: None,
         place: None,
     };
-    let (mut session, terms) = runtime.block_on(Session::attach(locator, hello, secret))?;
+    let attached = Session::attach(locator, hello, secret, arguments.restarted);
+    let (mut session, terms) = match runtime.block_on(attached)? {
+        Attached::Session(session, terms) => (session, terms),
+        Attached::TooLate(ended) => return Ok(ended.success),
+    };
     // Only now: the connection shows that the coordinator's address can be resolved and reached.
-    let host = match address {
+    let host = match arguments.address {
         Some(address) => address,
         None => network::address_towards(&terms.address)?,
     };
@@ -205,7 +204,7 @@ fn serve(
 
     let mut holding = Holding::default();
     let ended = work(&job, &mut session, &mut holding, &host, &terms);
-    if let Some(folder) = rescue_dir
+    if let Some(folder) = &arguments.rescue_dir
         && !matches!(ended, Ok(true))
     {
         rescue(folder, &job, &session, &holding, &terms, runtime);

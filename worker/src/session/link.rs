@@ -14,7 +14,7 @@ use potstill_proto::{
     message::{Hello, ToWorker},
     wire,
 };
-use potstill_storage::{Root, coordinators::Ended};
+use potstill_storage::{Root, Run, coordinators::Ended};
 use tonic::{Code, Status, Streaming};
 
 use super::{flight, outbox::Outbox, progress::Progress, rendezvous::Calls};
@@ -51,6 +51,13 @@ pub struct Terms {
     pub coordinator: String,
     /// Its `host:port`.
     pub address: String,
+}
+
+impl Terms {
+    /// The run in the storage as the coordinator has it.
+    fn run(&self) -> Option<Run> {
+        Some(Root::open(&self.storage_url).ok()?.run(&self.run_id.parse().ok()?))
+    }
 }
 
 /// What the training thread receives.
@@ -95,6 +102,8 @@ pub struct Link {
     pub progress: Arc<Progress>,
     pub entered: Entered,
     pub calls: Calls,
+    /// Whether it takes the place of a process that has died: then the run may have ended meanwhile.
+    pub restarted: bool,
 }
 
 impl Link {
@@ -102,9 +111,10 @@ impl Link {
     ///
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.
-    pub async fn attach(&self) -> anyhow::Result<(Streaming<wire::CoordinatorMessage>, Terms)> {
+    pub async fn attach(&self) -> anyhow::Result<Found> {
+        let run = self.locator.run().filter(|_| self.restarted);
         retry(CONNECT_FOR, LONGEST_PAUSE, || async {
-            self.attempt().await.map_err(|failure| match failure {
+            self.attempt_or_end(run).await.map_err(|failure| match failure {
                 Failure::Refused(error) => Failure::Final(error),
                 other => other,
             })
@@ -120,6 +130,7 @@ impl Link {
         terms: Terms,
         inbound: mpsc::Sender<Inbound>,
     ) {
+        let run = self.locator.run().cloned().or_else(|| terms.run());
         loop {
             let lost = match self.listen(incoming, &inbound).await {
                 Some(lost) => lost,
@@ -133,13 +144,12 @@ impl Link {
                 "lost the coordinator; training continues while reconnecting to it or its successor"
             );
             let longest = terms.heartbeat.clamp(FIRST_PAUSE, LONGEST_PAUSE);
-            match retry(terms.patience, longest, || self.attempt_again(&terms)).await {
-                Ok(Found::Coordinator(stream)) => {
+            match retry(terms.patience, longest, || self.attempt_or_end(run.as_ref())).await {
+                Ok(Found::Coordinator(stream, _)) => {
                     tracing::info!("reattached to a coordinator");
                     incoming = stream;
                 }
                 Ok(Found::End(Ended { success, reason })) => {
-                    tracing::info!(reason, "the run has ended, as its storage says");
                     let message = ToWorker::Stop { success, reason };
                     self.outbox.heard(&message);
                     abort(&self.entered, |generation| calls_away(&message, generation));
@@ -224,13 +234,17 @@ impl Link {
         Some(flight::record(groups.first()?, &self.hello.run_id, generation).await)
     }
 
-    /// An attempt to reach the coordinator again, or its successor. Where there is none, the run may have ended.
-    async fn attempt_again(&self, terms: &Terms) -> Result<Found, Failure> {
+    /// An attempt to reach the coordinator, or its successor. Where there is none, `run` may have ended.
+    async fn attempt_or_end(&self, run: Option<&Run>) -> Result<Found, Failure> {
         let failure = match self.attempt().await {
-            Ok((stream, _)) => return Ok(Found::Coordinator(stream)),
+            Ok((stream, terms)) => return Ok(Found::Coordinator(stream, terms)),
             Err(failure) => failure,
         };
-        ended(terms).await.map(Found::End).ok_or(failure)
+        let Some(run) = run else { return Err(failure) };
+        let ended = run.coordinator().await.ok().flatten().and_then(|newest| newest.ended);
+        let ended = ended.ok_or(failure)?;
+        tracing::info!(reason = ended.reason, "the run has ended, as its storage says");
+        Ok(Found::End(ended))
     }
 
     async fn attempt(&self) -> Result<(Streaming<wire::CoordinatorMessage>, Terms), Failure> {
@@ -286,19 +300,13 @@ impl Link {
     }
 }
 
-/// What a worker finds that has lost its coordinator.
-enum Found {
+/// What a worker finds that looks for a coordinator.
+#[allow(clippy::large_enum_variant, reason = "there is one")]
+pub enum Found {
     /// The stream from it, or from its successor.
-    Coordinator(Streaming<wire::CoordinatorMessage>),
+    Coordinator(Streaming<wire::CoordinatorMessage>, Terms),
     /// The end of the run, of which it was not told.
     End(Ended),
-}
-
-/// The end of the run, if its newest coordinator has left it in the storage.
-async fn ended(terms: &Terms) -> Option<Ended> {
-    let root = Root::open(&terms.storage_url).ok()?;
-    let run = root.run(&terms.run_id.parse().ok()?);
-    run.coordinator().await.ok().flatten()?.ended
 }
 
 /// Repeats an attempt for `patience`, with pauses up to `longest`.

@@ -25,13 +25,14 @@ use potstill_proto::{
     cursor::Generation,
     message::{FromWorker, Hello},
 };
+use potstill_storage::coordinators::Ended;
 use tokio::signal::unix::{SignalKind, signal};
 
 pub use self::{
     link::Terms, orders::Orders, outbox::Outbox, progress::Progress, rendezvous::GenerationStore,
 };
 use self::{
-    link::{Entered, Inbound, Link},
+    link::{Entered, Found, Inbound, Link},
     rendezvous::Calls,
 };
 
@@ -45,9 +46,18 @@ pub struct Session {
     pub progress: Arc<Progress>,
 }
 
+/// What comes of an attempt to take part in a run.
+#[allow(clippy::large_enum_variant, reason = "there is one")]
+pub enum Attached {
+    /// A session, and what the coordinator's welcome says.
+    Session(Session, Terms),
+    /// The run has ended since the process died that this one replaces.
+    TooLate(Ended),
+}
+
 impl Session {
     /// Attaches: connects with bounded retries, sends the hello, waits for the welcome. From then on SIGTERM and
-    /// SIGUSR1 are forwarded as a request to leave.
+    /// SIGUSR1 are forwarded as a request to leave. `restarted`: whether this process takes the place of one that has died.
     ///
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.
@@ -55,7 +65,8 @@ impl Session {
         locator: Locator,
         hello: Hello,
         secret: WorkerSecret,
-    ) -> anyhow::Result<(Self, Terms)> {
+        restarted: bool,
+    ) -> anyhow::Result<Attached> {
         let (outbox, progress, entered) = (Outbox::default(), Arc::<Progress>::default(), Entered::default());
         let calls = Calls::default();
         let link = Link {
@@ -66,8 +77,12 @@ impl Session {
             progress: Arc::clone(&progress),
             entered: Arc::clone(&entered),
             calls: calls.clone(),
+            restarted,
         };
-        let (incoming, terms) = link.attach().await?;
+        let (incoming, terms) = match link.attach().await? {
+            Found::Coordinator(incoming, terms) => (incoming, terms),
+            Found::End(ended) => return Ok(Attached::TooLate(ended)),
+        };
         let (inbound, inbox) = mpsc::channel();
         tokio::spawn(link.keep(incoming, terms.clone(), inbound));
         let (beats, beating, heartbeat) = (outbox.clone(), Arc::clone(&progress), terms.heartbeat);
@@ -90,7 +105,8 @@ impl Session {
             tracing::info!("{name}: leaving at the next boundary");
             leaving.send(FromWorker::Leaving { reason: name.to_owned() });
         });
-        Ok((Self { inbox, outbox, orders: Orders::default(), entered, calls, progress }, terms))
+        let session = Self { inbox, outbox, orders: Orders::default(), entered, calls, progress };
+        Ok(Attached::Session(session, terms))
     }
 
     /// The keys and values through which the ranks of a generation find each other.
