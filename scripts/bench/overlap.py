@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Measure how much of the communication of two ranks is hidden behind the backward pass, on hosts of their own whose link is slowed down.
-Needs root, iproute2 and nftables. About 8 minutes on 2 idle CPU cores, after the build.
+"""Measure how much of the communication of two ranks is hidden behind what they compute, on hosts of their own: the time that an
+iteration takes longer over a link that is slowed down than over one that is not, beside the time that the link needs at least.
+Needs root, iproute2 and nftables. About 10 minutes on 2 idle CPU cores, after the build.
 
     scripts/bench/overlap.py                   1 Gbit/s
     scripts/bench/overlap.py --rate 500mbit    another rate of tc
@@ -24,15 +25,15 @@ from hosts import Hosts
 from teachers import unscored
 
 ITERATIONS = 14
-# What each of two ranks sends in a phase, in bytes for a parameter. To reduce and gather is half of the vector each; with slices, the
-# reduced half also goes to the partner.
+# What each of two ranks sends in a phase, in bytes for a parameter. An all-reduce is twice half of the vector. With slices both ranks
+# still need the whole gradient, as each holds a copy of the other's slice; then half of the weights is gathered.
 SENT = {"none": 4.0, "optimizer": 6.0, "gradients": 6.0}
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
-def measured(folder: Path, config: Path, hosts: Hosts, shard: str) -> list[dict]:
-    """Mean seconds by part of an iteration, by windows of half a minute without the first."""
-    run = f"overlap-{shard}"
+def measured(folder: Path, config: Path, hosts: Hosts, shard: str, link: str) -> dict[str, float]:
+    """Seconds by part of an iteration: the median of the mean values of windows, without the first."""
+    run = f"overlap-{shard}-{link}"
     sets = {
         "distillation.iterations": ITERATIONS,
         "distillation.global_batch": 32,
@@ -60,7 +61,13 @@ def measured(folder: Path, config: Path, hosts: Hosts, shard: str) -> list[dict]
         sys.exit(f"{run} failed: {(folder / f'{run}.log').read_text()[-2000:]}")
     lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
     found = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]
-    return found[1:]
+    return {part: statistics.median(line[part] for line in found[1:]) for part in ("compute", "communication", "total")}
+
+
+def slow_down(hosts: Hosts, rate: str) -> None:
+    for host in ("a", "b"):
+        slow = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms"]
+        subprocess.run(hosts.on(host, slow), check=True)
 
 
 def main() -> None:
@@ -74,22 +81,21 @@ def main() -> None:
     if not hosts.separate:
         sys.exit("this needs root, iproute2 and nftables")
     try:
-        for host in ("a", "b"):
-            slow = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms"]
-            subprocess.run(hosts.on(host, slow), check=True)
         with tempfile.TemporaryDirectory(prefix="potstill-bench-") as name:
             folder = Path(name)
             teacher = bench_recovery.large_teacher(folder)
             config = unscored(folder, teacher)
             parameters = teacher.stat().st_size / 4
+            fast = {shard: measured(folder, config, hosts, shard, "fast") for shard in SENT}
+            slow_down(hosts, rate)
             for shard, bytes_of in SENT.items():
-                seconds = measured(folder, config, hosts, shard)
-                of = {part: statistics.median(line[part] for line in seconds) for part in ("compute", "communication", "total")}
-                least = 2 * parameters * bytes_of * 8 / bits
+                of = measured(folder, config, hosts, shard, rate)
+                sent = 2 * parameters * bytes_of
+                least, longer = sent * 8 / bits, of["total"] - fast[shard]["total"]
                 print(
-                    f"memory.shard={shard}: {2 * parameters * bytes_of / 1e6:.0f} MB sent by a rank in an iteration, {least:.2f} s at"
-                    f" {rate}; waited {of['communication']:.2f} s, computed {of['compute']:.2f} s of {of['total']:.2f} s;"
-                    f" hidden {max(0.0, 1 - of['communication'] / least):.0%}",
+                    f"memory.shard={shard}: {sent / 1e6:.0f} MB sent by a rank in an iteration, {least:.2f} s at {rate}; an iteration"
+                    f" takes {fast[shard]['total']:.2f} s without this limit and {of['total']:.2f} s with it, of which it waits"
+                    f" {fast[shard]['communication']:.2f} and {of['communication']:.2f} s; hidden {max(0.0, 1 - longer / least):.0%}",
                     flush=True,
                 )
     finally:

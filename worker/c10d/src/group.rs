@@ -279,15 +279,15 @@ impl ProcessGroup {
         })
     }
 
-    /// Sends `input` to rank `to`, and receives `output`, of the same size, from rank `from`. All ranks take part, and each
-    /// sends to another one. Until the work is done leave both as they are.
+    /// Sends `input` to rank `to`, and receives `output` from rank `from`, in the size that it is sent with; both may be empty.
+    /// All ranks take part, and each sends to another one. Until the work is done leave both as they are.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a rank that does not exist, or tensors that differ in size or kind.
+    /// [`ErrorKind::InvalidInput`] for a rank that does not exist, or tensors that differ in kind.
     pub fn exchange(&self, output: &Tensor, input: &Tensor, to: usize, from: usize) -> Result<Work, Error> {
         let (to, from) = (self.peer("exchange", to)?, self.peer("exchange", from)?);
-        if output.numel() != input.numel() || output.kind() != input.kind() {
-            return Err(self.invalid("exchange", "what is sent and what is received must be alike"));
+        if output.kind() != input.kind() {
+            return Err(self.invalid("exchange", "what is sent and what is received must be of one kind"));
         }
         self.issue("exchange", &[output, input], |group, out, error| {
             // SAFETY: as in `all_reduce`.

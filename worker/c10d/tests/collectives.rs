@@ -76,11 +76,17 @@ fn results(seat: &Seat) {
     let work = group.exchange(&received, &own, next as usize, previous as usize).expect("issued");
     work.wait(None).expect("exchange");
     assert_eq!(received, Tensor::full([3], previous, (Kind::Float, Device::Cpu)));
+    // In sizes of their own: the first of them sends nothing.
+    let own = Tensor::full([rank], rank, (Kind::Float, Device::Cpu));
+    let received = Tensor::zeros([previous], (Kind::Float, Device::Cpu));
+    let work = group.exchange(&received, &own, next as usize, previous as usize).expect("issued");
+    work.wait(None).expect("exchange");
+    assert_eq!(received, Tensor::full([previous], previous, (Kind::Float, Device::Cpu)));
 
     let work = group.barrier().expect("issued");
     work.wait(None).expect("barrier");
-    // 9 all-reduces, a broadcast, three all-gathers, a reduce-scatter, a reduce and an exchange came before.
-    assert_eq!(work.operation(), "barrier #17");
+    // 9 all-reduces, a broadcast, three all-gathers, a reduce-scatter, a reduce and two exchanges came before.
+    assert_eq!(work.operation(), "barrier #18");
 }
 
 #[test]

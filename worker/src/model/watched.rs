@@ -6,7 +6,28 @@ use tch::Tensor;
 use crate::process::work;
 
 /// See the module's documentation.
-pub struct Watched<'a>(pub &'a dyn Denoiser);
+pub struct Watched<'a> {
+    network: &'a dyn Denoiser,
+    before: Option<&'a dyn Fn()>,
+}
+
+impl<'a> Watched<'a> {
+    /// Over a network.
+    pub fn new(network: &'a dyn Denoiser) -> Self {
+        Self { network, before: None }
+    }
+
+    /// Calls `before` at each evaluation.
+    pub fn after(network: &'a dyn Denoiser, before: &'a dyn Fn()) -> Self {
+        Self { network, before: Some(before) }
+    }
+
+    fn begin(&self) {
+        if let Some(before) = self.before {
+            before();
+        }
+    }
+}
 
 impl Denoiser for Watched<'_> {
     fn denoise_and_encode(
@@ -16,54 +37,56 @@ impl Denoiser for Watched<'_> {
         condition: &Condition,
         mode: Mode,
     ) -> (Tensor, Tensor) {
-        let made = self.0.denoise_and_encode(x_t, time, condition, mode);
+        self.begin();
+        let made = self.network.denoise_and_encode(x_t, time, condition, mode);
         work::complete();
         made
     }
 
     fn encode(&self, x_t: &Tensor, time: &Tensor, condition: &Condition, mode: Mode) -> Tensor {
-        let made = self.0.encode(x_t, time, condition, mode);
+        self.begin();
+        let made = self.network.encode(x_t, time, condition, mode);
         work::complete();
         made
     }
 
     fn process(&self) -> &ForwardProcess {
-        self.0.process()
+        self.network.process()
     }
 
     fn parameters(&self) -> &Parameters {
-        self.0.parameters()
+        self.network.parameters()
     }
 
     fn base(&self) -> &Parameters {
-        self.0.base()
+        self.network.base()
     }
 
     fn rebased(&self, flat: Tensor) -> Box<dyn Denoiser> {
-        self.0.rebased(flat)
+        self.network.rebased(flat)
     }
 
     fn sample_shape(&self) -> [i64; 3] {
-        self.0.sample_shape()
+        self.network.sample_shape()
     }
 
     fn classes(&self) -> i64 {
-        self.0.classes()
+        self.network.classes()
     }
 
     fn augment_dim(&self) -> i64 {
-        self.0.augment_dim()
+        self.network.augment_dim()
     }
 
     fn time_range(&self) -> [f64; 2] {
-        self.0.time_range()
+        self.network.time_range()
     }
 
     fn over(&self, flat: Tensor, trainable: bool) -> Box<dyn Denoiser> {
-        self.0.over(flat, trainable)
+        self.network.over(flat, trainable)
     }
 
     fn config_json(&self) -> String {
-        self.0.config_json()
+        self.network.config_json()
     }
 }

@@ -26,7 +26,8 @@ const LARGEST: i64 = (25 << 20) / 4;
 /// Buckets of a network, at least, where they do not become smaller than this.
 const FEWEST: i64 = 16;
 const SMALLEST: i64 = 1 << 12;
-/// Reductions of buckets that are not parts of one vector, and need memory of their own, at a time.
+/// Buckets whose reductions are under way, at most, where something follows them: they need memory of their own, or are passed
+/// on.
 pub const UNDER_WAY: usize = 2;
 
 /// The slices of a gradient that a rank needs, and the rank that needs its own too.
@@ -81,12 +82,13 @@ pub fn memory(parameters: &Parameters, shares: Shares) -> Tensor {
     Tensor::zeros([room], (Kind::Float, flat.device()))
 }
 
-/// A reduction under way: of a part of the sum, or of a stretch of a slice in memory of its own.
+/// A bucket whose reduction is under way: a part of the sum, or memory of its own.
 struct Launched {
-    /// It keeps its tensor alive.
-    work: Option<Work>,
+    /// They keep their tensors alive.
+    works: Vec<Work>,
     /// A place in the sum, and the stretch that is to be added to it.
     added: Option<(Tensor, Tensor)>,
+    elements: Range<i64>,
 }
 
 struct Pass {
@@ -101,6 +103,8 @@ struct Pass {
     /// Whether this micro-batch's gradients count.
     counts: bool,
     launched: VecDeque<Launched>,
+    /// Owners' parts of buckets on their way to the ranks that hold copies.
+    passed: Vec<Work>,
     /// How long this micro-batch has waited for peers.
     waited: Duration,
     failure: Option<Error>,
@@ -147,6 +151,7 @@ impl Bucketed {
             reduces: false,
             counts: true,
             launched: VecDeque::new(),
+            passed: vec![],
             waited: Duration::ZERO,
             failure: None,
         };
@@ -203,7 +208,10 @@ impl Bucketed {
         }
         let mut pass = self.shared.pass();
         while let Some(launched) = pass.launched.pop_front() {
-            launched.wait()?;
+            self.shared.complete(&mut pass, launched)?;
+        }
+        for work in pass.passed.drain(..) {
+            work.wait(None)?;
         }
         let (numel, alone) = (self.shared.numel, self.shared.groups.all.member().world == 1);
         if slice.world == 1 {
@@ -220,15 +228,15 @@ impl Bucketed {
             replicas.all_reduce(&own, ReduceOp::Sum)?.wait(None)?;
         }
         let copied = match copy {
-            None => None,
-            // One rank is measured alone, as if it were one of several.
-            Some(copy) if alone => Some((copy, of(copy).copy())),
-            Some(copy) => {
-                // The owner's bits, so that both make the same step.
+            Some(copy) if sharded_sum && !alone => {
+                // The owner's bits, so that both make the same step. Only now: until here there is no memory for it.
                 let copied = own.empty_like();
                 self.shared.groups.all.exchange(&copied, &own, copied_by, copy.rank)?.wait(None)?;
                 Some((copy, copied))
             }
+            // One rank is measured alone, as if it were one of several.
+            Some(copy) if sharded_sum => Some((copy, of(copy).copy())),
+            copy => copy.map(|copy| (copy, of(copy))),
         };
         let cut = |(slice, room): (Slice, Tensor)| {
             let range = slice.range(numel);
@@ -241,18 +249,6 @@ impl Bucketed {
     pub fn clear(&self) {
         let pass = self.shared.pass();
         let _ = no_grad(|| pass.sum.shallow_clone().zero_());
-    }
-}
-
-impl Launched {
-    fn wait(self) -> Result<(), Error> {
-        if let Some(work) = self.work {
-            work.wait(None)?;
-        }
-        if let Some((mut place, part)) = self.added {
-            let _ = no_grad(|| place.g_add_(&part));
-        }
-        Ok(())
     }
 }
 
@@ -288,29 +284,63 @@ impl Shared {
         if !pass.reduces {
             return Ok(());
         }
+        let Shares { slice, sharded_sum, .. } = self.shares;
+        let mut launched = Launched { works: vec![], added: None, elements: elements.clone() };
         for (part, owner) in parts {
-            let Shares { slice, sharded_sum, .. } = self.shares;
-            let alone = self.groups.all.member().world == 1;
-            let work = match owner {
-                _ if alone => None,
-                None => Some(self.groups.all.all_reduce(&part, ReduceOp::Sum)?),
-                Some((owner, _)) => Some(self.groups.shards.reduce(&part, owner)?),
-            };
-            let own = owner.filter(|(owner, _)| sharded_sum && *owner == slice.rank);
-            let added = own.map(|(_, first)| {
+            match owner {
+                _ if self.groups.all.member().world == 1 => {}
+                None => launched.works.push(self.groups.all.all_reduce(&part, ReduceOp::Sum)?),
+                Some((owner, _)) => launched.works.push(self.groups.shards.reduce(&part, owner)?),
+            }
+            if let Some((_, first)) = owner.filter(|(owner, _)| sharded_sum && *owner == slice.rank) {
                 let length = part.numel() as i64;
-                (pass.sum.narrow(0, first, length), part)
-            });
-            pass.launched.push_back(Launched { work, added });
+                launched.added = Some((pass.sum.narrow(0, first, length), part));
+            }
         }
-        while self.shares.sharded_sum && pass.launched.len() > UNDER_WAY {
+        pass.launched.push_back(launched);
+        while (sharded_sum || self.passes_on()) && pass.launched.len() > UNDER_WAY {
             if let Some(launched) = pass.launched.pop_front() {
                 let waiting = Instant::now();
-                self.progress.while_waiting(|| launched.wait())?;
+                self.progress.while_waiting(|| self.complete(pass, launched))?;
                 pass.waited += waiting.elapsed();
             }
         }
         Ok(())
+    }
+
+    /// Waits for the reduction of a bucket, and does what follows it.
+    fn complete(&self, pass: &mut Pass, launched: Launched) -> Result<(), Error> {
+        let Launched { works, added, elements } = launched;
+        for work in works {
+            work.wait(None)?;
+        }
+        if let Some((mut place, part)) = added {
+            let _ = no_grad(|| place.g_add_(&part));
+        }
+        if let Some(copy) = self.shares.copy.filter(|_| self.passes_on()) {
+            // The owner's bits, so that both make the same step.
+            let part = |slice: Slice| {
+                let range = slice.range(self.numel);
+                let from = elements.start.max(range.start).min(range.end);
+                pass.sum.narrow(0, from, elements.end.min(range.end).max(from) - from)
+            };
+            let Shares { slice, copied_by, .. } = self.shares;
+            let work = self.groups.all.exchange(&part(copy), &part(slice), copied_by, copy.rank)?;
+            pass.passed.push(work);
+        }
+        Ok(())
+    }
+
+    /// Whether the owners' parts of each bucket are passed on to the ranks that hold copies while other buckets are reduced.
+    fn passes_on(&self) -> bool {
+        let Shares { copy, sharded_sum, .. } = self.shares;
+        copy.is_some() && !sharded_sum && !self.both_hold_all() && self.groups.all.member().world > 1
+    }
+
+    /// Whether there are two ranks, each of which also needs what the other one does.
+    fn both_hold_all(&self) -> bool {
+        let Shares { slice, copy, sharded_sum, .. } = self.shares;
+        copy.is_some() && !sharded_sum && slice.world == 2
     }
 
     /// Adds a bucket's gradients to the sum, and gives those parts of it that are reduced to one rank each, with that rank and
@@ -335,7 +365,7 @@ impl Shared {
             }
             offset += size;
         }
-        if slice.world == 1 {
+        if slice.world == 1 || self.both_hold_all() {
             return vec![(whole, None)];
         }
         let width = slice.width(self.numel);

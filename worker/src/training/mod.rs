@@ -315,7 +315,7 @@ impl Member<'_> {
             Subject::Teacher => ("evaluating the teacher", self.teacher()?),
             Subject::Student => ("evaluating the student", self.generator_ema(state)?),
         };
-        let network = Watched(network.as_ref());
+        let network = Watched::new(network.as_ref());
         let sampler = self.sampler(subject, &network);
         progress.set_activity(activity);
         let scores = evaluator.score(sampler, &self.trainer.groups.all, |what| {
@@ -343,7 +343,7 @@ impl Member<'_> {
         let [columns, rows] = self.job.samples.picture_layout();
         let (rank, world) = (self.assignment.rank as usize, self.assignment.world_size as usize);
         let images = |subject, network: Box<dyn Denoiser>| -> Result<Tensor, Interruption> {
-            let network = Watched(network.as_ref());
+            let network = Watched::new(network.as_ref());
             let sampler = self.sampler(subject, &network);
             let images = self.job.samples.picture(sampler, i64::from(columns * rows), rank, world);
             let group = &self.trainer.groups.all;

@@ -4,12 +4,13 @@
 //! replayed.
 
 use std::{
+    cell::RefCell,
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use potstill_c10d::ReduceOp;
+use potstill_c10d::{Error, ReduceOp, Work};
 use potstill_distill::{
     adam::AdamSettings,
     counters::Network,
@@ -244,6 +245,10 @@ pub struct Trainer<'a> {
     fake_score: Reduction,
     generator: Reduction,
     networks: Networks,
+    /// Each network's weights that are on their way.
+    arriving: [RefCell<Option<Work>>; 2],
+    /// How long weights were waited for in the pass, or why they did not arrive.
+    waited: RefCell<Result<Duration, Error>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -261,7 +266,7 @@ impl<'a> Trainer<'a> {
         progress: &'a Arc<Progress>,
         state: &State,
         copied_by: Option<u32>,
-    ) -> Result<Self, potstill_c10d::Error> {
+    ) -> Result<Self, Error> {
         let Layout { slice, copy, gathered, .. } = state.layout();
         let schedule = &recipe.settings.schedule;
         let all = schedule.global_batch.div_ceil(recipe.settings.micro_batch as u64) as usize;
@@ -286,6 +291,8 @@ impl<'a> Trainer<'a> {
             fake_score,
             generator,
             networks,
+            arriving: Default::default(),
+            waited: RefCell::new(Ok(Duration::ZERO)),
         })
     }
 
@@ -300,16 +307,37 @@ impl<'a> Trainer<'a> {
     /// times. `obey_orders` is called before each micro-batch and can interrupt the phase.
     ///
     /// # Errors
-    /// A collective failed, or `obey_orders` interrupted the phase.
+    /// A collective failed, or `obey_orders` interrupted the phase: the groups are aborted.
     pub fn gradient(
         &self,
         state: &mut State,
         network: Network,
         iteration: u64,
         seconds: &mut StepSeconds,
+        obey_orders: impl FnMut() -> Result<(), Interruption>,
+    ) -> Result<Reduced, Interruption> {
+        let reduced = self
+            .gather_weights(state, iteration)
+            .and_then(|()| self.reduced(state, network, iteration, seconds, obey_orders));
+        let arriving = self.arriving.each_ref().map(RefCell::take);
+        if reduced.is_err() && arriving.iter().any(Option::is_some) {
+            // Nothing may be written into the weights while another generation uses them.
+            self.groups.shards.abort()?;
+            for work in arriving.into_iter().flatten() {
+                let _ = work.wait(None);
+            }
+        }
+        reduced
+    }
+
+    fn reduced(
+        &self,
+        state: &State,
+        network: Network,
+        iteration: u64,
+        seconds: &mut StepSeconds,
         mut obey_orders: impl FnMut() -> Result<(), Interruption>,
     ) -> Result<Reduced, Interruption> {
-        self.gather_weights(state, seconds, iteration)?;
         let started = Instant::now();
         let loss_scale = state.counters.scale(network);
         let reduction = self.reduction(network);
@@ -326,6 +354,7 @@ impl<'a> Trainer<'a> {
             obey_orders()?;
             let begun = Instant::now();
             let micro_batch = self.micro_batch(network, iteration, index)?;
+            exposed += self.arrived()?;
             faults::drag("forward", iteration, self.rank, begun.elapsed());
             faults::point("forward", iteration, self.rank);
             let scaled = &micro_batch.loss * scale;
@@ -348,6 +377,11 @@ impl<'a> Trainer<'a> {
             computed += 1;
         }
         exposed += self.networks.leave(network)?;
+        for network in [Network::Generator, Network::FakeScore] {
+            // A rank without micro-batches has not used them.
+            self.arrive(network);
+        }
+        exposed += self.arrived()?;
         let totals = Totals::of(&reported);
         let trained = self.networks.trained(network);
         let (mut slices, waited) = self.progress.while_waiting(|| reduction.finish(trained, computed))?;
@@ -409,6 +443,10 @@ impl<'a> Trainer<'a> {
     ) -> Stepped {
         let step = Instant::now();
         let (network, iteration) = (prepared.network, prepared.iteration);
+        for network in [Network::Generator, Network::FakeScore] {
+            // What was gathered for the phase is complete: the agreement came after it.
+            state.trained(network).set_gathered();
+        }
         let stepped = prepared.make(self.recipe, state, whole);
         if self.groups.all.member().world == 1 {
             // One rank is measured alone, as if it were one of several: the other slices do not exist.
@@ -419,34 +457,42 @@ impl<'a> Trainer<'a> {
         stepped
     }
 
-    /// The weights follow the slices that the ranks have stepped.
-    fn gather_weights(
-        &self,
-        state: &mut State,
-        seconds: &mut StepSeconds,
-        iteration: u64,
-    ) -> Result<(), Interruption> {
-        let started = Instant::now();
-        for network in [Network::FakeScore, Network::Generator] {
+    /// Starts to gather the weights that are behind: they follow the slices that the ranks have stepped. Each network's are
+    /// [waited for](Self::arrive) before it is used first.
+    fn gather_weights(&self, state: &mut State, iteration: u64) -> Result<(), Interruption> {
+        // In the order in which they are used.
+        for network in [Network::Generator, Network::FakeScore] {
             let trained = state.trained(network);
             if trained.is_behind() {
                 faults::point("gathering", iteration, self.rank);
-                self.progress.while_waiting(|| {
-                    transfer::gather_weights(&self.groups.shards, trained)?;
-                    self.groups.shards.settle()
-                })?;
-                trained.set_gathered();
+                self.arriving[network as usize]
+                    .replace(transfer::gather_weights(&self.groups.shards, trained)?);
             }
         }
-        seconds.communication += started.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Waits until a network's weights have arrived. They count as gathered when the step has been agreed on.
+    fn arrive(&self, network: Network) {
+        let Some(work) = self.arriving[network as usize].take() else { return };
+        let started = Instant::now();
+        let arrived = self.progress.while_waiting(|| work.wait(None));
+        let mut waited = self.waited.borrow_mut();
+        // After a failure the pass goes on, and its results are not used.
+        *waited = std::mem::replace(&mut *waited, Ok(Duration::ZERO))
+            .and_then(|before| arrived.map(|()| before + started.elapsed()));
+    }
+
+    /// How long weights were waited for since the last call.
+    fn arrived(&self) -> Result<Duration, Error> {
+        self.waited.replace(Ok(Duration::ZERO))
     }
 
     /// Clears the gradient of a phase that is over.
     ///
     /// # Errors
     /// libtorch's error.
-    pub fn clear(&self, network: Network) -> Result<(), potstill_c10d::Error> {
+    pub fn clear(&self, network: Network) -> Result<(), Error> {
         self.reduction(network).clear()
     }
 
@@ -461,19 +507,20 @@ impl<'a> Trainer<'a> {
             Network::FakeScore => self.draws.fake_score(iteration, index),
             Network::Generator => self.draws.generator(iteration, index),
         };
-        let generator = Watched(self.networks.generator.as_ref());
+        let arrive = [Network::Generator, Network::FakeScore].map(|network| move || self.arrive(network));
+        let generator = Watched::after(self.networks.generator.as_ref(), &arrive[0]);
         let _autocast = match mixed_precision {
             Some(precision) => Some(Autocast::enter(settings.device, *precision)?),
             None => None,
         };
         Ok(match network {
             Network::FakeScore => {
-                let fake_score = Watched(self.networks.fake_score.as_ref());
+                let fake_score = Watched::after(self.networks.fake_score.as_ref(), &arrive[1]);
                 phase::fake_score(&generator, &fake_score, &draw, settings)
             }
             Network::Generator => {
-                let fake_score = Watched(self.networks.frozen_fake_score.as_ref());
-                let teacher = Watched(self.networks.teacher.as_ref());
+                let fake_score = Watched::after(self.networks.frozen_fake_score.as_ref(), &arrive[1]);
+                let teacher = Watched::new(self.networks.teacher.as_ref());
                 phase::generator(&generator, &fake_score, &teacher, &draw, settings, iteration)
             }
         })

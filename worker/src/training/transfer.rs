@@ -1,7 +1,7 @@
 //! State from peers: the rank that is furthest broadcasts its cursor and its state to the others. Where each rank holds
 //! a slice of the state, every slice comes from a rank that holds it.
 
-use potstill_c10d::{Error, ProcessGroup};
+use potstill_c10d::{Error, ProcessGroup, Work};
 use potstill_distill::state::{COUNTERS, Slice, State, Trained};
 use potstill_proto::cursor::{Cursor, Phase};
 use tch::{Device, Kind, Tensor, no_grad};
@@ -39,13 +39,13 @@ pub fn broadcast(
     Ok(cursor_of(&Vec::try_from(sent.to_device(Device::Cpu)).unwrap_or_default()))
 }
 
-/// Sets the weights of all ranks to those of the ranks' slices.
+/// Starts to set the weights of all ranks to those of the ranks' slices, where they are held.
 ///
 /// # Errors
 /// The collective failed.
-pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<(), Error> {
-    let Some((own, all)) = trained.gathered() else { return Ok(()) };
-    group.all_gather_into(&all, &own)?.wait(None)
+pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<Option<Work>, Error> {
+    let gather = |(own, all): (Tensor, Tensor)| group.all_gather_into(&all, &own);
+    trained.gathered().map(gather).transpose()
 }
 
 /// The elements of G_ema from all ranks, on every rank, fp32.
