@@ -115,6 +115,9 @@ fn a_finished_run_leaves_scores_pictures_and_metrics() {
     let scored: Vec<u64> =
         rows.iter().filter(students).map(|row| row["iteration"].as_u64().unwrap()).collect();
     assert_eq!(scored, [0, 3, 6]);
+    let peaks: Vec<_> =
+        rows.iter().filter(|row| row["kind"] == "iteration").map(|row| &row["memory_peak_bytes"]).collect();
+    assert!(peaks.iter().all(|bytes| bytes.as_u64().is_some_and(|bytes| bytes > 32 << 20)), "{peaks:?}");
 
     let table = text(&output.stdout);
     for word in

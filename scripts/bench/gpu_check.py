@@ -265,6 +265,7 @@ def measured(check: Check, name: str, run: Run, batch: int, warm_up: int, count:
         "parts": parts,
         "iterations": count,
         "finite": finite,
+        "tensors_peak": found[-1]["memory_peak_bytes"],
     }
 
 
@@ -313,6 +314,7 @@ def iteration(check: Check, name: str) -> None:
         memory_used=used,
         planned_peak=plan["peak"],
         planned_need=plan["needed"],
+        tensors_over_planned=found["tensors_peak"] / plan["peak"],
         used_over_planned=used / plan["needed"],
         **segments,
     )

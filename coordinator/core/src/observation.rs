@@ -128,6 +128,8 @@ pub struct IterationTotals {
     pub loss_scales: [f64; 2],
     /// The slowest rank's times, in seconds.
     pub seconds: wire::StepSeconds,
+    /// The most memory in bytes that any of the ranks has needed so far; none where no rank knows.
+    pub memory_peak: Option<u64>,
 }
 
 /// How a run ended.

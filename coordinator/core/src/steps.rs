@@ -191,6 +191,7 @@ impl Steps {
             generator_adversarial_loss: optional(|r| r.generator_adversarial_loss_sum),
             loss_scales: lowest.map_or([1.0; 2], |r| [r.fake_score_loss_scale, r.generator_loss_scale]),
             seconds: slowest,
+            memory_peak: reports.values().map(|r| r.memory_peak_bytes).max().filter(|peak| *peak > 0),
         }
     }
 }

@@ -97,6 +97,7 @@ impl Member<'_> {
             generator_adversarial_loss_sum: generator.totals.adversarial_loss,
             fake_score_loss_scale: fake_score.loss_scale,
             generator_loss_scale: generator.loss_scale,
+            memory_peak_bytes: self.job.memory.peak(),
         }));
         lifeline::completed(iteration);
         self.watch_health(iteration, samples, &[fake_score, generator])?;

@@ -37,6 +37,7 @@ use crate::{
     evaluation::samples::SampleSet,
     model::student::Student,
     model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times},
+    process::memory::Memory,
 };
 
 /// The files that a run reads, loaded.
@@ -187,6 +188,7 @@ pub struct Job {
     pub(super) run: Run,
     pub(super) runtime: Handle,
     pub(super) staging: Staging,
+    pub(super) memory: Memory,
 }
 
 impl Job {
@@ -200,6 +202,7 @@ impl Job {
     /// # Errors
     /// See [`Inputs::load`].
     pub fn load(spec: RunSpec, run: Run, runtime: Handle, device: Device) -> anyhow::Result<Self> {
+        let memory = Memory::of(device)?;
         let Inputs { teacher, space, start, files, real, evaluator, settings } = Inputs::load(&spec, device)?;
         let recipe = Recipe::new(&spec, settings);
         let conditions = space.conditions();
@@ -240,6 +243,7 @@ impl Job {
             run,
             runtime,
             staging: Staging::default(),
+            memory,
         })
     }
 

@@ -34,6 +34,7 @@ pub fn totals(iteration: u64) -> IterationTotals {
         discriminator_loss: None,
         generator_adversarial_loss: None,
         loss_scales: [1.0; 2],
+        memory_peak: Some(3 << 30),
         seconds: wire::StepSeconds { compute: 0.25, communication: 0.04, optimizer: 0.02, total: 0.31 },
     }
 }

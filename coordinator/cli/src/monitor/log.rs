@@ -42,6 +42,7 @@ pub fn observation(observation: &Observation) {
             compute = t.seconds.compute,
             communication = t.seconds.communication,
             optimizer = t.seconds.optimizer,
+            memory_peak_bytes = t.memory_peak,
             "iteration"
         ),
         Observation::Evaluated(evaluation) => {

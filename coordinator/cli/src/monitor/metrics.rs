@@ -71,6 +71,9 @@ pub struct Training {
     /// fp16's loss scales at the end of the window, of fake score and generator; absent where both are 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scales: Option<[f64; 2]>,
+    /// The most memory in bytes that a rank's process has needed so far: on GPUs of tensors, on CPUs its resident set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_peak_bytes: Option<u64>,
     /// Samples dropped in the window because something in them was not finite.
     pub non_finite_samples: u64,
     /// Gradient elements in the window that were not finite.
@@ -223,6 +226,7 @@ impl Metrics {
             discriminator_loss: optional(|t| t.discriminator_loss),
             generator_adversarial_loss: optional(|t| t.generator_adversarial_loss),
             loss_scales: Some(last.loss_scales).filter(|scales| *scales != [1.0; 2]),
+            memory_peak_bytes: window.iter().filter_map(|t| t.memory_peak).max(),
             non_finite_samples: window.iter().map(|t| u64::from(t.non_finite_samples)).sum(),
             non_finite_gradients: window.iter().map(|t| t.non_finite_gradients).sum(),
             wall_seconds,

@@ -73,6 +73,7 @@ pub struct Prometheus {
     losses: Family<Network, Real>,
     norms: Family<Network, Real>,
     non_finite: Counter,
+    memory_peak: Gauge,
     scores: Family<Of, Real>,
     checkpoint_bytes: Counter,
     checkpoint_seconds: Histogram,
@@ -181,6 +182,12 @@ impl Prometheus {
                 "non_finite_samples",
                 "Samples dropped for a value that is not finite",
                 Counter::default()
+            ),
+            memory_peak: metric!(
+                "worker_memory_peak",
+                "The most memory that a rank has needed: of tensors on a GPU, the resident set on a CPU",
+                Unit::Bytes,
+                Gauge::default()
             ),
             scores: metric!("score", "The newest scores of teacher and student", Family::default()),
             checkpoint_bytes: metric!(
@@ -314,6 +321,9 @@ impl Prometheus {
             self.norms.get_or_create(&Network { network }).set(norm);
         }
         self.non_finite.inc_by(totals.non_finite_samples.into());
+        if let Some(peak) = totals.memory_peak {
+            self.memory_peak.set(i64::try_from(peak).unwrap_or(i64::MAX));
+        }
     }
 
     /// The text, with what `status` says of the present, and the number of pages that are open.

@@ -31,6 +31,7 @@ fn of_training(row: &Training) -> Vec<(String, f64)> {
     ];
     numbers.extend(row.discriminator_loss.map(|loss| ("loss/discriminator", loss)));
     numbers.extend(row.generator_adversarial_loss.map(|loss| ("loss/generator_adversarial", loss)));
+    numbers.extend(row.memory_peak_bytes.map(|bytes| ("memory/peak_bytes", bytes as f64)));
     if let Some([fake_score, generator]) = row.loss_scales {
         numbers.extend([("loss_scale/fake_score", fake_score), ("loss_scale/generator", generator)]);
     }
