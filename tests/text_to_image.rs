@@ -21,6 +21,9 @@ use safetensors::{Dtype, tensor::TensorView};
 #[allow(dead_code, reason = "the tests of the storage use the rest")]
 mod s3_server;
 
+/// What each process of a run with large networks may allocate, in KiB.
+const LIMIT_KIB: &str = "850000";
+
 /// A cluster with a model and prompts.
 struct Studio {
     cluster: Cluster,
@@ -326,6 +329,86 @@ fn whatever_the_ranks_divide_among_themselves_they_compute_the_same() {
             studio.assert_close(&run, &whole, 2, 1e-4);
         }
     }
+}
+
+/// Evaluations and pictures, also on ranks that have no share of the samples.
+#[test]
+fn samples_are_the_same_where_no_rank_holds_a_whole_network() {
+    let studio = Studio::new("sd15");
+    let file = |key: &str, path: &str| format!("evaluation.{key}={}", repository().join(path).display());
+    let (features, reference) = (
+        file("features", "configs/shapes/features.pt"),
+        file("reference", "configs/shapes/shapes.safetensors"),
+    );
+    let base = [
+        "distillation.iterations=2",
+        "evaluation.samples=230",
+        "evaluation.collapse_share=0.0",
+        "evaluation.pictures_every=1",
+        "memory.recompute=true",
+        &features,
+        &reference,
+    ];
+    let scores = |run: &str| -> Vec<f64> {
+        let rows = studio.cluster.metrics(run);
+        let scores = rows.iter().filter(|row| row["kind"] == "evaluation").map(|row| &row["scores"]);
+        let numbers: Vec<_> =
+            scores.flat_map(|of| ["fid", "diversity", "recall"].map(|name| of[name].as_f64())).collect();
+        numbers.into_iter().map(|number| number.unwrap_or(-1.0)).collect()
+    };
+    for (kind, sets) in [("networks", vec![]), ("adapters", vec!["lora={rank=2, alpha=3.0}"])] {
+        let sets = [&base[..], &sets].concat();
+        let (whole, gathered) = (format!("{kind}-whole"), format!("{kind}-gathered"));
+        studio.succeed(&whole, 1, &sets, &[]);
+        let sharded = ["memory.shard=parameters", "memory.offload_ema=true"];
+        studio.succeed(&gathered, 4, &[&sets[..], &sharded].concat(), &[]);
+        let (one, four) = (scores(&whole), scores(&gathered));
+        assert!(one.len() >= 6 && one.len() == four.len(), "{kind}: {one:?}, {four:?}");
+        for (one, four) in one.iter().zip(&four) {
+            assert!((one - four).abs() <= 1e-3 * one.abs().max(1.0), "{kind}: {one} and {four}");
+        }
+        for picture in ["samples.png", &format!("pictures/{:012}.png", 1)] {
+            let [one, four] = [&whole, &gathered]
+                .map(|run| image::open(studio.cluster.run(run).join(picture)).unwrap().to_rgb8());
+            assert_eq!(one.dimensions(), four.dimensions());
+            assert!(one.iter().zip(four.iter()).all(|(a, b)| a.abs_diff(*b) <= 1), "{kind}: {picture}");
+        }
+    }
+}
+
+/// A run from its first iteration to its last picture, with a limit of memory that the whole state would break.
+#[test]
+fn a_state_that_no_rank_could_hold_is_trained_saved_loaded_and_drawn() {
+    let studio = Studio::new("sd15");
+    tiny_model::widen_unet(&studio.path("model"), 16);
+    let base = [
+        "distillation.global_batch=4",
+        "distillation.micro_batch=1",
+        "generator.steps=1",
+        "memory.recompute=true",
+        "memory.bf16_weights=false",
+    ];
+    let limited = |run: &str, workers: u32, sets: &[&str], flags: &[&str]| {
+        let launch = studio.launch(run, workers, &[&base[..], sets].concat(), flags);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -d \"$0\" && exec \"$@\"", LIMIT_KIB])
+            .arg(launch.get_program())
+            .args(launch.get_args());
+        for (key, value) in launch.get_envs() {
+            command.env(key, value.unwrap());
+        }
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        (output.status.success(), text(&output.stderr))
+    };
+    let (well, log) = limited("whole", 1, &["distillation.iterations=1"], &[]);
+    assert!(!well && log.contains("can't allocate memory"), "{log}");
+    let parameters = "memory.shard=parameters";
+    let (well, log) = limited("sharded", 4, &[parameters, "distillation.iterations=1"], &[]);
+    assert!(well, "{log}");
+    let (well, log) = limited("sharded", 3, &[parameters, "distillation.iterations=2"], &["--resume"]);
+    assert!(well && log.contains("checkpoint committed"), "{log}");
+    assert!(studio.cluster.run("sharded").join("samples.png").exists());
 }
 
 #[test]

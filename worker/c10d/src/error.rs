@@ -17,6 +17,8 @@ pub enum ErrorKind {
     Unavailable,
     /// The arguments are invalid; nothing was sent.
     InvalidInput,
+    /// This process, or its device, has no memory left.
+    OutOfMemory,
     /// Any other failure; see the cause.
     Other,
 }
@@ -56,6 +58,7 @@ impl fmt::Display for ErrorKind {
             ErrorKind::Aborted => "aborted",
             ErrorKind::Unavailable => "unavailable",
             ErrorKind::InvalidInput => "invalid input",
+            ErrorKind::OutOfMemory => "out of memory",
             ErrorKind::Other => "failed",
         })
     }
@@ -90,7 +93,8 @@ impl Error {
 }
 
 fn classify(cause: &str) -> ErrorKind {
-    const KINDS: [(ErrorKind, &[&str]); 3] = [
+    const KINDS: [(ErrorKind, &[&str]); 4] = [
+        (ErrorKind::OutOfMemory, &["out of memory", "can't allocate memory", "cannot allocate memory"]),
         (ErrorKind::Unavailable, &["unavailable", "no gpus found", "no cuda gpus", "no nvidia driver"]),
         (ErrorKind::Timeout, &["timed out", "timeout"]),
         (
@@ -131,6 +135,11 @@ mod tests {
             ("[pair.cc:547] Connection closed by peer [127.0.0.1]:4242", ErrorKind::PeerLost),
             ("writev [127.0.0.1]:4242: Broken pipe", ErrorKind::PeerLost),
             ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", ErrorKind::Unavailable),
+            (
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+                ErrorKind::OutOfMemory,
+            ),
+            ("NCCL error: unhandled cuda error: CUDA failure 2 'out of memory'", ErrorKind::OutOfMemory),
             ("Invalid scalar type", ErrorKind::Other),
         ] {
             assert_eq!(classify(text), kind, "{text}");

@@ -409,9 +409,9 @@ impl State {
         self.fake_score.follow(&fake_score.master);
     }
 
-    /// This rank's slice of G_ema, as a vector on the device of the networks.
-    pub fn average(&self) -> Tensor {
-        self.held[0].average.to_device(self.generator.network.parameters().flat().device())
+    /// This rank's slice of G_ema: fp32, where it is kept.
+    pub fn average(&self) -> &Tensor {
+        &self.held[0].average
     }
 
     /// The master weights of this rank's slice of a network: fp32, the memory that [`step`](Self::step) changes.
@@ -419,10 +419,13 @@ impl State {
         &self.held[0].networks[network as usize].master
     }
 
-    /// G_ema, from all its elements, fp32; without gradient.
+    /// G_ema, from all its elements, fp32; without gradient. `None`: without weights, which are to be gathered.
     #[must_use]
-    pub fn generator_ema(&self, average: Tensor) -> Box<dyn Denoiser> {
-        self.generator.network.over(average, false)
+    pub fn generator_ema(&self, average: Option<Tensor>) -> Box<dyn Denoiser> {
+        let network = &self.generator.network;
+        let flat = network.parameters().flat();
+        let none = || gate::absent(flat.numel() as i64, (Kind::Float, flat.device()));
+        network.over(average.unwrap_or_else(none), false)
     }
 
     /// The weights of one of the networks.

@@ -374,7 +374,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Scoring::Gather => bar.set_message("waiting for the other processes"),
         Scoring::Compare => bar.set_message("comparing"),
     };
-    let gathered = evaluator.gather(subject.sampler(), &group, tell)??;
+    let gathered = evaluator.gather(subject.sampler(), &group, false, tell)??;
     // One process computes the metrics: for many samples that takes a while on all cores.
     if rank != 0 {
         return Ok(ExitCode::SUCCESS);

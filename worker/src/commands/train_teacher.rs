@@ -211,7 +211,7 @@ pub fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let scores = evaluator.as_ref().map(|e| score(e, average.as_ref())).transpose()?;
     save(&config, average.as_ref(), seconds, scores.as_ref())?;
     let images = SampleSet::new(&config.evaluation, space, device)
-        .picture(Sampler::Teacher(average.as_ref()), 80, 0, 1)
+        .picture(Sampler::Teacher(average.as_ref()), 80, (0, 1), false)
         .to_device(Device::Cpu);
     let picture = config.output.with_extension("png");
     std::fs::write(&picture, pictures::grid(&[&images], 10)?)
@@ -298,7 +298,7 @@ fn score(evaluator: &Evaluator, teacher: &dyn Denoiser) -> anyhow::Result<Scores
     let store = Store::alone(patience)?;
     let backend = Backend::Gloo { host: host.to_owned() };
     let group = ProcessGroup::new(&backend, &store, 0, 1, patience)?;
-    Ok(evaluator.score(Sampler::Teacher(teacher), &group, |_| {})??)
+    Ok(evaluator.score(Sampler::Teacher(teacher), &group, false, |_| {})??)
 }
 
 /// Writes the weights and, beside them, the metrics.

@@ -118,8 +118,8 @@ impl Evaluator {
         self.kept = Some(kept);
     }
 
-    /// Evaluates a sampler; every rank of the group must call it and gets the same metrics. `tell` receives its
-    /// progress.
+    /// Evaluates a sampler; every rank of the group must call it and gets the same metrics. With `in_step` all of them evaluate
+    /// the network equally often. `tell` receives its progress.
     ///
     /// # Errors
     /// A collective failed, or the extractor did.
@@ -127,9 +127,10 @@ impl Evaluator {
         &self,
         sampler: Sampler<'_>,
         group: &ProcessGroup,
+        in_step: bool,
         mut tell: impl FnMut(Scoring),
     ) -> anyhow::Result<Result<Scores, Error>> {
-        Ok(match self.gather(sampler, group, &mut tell)? {
+        Ok(match self.gather(sampler, group, in_step, &mut tell)? {
             Ok(gathered) => Ok(self.compare(&gathered, tell)?),
             Err(error) => Err(error),
         })
@@ -143,6 +144,7 @@ impl Evaluator {
         &self,
         sampler: Sampler<'_>,
         group: &ProcessGroup,
+        in_step: bool,
         mut tell: impl FnMut(Scoring),
     ) -> anyhow::Result<Result<Gathered, Error>> {
         let member = group.member();
@@ -164,10 +166,19 @@ impl Evaluator {
             rows.put(index, &kept.read(index, count(index))?.on(self.extractor.device))?;
         }
         let mut sampling = 0.0;
-        for (round, index) in share(&missing).into_iter().enumerate() {
+        for indices in missing.chunks(world) {
+            // The other ranks make the same number at the same time.
+            let done = indices.iter().map(|index| count(*index)).sum::<i64>();
+            let passes = |index: i64| self.samples.passes(count(index));
+            let most = indices.iter().map(|index| passes(*index)).max().unwrap_or(0);
+            let Some(&index) = indices.get(rank) else {
+                self.samples.accompany(sampler, if in_step { most } else { 0 });
+                continue;
+            };
             let chunk = self.samples.chunk(index, count(index));
             let started = Instant::now();
             let made = self.samples.sample(sampler, &chunk);
+            self.samples.accompany(sampler, if in_step { most - passes(index) } else { 0 });
             sampling += started.elapsed().as_secs_f64();
             let images = protocol::apply(self.protocol, &made)?;
             let Extracted { features, logits } = self.extractor.run(&images)?;
@@ -180,8 +191,6 @@ impl Evaluator {
                 kept.write(index, &finished)?;
             }
             rows.put(index, &finished)?;
-            // The other ranks make the same number at the same time.
-            let done = missing.iter().skip(round * world).take(world).map(|index| count(*index)).sum::<i64>();
             tell(Scoring::Sampled(done as u64));
         }
         if rows.is_empty() {

@@ -159,6 +159,25 @@ impl SampleSet {
         self.sample_rows(sampler, chunk, 0..chunk.noise.size()[0])
     }
 
+    /// Samples that go through a network at a time.
+    fn at_a_time(&self) -> i64 {
+        let [_, height, width] = self.space.sample;
+        (POSITIONS / (height * width)).max(1)
+    }
+
+    /// How many times so many samples go through a network.
+    pub fn passes(&self, samples: i64) -> i64 {
+        (samples + self.at_a_time() - 1) / self.at_a_time()
+    }
+
+    /// Evaluates a network as often as `passes` passes of samples do, for other ranks that need this one's part of its weights.
+    pub fn accompany(&self, sampler: Sampler<'_>, passes: i64) {
+        let one = self.chunk(0, 1);
+        for _ in 0..passes {
+            let _ = self.sample(sampler, &one);
+        }
+    }
+
     /// Makes some of a chunk's images.
     fn sample_rows(&self, sampler: Sampler<'_>, chunk: &Chunk, rows: Range<i64>) -> Tensor {
         let Chunk { index, noise, .. } = chunk;
@@ -169,8 +188,7 @@ impl SampleSet {
         let noises: Vec<Tensor> = std::iter::once(noise.shallow_clone())
             .chain(later.map(|step| self.noise(step, *index, &noise.size())))
             .collect();
-        let [_, height, width] = self.space.sample;
-        let most = (POSITIONS / (height * width)).max(1);
+        let most = self.at_a_time();
         let images: Vec<Tensor> = rows
             .clone()
             .step_by(most as usize)
@@ -226,8 +244,15 @@ impl SampleSet {
     }
 
     /// The first `count` images, at most one chunk, for a picture, of which one of `world` ranks makes its share: fp32
-    /// [N, C, H, W], 0 where another rank's are. The sum over ranks is the picture's images.
-    pub fn picture(&self, sampler: Sampler<'_>, count: i64, rank: usize, world: usize) -> Tensor {
+    /// [N, C, H, W], 0 where another rank's are. The sum over ranks is the picture's images. With `in_step` all ranks evaluate the
+    /// network equally often.
+    pub fn picture(
+        &self,
+        sampler: Sampler<'_>,
+        count: i64,
+        (rank, world): (usize, usize),
+        in_step: bool,
+    ) -> Tensor {
         let chunk = self.chunk(0, count.min(CHUNK));
         let count = chunk.noise.size()[0];
         let bound = |rank: usize| count * rank as i64 / world as i64;
@@ -236,7 +261,12 @@ impl SampleSet {
         let images = Tensor::zeros([count, channels, height, width], (Kind::Float, self.device));
         if !rows.is_empty() {
             let place = images.narrow(0, rows.start, rows.end - rows.start);
-            no_grad(|| place.shallow_clone().copy_(&self.sample_rows(sampler, &chunk, rows)));
+            no_grad(|| place.shallow_clone().copy_(&self.sample_rows(sampler, &chunk, rows.clone())));
+        }
+        if in_step {
+            let passes = |rank| self.passes(bound(rank + 1) - bound(rank));
+            let most = (0..world).map(passes).max().unwrap_or(0);
+            self.accompany(sampler, most - passes(rank));
         }
         images
     }

@@ -89,6 +89,8 @@ struct Launched {
     /// A place in the sum, and the stretch that is to be added to it.
     added: Option<(Tensor, Tensor)>,
     elements: Range<i64>,
+    /// Whether it completes the bucket's sum over the phase.
+    last: bool,
 }
 
 struct Pass {
@@ -98,13 +100,15 @@ struct Pass {
     missing: Vec<usize>,
     /// Buckets of this micro-batch below this number are not yet taken.
     left: usize,
+    /// Micro-batches of this phase so far, with this one.
+    begun: usize,
     /// Whether a bucket is reduced when it is taken.
     reduces: bool,
     /// Whether this micro-batch's gradients count.
     counts: bool,
     launched: VecDeque<Launched>,
-    /// Owners' parts of buckets on their way to the ranks that hold copies.
-    passed: Vec<Work>,
+    /// What follows the reductions: owners' parts of buckets on their way to the ranks that hold copies, or sums between groups.
+    followed: Vec<Work>,
     /// How long this micro-batch has waited for peers.
     waited: Duration,
     failure: Option<Error>,
@@ -148,10 +152,11 @@ impl Bucketed {
             sum,
             missing: vec![],
             left: 0,
+            begun: 0,
             reduces: false,
             counts: true,
             launched: VecDeque::new(),
-            passed: vec![],
+            followed: vec![],
             waited: Duration::ZERO,
             failure: None,
         };
@@ -175,6 +180,7 @@ impl Bucketed {
         let mut pass = self.shared.pass();
         pass.missing = self.shared.buckets.iter().map(|bucket| bucket.leaves.len()).collect();
         pass.left = self.shared.buckets.len();
+        pass.begun += 1;
         pass.reduces = last || self.shared.shares.sharded_sum;
         pass.counts = counts;
         pass.waited = Duration::ZERO;
@@ -210,9 +216,10 @@ impl Bucketed {
         while let Some(launched) = pass.launched.pop_front() {
             self.shared.complete(&mut pass, launched)?;
         }
-        for work in pass.passed.drain(..) {
+        for work in pass.followed.drain(..) {
             work.wait(None)?;
         }
+        pass.begun = 0;
         let (numel, alone) = (self.shared.numel, self.shared.groups.all.member().world == 1);
         if slice.world == 1 {
             return Ok(vec![pass.sum.narrow(0, 0, numel)]);
@@ -223,10 +230,6 @@ impl Bucketed {
             false => pass.sum.narrow(0, slice.rank as i64 * width, width),
         };
         let own = of(slice);
-        if let Some(replicas) = &self.shared.groups.replicas {
-            // The same bits for each of them.
-            replicas.all_reduce(&own, ReduceOp::Sum)?.wait(None)?;
-        }
         let copied = match copy {
             Some(copy) if sharded_sum && !alone => {
                 // The owner's bits, so that both make the same step. Only now: until here there is no memory for it.
@@ -284,8 +287,9 @@ impl Shared {
         if !pass.reduces {
             return Ok(());
         }
-        let Shares { slice, sharded_sum, .. } = self.shares;
-        let mut launched = Launched { works: vec![], added: None, elements: elements.clone() };
+        let Shares { slice, sharded_sum, rounds, .. } = self.shares;
+        let last = !sharded_sum || pass.begun >= rounds;
+        let mut launched = Launched { works: vec![], added: None, elements: elements.clone(), last };
         for (part, owner) in parts {
             match owner {
                 _ if self.groups.all.member().world == 1 => {}
@@ -298,7 +302,8 @@ impl Shared {
             }
         }
         pass.launched.push_back(launched);
-        while (sharded_sum || self.passes_on()) && pass.launched.len() > UNDER_WAY {
+        let follows = sharded_sum || self.passes_on() || self.groups.replicas.is_some();
+        while follows && pass.launched.len() > UNDER_WAY {
             if let Some(launched) = pass.launched.pop_front() {
                 let waiting = Instant::now();
                 self.progress.while_waiting(|| self.complete(pass, launched))?;
@@ -310,23 +315,36 @@ impl Shared {
 
     /// Waits for the reduction of a bucket, and does what follows it.
     fn complete(&self, pass: &mut Pass, launched: Launched) -> Result<(), Error> {
-        let Launched { works, added, elements } = launched;
+        let Launched { works, added, elements, last } = launched;
         for work in works {
             work.wait(None)?;
         }
         if let Some((mut place, part)) = added {
             let _ = no_grad(|| place.g_add_(&part));
         }
+        if !last {
+            return Ok(());
+        }
+        let Shares { slice, copied_by, sharded_sum, .. } = self.shares;
+        // The bucket's part of a slice.
+        let part = |slice: Slice| {
+            let range = slice.range(self.numel);
+            let from = elements.start.max(range.start).min(range.end);
+            let length = elements.end.min(range.end).max(from) - from;
+            pass.sum.narrow(0, if sharded_sum { from - range.start } else { from }, length)
+        };
         if let Some(copy) = self.shares.copy.filter(|_| self.passes_on()) {
             // The owner's bits, so that both make the same step.
-            let part = |slice: Slice| {
-                let range = slice.range(self.numel);
-                let from = elements.start.max(range.start).min(range.end);
-                pass.sum.narrow(0, from, elements.end.min(range.end).max(from) - from)
-            };
-            let Shares { slice, copied_by, .. } = self.shares;
             let work = self.groups.all.exchange(&part(copy), &part(slice), copied_by, copy.rank)?;
-            pass.passed.push(work);
+            pass.followed.push(work);
+        }
+        if let Some(replicas) = &self.groups.replicas {
+            let own = part(slice);
+            if own.numel() > 0 {
+                // The same bits for each of them.
+                let work = replicas.all_reduce(&own, ReduceOp::Sum)?;
+                pass.followed.push(work);
+            }
         }
         Ok(())
     }

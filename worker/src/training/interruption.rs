@@ -1,5 +1,6 @@
 //! Why the work of a generation stops before its end.
 
+use potstill_c10d::{Error, ErrorKind};
 use potstill_proto::cursor::Cursor;
 
 /// Why the work of a generation stops before its end.
@@ -15,19 +16,26 @@ pub enum Interruption {
         cursor: Cursor,
         error: String,
     },
-    Collective(potstill_c10d::Error),
+    Collective(Error),
     Fatal(anyhow::Error),
 }
 
 impl From<potstill_torch_ext::Error> for Interruption {
     fn from(error: potstill_torch_ext::Error) -> Self {
-        Self::from(potstill_c10d::Error::from(error))
+        Self::from(Error::from(error))
     }
 }
 
-impl From<potstill_c10d::Error> for Interruption {
-    fn from(error: potstill_c10d::Error) -> Self {
-        Self::Collective(error)
+impl From<Error> for Interruption {
+    fn from(error: Error) -> Self {
+        match error.kind {
+            // Another generation would end in the same way.
+            ErrorKind::OutOfMemory => Self::Fatal(anyhow::Error::new(error).context(
+                "the memory of this rank does not suffice; `potstill plan` says how much a run needs and which settings save some",
+            )),
+            ErrorKind::InvalidInput => Self::Fatal(error.into()),
+            _ => Self::Collective(error),
+        }
     }
 }
 

@@ -20,7 +20,6 @@ use std::{sync::Arc, time::Duration};
 
 use potstill_c10d::ReduceOp;
 use potstill_distill::state::State;
-use potstill_models::Denoiser;
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
     message::{Assignment, FromWorker},
@@ -34,7 +33,7 @@ use self::{
     control_lane::Flags,
     interruption::Interruption,
     joining::{Pending, join, obtain_state},
-    networks::Networks,
+    networks::{Networks, Sampled},
     step::Trainer,
 };
 #[cfg(test)]
@@ -268,6 +267,17 @@ impl Member<'_> {
         }
     }
 
+    /// The teacher, or G_ema.
+    fn sampled(&self, state: &State, subject: Subject) -> Result<Sampled, Interruption> {
+        let own = self.job.slice_of_teacher(self.assignment);
+        let (own, shards) = (own.as_ref(), &self.trainer.groups.shards);
+        let progress = &self.session.progress;
+        Ok(match subject {
+            Subject::Teacher => Sampled::teacher(self.job.teacher.as_ref(), state, own, shards, progress)?,
+            Subject::Student => Sampled::average(state, own, shards, progress)?,
+        })
+    }
+
     fn sampler<'s>(&'s self, subject: Subject, network: &'s Watched<'s>) -> Sampler<'s> {
         match subject {
             Subject::Teacher => Sampler::Teacher(network),
@@ -277,51 +287,22 @@ impl Member<'_> {
         }
     }
 
-    /// G_ema, also where each rank holds a slice of it.
-    fn generator_ema(&self, state: &State) -> Result<Box<dyn Denoiser>, Interruption> {
-        let average = self
-            .session
-            .progress
-            .while_waiting(|| transfer::gather_average(&self.trainer.groups.shards, state))?;
-        let generator = state.generator_ema(average);
-        // The network beneath adapters is the teacher's.
-        let base = if self.job.spec.lora.is_some() { self.weights_of_teacher()? } else { None };
-        Ok(match base {
-            Some(weights) => generator.rebased(weights),
-            None => generator,
-        })
-    }
-
-    /// The teacher, also where each rank holds a slice of it.
-    fn teacher(&self) -> Result<Box<dyn Denoiser>, Interruption> {
-        let teacher = self.job.teacher.as_ref();
-        Ok(self.weights_of_teacher()?.map_or_else(|| teacher.frozen(), |weights| teacher.rebased(weights)))
-    }
-
-    /// All of the teacher's weights, where each rank holds a slice of them.
-    fn weights_of_teacher(&self) -> Result<Option<Tensor>, Interruption> {
-        let Some(own) = self.job.slice_of_teacher(self.assignment) else { return Ok(None) };
-        let (slice, _) = self.job.slices(self.assignment);
-        let numel = self.job.teacher.parameters().flat().numel() as i64;
-        let group = &self.trainer.groups.shards;
-        let gathered = || transfer::gather_whole(group, &own, slice, numel);
-        Ok(Some(self.session.progress.while_waiting(gathered)?))
-    }
-
     fn evaluate(&mut self, state: &State, iteration: u64, subject: Subject) -> Result<(), Interruption> {
         let Some(evaluator) = &self.job.evaluator else { return Ok(()) };
         let progress = &self.session.progress;
-        let (activity, network) = match subject {
-            Subject::Teacher => ("evaluating the teacher", self.teacher()?),
-            Subject::Student => ("evaluating the student", self.generator_ema(state)?),
-        };
-        let network = Watched::new(network.as_ref());
-        let sampler = self.sampler(subject, &network);
-        progress.set_activity(activity);
-        let scores = evaluator.score(sampler, &self.trainer.groups.all, |what| {
+        progress.set_activity(match subject {
+            Subject::Teacher => "evaluating the teacher",
+            Subject::Student => "evaluating the student",
+        });
+        let sampled = self.sampled(state, subject)?;
+        let network = Watched::new(sampled.network.as_ref());
+        let (sampler, group) = (self.sampler(subject, &network), &self.trainer.groups.all);
+        let scores = evaluator.score(sampler, group, sampled.is_gathered(), |what| {
             progress.set_waiting(what == Scoring::Gather);
         });
         progress.set_waiting(false);
+        // Before an error that samples without weights have caused.
+        sampled.finish()?;
         let scores = scores??;
         if self.assignment.rank == 0 {
             self.session.send(FromWorker::Evaluation(Evaluation {
@@ -339,19 +320,20 @@ impl Member<'_> {
     fn draw(&mut self, state: &State, iteration: u64, last: bool) -> Result<(), Interruption> {
         let progress = &self.session.progress;
         progress.set_activity("drawing the student");
-        let generator = self.generator_ema(state)?;
         let [columns, rows] = self.job.samples.picture_layout();
         let (rank, world) = (self.assignment.rank as usize, self.assignment.world_size as usize);
-        let images = |subject, network: Box<dyn Denoiser>| -> Result<Tensor, Interruption> {
-            let network = Watched::new(network.as_ref());
-            let sampler = self.sampler(subject, &network);
-            let images = self.job.samples.picture(sampler, i64::from(columns * rows), rank, world);
+        let images = |subject| -> Result<Tensor, Interruption> {
+            let sampled = self.sampled(state, subject)?;
+            let network = Watched::new(sampled.network.as_ref());
+            let (sampler, count) = (self.sampler(subject, &network), i64::from(columns * rows));
+            let images = self.job.samples.picture(sampler, count, (rank, world), sampled.is_gathered());
+            sampled.finish()?;
             let group = &self.trainer.groups.all;
             let sum = || group.all_reduce(&images, ReduceOp::Sum).and_then(|work| work.wait(None));
             progress.while_waiting(sum)?;
             Ok(images.to_device(Device::Cpu))
         };
-        let student = images(Subject::Student, generator)?;
+        let student = images(Subject::Student)?;
         if rank == 0 {
             let written = self.written_picture(picture_key(iteration), pictures::grid(&[&student], columns));
             match last {
@@ -363,7 +345,7 @@ impl Member<'_> {
         }
         if last {
             progress.set_activity("drawing the teacher");
-            let teacher = images(Subject::Teacher, self.teacher()?)?;
+            let teacher = images(Subject::Teacher)?;
             if rank == 0 {
                 let png = pictures::grid(&[&teacher, &student], columns);
                 let written = self.written_picture(SAMPLES.to_owned(), png);

@@ -1,14 +1,20 @@
-//! The networks with which a rank computes in one generation: views of the state's weights and of the teacher's, or networks
-//! whose weights are gathered while they compute.
+//! The networks with which a rank computes in one generation, to train and to make samples: views of the state's weights and of
+//! the teacher's, or networks whose weights are gathered while they compute.
 
 use std::{sync::Arc, time::Duration};
 
 use potstill_c10d::{Error, ProcessGroup};
-use potstill_distill::{counters::Network, state::State};
+use potstill_distill::{
+    counters::Network,
+    state::{Slice, State},
+};
 use potstill_models::Denoiser;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::gathered::{Gathered, Sliced};
+use super::{
+    gathered::{Gathered, Sliced},
+    transfer,
+};
 use crate::session::Progress;
 
 /// See the module's documentation.
@@ -100,5 +106,89 @@ impl Networks {
             Network::FakeScore => vec![&gates.generator, &gates.fake_score],
             Network::Generator => vec![&gates.generator, &gates.frozen_fake_score, &gates.teacher],
         }
+    }
+}
+
+/// A network that makes samples for evaluations and pictures.
+pub struct Sampled {
+    /// The network.
+    pub network: Box<dyn Denoiser>,
+    gate: Option<Arc<Gathered>>,
+}
+
+impl Sampled {
+    /// G_ema. `slice_of_teacher`: as for [`Networks::new`].
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn average(
+        state: &State,
+        slice_of_teacher: Option<&Tensor>,
+        shards: &ProcessGroup,
+        progress: &Arc<Progress>,
+    ) -> Result<Self, Error> {
+        let layout = state.layout();
+        if layout.gathered {
+            return Self::gathered(
+                state.generator_ema(None),
+                state.average(),
+                layout.slice,
+                shards,
+                progress,
+            );
+        }
+        let average = progress.while_waiting(|| transfer::gather_average(shards, state))?;
+        let network = state.generator_ema(Some(average));
+        match slice_of_teacher {
+            // The network beneath adapters is the teacher's.
+            Some(own) => Self::gathered(network, own, layout.slice, shards, progress),
+            None => Ok(Self { network, gate: None }),
+        }
+    }
+
+    /// The teacher.
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn teacher(
+        teacher: &dyn Denoiser,
+        state: &State,
+        slice_of_teacher: Option<&Tensor>,
+        shards: &ProcessGroup,
+        progress: &Arc<Progress>,
+    ) -> Result<Self, Error> {
+        let network = teacher.frozen();
+        match slice_of_teacher {
+            Some(own) => Self::gathered(network, own, state.layout().slice, shards, progress),
+            None => Ok(Self { network, gate: None }),
+        }
+    }
+
+    fn gathered(
+        network: Box<dyn Denoiser>,
+        own: &Tensor,
+        slice: Slice,
+        shards: &ProcessGroup,
+        progress: &Arc<Progress>,
+    ) -> Result<Self, Error> {
+        let base = network.base().flat();
+        let (numel, kind): (i64, Kind) = (base.numel() as i64, base.kind());
+        let weights = Sliced { own: own.shallow_clone(), slice, numel, kind };
+        let gate = Gathered::new(network.as_ref(), weights, shards, progress);
+        gate.enter_rest()?;
+        Ok(Self { network, gate: Some(gate) })
+    }
+
+    /// Whether its weights are gathered, so that all ranks must evaluate it equally often.
+    pub fn is_gathered(&self) -> bool {
+        self.gate.is_some()
+    }
+
+    /// To be called before anything is done with the samples.
+    ///
+    /// # Errors
+    /// Weights did not arrive: the samples must not be used.
+    pub fn finish(&self) -> Result<(), Error> {
+        self.gate.as_ref().map_or(Ok(()), |gate| gate.leave_rest().map(drop))
     }
 }

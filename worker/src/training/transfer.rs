@@ -48,27 +48,21 @@ pub fn gather_weights(group: &ProcessGroup, trained: &Trained) -> Result<Option<
     trained.gathered().map(gather).transpose()
 }
 
-/// The elements of G_ema from all ranks, on every rank, fp32.
+/// The elements of G_ema from all ranks, on every rank, fp32, on the device of the networks.
 ///
 /// # Errors
 /// The collective failed.
 pub fn gather_average(group: &ProcessGroup, state: &State) -> Result<Tensor, Error> {
-    let numel = state.generator.network().parameters().flat().numel() as i64;
-    gather_whole(group, &state.average(), state.layout().slice, numel)
-}
-
-/// The elements of a flat vector of `numel`, of which each rank holds a slice, on every rank.
-///
-/// # Errors
-/// The collective failed.
-pub fn gather_whole(group: &ProcessGroup, own: &Tensor, slice: Slice, numel: i64) -> Result<Tensor, Error> {
+    let flat = state.generator.network().parameters().flat();
+    let own = state.average().to_device(flat.device());
+    let slice = state.layout().slice;
     if slice.world == 1 {
-        return Ok(own.shallow_clone());
+        return Ok(own);
     }
-    let width = slice.width(numel);
+    let (numel, width) = (flat.numel() as i64, slice.width(flat.numel() as i64));
     let all = Tensor::zeros([width * slice.world as i64], (own.kind(), own.device()));
     let place = all.narrow(0, width * slice.rank as i64, width);
-    no_grad(|| place.narrow(0, 0, own.size()[0]).copy_(own));
+    no_grad(|| place.narrow(0, 0, own.size()[0]).copy_(&own));
     group.all_gather_into(&all, &place)?.wait(None)?;
     group.settle()?;
     Ok(all.narrow(0, 0, numel))
