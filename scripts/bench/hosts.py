@@ -71,3 +71,10 @@ class Hosts:
         for namespace in self.made:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
         self.made.clear()
+
+
+def slow_down(hosts: Hosts, names: list[str], rate: str) -> None:
+    """Limits what these hosts send to a rate, as tc writes it."""
+    for name in names:
+        slow = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "100ms"]
+        subprocess.run(hosts.on(name, slow), check=True)

@@ -282,7 +282,7 @@ impl Shared {
 
     fn try_take(&self, pass: &mut Pass, bucket: usize) -> Result<(), Error> {
         let Bucket { leaves, elements } = &self.buckets[bucket];
-        let parts = no_grad(|| self.accumulated(pass, leaves, elements));
+        let (whole, parts) = no_grad(|| self.accumulated(pass, leaves, elements));
         clear_gradients(&pass.leaves[leaves.clone()])?;
         if !pass.reduces {
             return Ok(());
@@ -290,16 +290,23 @@ impl Shared {
         let Shares { slice, sharded_sum, rounds, .. } = self.shares;
         let last = !sharded_sum || pass.begun >= rounds;
         let mut launched = Launched { works: vec![], added: None, elements: elements.clone(), last };
-        for (part, owner) in parts {
-            match owner {
-                _ if self.groups.all.member().world == 1 => {}
-                None => launched.works.push(self.groups.all.all_reduce(&part, ReduceOp::Sum)?),
-                Some((owner, _)) => launched.works.push(self.groups.shards.reduce(&part, owner)?),
-            }
-            if let Some((_, first)) = owner.filter(|(owner, _)| sharded_sum && *owner == slice.rank) {
-                let length = part.numel() as i64;
-                launched.added = Some((pass.sum.narrow(0, first, length), part));
-            }
+        let Groups { all, shards, .. } = &self.groups;
+        if all.member().world > 1 {
+            launched.works = match slice.world {
+                1 => vec![all.all_reduce(&whole, ReduceOp::Sum)?],
+                // Two ranks reduce to both of them in the time in which they reduce to one.
+                2 => vec![shards.all_reduce(&whole, ReduceOp::Sum)?],
+                _ => parts
+                    .iter()
+                    .map(|(part, owner, _)| shards.reduce(part, *owner))
+                    .collect::<Result<_, _>>()?,
+            };
+        }
+        if let Some((part, _, first)) =
+            parts.into_iter().find(|(_, owner, _)| sharded_sum && *owner == slice.rank)
+        {
+            let length = part.numel() as i64;
+            launched.added = Some((pass.sum.narrow(0, first, length), part));
         }
         pass.launched.push_back(launched);
         let follows = sharded_sum || self.passes_on() || self.groups.replicas.is_some();
@@ -349,26 +356,21 @@ impl Shared {
         Ok(())
     }
 
-    /// Whether the owners' parts of each bucket are passed on to the ranks that hold copies while other buckets are reduced.
+    /// Whether the owners' parts of each bucket are passed on to the ranks that hold copies while other buckets are reduced. Two
+    /// ranks have both slices.
     fn passes_on(&self) -> bool {
-        let Shares { copy, sharded_sum, .. } = self.shares;
-        copy.is_some() && !sharded_sum && !self.both_hold_all() && self.groups.all.member().world > 1
-    }
-
-    /// Whether there are two ranks, each of which also needs what the other one does.
-    fn both_hold_all(&self) -> bool {
         let Shares { slice, copy, sharded_sum, .. } = self.shares;
-        copy.is_some() && !sharded_sum && slice.world == 2
+        copy.is_some() && !sharded_sum && slice.world > 2 && self.groups.all.member().world > 1
     }
 
-    /// Adds a bucket's gradients to the sum, and gives those parts of it that are reduced to one rank each, with that rank and
-    /// the place in its slice; or to all.
+    /// Adds a bucket's gradients to the sum. Gives them, and their parts that belong to one slice each, with its rank and the
+    /// place in it.
     fn accumulated(
         &self,
         pass: &Pass,
         leaves: &Range<usize>,
         elements: &Range<i64>,
-    ) -> Vec<(Tensor, Option<(usize, i64)>)> {
+    ) -> (Tensor, Vec<(Tensor, usize, i64)>) {
         let Shares { slice, sharded_sum, .. } = self.shares;
         let length = elements.end - elements.start;
         let whole = match sharded_sum {
@@ -383,8 +385,8 @@ impl Shared {
             }
             offset += size;
         }
-        if slice.world == 1 || self.both_hold_all() {
-            return vec![(whole, None)];
+        if slice.world == 1 {
+            return (whole, vec![]);
         }
         let width = slice.width(self.numel);
         let owners = elements.start / width..=(elements.end - 1) / width;
@@ -392,9 +394,10 @@ impl Shared {
             let from = elements.start.max(owner * width);
             let to = elements.end.min((owner + 1) * width);
             let part = whole.narrow(0, from - elements.start, to - from);
-            (part, Some((owner as usize, from - owner * width)))
+            (part, owner as usize, from - owner * width)
         };
-        owners.map(part).collect()
+        let parts = owners.map(part).collect();
+        (whole, parts)
     }
 }
 
