@@ -19,7 +19,7 @@ pub mod wire {
 }
 
 /// Version of the protocol. A worker with another version is refused at its hello.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// The largest gRPC message that either side accepts, in bytes. The largest regular ones are a page of the status
 /// and, with thousands of ranks on CPUs, a rank's addresses; tensors are never sent in these messages.

@@ -39,7 +39,20 @@ def ways(rank: int, ranks: int) -> dict:
     def own(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.narrow(0, rank * part.numel(), part.numel())
 
+    def splits(to: int) -> list[int]:
+        return [ELEMENTS // ranks if to % ranks == other else 0 for other in range(ranks)]
+
+    def pass_on(_: int, tensor: torch.Tensor) -> dist.Work:
+        return dist.all_to_all_single(part, own(tensor), splits(rank - 1), splits(rank + 1), async_op=True)
+
+    def send_on(_: int, tensor: torch.Tensor) -> dist.Work:
+        sent = dist.isend(own(tensor), (rank + 1) % ranks)
+        dist.irecv(part, (rank - 1) % ranks).wait()
+        return sent
+
     return {
+        "slices to the next rank, all-to-all": pass_on,
+        "slices to the next rank, send and receive": send_on,
         "all-reduce": lambda _, tensor: dist.all_reduce(tensor, async_op=True),
         "reduce-scatter": lambda _, tensor: dist.reduce_scatter_tensor(part, tensor, async_op=True),
         "reduce to one owner after the other": lambda n, tensor: dist.reduce(tensor, at_a_stretch(n), async_op=True),

@@ -63,7 +63,7 @@ def measured(folder: Path, config: Path, hosts: Hosts, shard: str, link: str) ->
         sys.exit(f"{run} failed: {(folder / f'{run}.log').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / f"{run}.log").read_text().splitlines() if line.startswith("{")]
     found = [line for line in lines if line.get("message") == "iteration"][WARM_UP:]
-    return {part: statistics.median(line[part] for line in found) for part in ("compute", "communication", "seconds")}
+    return {part: statistics.median(line[part] for line in found) for part in ("optimizer", "communication", "seconds")}
 
 
 def main() -> None:
@@ -91,7 +91,8 @@ def main() -> None:
                 print(
                     f"memory.shard={shard}: {sent / 1e6:.0f} MB sent by a rank in an iteration, {least:.2f} s at {rate}; an iteration"
                     f" takes {fast[shard]['seconds']:.2f} s without this limit and {of['seconds']:.2f} s with it, of which it waits"
-                    f" {fast[shard]['communication']:.2f} and {of['communication']:.2f} s; hidden {max(0.0, 1 - longer / least):.0%}",
+                    f" {fast[shard]['communication']:.2f} and {of['communication']:.2f} s;"
+                    f" its steps take {of['optimizer']:.2f} s; hidden {max(0.0, 1 - longer / least):.0%}",
                     flush=True,
                 )
     finally:

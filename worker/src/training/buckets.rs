@@ -234,7 +234,15 @@ impl Bucketed {
             Some(copy) if sharded_sum && !alone => {
                 // The owner's bits, so that both make the same step. Only now: until here there is no memory for it.
                 let copied = own.empty_like();
-                self.shared.groups.all.exchange(&copied, &own, copied_by, copy.rank)?.wait(None)?;
+                // In pieces: with Gloo one exchange of two ranks goes in one direction after the other.
+                let piece = elements(numel);
+                let exchange = |from: i64| {
+                    let part = |whole: &Tensor| whole.narrow(0, from, piece.min(width - from));
+                    self.shared.groups.all.exchange(&part(&copied), &part(&own), copied_by, copy.rank)
+                };
+                let works: Vec<Work> =
+                    (0..width).step_by(piece as usize).map(exchange).collect::<Result<_, _>>()?;
+                works.iter().try_for_each(|work| work.wait(None))?;
                 Some((copy, copied))
             }
             // One rank is measured alone, as if it were one of several.
