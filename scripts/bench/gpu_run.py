@@ -43,6 +43,8 @@ class Check:
         self.work, self.logs = work, work / "logs"
         self.logs.mkdir()
         self.out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
         if BUNDLE.exists():
             self.root = work / "bundle"
             with tarfile.open(BUNDLE) as archive:
