@@ -341,8 +341,9 @@ fn samples_are_the_same_where_no_rank_holds_a_whole_network() {
         file("reference", "configs/shapes/shapes.safetensors"),
     );
     let base = [
-        "distillation.iterations=2",
-        "evaluation.samples=230",
+        "distillation.iterations=1",
+        "evaluation.samples=110",
+        "generator.steps=1",
         "evaluation.collapse_share=0.0",
         "evaluation.pictures_every=1",
         "memory.recompute=true",
@@ -352,26 +353,26 @@ fn samples_are_the_same_where_no_rank_holds_a_whole_network() {
     let scores = |run: &str| -> Vec<f64> {
         let rows = studio.cluster.metrics(run);
         let scores = rows.iter().filter(|row| row["kind"] == "evaluation").map(|row| &row["scores"]);
-        let numbers: Vec<_> =
-            scores.flat_map(|of| ["fid", "diversity", "recall"].map(|name| of[name].as_f64())).collect();
-        numbers.into_iter().map(|number| number.unwrap_or(-1.0)).collect()
+        scores.flat_map(|of| ["fid", "diversity"].map(|name| of[name].as_f64().unwrap())).collect()
     };
-    for (kind, sets) in [("networks", vec![]), ("adapters", vec!["lora={rank=2, alpha=3.0}"])] {
+    // One chunk of such images goes through a network in two passes, the other one in one.
+    let large = ["teacher.image_size=[64, 64]", "evaluation.images=resized", "evaluation.image_size=16"];
+    for (kind, sets) in [("networks", large.to_vec()), ("adapters", vec!["lora={rank=2, alpha=3.0}"])] {
         let sets = [&base[..], &sets].concat();
         let (whole, gathered) = (format!("{kind}-whole"), format!("{kind}-gathered"));
         studio.succeed(&whole, 1, &sets, &[]);
         let sharded = ["memory.shard=parameters", "memory.offload_ema=true"];
-        studio.succeed(&gathered, 4, &[&sets[..], &sharded].concat(), &[]);
-        let (one, four) = (scores(&whole), scores(&gathered));
-        assert!(one.len() >= 6 && one.len() == four.len(), "{kind}: {one:?}, {four:?}");
-        for (one, four) in one.iter().zip(&four) {
-            assert!((one - four).abs() <= 1e-3 * one.abs().max(1.0), "{kind}: {one} and {four}");
+        studio.succeed(&gathered, 3, &[&sets[..], &sharded].concat(), &[]);
+        let (one, three) = (scores(&whole), scores(&gathered));
+        assert!(one.len() >= 4 && one.len() == three.len(), "{kind}: {one:?}, {three:?}");
+        for (one, three) in one.iter().zip(&three) {
+            assert!((one - three).abs() <= 1e-3 * one.abs().max(1.0), "{kind}: {one} and {three}");
         }
         for picture in ["samples.png", &format!("pictures/{:012}.png", 1)] {
-            let [one, four] = [&whole, &gathered]
+            let [one, three] = [&whole, &gathered]
                 .map(|run| image::open(studio.cluster.run(run).join(picture)).unwrap().to_rgb8());
-            assert_eq!(one.dimensions(), four.dimensions());
-            assert!(one.iter().zip(four.iter()).all(|(a, b)| a.abs_diff(*b) <= 1), "{kind}: {picture}");
+            assert_eq!(one.dimensions(), three.dimensions());
+            assert!(one.iter().zip(three.iter()).all(|(a, b)| a.abs_diff(*b) <= 1), "{kind}: {picture}");
         }
     }
 }

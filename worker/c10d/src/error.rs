@@ -17,7 +17,7 @@ pub enum ErrorKind {
     Unavailable,
     /// The arguments are invalid; nothing was sent.
     InvalidInput,
-    /// This process, or its device, has no memory left.
+    /// libtorch cannot allocate a tensor.
     OutOfMemory,
     /// Any other failure; see the cause.
     Other,
@@ -94,7 +94,7 @@ impl Error {
 
 fn classify(cause: &str) -> ErrorKind {
     const KINDS: [(ErrorKind, &[&str]); 4] = [
-        (ErrorKind::OutOfMemory, &["out of memory", "can't allocate memory", "cannot allocate memory"]),
+        (ErrorKind::OutOfMemory, &["cuda out of memory", "can't allocate memory"]),
         (ErrorKind::Unavailable, &["unavailable", "no gpus found", "no cuda gpus", "no nvidia driver"]),
         (ErrorKind::Timeout, &["timed out", "timeout"]),
         (
@@ -139,7 +139,8 @@ mod tests {
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
                 ErrorKind::OutOfMemory,
             ),
-            ("NCCL error: unhandled cuda error: CUDA failure 2 'out of memory'", ErrorKind::OutOfMemory),
+            ("CUDA out of memory. Tried to allocate 20.00 MiB.", ErrorKind::OutOfMemory),
+            ("socket: Cannot allocate memory", ErrorKind::Other),
             ("Invalid scalar type", ErrorKind::Other),
         ] {
             assert_eq!(classify(text), kind, "{text}");

@@ -306,7 +306,8 @@ fn supervise(
             );
         }
         tracing::warn!(slot, %status, deaths = deaths.len(), "rank process died; restarting it");
-        if !std::mem::replace(&mut restarted, true) {
+        // Where a life of it has worked, an end that the storage tells is not that of an earlier attempt at the run.
+        if furthest.is_some() && !std::mem::replace(&mut restarted, true) {
             command.arg("--restarted");
         }
     }

@@ -125,7 +125,7 @@ pub struct Arguments {
     /// Index among the ranks of this machine, from 0.
     #[arg(long, default_value_t = 0)]
     slot: usize,
-    /// It takes the place of a rank that has died.
+    /// It takes the place of a rank that has died after it had worked.
     #[arg(long)]
     restarted: bool,
     /// See the agent's option.

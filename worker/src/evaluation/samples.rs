@@ -293,11 +293,12 @@ impl SampleSet {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{cell::Cell, collections::BTreeMap};
 
     use potstill_models::{EdmConfig, EdmNetwork};
 
     use super::*;
+    use crate::model::Watched;
 
     fn counts(numbers: &[i64]) -> Vec<usize> {
         let mut counts = BTreeMap::new();
@@ -326,6 +327,34 @@ mod tests {
         let chunks: Vec<i64> =
             (0..3).flat_map(|index| set.numbers(index * CHUNK, CHUNK.min(223 - index * CHUNK))).collect();
         assert_eq!(chunks, labels, "the last chunk is not full");
+    }
+
+    #[test]
+    fn ranks_in_step_evaluate_the_network_equally_often() {
+        let config = EdmConfig {
+            img_resolution: 8,
+            img_channels: 1,
+            label_dim: 3,
+            model_channels: 16,
+            channel_mult: vec![1],
+            num_blocks: 1,
+            attn_resolutions: vec![],
+            ..EdmConfig::default()
+        };
+        let network = EdmNetwork::initialise(config, 0, Device::Cpu).unwrap();
+        let set = SampleSet::new(&EvaluationSpec::default(), Space::of(&network), Device::Cpu);
+        let evaluations = |rank, world, in_step| {
+            let count = Cell::new(0);
+            let counted = || count.set(count.get() + 1);
+            let generator = Watched::after(&network, &counted);
+            let sampler = Sampler::Student { generator: &generator, times: &[80.0, 2.0] };
+            let images = set.picture(sampler, 3, (rank, world), in_step);
+            assert_eq!(images.size()[0], 3);
+            count.get()
+        };
+        // Of five ranks two have no image.
+        assert_eq!([0, 1, 2, 3, 4].map(|rank| evaluations(rank, 5, false)).iter().sum::<i32>(), 3 * 2);
+        assert_eq!([0, 1, 2, 3, 4].map(|rank| evaluations(rank, 5, true)), [2; 5]);
     }
 
     #[test]

@@ -102,7 +102,7 @@ pub struct Link {
     pub progress: Arc<Progress>,
     pub entered: Entered,
     pub calls: Calls,
-    /// Whether it takes the place of a process that has died: then the run may have ended meanwhile.
+    /// Whether it takes the place of a process that has died after it had worked: then the run may have ended meanwhile.
     pub restarted: bool,
 }
 

@@ -57,7 +57,7 @@ pub enum Attached {
 
 impl Session {
     /// Attaches: connects with bounded retries, sends the hello, waits for the welcome. From then on SIGTERM and
-    /// SIGUSR1 are forwarded as a request to leave. `restarted`: whether this process takes the place of one that has died.
+    /// SIGUSR1 are forwarded as a request to leave. `restarted`: whether this process takes the place of one that has died after it had worked.
     ///
     /// # Errors
     /// Where it tried and why it failed, or why the coordinator refused.

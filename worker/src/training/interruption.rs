@@ -30,9 +30,6 @@ impl From<Error> for Interruption {
     fn from(error: Error) -> Self {
         match error.kind {
             // Another generation would end in the same way.
-            ErrorKind::OutOfMemory => Self::Fatal(anyhow::Error::new(error).context(
-                "the memory of this rank does not suffice; `potstill plan` says how much a run needs and which settings save some",
-            )),
             ErrorKind::InvalidInput => Self::Fatal(error.into()),
             _ => Self::Collective(error),
         }

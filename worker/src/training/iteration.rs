@@ -100,6 +100,7 @@ impl Member<'_> {
             memory_peak_bytes: self.job.memory.peak(),
         }));
         lifeline::completed(iteration);
+        self.job.has_worked.set(true);
         self.watch_health(iteration, samples, &[fake_score, generator])?;
         faults::point("reported", iteration, self.assignment.rank);
         // Read only now: the iteration is complete and reported, even if the group fails.

@@ -1,6 +1,9 @@
 //! Everything that a process loads once for all its generations.
 
-use std::{cell::RefCell, path::Path};
+use std::{
+    cell::{Cell, RefCell},
+    path::Path,
+};
 
 use anyhow::{Context, ensure};
 use potstill_distill::{
@@ -189,6 +192,8 @@ pub struct Job {
     pub(super) runtime: Handle,
     pub(super) staging: Staging,
     pub(super) memory: Memory,
+    /// Whether this process has completed an iteration.
+    pub(super) has_worked: Cell<bool>,
 }
 
 impl Job {
@@ -202,7 +207,7 @@ impl Job {
     /// # Errors
     /// See [`Inputs::load`].
     pub fn load(spec: RunSpec, run: Run, runtime: Handle, device: Device) -> anyhow::Result<Self> {
-        let memory = Memory::of(device)?;
+        let memory = Memory::of(device);
         let Inputs { teacher, space, start, files, real, evaluator, settings } = Inputs::load(&spec, device)?;
         let recipe = Recipe::new(&spec, settings);
         let conditions = space.conditions();
@@ -244,6 +249,7 @@ impl Job {
             runtime,
             staging: Staging::default(),
             memory,
+            has_worked: Cell::new(false),
         })
     }
 

@@ -18,7 +18,7 @@ mod transfer;
 
 use std::{sync::Arc, time::Duration};
 
-use potstill_c10d::ReduceOp;
+use potstill_c10d::{ErrorKind, ReduceOp};
 use potstill_distill::state::State;
 use potstill_proto::{
     cursor::{Cursor, Generation, Phase},
@@ -125,6 +125,12 @@ pub fn run_generation(
         Err(Interruption::Left(reason)) => Ok(Ending::Left(reason)),
         Err(Interruption::Incomplete { cursor, error }) => Ok(Ending::Incomplete { cursor, error }),
         Err(Interruption::Damaged { manifest_key, error }) => Ok(Ending::Damaged { manifest_key, error }),
+        // Later, fewer ranks may need more memory each than they have, until another one joins.
+        Err(Interruption::Collective(error)) if error.kind == ErrorKind::OutOfMemory && !job.has_worked.get() => {
+            Err(anyhow::Error::new(error).context(
+                "the memory of this rank does not suffice; `potstill plan` says how much a run needs and which settings save some",
+            ))
+        }
         Err(Interruption::Collective(error)) => {
             // It may have failed only because the session aborted the group.
             let called_away = session.orders()?.interruption(assignment.generation);
@@ -301,8 +307,9 @@ impl Member<'_> {
             progress.set_waiting(what == Scoring::Gather);
         });
         progress.set_waiting(false);
-        // Before an error that samples without weights have caused.
+        // Before an error that samples without weights have caused, and before scores of them are told.
         sampled.finish()?;
+        progress.while_waiting(|| self.trainer.groups.settle())?;
         let scores = scores??;
         if self.assignment.rank == 0 {
             self.session.send(FromWorker::Evaluation(Evaluation {
@@ -331,6 +338,7 @@ impl Member<'_> {
             let group = &self.trainer.groups.all;
             let sum = || group.all_reduce(&images, ReduceOp::Sum).and_then(|work| work.wait(None));
             progress.while_waiting(sum)?;
+            progress.while_waiting(|| self.trainer.groups.settle())?;
             Ok(images.to_device(Device::Cpu))
         };
         let student = images(Subject::Student)?;

@@ -295,6 +295,8 @@ bool potstill_memory_begin(int device, potstill_memory** out, potstill_error* er
       made->host = std::make_shared<HostMemory>();
       c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, made->host);
     } else {
+      // Until then the allocator knows no device.
+      at::globalContext().lazyInitDevice(at::kCUDA);
       auto allocator = c10::getDeviceAllocator(at::kCUDA);
       allocator->resetPeakStats(static_cast<c10::DeviceIndex>(device));
       made->before = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(device)).allocated_bytes[0].current;
