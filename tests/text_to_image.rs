@@ -21,9 +21,6 @@ use safetensors::{Dtype, tensor::TensorView};
 #[allow(dead_code, reason = "the tests of the storage use the rest")]
 mod s3_server;
 
-/// What each process of a run with large networks may allocate, in KiB.
-const LIMIT_KIB: &str = "850000";
-
 /// A cluster with a model and prompts.
 struct Studio {
     cluster: Cluster,
@@ -375,41 +372,6 @@ fn samples_are_the_same_where_no_rank_holds_a_whole_network() {
             assert!(one.iter().zip(three.iter()).all(|(a, b)| a.abs_diff(*b) <= 1), "{kind}: {picture}");
         }
     }
-}
-
-/// A run from its first iteration to its last picture, with a limit of memory that the whole state would break.
-#[test]
-fn a_state_that_no_rank_could_hold_is_trained_saved_loaded_and_drawn() {
-    let studio = Studio::new("sd15");
-    tiny_model::widen_unet(&studio.path("model"), 16);
-    let base = [
-        "distillation.global_batch=4",
-        "distillation.micro_batch=1",
-        "generator.steps=1",
-        "memory.recompute=true",
-        "memory.bf16_weights=false",
-    ];
-    let limited = |run: &str, workers: u32, sets: &[&str], flags: &[&str]| {
-        let launch = studio.launch(run, workers, &[&base[..], sets].concat(), flags);
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "ulimit -d \"$0\" && exec \"$@\"", LIMIT_KIB])
-            .arg(launch.get_program())
-            .args(launch.get_args());
-        for (key, value) in launch.get_envs() {
-            command.env(key, value.unwrap());
-        }
-        let output = command.stdin(Stdio::null()).output().unwrap();
-        (output.status.success(), text(&output.stderr))
-    };
-    let (well, log) = limited("whole", 1, &["distillation.iterations=1"], &[]);
-    assert!(!well && log.contains("can't allocate memory"), "{log}");
-    let parameters = "memory.shard=parameters";
-    let (well, log) = limited("sharded", 4, &[parameters, "distillation.iterations=1"], &[]);
-    assert!(well, "{log}");
-    let (well, log) = limited("sharded", 3, &[parameters, "distillation.iterations=2"], &["--resume"]);
-    assert!(well && log.contains("checkpoint committed"), "{log}");
-    assert!(studio.cluster.run("sharded").join("samples.png").exists());
 }
 
 #[test]

@@ -73,49 +73,6 @@ pub fn replace_unet(folder: &Path, fixture: &str) {
     std::fs::write(unet.join("diffusion_pytorch_model.safetensors"), bytes).expect("a file");
 }
 
-/// Makes the U-Net of a model's folder `factor` times as wide, with random weights; what it has in common with the other parts stays.
-///
-/// # Panics
-/// The folder cannot be read or written.
-pub fn widen_unet(folder: &Path, factor: usize) {
-    let (config, weights) =
-        (folder.join("unet/config.json"), folder.join("unet/diffusion_pytorch_model.safetensors"));
-    let mut about: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&config).expect("a file")).expect("JSON");
-    let fixed =
-        ["in_channels", "cross_attention_dim"].map(|key| about[key].as_u64().expect("a number") as usize);
-    let wider = |size: usize| if size < 8 || fixed.contains(&size) { size } else { size * factor };
-    for channels in about["block_out_channels"].as_array_mut().expect("a list") {
-        *channels = wider(channels.as_u64().expect("a number") as usize).into();
-    }
-    let bytes = std::fs::read(&weights).expect("a file");
-    let archive = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let mut state = 1u64;
-    // Of variance 1/fan-in, so that no activation grows.
-    let mut drawn = |most: f32| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        most * ((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
-    };
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = archive
-        .iter()
-        .map(|(name, view)| {
-            let shape: Vec<usize> = view.shape().iter().map(|size| wider(*size)).collect();
-            let (count, inputs) = (shape.iter().product::<usize>(), shape[1..].iter().product::<usize>());
-            let value = |_| match (shape.len(), name.ends_with("weight")) {
-                (1, weight) => f32::from(u8::from(weight)),
-                _ => drawn((3.0 / inputs as f32).sqrt()),
-            };
-            let values = (0..count).map(value).flat_map(f32::to_le_bytes).collect();
-            (name.to_owned(), shape, values)
-        })
-        .collect();
-    let views = tensors.iter().map(|(name, shape, values)| {
-        (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), values).expect("a tensor"))
-    });
-    std::fs::write(&config, about.to_string()).expect("a file");
-    std::fs::write(&weights, safetensors::serialize(views, None).expect("safetensors")).expect("a file");
-}
-
 /// Puts the same tokenizer as transformers 5 writes it, in one file, in the place of that of a model's folder.
 ///
 /// # Panics

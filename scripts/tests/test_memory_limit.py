@@ -18,9 +18,9 @@ WIDE = gpu_models.UNETS["tiny-sd15"] | {
     "attention_head_dim": 8,
     "norm_num_groups": 16,
 }
-# A process's data, in kilobytes (RLIMIT_DATA). One of four ranks with slices needs 0.80 GB, with the gathered average and
-# what libtorch itself needs; one that holds everything 1.43 GB.
-LIMIT = 1_050_000
+# A process's data, in kilobytes (RLIMIT_DATA). One of four ranks with slices needs 0.68 GB at most, with what libtorch itself
+# needs; with the whole average of a picture 0.80 GB; one that holds everything 1.43 GB.
+LIMIT = 750_000
 
 
 class MemoryLimit(unittest.TestCase):
@@ -63,12 +63,6 @@ class MemoryLimit(unittest.TestCase):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             self.assertEqual(done.returncode, 0, done.stderr)
         # The limit is one: a rank that holds everything breaks it.
-        command, said = self.launch("whole", 1, 1, "none"), []
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as whole:
-            for line in iter(whole.stderr.readline, ""):
-                said.append(line)
-                if "rank process died" in line:
-                    break
-            whole.terminate()
-        self.assertIn("memory", "".join(said))
-        self.assertIn("rank process died", said[-1])
+        done = subprocess.run(self.launch("whole", 1, 1, "none"), capture_output=True, text=True, check=False)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("can't allocate memory", done.stderr)
