@@ -18,7 +18,7 @@ WIDE = gpu_models.UNETS["tiny-sd15"] | {
     "attention_head_dim": 8,
     "norm_num_groups": 16,
 }
-# A process's data, in kilobytes (RLIMIT_DATA). One of four ranks with slices needs 0.68 GB at most, with what libtorch itself
+# A process's data, in kilobytes (RLIMIT_DATA). One of four ranks with slices needs 0.66 to 0.70 GB, with what libtorch itself
 # needs; with the whole average of a picture 0.80 GB; one that holds everything 1.43 GB.
 LIMIT = 750_000
 

@@ -305,7 +305,9 @@ fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Sent> {
     let through = |bytes: f64| share(bytes, world);
     let micro_batches = distillation.global_batch.div_ceil(distillation.micro_batch);
     let rounds = f64::from(micro_batches.div_ceil(workers));
-    let reduced = through(4.0 * trained as f64);
+    // Two ranks with slices reduce to both of them.
+    let both = spec.memory.is_sharded() && slices == 2;
+    let reduced = through(4.0 * trained as f64) * if both { 2.0 } else { 1.0 };
     // A slice to the rank that holds its copy.
     let slice = 4.0 * trained as f64 / f64::from(world);
     let copied = if workers > 1 && replicas == 1 { slice } else { 0.0 };
@@ -314,7 +316,7 @@ fn sent(spec: &RunSpec, model: &Sizes, workers: u32) -> anyhow::Result<Sent> {
     let gathered = through(trained_kind * trained as f64);
     let each = match spec.memory.shard {
         Shard::None => 2.0 * reduced,
-        Shard::Optimizer => reduced + copied + gathered,
+        Shard::Optimizer => reduced + if both { 0.0 } else { copied } + gathered,
         Shard::Gradients => rounds * reduced + copied + gathered,
         Shard::Parameters => rounds * reduced + copied + if spec.lora.is_some() { gathered } else { 0.0 },
     };

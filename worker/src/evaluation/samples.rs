@@ -306,19 +306,23 @@ mod tests {
         counts.into_values().collect()
     }
 
-    #[test]
-    fn every_class_has_as_many_samples_as_the_others_or_one_more() {
+    fn small(classes: i64) -> EdmNetwork {
         let config = EdmConfig {
             img_resolution: 8,
             img_channels: 1,
-            label_dim: 7,
+            label_dim: classes,
             model_channels: 16,
             channel_mult: vec![1],
             num_blocks: 1,
             attn_resolutions: vec![],
             ..EdmConfig::default()
         };
-        let network = EdmNetwork::initialise(config, 0, Device::Cpu).unwrap();
+        EdmNetwork::initialise(config, 0, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn every_class_has_as_many_samples_as_the_others_or_one_more() {
+        let network = small(7);
         let space = Space::of(&network);
         let spec = EvaluationSpec { samples: 223, ..EvaluationSpec::default() };
         let set = SampleSet::new(&spec, space, Device::Cpu);
@@ -331,17 +335,7 @@ mod tests {
 
     #[test]
     fn ranks_in_step_evaluate_the_network_equally_often() {
-        let config = EdmConfig {
-            img_resolution: 8,
-            img_channels: 1,
-            label_dim: 3,
-            model_channels: 16,
-            channel_mult: vec![1],
-            num_blocks: 1,
-            attn_resolutions: vec![],
-            ..EdmConfig::default()
-        };
-        let network = EdmNetwork::initialise(config, 0, Device::Cpu).unwrap();
+        let network = small(3);
         let set = SampleSet::new(&EvaluationSpec::default(), Space::of(&network), Device::Cpu);
         let evaluations = |rank, world, in_step| {
             let count = Cell::new(0);

@@ -307,7 +307,7 @@ impl<'a> Trainer<'a> {
     /// times. `obey_orders` is called before each micro-batch and can interrupt the phase.
     ///
     /// # Errors
-    /// A collective failed, or `obey_orders` interrupted the phase: the groups are aborted.
+    /// A collective failed, or `obey_orders` interrupted the phase. No weights arrive after it.
     pub fn gradient(
         &self,
         state: &mut State,
