@@ -2,6 +2,7 @@
 //! same at the same iteration without waiting for it.
 
 use potstill_c10d::{Error, ProcessGroup, ReduceOp, Work};
+use potstill_torch_ext::upload;
 use tch::{Kind, Tensor};
 
 /// Requests of one rank; after [`Lane::read`], those of any rank.
@@ -27,8 +28,8 @@ impl Lane {
     /// # Errors
     /// The collective could not be issued.
     pub fn issue(group: &ProcessGroup, flags: Flags) -> Result<Self, Error> {
-        let flags = Tensor::from_slice(&[flags.checkpoint, flags.stop, flags.yields].map(i64::from))
-            .to_device(group.device());
+        let flags = Tensor::from_slice(&[flags.checkpoint, flags.stop, flags.yields].map(i64::from));
+        let flags = upload(&flags, group.device());
         let work = group.all_reduce(&flags, ReduceOp::Max)?;
         Ok(Self { work, flags })
     }

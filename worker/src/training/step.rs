@@ -25,7 +25,7 @@ use potstill_proto::{
     wire::StepSeconds,
 };
 use potstill_spec::{DecaySpec, OptimizerSpec, Precision, RunSpec, Shard};
-use potstill_torch_ext::{Autocast, LowerPrecision};
+use potstill_torch_ext::{Autocast, LowerPrecision, upload};
 use tch::{Device, Kind, Tensor};
 
 use super::{
@@ -416,7 +416,7 @@ impl<'a> Trainer<'a> {
                 // Those of the first replica are the others' too. All ranks take part, so that all have prepared the step.
                 _ => [0.0; 3],
             };
-            let sum = Tensor::from_slice(&numbers).to_device(self.groups.all.device());
+            let sum = upload(&Tensor::from_slice(&numbers), self.groups.all.device());
             self.progress.while_waiting(|| self.groups.all.all_reduce(&sum, ReduceOp::Sum)?.wait(None))?;
             let sum = sum.to_device(Device::Cpu);
             let [squares, non_finite, clipped_squares] = [0, 1, 2].map(|index| sum.double_value(&[index]));

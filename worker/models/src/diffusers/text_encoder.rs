@@ -1,5 +1,6 @@
 //! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection` (2103.00020).
 
+use potstill_torch_ext::upload;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -221,7 +222,7 @@ impl TextEncoder {
     /// When a token is not in the vocabulary, or there are more than `max_position_embeddings`.
     pub fn encode(&self, ids: &Tensor) -> TextStates {
         no_grad(|| {
-            let ids = ids.to_device(self.parameters.flat().device());
+            let ids = upload(ids, self.parameters.flat().device());
             let network = &self.network;
             let positions = Tensor::arange(ids.size()[1], (Kind::Int64, ids.device()));
             let mut x = network.tokens.forward(&ids) + network.positions.forward(&positions);

@@ -1,0 +1,88 @@
+"""Runs on GPUs that compute nothing: all that ranks do on the host for a GPU, on a machine that has none."""
+
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+POTSTILL = ROOT / "target" / "debug" / "potstill"
+sys.path.insert(0, str(ROOT / "scripts" / "dry_gpu"))
+
+import dry_gpu  # noqa: E402
+
+DIGITS, SHAPES = "digits/one-step.toml", "shapes/one-step.toml"
+BF16 = {"distillation.precision": "bf16", "memory.bf16_weights": "true"}
+# Of a rank in an iteration, at most: for the sums of each phase, for the norm of each gradient, and for what other ranks ask.
+WAITS = 5
+
+
+class DryGpu(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def run_it(self, config: str, ranks: int, iterations: int, settings: dict) -> Counter:
+        """What its ranks have counted together."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        command = [POTSTILL, "launch", ROOT / "configs" / config, "--workers", ranks, "--device", "cuda"]
+        command += ["--storage", self.folder / "store", "--threads", 1]
+        settings = {
+            "distillation.iterations": iterations,
+            "checkpoint.every": 1000,
+            "evaluation.every": "none",
+            "evaluation.features": "none",
+            "evaluation.reference": "none",
+        } | settings
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=dry_gpu.environment(log, ranks),
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        found = dry_gpu.counts(log)
+        self.assertEqual(len(found), ranks, "each rank has used a GPU")
+        return sum((Counter(rank["counts"]) for rank in found), Counter())
+
+    def of_an_iteration(self, config: str, ranks: int, settings: dict) -> dict[str, float]:
+        """What a rank does in each iteration, by the difference of two runs."""
+        few, many = 3, 6
+        first, second = (self.run_it(config, ranks, count, settings) for count in (few, many))
+        return {name: (second[name] - first[name]) / (many - few) / ranks for name in second}
+
+    def test_the_host_waits_for_the_device_only_where_it_needs_numbers(self):
+        for config, settings in (
+            (DIGITS, {}),
+            (SHAPES, {}),
+            (SHAPES, BF16 | {"memory.recompute": "true"}),
+            ("digits/four-step-gan.toml", {}),
+            ("shapes/four-step-lora.toml", {"distillation.precision": "bf16"}),
+        ):
+            with self.subTest(config=config, settings=settings):
+                found = self.of_an_iteration(config, 1, settings)
+                self.assertGreater(found["kernels"], 1000)
+                self.assertLessEqual(found["waits"], WAITS, found)
+
+    def test_ranks_divide_the_state(self):
+        for shard in ("none", "optimizer", "gradients", "parameters"):
+            with self.subTest(shard=shard):
+                settings = BF16 | {"memory.shard": shard, "memory.recompute": "true", "checkpoint.every": 1}
+                found = self.run_it(SHAPES, 2, 2, settings)
+                self.assertGreater(found["collectives"], 0)
+
+    def test_evaluations_are_made(self):
+        settings = {"evaluation.every": "1", "evaluation.samples": 64}
+        found = self.run_it(SHAPES, 1, 1, settings | {"memory.offload_ema": "true"})
+        self.assertGreater(found["copies to the host"], 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
