@@ -11,7 +11,7 @@ use url::Url;
 
 use crate::{
     AdversarialSpec, CheckpointSpec, ClusterSpec, DistillationSpec, EvaluationSpec, GeneratorSpec,
-    GuidanceSpec, LoraSpec, MemorySpec, OptimizerSpec, PromptsSpec, TeacherSpec, former,
+    GuidanceSpec, LoraSpec, MemorySpec, OptimizerSpec, PromptsSpec, Shard, TeacherSpec, former,
     layers::{self, LayerError, Layered, Names},
     problems::Problems,
 };
@@ -145,6 +145,7 @@ impl RunSpec {
         let images = distillation.iterations.saturating_mul(distillation.global_batch.into());
         self.optimizer.validate(images, &mut problems);
         self.memory.validate(reads, distillation.precision, &mut problems);
+        self.validate_graphs(&mut problems);
         self.checkpoint.validate(&mut problems);
         self.evaluation.validate(reads, &mut problems);
         let micro_batches = distillation.global_batch.checked_div(distillation.micro_batch);
@@ -153,6 +154,24 @@ impl RunSpec {
             refuse_secrets(&value, "", &mut problems);
         }
         problems.into_result()
+    }
+
+    /// What a CUDA graph cannot repeat: collectives, and random numbers that the host draws within a micro-batch.
+    fn validate_graphs(&self, problems: &mut Problems) {
+        if !self.distillation.cuda_graphs {
+            return;
+        }
+        problems.require(matches!(self.memory.shard, Shard::None | Shard::Optimizer), || {
+            "distillation.cuda_graphs needs gradients and weights that are not divided: set memory.shard = \"optimizer\" or \"none\""
+                .into()
+        });
+        problems.require(self.distillation.augmentation.is_none(), || {
+            "distillation.cuda_graphs and distillation.augmentation do not go together: leave one out".into()
+        });
+        problems.require(self.lora.as_ref().is_none_or(|lora| lora.dropout == 0.0), || {
+            "distillation.cuda_graphs and lora.dropout do not go together: set one of them to false or 0"
+                .into()
+        });
     }
 
     /// The keys that decide the trajectory and in which `other` differs, with both values. A run may be resumed with more
@@ -244,7 +263,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{Keep, Shard};
+    use crate::Keep;
 
     fn valid() -> RunSpec {
         let mut spec = RunSpec::default();

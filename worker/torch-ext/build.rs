@@ -4,8 +4,11 @@ use std::env;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
+mod build_cuda;
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build_cuda.rs");
     println!("cargo::rerun-if-changed=shim");
     for name in ["LIBTORCH_INCLUDE", "LIBTORCH_CXX11_ABI"] {
         println!("cargo::rerun-if-env-changed={name}");
@@ -16,7 +19,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(PathBuf::from)
         .or_else(|| lib.parent().map(Path::to_path_buf))
         .ok_or("libtorch's include folder is not known")?;
-    compiler(&root.join("include")).file("shim/torch_ext.cpp").compile("potstill_torch_ext");
+    let include = root.join("include");
+    compiler(&include).file("shim/torch_ext.cpp").compile("potstill_torch_ext");
+    // Empty where CUDA's headers are missing: graphs then return an error.
+    let cuda = PathBuf::from(env::var("OUT_DIR")?).join("libpotstill_cuda.so");
+    build_cuda::build(compiler(&include), &lib, "shim/cuda_library.cpp", &[], &cuda)?;
     println!("cargo::metadata=include={}/shim", env::var("CARGO_MANIFEST_DIR")?);
     println!("cargo::rustc-link-search=native={}", lib.display());
     println!("cargo::rustc-link-lib=torch_cpu");

@@ -35,8 +35,6 @@
 
 using potstill::copy_handles;
 using potstill::failed;
-using potstill::load_cuda;
-using potstill::open_library;
 using std::chrono::milliseconds;
 
 extern "C" {
@@ -174,11 +172,6 @@ class AbortableGloo final : public c10d::ProcessGroupGloo {
   std::atomic<Clock::time_point> last_all_reduce_{Clock::time_point{}};
 };
 
-struct File {
-  const int descriptor;
-  ~File() { close(descriptor); }
-};
-
 // The sockets of this process that listen: their descriptors, and what tells a socket from another one that has had the same
 // descriptor.
 std::set<std::pair<int, ino_t>> listening() {
@@ -236,17 +229,7 @@ struct Nccl {
 };
 
 Nccl open_nccl(const uint8_t* image, size_t length) {
-  TORCH_CHECK(length > 0, "unavailable: this program was built without NCCL");
-  load_cuda();
-  // The library is embedded in the executable, so that there is no second file to install. An anonymous file gives the
-  // loader the path that it needs.
-  File file{memfd_create("potstill-nccl", MFD_CLOEXEC)};
-  for (size_t written = 0; written < length;) {
-    ssize_t n = write(file.descriptor, image + written, length - written);
-    TORCH_CHECK(n > 0, "unavailable: cannot unpack the NCCL library into memory");
-    written += static_cast<size_t>(n);
-  }
-  void* library = open_library("/proc/self/fd/" + std::to_string(file.descriptor), RTLD_NOW | RTLD_LOCAL);
+  void* library = potstill::open_embedded("potstill-nccl", image, length);
   Nccl nccl{reinterpret_cast<potstill_nccl_backend_fn*>(dlsym(library, "potstill_nccl_backend")),
             reinterpret_cast<potstill_nccl_record_fn*>(dlsym(library, "potstill_nccl_record"))};
   TORCH_CHECK(nccl.backend != nullptr && nccl.record != nullptr, "unavailable: the NCCL library lacks an entry point");

@@ -35,6 +35,31 @@ pub struct Draw {
     pub dropout_seed: i64,
 }
 
+impl Draw {
+    /// Applies a function to each tensor, in one order. `None` where there are augmentations, which are not tensors.
+    #[must_use]
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Tensor) -> Option<Self> {
+        if self.augmentation.is_some() {
+            return None;
+        }
+        Some(Self {
+            unroll: self.unroll,
+            condition: self.condition.map(f),
+            latents: self.latents.iter().map(&mut *f).collect(),
+            time: f(&self.time),
+            noise: f(&self.noise),
+            augmentation: None,
+            real: self.real.as_ref().map(|real| RealDraw {
+                samples: f(&real.samples),
+                condition: real.condition.map(f),
+                augmentation: None,
+                perturbation: real.perturbation.as_ref().map(&mut *f),
+            }),
+            dropout_seed: self.dropout_seed,
+        })
+    }
+}
+
 /// Real samples of a micro-batch.
 pub struct RealDraw {
     /// fp32 [N, C, H, W], in the networks' space.

@@ -32,6 +32,20 @@ pub struct MicroBatchLoss {
     pub dropped: Tensor,
 }
 
+impl MicroBatchLoss {
+    /// Applies a function to each value.
+    #[must_use]
+    pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
+        Self {
+            loss: f(&self.loss),
+            score_loss: f(&self.score_loss),
+            adversarial_loss: self.adversarial_loss.as_ref().map(&f),
+            score_difference: self.score_difference.as_ref().map(&f),
+            dropped: f(&self.dropped),
+        }
+    }
+}
+
 /// Elements of a sample: the factor that makes a mean over a map a sum over elements.
 fn elements(x: &Tensor) -> f64 {
     x.size()[1..].iter().product::<i64>() as f64

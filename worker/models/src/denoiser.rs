@@ -47,7 +47,7 @@ impl Embedded {
 
     /// Applies a function to each tensor.
     #[must_use]
-    pub fn map(&self, f: impl Fn(&Tensor) -> Tensor) -> Self {
+    pub fn map(&self, mut f: impl FnMut(&Tensor) -> Tensor) -> Self {
         Self { states: f(&self.states), pooled: self.pooled.as_ref().map(f) }
     }
 
@@ -120,6 +120,24 @@ impl Condition {
             Self::None => Self::None,
             Self::Class(labels) => Self::Class(labels.shallow_clone()),
             Self::Text(text) => Self::Text(text.with_texts(text.texts.shallow_clone())),
+        }
+    }
+
+    /// Applies a function to each tensor that differs from micro-batch to micro-batch, in one order.
+    #[must_use]
+    pub fn map(&self, f: &mut dyn FnMut(&Tensor) -> Tensor) -> Self {
+        match self {
+            Self::Augmented { labels, of } => {
+                let labels = f(labels);
+                of.map(f).augmented(labels)
+            }
+            Self::None => Self::None,
+            Self::Class(labels) => Self::Class(f(labels)),
+            Self::Text(text) => {
+                let texts = text.texts.map(&mut *f);
+                let sizes = text.sizes.as_ref().map(f);
+                Self::Text(TextCondition { texts, null: Rc::clone(&text.null), sizes })
+            }
         }
     }
 

@@ -33,5 +33,5 @@ pub use denoiser::{Condition, Denoiser, Embedded, Mode, TextCondition};
 pub use edm::{ConfigError, EdmNetwork, config::EdmConfig};
 pub use lora::{Lora, LoraError};
 pub use parameters::{Entry, Parameters};
-pub use process::ForwardProcess;
+pub use process::{Alphas, ForwardProcess};
 pub use weights::{LoadError, SaveError};

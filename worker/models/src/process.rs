@@ -3,10 +3,58 @@
 //! All of them have the form `x_t = a(t)·x + b(t)·n` with n ~ N(0, 1) (docs/algorithm.md §1). Distillation and sampling
 //! are written once, in terms of a and b; a network's native prediction is converted to x0 at its interface.
 
-use std::sync::Arc;
+use std::{
+    fmt,
+    ops::Deref,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use potstill_torch_ext::upload;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+
+/// ᾱ of each timestep, falling, within (0, 1]. Clones share the copy on the device that uses it.
+#[derive(Clone)]
+pub struct Alphas {
+    values: Arc<[f64]>,
+    on_device: Arc<Mutex<Option<Tensor>>>,
+}
+
+impl Alphas {
+    /// fp64 `[timesteps]`.
+    fn on(&self, device: Device) -> Tensor {
+        let mut kept = self.on_device.lock().unwrap_or_else(PoisonError::into_inner);
+        match kept.as_ref().filter(|kept| kept.device() == device) {
+            Some(kept) => kept.shallow_clone(),
+            None => kept.insert(upload(&Tensor::from_slice(&self.values), device)).shallow_clone(),
+        }
+    }
+}
+
+impl From<Vec<f64>> for Alphas {
+    fn from(values: Vec<f64>) -> Self {
+        Self { values: values.into(), on_device: Arc::default() }
+    }
+}
+
+impl Deref for Alphas {
+    type Target = [f64];
+
+    fn deref(&self) -> &[f64] {
+        &self.values
+    }
+}
+
+impl fmt::Debug for Alphas {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.values.fmt(formatter)
+    }
+}
+
+impl PartialEq for Alphas {
+    fn eq(&self, other: &Self) -> bool {
+        self.values == other.values
+    }
+}
 
 /// A forward process and the native prediction of the networks trained on it.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,8 +66,8 @@ pub enum ForwardProcess {
     },
     /// x_t = √ᾱ·x + √(1−ᾱ)·n, time is the index into ᾱ (2006.11239).
     Ddpm {
-        /// ᾱ of each timestep, falling, within (0, 1].
-        alphas_cumprod: Arc<[f64]>,
+        /// ᾱ of each timestep.
+        alphas_cumprod: Alphas,
         /// The native prediction of the network.
         prediction: DdpmPrediction,
     },
@@ -42,16 +90,15 @@ impl ForwardProcess {
     /// ᾱ of the "scaled linear" schedule of Stable Diffusion (2112.10752's code): β_i = (√β_first + i/(T−1)·(√β_last −
     /// √β_first))², ᾱ_t = Π (1 − β_i).
     #[must_use]
-    pub fn scaled_linear(beta_first: f64, beta_last: f64, timesteps: usize) -> Arc<[f64]> {
+    pub fn scaled_linear(beta_first: f64, beta_last: f64, timesteps: usize) -> Alphas {
         let (first, last) = (beta_first.sqrt(), beta_last.sqrt());
         let share = |i: usize| i as f64 / (timesteps.max(2) - 1) as f64;
         let mut product = 1.0;
-        (0..timesteps)
-            .map(|i| {
-                product *= 1.0 - (first + share(i) * (last - first)).powi(2);
-                product
-            })
-            .collect()
+        let alphas = (0..timesteps).map(|i| {
+            product *= 1.0 - (first + share(i) * (last - first)).powi(2);
+            product
+        });
+        alphas.collect::<Vec<_>>().into()
     }
 
     /// a(t) and b(t), fp32, each [N, 1, 1, 1], for `time` `[N]`. A DDPM time is rounded to its index.
@@ -61,7 +108,7 @@ impl ForwardProcess {
             Self::Edm { .. } => (t.ones_like(), t),
             Self::Ddpm { alphas_cumprod, .. } => {
                 // The roots are taken in fp64: 1 − ᾱ loses digits at small t.
-                let table = upload(&Tensor::from_slice(alphas_cumprod), t.device());
+                let table = alphas_cumprod.on(t.device());
                 let index = time.round().to_kind(Kind::Int64).clamp(0, alphas_cumprod.len() as i64 - 1);
                 let alpha = table.index_select(0, &index.view([-1])).view([-1, 1, 1, 1]);
                 let fp32 = |x: Tensor| x.to_kind(Kind::Float);

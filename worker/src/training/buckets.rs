@@ -256,6 +256,14 @@ impl Bucketed {
         Ok([(slice, own)].into_iter().chain(copied).map(cut).collect())
     }
 
+    /// Clears the gradients that a backward pass which was not completed has left.
+    ///
+    /// # Errors
+    /// libtorch's error.
+    pub fn discard(&self) -> Result<(), Error> {
+        Ok(clear_gradients(&self.shared.pass().leaves)?)
+    }
+
     /// Clears the sum of a phase that is over.
     pub fn clear(&self) {
         let pass = self.shared.pass();

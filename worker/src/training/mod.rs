@@ -4,6 +4,7 @@ pub mod buckets;
 mod claims;
 mod control_lane;
 mod gathered;
+mod graphs;
 pub mod groups;
 mod interruption;
 mod iteration;

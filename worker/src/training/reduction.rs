@@ -26,19 +26,19 @@ pub enum Reduction {
 }
 
 impl Reduction {
-    /// The reductions of two networks with the same parameters. `held`: the networks hold their weights.
+    /// The reductions of two networks with the same parameters. `plain`: the networks hold their weights, and the gradient is reduced
+    /// beside the last micro-batch's backward pass.
     ///
     /// # Errors
     /// The collectives' errors.
     pub fn of(
         networks: [&dyn Denoiser; 2],
-        held: bool,
+        plain: bool,
         shares: Shares,
         groups: &Groups,
         progress: &Arc<Progress>,
     ) -> Result<[Self; 2], Error> {
-        let plain = held && shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float;
-        if plain {
+        if plain && shares.slice.world == 1 && networks[0].parameters().flat().kind() == Kind::Float {
             let reducer = |network: &dyn Denoiser| {
                 Reducer::new(network.parameters().leaves(), &groups.all, ReducerOptions::default())
             };
@@ -88,6 +88,21 @@ impl Reduction {
         Ok(Duration::ZERO)
     }
 
+    /// Starts to reduce what this rank's micro-batches have added up, none of which was the last one. Returns how long it waited for
+    /// peers.
+    ///
+    /// # Errors
+    /// A collective failed.
+    pub fn start(&self) -> Result<Duration, Error> {
+        match self {
+            Self::Whole(_) => Ok(Duration::ZERO),
+            Self::Bucketed(bucketed) => {
+                bucketed.begin(true, false);
+                bucketed.end()
+            }
+        }
+    }
+
     /// The gradient of all ranks together, or the slices of it that this rank needs, and how long it waited for peers. It may
     /// be in this value's own memory, until that is [cleared](Self::clear). `computed`: this rank's micro-batches, with those that
     /// do not count.
@@ -99,6 +114,18 @@ impl Reduction {
         match self {
             Self::Whole(_) => Ok((vec![network.parameters().flat_grad()], Duration::ZERO)),
             Self::Bucketed(bucketed) => Ok((bucketed.finish(computed)?, started.elapsed())),
+        }
+    }
+
+    /// Clears what a backward pass that was not completed has left.
+    ///
+    /// # Errors
+    /// libtorch's error.
+    pub fn discard(&self) -> Result<(), Error> {
+        match self {
+            // What it adds to is its own memory.
+            Self::Whole(_) => Ok(()),
+            Self::Bucketed(bucketed) => bucketed.discard(),
         }
     }
 

@@ -14,7 +14,7 @@ use potstill_c10d::{Error, ReduceOp, Work};
 use potstill_distill::{
     adam::AdamSettings,
     counters::Network,
-    draws::Draws,
+    draws::{Draw, Draws},
     gradient::{Clip, Gradient, Sums},
     phase::{self, MicroBatchLoss},
     settings::Settings,
@@ -29,7 +29,8 @@ use potstill_torch_ext::{Autocast, LowerPrecision, upload};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    buckets::Shares, groups::Groups, interruption::Interruption, networks::Networks, reduction::Reduction,
+    buckets::Shares, graphs::Graphs, groups::Groups, interruption::Interruption, networks::Networks,
+    reduction::Reduction,
 };
 use crate::{model::Watched, process::faults, session::Progress, training::transfer};
 
@@ -90,6 +91,8 @@ pub struct Recipe {
     pub mixed_precision: Option<LowerPrecision>,
     /// Whether each rank holds only its slice of the sum of gradients, where it holds a slice of the state.
     pub sharded_sum: bool,
+    /// Whether micro-batches are computed as CUDA graphs.
+    pub cuda_graphs: bool,
 }
 
 impl Recipe {
@@ -106,6 +109,7 @@ impl Recipe {
             optimizer: Optimizer::new(&spec.optimizer),
             mixed_precision,
             sharded_sum: matches!(spec.memory.shard, Shard::Gradients | Shard::Parameters),
+            cuda_graphs: spec.distillation.cuda_graphs,
         }
     }
 }
@@ -245,6 +249,8 @@ pub struct Trainer<'a> {
     fake_score: Reduction,
     generator: Reduction,
     networks: Networks,
+    /// Where micro-batches are computed as graphs.
+    graphs: Option<Graphs>,
     /// Each network's weights that are on their way.
     arriving: [RefCell<Option<Work>>; 2],
     /// How long weights were waited for in the pass, or why they did not arrive.
@@ -278,7 +284,13 @@ impl<'a> Trainer<'a> {
             rounds: all.div_ceil(groups.all.member().world),
         };
         let trained = [Network::FakeScore, Network::Generator].map(|network| networks.trained(network));
-        let [fake_score, generator] = Reduction::of(trained, !gathered, shares, &groups, progress)?;
+        let graphs = recipe.cuda_graphs.then(|| Graphs::new(recipe.settings.device));
+        let reductions = || Reduction::of(trained, !gathered && graphs.is_none(), shares, &groups, progress);
+        // Autograd adds up gradients in the stream in which this was prepared.
+        let [fake_score, generator] = match &graphs {
+            Some(graphs) => graphs.within(reductions)?,
+            None => reductions(),
+        }?;
         let rank = groups.all.member().rank as u32;
         Ok(Self {
             recipe,
@@ -291,6 +303,7 @@ impl<'a> Trainer<'a> {
             fake_score,
             generator,
             networks,
+            graphs,
             arriving: Default::default(),
             waited: RefCell::new(Ok(Duration::ZERO)),
         })
@@ -314,11 +327,11 @@ impl<'a> Trainer<'a> {
         network: Network,
         iteration: u64,
         seconds: &mut StepSeconds,
-        obey_orders: impl FnMut() -> Result<(), Interruption>,
+        mut obey_orders: impl FnMut() -> Result<(), Interruption>,
     ) -> Result<Reduced, Interruption> {
         let reduced = self
             .gather_weights(state, iteration)
-            .and_then(|()| self.reduced(state, network, iteration, seconds, obey_orders));
+            .and_then(|()| self.reduced(state, network, iteration, seconds, &mut obey_orders));
         let arriving = self.arriving.each_ref().map(RefCell::take);
         if reduced.is_err() && arriving.iter().any(Option::is_some) {
             // Nothing may be written into the weights while another generation uses them.
@@ -336,7 +349,7 @@ impl<'a> Trainer<'a> {
         network: Network,
         iteration: u64,
         seconds: &mut StepSeconds,
-        mut obey_orders: impl FnMut() -> Result<(), Interruption>,
+        obey_orders: &mut dyn FnMut() -> Result<(), Interruption>,
     ) -> Result<Reduced, Interruption> {
         let started = Instant::now();
         let loss_scale = state.counters.scale(network);
@@ -349,29 +362,20 @@ impl<'a> Trainer<'a> {
             faults::point("gathering", iteration, self.rank);
         }
         self.networks.enter(network)?;
-        let mut reported = Vec::with_capacity(self.micro_batches.len());
-        for index in self.micro_batches.clone() {
-            obey_orders()?;
-            let begun = Instant::now();
-            let micro_batch = self.micro_batch(network, iteration, index)?;
-            exposed += self.arrived()?;
-            faults::drag("forward", iteration, self.rank, begun.elapsed());
-            faults::point("forward", iteration, self.rank);
-            let scaled = &micro_batch.loss * scale;
-            if index == last {
-                faults::point("reducing", iteration, self.rank);
+        let reported = match &self.graphs {
+            None => self.one_by_one(network, iteration, scale, &mut exposed, obey_orders)?,
+            Some(graphs) => {
+                graphs.within(|| self.as_graphs(graphs, network, iteration, scale, obey_orders))??
             }
-            exposed += reduction.backward(&scaled, index == last, true, self.progress)?;
-            if index != last {
-                faults::point("backward", iteration, self.rank);
-            }
-            reported.push(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch });
-            self.progress.tick();
+        };
+        if self.graphs.is_some() {
+            faults::point("reducing", iteration, self.rank);
+            exposed += reduction.start()?;
         }
         let mut computed = self.micro_batches.len();
         while self.networks.are_gathered() && computed < self.shares.rounds {
             // Others have more micro-batches, for which this rank's weights are needed.
-            let micro_batch = self.micro_batch(network, iteration, last)?;
+            let micro_batch = self.micro_batch(network, iteration, &self.draw(network, iteration, last))?;
             exposed += reduction.backward(&micro_batch.loss, true, false, self.progress)?;
             self.progress.tick();
             computed += 1;
@@ -400,6 +404,75 @@ impl<'a> Trainer<'a> {
         let gradient = Gradient::repaired(slices);
         seconds.optimizer += step.elapsed().as_secs_f64();
         Ok(Reduced { totals, gradient, loss_scale })
+    }
+
+    /// This rank's micro-batches, of which the last is reduced beside its backward pass. Adds to the time for which peers and
+    /// weights were waited for.
+    fn one_by_one(
+        &self,
+        network: Network,
+        iteration: u64,
+        scale: f64,
+        exposed: &mut Duration,
+        obey_orders: &mut dyn FnMut() -> Result<(), Interruption>,
+    ) -> Result<Vec<MicroBatchLoss>, Interruption> {
+        let last = self.micro_batches.end - 1;
+        let reduction = self.reduction(network);
+        let mut reported = Vec::with_capacity(self.micro_batches.len());
+        for index in self.micro_batches.clone() {
+            obey_orders()?;
+            let begun = Instant::now();
+            let micro_batch = self.micro_batch(network, iteration, &self.draw(network, iteration, index))?;
+            *exposed += self.arrived()?;
+            faults::drag("forward", iteration, self.rank, begun.elapsed());
+            faults::point("forward", iteration, self.rank);
+            let scaled = &micro_batch.loss * scale;
+            if index == last {
+                faults::point("reducing", iteration, self.rank);
+            }
+            *exposed += reduction.backward(&scaled, index == last, true, self.progress)?;
+            if index != last {
+                faults::point("backward", iteration, self.rank);
+            }
+            reported.push(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch });
+            self.progress.tick();
+        }
+        Ok(reported)
+    }
+
+    /// This rank's micro-batches, each as one graph with its backward pass. What they add up is not reduced yet.
+    fn as_graphs(
+        &self,
+        graphs: &Graphs,
+        network: Network,
+        iteration: u64,
+        scale: f64,
+        obey_orders: &mut dyn FnMut() -> Result<(), Interruption>,
+    ) -> Result<Vec<MicroBatchLoss>, Interruption> {
+        let reduction = self.reduction(network);
+        let joined = self.recipe.settings.schedule.adversarial_term_joined(iteration);
+        // A graph does not wait for weights.
+        for network in [Network::Generator, Network::FakeScore] {
+            self.arrive(network);
+        }
+        let mut reported = Vec::with_capacity(self.micro_batches.len());
+        for index in self.micro_batches.clone() {
+            obey_orders()?;
+            let begun = Instant::now();
+            let compute = |draw: &Draw| {
+                let micro_batch = self.micro_batch(network, iteration, draw)?;
+                let scaled = &micro_batch.loss * scale;
+                reduction.backward(&scaled, false, true, self.progress)?;
+                Ok(MicroBatchLoss { loss: micro_batch.loss.detach(), ..micro_batch })
+            };
+            let discard = || reduction.discard();
+            let draw = self.draw(network, iteration, index);
+            reported.push(graphs.compute(network, joined, scale, draw, compute, discard)?);
+            faults::drag("forward", iteration, self.rank, begun.elapsed());
+            faults::point("forward", iteration, self.rank);
+            self.progress.tick();
+        }
+        Ok(reported)
     }
 
     /// The sums over the whole gradient of a step that every rank has prepared. Adds to the times. With the result the step
@@ -496,17 +569,21 @@ impl<'a> Trainer<'a> {
         self.reduction(network).clear()
     }
 
+    fn draw(&self, network: Network, iteration: u64, index: u32) -> Draw {
+        match network {
+            Network::FakeScore => self.draws.fake_score(iteration, index),
+            Network::Generator => self.draws.generator(iteration, index),
+        }
+    }
+
+    /// A micro-batch's loss.
     fn micro_batch(
         &self,
         network: Network,
         iteration: u64,
-        index: u32,
+        draw: &Draw,
     ) -> Result<MicroBatchLoss, Interruption> {
         let Recipe { settings, mixed_precision, .. } = self.recipe;
-        let draw = match network {
-            Network::FakeScore => self.draws.fake_score(iteration, index),
-            Network::Generator => self.draws.generator(iteration, index),
-        };
         let arrive = [Network::Generator, Network::FakeScore].map(|network| move || self.arrive(network));
         let generator = Watched::after(self.networks.generator.as_ref(), &arrive[0]);
         let _autocast = match mixed_precision {
@@ -516,12 +593,12 @@ impl<'a> Trainer<'a> {
         Ok(match network {
             Network::FakeScore => {
                 let fake_score = Watched::after(self.networks.fake_score.as_ref(), &arrive[1]);
-                phase::fake_score(&generator, &fake_score, &draw, settings)
+                phase::fake_score(&generator, &fake_score, draw, settings)
             }
             Network::Generator => {
                 let fake_score = Watched::after(self.networks.frozen_fake_score.as_ref(), &arrive[1]);
                 let teacher = Watched::new(self.networks.teacher.as_ref());
-                phase::generator(&generator, &fake_score, &teacher, &draw, settings, iteration)
+                phase::generator(&generator, &fake_score, &teacher, draw, settings, iteration)
             }
         })
     }

@@ -6,7 +6,10 @@
 #include <c10/util/Exception.h>
 
 #include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -33,6 +36,21 @@ inline void* open_library(const std::string& path, int flags) {
 inline void load_cuda() {
   // Never closed: libtorch registers kernels and devices from it for the life of the process.
   open_library(beside_libtorch("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL);
+}
+
+// Opens a library that is linked to libtorch's CUDA half. It is embedded in the executable, so that there is no second file to
+// install; an anonymous file gives the loader the path that it needs. Empty where it could not be built.
+inline void* open_embedded(const char* name, const uint8_t* image, size_t length) {
+  TORCH_CHECK(length > 0, "unavailable: this program was built without CUDA's headers, so without ", name);
+  load_cuda();
+  // Never closed: the loader knows libraries by their paths, and would take the next file with this number for this one.
+  int file = memfd_create(name, MFD_CLOEXEC);
+  for (size_t written = 0; written < length;) {
+    ssize_t n = write(file, image + written, length - written);
+    TORCH_CHECK(n > 0, "unavailable: cannot unpack ", name, " into memory");
+    written += static_cast<size_t>(n);
+  }
+  return open_library("/proc/self/fd/" + std::to_string(file), RTLD_NOW | RTLD_LOCAL);
 }
 
 inline std::vector<at::Tensor> copy_handles(at::Tensor* const* tensors, size_t count) {

@@ -1,5 +1,6 @@
 // A C interface to the few functions of libtorch that tch lacks. Every function that can fail returns true when it did,
 // with the reason in `error`. Objects are passed as owning pointers; tensors as the `at::Tensor*` that tch also uses.
+#include "cuda_library.h"
 #include "guard.h"
 #include "libtorch.h"
 
@@ -183,6 +184,19 @@ struct potstill_memory {
 
 bool potstill_load_cuda(potstill_error* error) {
   return failed(error, [] { potstill::load_cuda(); });
+}
+
+bool potstill_cuda_open(const uint8_t* image, size_t length, const potstill_cuda_functions** out, potstill_error* error) {
+  return failed(error, [&] {
+    // Opened once, by the first use.
+    static const potstill_cuda_functions* const functions = [&] {
+      void* library = potstill::open_embedded("potstill-cuda", image, length);
+      auto found = reinterpret_cast<potstill_cuda_fn*>(dlsym(library, "potstill_cuda"));
+      TORCH_CHECK(found != nullptr, "the CUDA library lacks its entry point");
+      return found();
+    }();
+    *out = functions;
+  });
 }
 
 // Asks the driver alone, which opens no context and takes no memory of a device.

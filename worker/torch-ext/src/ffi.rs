@@ -23,8 +23,44 @@ pub struct Hooks {
     marker: PhantomData<(*mut u8, PhantomPinned)>,
 }
 
+/// A CUDA stream and the memory of its graphs, which are opaque to Rust.
+#[repr(C)]
+pub struct Stream {
+    bytes: [u8; 0],
+    marker: PhantomData<(*mut u8, PhantomPinned)>,
+}
+
+/// A CUDA graph, which is opaque to Rust.
+#[repr(C)]
+pub struct Graph {
+    bytes: [u8; 0],
+    marker: PhantomData<(*mut u8, PhantomPinned)>,
+}
+
+/// `potstill_cuda_functions`.
+#[repr(C)]
+pub struct CudaFunctions {
+    pub stream_new: unsafe extern "C" fn(device: c_int, out: *mut *mut Stream, error: *mut ErrorText) -> bool,
+    pub stream_enter: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
+    pub stream_leave: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
+    pub stream_free: unsafe extern "C" fn(stream: *mut Stream),
+    pub graph_begin:
+        unsafe extern "C" fn(stream: *mut Stream, out: *mut *mut Graph, error: *mut ErrorText) -> bool,
+    pub graph_end: unsafe extern "C" fn(graph: *mut Graph, error: *mut ErrorText) -> bool,
+    pub graph_replay: unsafe extern "C" fn(graph: *mut Graph, error: *mut ErrorText) -> bool,
+    pub graph_free: unsafe extern "C" fn(graph: *mut Graph),
+}
+
 unsafe extern "C" {
     pub fn potstill_load_cuda(error: *mut ErrorText) -> bool;
+
+    /// The functions live as long as the process.
+    pub fn potstill_cuda_open(
+        image: *const u8,
+        length: usize,
+        out: *mut *const CudaFunctions,
+        error: *mut ErrorText,
+    ) -> bool;
 
     /// Writes at most `length` bytes with a zero byte at the end.
     pub fn potstill_device_address(

@@ -1,7 +1,7 @@
 //! The few functions of libtorch that tch lacks: mixed precision ([`Autocast`]), recomputation of blocks in the
 //! backward pass ([`recompute`]), the memory of tensors ([`MemoryMeter`]), clearing gradients ([`clear_gradients`])
-//! and using each as soon as it is there ([`on_gradients`]), Adam in one pass ([`step_adam`]), CUDA on demand ([`load_cuda`]), the
-//! addresses of devices ([`device_address`]), and files mapped into memory ([`MappedFile`]).
+//! and using each as soon as it is there ([`on_gradients`]), Adam in one pass ([`step_adam`]), CUDA on demand ([`load_cuda`]), its
+//! graphs ([`Graph`]), the addresses of devices ([`device_address`]), and files mapped into memory ([`MappedFile`]).
 //!
 //! Three layers, as in `potstill-c10d`: a C++ shim that catches every exception (`shim/`), its C interface (`ffi`), and
 //! the safe types of this page. Unsafe code is in these two crates alone.
@@ -23,6 +23,7 @@ mod adam;
 mod autocast;
 mod error;
 mod ffi;
+mod graph;
 mod hooks;
 mod map;
 mod memory;
@@ -37,6 +38,7 @@ use tch::Tensor;
 pub use adam::{AdamStep, step_adam};
 pub use autocast::{Autocast, LowerPrecision};
 pub use error::Error;
+pub use graph::{Graph, GraphStream};
 pub use hooks::{GradientHooks, on_gradients};
 pub use map::MappedFile;
 pub use memory::MemoryMeter;

@@ -1,0 +1,146 @@
+#include "cuda_library.h"
+
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <ATen/cuda/MemPool.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <memory>
+
+using at::cuda::CUDAEvent;
+using c10::cuda::CUDAStream;
+using potstill::failed;
+
+namespace allocator = c10::cuda::CUDACachingAllocator;
+
+// All that is allocated for the stream while it is the current one lies in one pool, as what its graphs need does: they are never
+// replayed at once, and what is computed without a graph needs no memory besides.
+struct potstill_stream {
+  CUDAStream own;
+  CUDAStream former;
+  c10::DeviceIndex former_device = 0;
+  at::cuda::MemPool pool;
+
+  c10::DeviceIndex device() const { return own.device_index(); }
+
+  void begin_pool() {
+    allocator::beginAllocateToPool(device(), pool.id(), [this](cudaStream_t stream) { return stream == own.stream(); });
+  }
+  void end_pool() {
+    allocator::endAllocateToPool(device(), pool.id());
+    allocator::releasePool(device(), pool.id());
+  }
+};
+
+struct potstill_graph {
+  at::cuda::CUDAGraph graph;
+  potstill_stream* stream;
+  // The ends of the last two replays.
+  CUDAEvent ends[2];
+  size_t replays = 0;
+};
+
+namespace {
+
+// `second` goes on after what `first` has queued.
+void follow(const CUDAStream& first, const CUDAStream& second) {
+  CUDAEvent event;
+  event.record(first);
+  event.block(second);
+}
+
+bool stream_new(int device, potstill_stream** out, potstill_error* error) {
+  return failed(error, [&] {
+    at::globalContext().lazyInitDevice(at::kCUDA);
+    auto index = static_cast<c10::DeviceIndex>(device);
+    c10::cuda::CUDAGuard guard(index);
+    auto own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index);
+    *out = new potstill_stream{own, c10::cuda::getCurrentCUDAStream(index)};
+  });
+}
+
+bool stream_enter(potstill_stream* stream, potstill_error* error) {
+  return failed(error, [&] {
+    stream->former_device = c10::cuda::current_device();
+    c10::cuda::set_device(stream->device());
+    stream->former = c10::cuda::getCurrentCUDAStream();
+    follow(stream->former, stream->own);
+    c10::cuda::setCurrentCUDAStream(stream->own);
+    stream->begin_pool();
+  });
+}
+
+bool stream_leave(potstill_stream* stream, potstill_error* error) {
+  return failed(error, [&] {
+    stream->end_pool();
+    c10::cuda::setCurrentCUDAStream(stream->former);
+    follow(stream->own, stream->former);
+    c10::cuda::set_device(stream->former_device);
+  });
+}
+
+void stream_free(potstill_stream* stream) { delete stream; }
+
+bool graph_begin(potstill_stream* stream, potstill_graph** out, potstill_error* error) {
+  return failed(error, [&] {
+    auto made = std::make_unique<potstill_graph>();
+    made->stream = stream;
+    // The graph begins to use the pool itself.
+    stream->end_pool();
+    try {
+      // Other threads may go on to allocate and to wait: one writes checkpoints, and NCCL's watches collectives.
+      made->graph.capture_begin(stream->pool.id(), cudaStreamCaptureModeThreadLocal);
+    } catch (...) {
+      stream->begin_pool();
+      throw;
+    }
+    *out = made.release();
+  });
+}
+
+bool graph_end(potstill_graph* graph, potstill_error* error) {
+  auto stream = graph->stream;
+  return failed(error, [&] {
+    try {
+      graph->graph.capture_end();
+    } catch (...) {
+      // libtorch then leaves its allocators as they are while something is captured.
+      cudaGetLastError();
+      auto host = at::getHostAllocator(at::kCUDA);
+      host->end_allocate_to_pool(stream->pool.id());
+      host->release_pool(stream->pool.id());
+      stream->end_pool();
+      stream->begin_pool();
+      throw;
+    }
+    stream->begin_pool();
+  });
+}
+
+bool graph_replay(potstill_graph* graph, potstill_error* error) {
+  return failed(error, [&] {
+    // The host goes no further ahead than this: what watches it takes each replay for progress.
+    auto& end = graph->ends[graph->replays++ % 2];
+    end.synchronize();
+    graph->graph.replay();
+    end.record();
+  });
+}
+
+void graph_free(potstill_graph* graph) {
+  potstill_error ignored;
+  failed(&ignored, [&] { delete graph; });
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const potstill_cuda_functions* potstill_cuda() {
+  static constexpr potstill_cuda_functions functions = {
+      stream_new, stream_enter, stream_leave, stream_free, graph_begin, graph_end, graph_replay, graph_free,
+  };
+  return &functions;
+}
