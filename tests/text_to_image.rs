@@ -254,6 +254,7 @@ fn what_saves_memory_changes_nothing() {
     for (run, workers, more) in [
         ("checkpointing", 2, vec!["memory.recompute=true"]),
         ("cache", 2, vec!["prompts.cache=embeddings"]),
+        ("graphs", 2, vec!["distillation.cuda_graphs=true", "memory.shard=optimizer"]),
         ("sharded-2", 2, vec!["memory.shard=optimizer", "optimizer.clip_norm=1e9"]),
         ("sharded-3", 3, vec!["memory.shard=optimizer", "memory.offload_ema=true"]),
         ("gradients-3", 3, vec!["memory.shard=gradients", "memory.recompute=true"]),

@@ -6,7 +6,7 @@
 //
 // Device memory lies at addresses that the host may not touch. What CUDA forbids while a stream is captured fails as it does
 // there. When the process ends, a line of JSON with counts is appended to the file that DRY_GPU_LOG names; with DRY_GPU_KERNELS it
-// names the kernels. With DRY_GPU_WAITS standard error gets the stack of each call that waited, and of each that was forbidden.
+// names the kernels. DRY_GPU_MEMORY is a device's size in bytes; a capture of more than DRY_GPU_RECORDS operations fails. With DRY_GPU_WAITS standard error gets the stack of each call that waited, and of each that was forbidden.
 #include "runtime.h"
 
 #include <execinfo.h>
@@ -37,6 +37,7 @@ size_t number(const char* name, size_t otherwise) {
 }
 
 const size_t CAPACITY = number("DRY_GPU_MEMORY", size_t{80} << 30);
+const size_t MOST_RECORDED = number("DRY_GPU_RECORDS", SIZE_MAX);
 
 // ---- Counts ---------------------------------------------------------------------------------------------------------
 
@@ -245,6 +246,9 @@ cudaError_t enqueue(cudaStream_t stream, const char* what, std::function<void()>
   if (auto capture = capture_of(stream)) {
     if (!capture->valid) {
       return fail(cudaErrorStreamCaptureInvalidated);
+    }
+    if (capture->nodes.size() >= MOST_RECORDED) {
+      return breaks(capture, cudaErrorStreamCaptureUnsupported, "more than the dry run records");
     }
     counts().of[std::string("captured: ") + what] += 1;
     if (stream != capture->origin) {

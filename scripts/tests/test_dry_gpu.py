@@ -25,7 +25,9 @@ class DryGpu(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
-    def run_it(self, config: str, ranks: int, iterations: int, settings: dict) -> Counter:
+    def run_it(
+        self, config: str, ranks: int, iterations: int, settings: dict, environment: dict | None = None
+    ) -> Counter:
         """What its ranks have counted together."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
@@ -45,7 +47,7 @@ class DryGpu(unittest.TestCase):
             capture_output=True,
             text=True,
             check=False,
-            env=dry_gpu.environment(log, ranks),
+            env=dry_gpu.environment(log, ranks) | (environment or {}),
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         found = dry_gpu.counts(log)
@@ -70,6 +72,34 @@ class DryGpu(unittest.TestCase):
                 found = self.of_an_iteration(config, 1, settings)
                 self.assertGreater(found["kernels"], 1000)
                 self.assertLessEqual(found["waits"], WAITS, found)
+
+    def test_micro_batches_are_recorded_and_replayed(self):
+        for config, kinds, settings in (
+            (DIGITS, 2, {}),
+            (SHAPES, 2, BF16 | {"memory.recompute": "true"}),
+            (SHAPES, 2, {"distillation.precision": "fp16", "memory.shard": "optimizer"}),
+            ("shapes/four-step-lora.toml", 2 * 4, {"distillation.precision": "bf16"}),
+        ):
+            with self.subTest(config=config, settings=settings):
+                ranks = 2 if "memory.shard" in settings else 1
+                plain = self.of_an_iteration(config, ranks, settings)
+                settings |= {"distillation.cuda_graphs": "true"}
+                recorded = self.run_it(config, ranks, 6, settings)
+                self.assertEqual([name for name in recorded if "forbidden" in name], [])
+                # A copy from the host would be made again from memory that has other numbers.
+                self.assertEqual([name for name in recorded if name.startswith("captured: copies to the device")], [])
+                self.assertGreater(recorded["captured: kernels"], 500)
+                self.assertIn(recorded["captures"], range(1, ranks * kinds + 1))
+                if kinds == 2:
+                    found = self.of_an_iteration(config, ranks, settings)
+                    self.assertGreater(found["graph launches"], 0)
+                    self.assertLess(found["kernels"] + found["matrix products"], plain["kernels"] / 10)
+
+    def test_what_cannot_be_recorded_is_computed(self):
+        settings = {"distillation.cuda_graphs": "true"}
+        found = self.run_it(SHAPES, 1, 3, settings, {"DRY_GPU_RECORDS": "300"})
+        self.assertEqual((found["captures"], found["graph launches"]), (1, 0))
+        self.assertGreater(found["kernels"], 3 * 3000)
 
     def test_ranks_divide_the_state(self):
         for shard in ("none", "optimizer", "gradients", "parameters"):

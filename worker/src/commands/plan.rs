@@ -66,6 +66,8 @@ pub struct Plan {
     pub gathered: u64,
     /// Temporaries of an optimizer step, which come when there are no activations.
     pub step: u64,
+    /// Whether the memory of activations is kept.
+    pub graphs: bool,
 }
 
 /// The configurations and sizes of a model, without its weights.
@@ -146,7 +148,8 @@ impl Plan {
         let low = trained_kind < 4;
         let gathered = memory.shard == Shard::Parameters;
         let trained_is_gathered = gathered && spec.lora.is_none();
-        let bucketed = low || shared || trained_is_gathered;
+        let graphs = spec.distillation.cuda_graphs;
+        let bucketed = low || shared || trained_is_gathered || graphs;
         let bucket = 4 * buckets::elements(trained);
         let networks = 3 + i64::from(spec.generator.start_from.is_some());
         let weights = match spec.lora {
@@ -184,12 +187,15 @@ impl Plan {
             gathered: bytes_of(if gathered { kind * gathered_at_once(model) } else { 0 }),
             // The reduced gradient of the slice that is copied, or of the whole where it is in many buckets.
             step: bytes_of(4 * if bucketed { copy } else { trained }),
+            graphs,
         })
     }
 
-    /// The most at a time: activations and temporaries of an optimizer step do not exist at once.
+    /// The most at a time. Activations and temporaries of an optimizer step do not exist at once; but graphs keep the memory of
+    /// activations.
     pub fn peak(&self) -> u64 {
-        self.resident() + (self.activations + self.gathered).max(self.step)
+        let computing = self.activations + self.gathered;
+        self.resident() + if self.graphs { computing + self.step } else { computing.max(self.step) }
     }
 
     fn resident(&self) -> u64 {

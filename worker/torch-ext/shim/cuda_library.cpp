@@ -1,6 +1,7 @@
 #include "cuda_library.h"
 
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
@@ -39,6 +40,8 @@ struct potstill_stream {
 struct potstill_graph {
   at::cuda::CUDAGraph graph;
   potstill_stream* stream;
+  // Where what is recorded panics within tch's no_grad, gradients would stay off.
+  bool gradients = at::GradMode::is_enabled();
   // The ends of the last two replays.
   CUDAEvent ends[2];
   size_t replays = 0;
@@ -104,6 +107,7 @@ bool graph_begin(potstill_stream* stream, potstill_graph** out, potstill_error* 
 
 bool graph_end(potstill_graph* graph, potstill_error* error) {
   auto stream = graph->stream;
+  at::GradMode::set_enabled(graph->gradients);
   return failed(error, [&] {
     try {
       graph->graph.capture_end();

@@ -141,7 +141,8 @@ impl Graph {
             let made = catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref().copied()).unwrap_or("a panic");
-                failed(text.lines().next().unwrap_or_default().to_owned())
+                // It has the error as `Debug` writes it, and the first line of that says what is wrong.
+                failed(text.split("\\n").next().unwrap_or_default().to_owned())
             });
             let ended = call(|error| {
                 // SAFETY: the object is alive.
