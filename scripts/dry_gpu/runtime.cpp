@@ -6,7 +6,10 @@
 //
 // Device memory lies at addresses that the host may not touch. What CUDA forbids while a stream is captured fails as it does
 // there. When the process ends, a line of JSON with counts is appended to the file that DRY_GPU_LOG names; with DRY_GPU_KERNELS it
-// names the kernels. DRY_GPU_MEMORY is a device's size in bytes; a capture of more than DRY_GPU_RECORDS operations fails. With DRY_GPU_WAITS standard error gets the stack of each call that waited, and of each that was forbidden.
+// names the kernels. It does so too when it gets the signal SIGRTMIN+5. With DRY_GPU_WAITS standard error gets the stack of each
+// call that waited, and of each that was forbidden. DRY_GPU_MEMORY is a device's size in bytes. Copies of more than DRY_GPU_COPIES
+// bytes are not made, so that memory which nothing is copied to costs none of the host's. A capture of more than DRY_GPU_RECORDS
+// operations fails.
 #include "runtime.h"
 
 #include <execinfo.h>
@@ -24,6 +27,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -37,6 +41,7 @@ size_t number(const char* name, size_t otherwise) {
 }
 
 const size_t CAPACITY = number("DRY_GPU_MEMORY", size_t{80} << 30);
+const size_t LARGEST_COPY = number("DRY_GPU_COPIES", SIZE_MAX);
 const size_t MOST_RECORDED = number("DRY_GPU_RECORDS", SIZE_MAX);
 
 // ---- Counts ---------------------------------------------------------------------------------------------------------
@@ -125,6 +130,16 @@ __attribute__((constructor)) void watch() {
     backtrace_symbols_fd(stack, backtrace(stack, 60), 2);
   };
   sigaction(SIGSEGV, &action, nullptr);
+  static sigset_t asked;
+  sigemptyset(&asked);
+  sigaddset(&asked, SIGRTMIN + 5);
+  pthread_sigmask(SIG_BLOCK, &asked, nullptr);
+  std::thread([] {
+    for (int signal; sigwait(&asked, &signal) == 0;) {
+      Guard guard(lock);
+      counts().write();
+    }
+  }).detach();
 }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -308,6 +323,9 @@ cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t stream) {
   }
   if (up || (is_device(to) && just_copied(from))) {
     copied[to] = kernels_launched;
+  }
+  if (size > LARGEST_COPY) {
+    return enqueue(stream, what);
   }
   return enqueue(stream, what, [=] {
     bool computed = down && !just_copied(from);

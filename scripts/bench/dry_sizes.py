@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""What the shipped presets of Stable Diffusion ask of a GPU, on a machine without one: `scripts/dry_gpu` computes nothing.
+
+    scripts/bench/dry_sizes.py [NAME …]       of sd15, sdxl, sdxl-lora; without and with CUDA graphs
+
+Prints for one rank, with the settings of gpu_check.py: the peak of its tensors by libtorch's CUDA allocator beside the plan's, what
+the allocator took of the device for them, and per iteration what the host launches, how often it waits, and how long that
+takes it, which is the least time of an iteration whatever the GPU. The weights' files are empty, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from subprocess import DEVNULL, Popen, run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "scripts" / "bench"), str(ROOT / "scripts" / "dry_gpu")]
+
+import dry_gpu  # noqa: E402
+import gpu_models  # noqa: E402
+import prepare  # noqa: E402
+
+POTSTILL = ROOT / "target" / "debug" / "potstill"
+GIB = 1 << 30
+NAMES = {"sd15": ("sd15", False), "sdxl": ("sdxl", False), "sdxl-lora": ("sdxl", True)}
+WARM_UP, MEASURED = 2, 4
+
+
+def sparse(tensors: dict, path: Path) -> None:
+    """A safetensors file of fp16 zeros that takes no space."""
+    offset, header = 0, {}
+    for name, tensor in tensors.items():
+        size = 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+
+
+def preset(name: str, work: Path) -> tuple[Path, dict]:
+    """A run file that extends the shipped preset, and the settings for one rank, as gpu_check.py has them."""
+    model, adapters = NAMES[name]
+    folder = work / model
+    if not folder.exists():
+        gpu_models.save_file, saved = lambda tensors, path: sparse(tensors, Path(path)), gpu_models.save_file
+        try:
+            gpu_models.write(model, folder, "meta", ROOT / "configs/shapes/model/tokenizer")
+        finally:
+            gpu_models.save_file = saved
+    file = ROOT / "configs" / model / ("four-step-lora.toml" if adapters else "one-step.toml")
+    config = work / f"{name}.toml"
+    config.write_text(
+        f"extends = {json.dumps(str(file))}\n[teacher]\nmodel = {json.dumps(str(folder))}\n"
+        f"[prompts]\ndata = {json.dumps(str(folder / 'prompts.txt'))}\ncache = {json.dumps(str(work / ('cache-' + model)))}\n"
+    )
+    batch = 1 if model == "sdxl" else 4
+    return config, {
+        "distillation.micro_batch": batch,
+        # A kind of micro-batch is recorded when it comes for the second time.
+        "distillation.global_batch": batch,
+        "distillation.iterations": 10**6,
+        "checkpoint.every": 10**6,
+        "memory.shard": "none",
+        "generator.steps": 1,
+        "evaluation.every": "none",
+        "evaluation.features": "none",
+        "evaluation.reference": "none",
+    }
+
+
+def iterations(log: Path) -> list[dict]:
+    lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
+    return [line for line in lines if line.get("message") == "iteration"]
+
+
+def measure(name: str, graphs: bool, work: Path) -> dict:
+    config, settings = preset(name, work)
+    settings |= {"distillation.cuda_graphs": str(graphs).lower()}
+    sets = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    plan = [POTSTILL, "plan", config, "--device-memory", "1024GiB", "--json", *sets]
+    planned = json.loads(run(list(map(str, plan)), capture_output=True, text=True, check=True).stdout)
+    id, counted = f"{name}-{graphs}".lower(), work / "counts"
+    counted.unlink(missing_ok=True)
+    command = [POTSTILL, "launch", config, "--workers", 1, "--device", "cuda", "--storage", work / "store"]
+    command += ["--run-id", id, "--log-format", "json", *sets]
+    environment = dry_gpu.environment(counted) | {
+        "RUST_LOG": "potstill=debug,info",
+        "DRY_GPU_MEMORY": str(256 * GIB),
+        "DRY_GPU_COPIES": str(1 << 20),
+    }
+    log = work / f"{id}.log"
+    with log.open("w") as errors:
+        process = Popen(
+            list(map(str, command)), stdout=DEVNULL, stderr=errors, env=environment, start_new_session=True
+        )
+
+    def after(count: int) -> Counter:
+        """What the rank has counted after this many iterations."""
+        while len(iterations(log)) < count:
+            if process.poll() is not None:
+                raise SystemExit(f"{id} ended:\n" + "\n".join(log.read_text().splitlines()[-10:]))
+            time.sleep(0.05)
+        before = len(dry_gpu.counts(counted))
+        children = run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+        for child in children:
+            if b"libdry_gpu" in Path(f"/proc/{child}/maps").read_bytes():
+                os.kill(int(child), signal.SIGRTMIN + 5)
+        while len(dry_gpu.counts(counted)) == before:
+            time.sleep(0.01)
+        return Counter(dry_gpu.counts(counted)[-1]["counts"]) + Counter(iterations=len(iterations(log)))
+
+    try:
+        first, last = after(WARM_UP), after(WARM_UP + MEASURED)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = iterations(log)[WARM_UP:]
+    each = {key: (last[key] - first[key]) / (last["iterations"] - first["iterations"]) for key in last}
+    return {
+        "name": name,
+        "graphs": graphs,
+        "planned": planned["peak"],
+        "tensors": done[-1]["memory_peak_bytes"],
+        "taken": last["bytes at most"],
+        "launches": each["kernels"] + each["matrix products"] + each.get("convolutions", 0),
+        "graph launches": each.get("graph launches", 0),
+        "waits": each["waits"],
+        "seconds": min(line["seconds"] for line in done),
+    }
+
+
+def main() -> None:
+    prepare.python()
+    prepare.programs()
+    print("| | tensors' peak, GiB | planned | ratio | taken of the device | launches | of graphs | waits | host, s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="dry-sizes-") as folder:
+        for name in sys.argv[1:] or NAMES:
+            for graphs in (False, True):
+                found = measure(name, graphs, Path(folder))
+                print(
+                    f"| {name}{', graphs' if graphs else ''} | {found['tensors'] / GIB:.1f} | {found['planned'] / GIB:.1f} "
+                    f"| {found['tensors'] / found['planned']:.2f} | {found['taken'] / GIB:.1f} | {found['launches']:.0f} "
+                    f"| {found['graph launches']:.0f} | {found['waits']:.0f} | {found['seconds']:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
