@@ -87,7 +87,7 @@ fn latent_denoiser(archive: &Archive) -> LatentDenoiser {
     let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
     let tensors = archive.with_prefix("unet.").into_iter();
     let tensors = tensors.map(|(name, tensor)| (name, Stored::Memory(tensor))).collect();
-    LatentDenoiser::from_tensors(config, schedule, &tensors, Device::Cpu).unwrap()
+    LatentDenoiser::from_tensors(config, schedule, &tensors, (Kind::Float, Device::Cpu)).unwrap()
 }
 
 #[test]

@@ -253,8 +253,9 @@ fn activations(spec: &RunSpec, model: &Sizes) -> i64 {
     };
     let again = spec.memory.recompute;
     let dropout = spec.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+    let mixed = !spec.memory.bf16_weights && spec.distillation.precision != Precision::Fp32;
     let kept = |samples, trained| {
-        unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again, dropout })
+        unet.kept(Pass { samples, sides: *sides, tokens: *tokens, trained, again, dropout, mixed })
     };
     let steps = match spec.generator.matching {
         Matching::UniformStep => 1,
@@ -273,17 +274,9 @@ fn activations(spec: &RunSpec, model: &Sizes) -> i64 {
     let scores = fake.elements + teacher.elements + more(&fake).max(more(&teacher));
     let generator_phase = steps * generator.elements + scores.max(more(&generator));
     let fake_phase = trained_fake.elements + encoded(&spec.adversarial) + more(&trained_fake);
-    let kind = match (spec.memory.bf16_weights, spec.distillation.precision) {
-        (true, _) => 2,
-        // Mixed precision: normalizations stay fp32 on a GPU.
-        (false, _) => 4,
-    };
+    let kind = if spec.distillation.precision == Precision::Fp32 { 4 } else { 2 };
     // Each product's copy of its weights in lower precision is kept for the backward pass.
-    let casts = match (spec.memory.bf16_weights, spec.distillation.precision) {
-        (true, _) | (_, Precision::Fp32) => 0,
-        _ if again => 0,
-        _ => 2 * model.size * (2 + steps),
-    };
+    let casts = if mixed && !again { 2 * model.size * (2 + steps) } else { 0 };
     kind * generator_phase.max(fake_phase) + casts
 }
 

@@ -23,7 +23,7 @@ use potstill_models::{
 };
 use potstill_spec::RunSpec;
 use potstill_storage::digest::sha256_of;
-use tch::Device;
+use tch::{Device, Kind};
 
 use self::space::Texts;
 pub use self::{
@@ -90,7 +90,8 @@ impl Model {
             || spec.adversarial.as_ref().is_some_and(|adversarial| adversarial.cache.is_some());
         let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
-        let mut model = Self::of_folder(&found.path, teacher.image_size, recompute, divided, device)
+        let weights = (weights_kind(spec), device);
+        let mut model = Self::of_folder(&found.path, teacher.image_size, recompute, divided, weights)
             .map_err(|error| found.named(error))?;
         match &model.files {
             None => finite(model.network.as_ref())?,
@@ -117,7 +118,7 @@ impl Model {
         recompute: bool,
         device: Device,
     ) -> anyhow::Result<Self> {
-        Self::of_folder(path, image_size, recompute, false, device)
+        Self::of_folder(path, image_size, recompute, false, (Kind::Float, device))
     }
 
     fn of_folder(
@@ -125,8 +126,9 @@ impl Model {
         image_size: Option<[u32; 2]>,
         recompute: bool,
         divided: bool,
-        device: Device,
+        weights: (Kind, Device),
     ) -> anyhow::Result<Self> {
+        let (kind, device) = weights;
         let folder = ModelFolder::open(path)?;
         let conditioner = folder.text(device)?;
         folder.check(&conditioner)?;
@@ -135,7 +137,7 @@ impl Model {
         work::complete();
         let (network, files) = match divided {
             true => folder.mapped_denoiser(device).map(|(network, files)| (network, Some(files)))?,
-            false => (folder.denoiser(device)?, None),
+            false => (folder.denoiser_of(kind, device)?, None),
         };
         let mut network = network.with_recomputation(recompute);
         work::complete();
@@ -220,10 +222,15 @@ pub fn load_network(path: &Path, sha256: Option<&str>, device: Device) -> anyhow
     EdmNetwork::load(path, device).context("teacher's weights")
 }
 
-/// Loads the U-Net of a text-to-image model's folder.
+/// The data type of the weights of a run's networks.
+pub fn weights_kind(spec: &RunSpec) -> Kind {
+    if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float }
+}
+
+/// Loads the U-Net of a text-to-image model's folder, with weights of this data type.
 ///
 /// # Errors
 /// The folder's error.
-pub fn load_unet(path: &Path, device: Device) -> anyhow::Result<LatentDenoiser> {
-    Ok(ModelFolder::open(path)?.denoiser(device)?)
+pub fn load_unet(path: &Path, kind: Kind, device: Device) -> anyhow::Result<LatentDenoiser> {
+    Ok(ModelFolder::open(path)?.denoiser_of(kind, device)?)
 }

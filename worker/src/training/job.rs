@@ -39,7 +39,7 @@ use crate::{
     evaluation::Evaluator,
     evaluation::samples::SampleSet,
     model::student::Student,
-    model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times},
+    model::{Model, Space, Wanted, adapters, initial_timestep, load_unet, times, weights_kind},
     process::memory::Memory,
 };
 
@@ -74,7 +74,7 @@ impl Inputs {
                 start_in_files = Some(weights);
                 Some(fitting(Box::new(network), path, &model)?)
             }
-            (Some(path), None) => Some(load_start(path, &model, device)?),
+            (Some(path), None) => Some(load_start(path, &model, weights_kind(spec), device)?),
             (Some(path), Some(lora)) => {
                 let read = adapters::read(model.network.as_ref(), lora, path);
                 Some(read.with_context(|| format!("generator.start_from: {}", path.display()))?)
@@ -138,9 +138,9 @@ struct Files {
 }
 
 /// Loads the generator that a run starts from: an exported one of the teacher's architecture.
-fn load_start(path: &Path, teacher: &Model, device: Device) -> anyhow::Result<Box<dyn Denoiser>> {
+fn load_start(path: &Path, teacher: &Model, kind: Kind, device: Device) -> anyhow::Result<Box<dyn Denoiser>> {
     let network: Box<dyn Denoiser> = match path.is_dir() {
-        true => Box::new(load_unet(path, device).context("generator.start_from")?),
+        true => Box::new(load_unet(path, kind, device).context("generator.start_from")?),
         false => Student::from_file(path, device).context("generator.start_from")?.model.network,
     };
     fitting(network, path, teacher)
@@ -212,7 +212,7 @@ impl Job {
         let recipe = Recipe::new(&spec, settings);
         let conditions = space.conditions();
         let samples = SampleSet::new(&spec.evaluation, space, device);
-        let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
+        let weights = weights_kind(&spec);
         let frozen = |network: Box<dyn Denoiser>| {
             let flat = network.parameters().flat();
             let flat = match files {

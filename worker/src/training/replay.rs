@@ -205,7 +205,7 @@ impl Recording {
                 UNetConfig::parse(config).unwrap(),
                 schedule,
                 &named,
-                Device::Cpu,
+                (Kind::Float, Device::Cpu),
             );
             return Box::new(network.unwrap());
         }

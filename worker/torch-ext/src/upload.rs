@@ -6,9 +6,10 @@ use tch::{Device, Tensor};
 /// queued before, as it would with [`Tensor::to_device`], whose source may change as soon as it returns.
 pub fn upload(tensor: &Tensor, device: Device) -> Tensor {
     match (tensor.device(), device) {
-        // libtorch keeps page-locked memory until copies from it are done.
+        // libtorch keeps page-locked memory until copies from it are done. It refuses to copy an expanded tensor to it, whose strides
+        // it would take over.
         (Device::Cpu, Device::Cuda(_)) => {
-            tensor.pin_memory(device).to_device_(device, tensor.kind(), true, false)
+            tensor.contiguous().pin_memory(device).to_device_(device, tensor.kind(), true, false)
         }
         _ => tensor.to_device(device),
     }

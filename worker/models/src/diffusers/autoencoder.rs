@@ -215,8 +215,12 @@ impl Autoencoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters =
-            weights::assemble(config.declare()?, &present(tensors), Surplus::PassedOver, device)?;
+        let parameters = weights::assemble(
+            config.declare()?,
+            &present(tensors),
+            Surplus::PassedOver,
+            (Kind::Float, device),
+        )?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config);
         Ok(Self { config, parameters, network })

@@ -73,7 +73,7 @@ impl LatentDenoiser {
         Ok(Self::bind(config, schedule, Weights::own(parameters)))
     }
 
-    /// A network from named tensors, which must be exactly those of the configuration.
+    /// A network from named tensors, which must be exactly those of the configuration, with weights of this data type.
     ///
     /// # Errors
     /// [`LoadError`], with one line for each tensor that does not fit.
@@ -81,9 +81,9 @@ impl LatentDenoiser {
         config: UNetConfig,
         schedule: ScheduleConfig,
         tensors: &Named,
-        device: Device,
+        options: (Kind, Device),
     ) -> Result<Self, LoadError> {
-        let parameters = weights::assemble(declare(&config)?, tensors, Surplus::Refused, device)?;
+        let parameters = weights::assemble(declare(&config)?, tensors, Surplus::Refused, options)?;
         Ok(Self::bind(config, schedule, Weights::own(parameters)))
     }
 

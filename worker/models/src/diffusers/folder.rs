@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::{
     autoencoder::{self, Autoencoder, AutoencoderConfig},
@@ -164,14 +164,23 @@ impl ModelFolder {
         Ok((size, tokens))
     }
 
-    /// The U-Net.
+    /// The U-Net, fp32.
     ///
     /// # Errors
     /// [`LoadError`]: every tensor that is missing, surplus or misshaped is named.
     pub fn denoiser(&self, device: Device) -> Result<LatentDenoiser, LoadError> {
+        self.denoiser_of(Kind::Float, device)
+    }
+
+    /// The U-Net with weights of this data type.
+    ///
+    /// # Errors
+    /// As [`denoiser`](Self::denoiser).
+    pub fn denoiser_of(&self, kind: Kind, device: Device) -> Result<LatentDenoiser, LoadError> {
         let (config, schedule) = (self.unet_config()?, self.schedule()?);
         let (tensors, place) = self.weights("unet")?;
-        LatentDenoiser::from_tensors(config, schedule, &tensors, device).map_err(|e| e.in_file(&place))
+        LatentDenoiser::from_tensors(config, schedule, &tensors, (kind, device))
+            .map_err(|e| e.in_file(&place))
     }
 
     /// The U-Net without weights in memory, as of [`LatentDenoiser::mapped`], and its weights.

@@ -197,8 +197,12 @@ impl TextEncoder {
         tensors: Named,
         device: Device,
     ) -> Result<Self, LoadError> {
-        let parameters =
-            weights::assemble(config.declare(projects), &present(tensors), Surplus::PassedOver, device)?;
+        let parameters = weights::assemble(
+            config.declare(projects),
+            &present(tensors),
+            Surplus::PassedOver,
+            (Kind::Float, device),
+        )?;
         let parameters = parameters.over(parameters.flat().shallow_clone(), false);
         let network = Network::new(&mut Scope::root(&mut Binding::new(&parameters)), &config, projects);
         Ok(Self { config, parameters, network })

@@ -87,8 +87,12 @@ impl EdmNetwork {
         device: Device,
     ) -> Result<Self, LoadError> {
         let stored = tensors.iter().map(|(name, t)| (name.clone(), Stored::Memory(t.shallow_clone())));
-        let parameters =
-            weights::assemble(config.declare()?, &stored.collect(), weights::Surplus::Refused, device)?;
+        let parameters = weights::assemble(
+            config.declare()?,
+            &stored.collect(),
+            weights::Surplus::Refused,
+            (Kind::Float, device),
+        )?;
         Ok(Self::bind(config, Weights::own(parameters)))
     }
 

@@ -176,19 +176,21 @@ pub(crate) fn check(declaration: &Declaration, tensors: &Named, surplus: Surplus
     }
 }
 
-/// Checks all `tensors` against a declared network, and makes its parameters.
+/// Checks all `tensors` against a declared network, and makes its parameters, of this data type on this device. Buffers are fp32.
 pub(crate) fn assemble(
     declaration: Declaration,
     tensors: &Named,
     surplus: Surplus,
-    device: Device,
+    options: (Kind, Device),
 ) -> Result<Parameters, LoadError> {
     check(&declaration, tensors, surplus)?;
-    let fp32 = |name: &str| tensors[name].tensor().detach().to_device(device).to_kind(Kind::Float);
+    let (kind, device) = options;
+    let moved = |name: &str| tensors[name].tensor().detach().to_device(device);
+    let fp32 = |name: &str| moved(name).to_kind(Kind::Float);
     // One tensor after the other, so that there is never a second copy of all.
-    let flat = Tensor::empty([declaration.numel()], (Kind::Float, device));
+    let flat = Tensor::empty([declaration.numel()], (kind, device));
     for entry in declaration.entries() {
-        flat.narrow(0, entry.offset, entry.numel()).copy_(&fp32(&entry.name).reshape([-1]));
+        flat.narrow(0, entry.offset, entry.numel()).copy_(&moved(&entry.name).reshape([-1]));
     }
     // Buffers are copied, so that the network does not share memory with the mapped file.
     let buffers = declaration.buffers().iter().map(|b| (b.name.clone(), fp32(&b.name).copy())).collect();

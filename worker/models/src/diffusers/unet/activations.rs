@@ -19,9 +19,11 @@ pub struct Pass {
     pub again: bool,
     /// Whether what trains are adapters with dropout, of the usual layers.
     pub dropout: bool,
+    /// Whether fp32 weights compute in mixed precision: normalizations then take and give fp32.
+    pub mixed: bool,
 }
 
-/// Elements of the network's data type.
+/// Elements of the data type in which products are computed; one in fp32 counts as two where that is a lower precision.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
     /// Kept from the forward pass until the backward pass.
@@ -55,7 +57,7 @@ impl Sum<'_> {
         let last = channels.len() - 1;
         let mut sides = self.pass.sides;
         // The input, and the output of the first convolution.
-        self.keep(self.image(config.in_channels, sides) + self.image(channels[0], sides));
+        self.keep(self.image(config.in_channels, sides) + self.wide(self.image(channels[0], sides)));
         let mut skips = vec![channels[0]];
         let mut inputs = channels[0];
         let mut levels = vec![sides];
@@ -68,7 +70,9 @@ impl Sum<'_> {
             }
             if level < last {
                 sides = sides.map(|side| (side + 1) / 2);
-                self.keep(self.image(outputs, sides) + self.dropped(self.image(outputs, levels[level])));
+                self.keep(
+                    self.wide(self.image(outputs, sides)) + self.dropped(self.image(outputs, levels[level])),
+                );
                 skips.push(outputs);
             }
             levels.push(sides);
@@ -84,7 +88,9 @@ impl Sum<'_> {
             let outputs = channels[level];
             for index in 0..=config.layers_per_block.at(level) as usize {
                 let merged = inputs + skips.pop().unwrap_or(0);
-                self.keep(self.image(merged, sides));
+                // In mixed precision the residual block's shortcut keeps it, and its normalization a copy.
+                let copies = if self.pass.mixed { 3 } else { 1 };
+                self.keep(copies * self.image(merged, sides));
                 let attends = config.attends_up(place).then(|| (level, config.layers_up(place, index)));
                 self.step(merged, outputs, sides, attends);
                 inputs = outputs;
@@ -92,21 +98,24 @@ impl Sum<'_> {
             if level > 0 {
                 sides = levels[level - 1];
                 // Repeated pixels, which the next convolution keeps, and its output.
-                self.keep(2 * self.image(outputs, sides) + self.dropped(self.image(outputs, sides)));
+                let image = self.image(outputs, sides);
+                self.keep(image + self.wide(image) + self.dropped(image));
             }
         }
         // Normalized, and after the activation.
-        self.keep(2 * self.image(channels[0], sides));
+        let image = self.image(channels[0], sides);
+        self.keep(self.wide(image) + image);
     }
 
     /// A residual block, followed by attention where `attends` has a level and a number of transformer blocks.
     fn step(&mut self, inputs: i64, outputs: i64, sides: [i64; 2], attends: Option<(usize, i64)>) {
         let image = |channels| self.image(channels, sides);
         // Normalized and activated, before each convolution; the output of the first one.
-        let inside = 2 * image(inputs) + 3 * image(outputs);
+        let inside =
+            self.wide(image(inputs)) + image(inputs) + 2 * self.wide(image(outputs)) + image(outputs);
         let shortcut = if inputs == outputs { 0 } else { image(inputs) };
         let dropped = self.dropped(image(inputs) + image(outputs) + shortcut);
-        self.block(inside + dropped, image(outputs));
+        self.block(inside + dropped, self.wide(image(outputs)));
         if let Some((level, layers)) = attends {
             let (inside, output) = self.attention(level, layers, outputs, sides);
             self.block(inside, output);
@@ -120,16 +129,18 @@ impl Sum<'_> {
         let heads = self.config.attention_head_dim.at(level);
         // The log-sum-exp of attention, fp32; of two attentions.
         let sums = 2 * 2 * self.pass.samples * heads * sides[0] * sides[1];
-        // Query, key, value and output of self-attention, query and output of attention to the text, the sums after
-        // them, the gate's halves, the activated half, the output.
-        let attended = 4 + 2 + 2 + 8 + 4 + 1;
+        // Query, key, value and output of self-attention, query and output of attention to the text, the gate's halves, the
+        // activated half.
+        let attended = 4 + 2 + 8 + 4;
+        // The sums after both attentions, and the output.
+        let normalized = self.wide(3 * sequence);
         // Inputs of linear layers: normalized three times, and the gated product.
         let inputs = if self.pass.trained { 3 + 4 } else { 0 };
-        let layer = (attended + inputs) * sequence + 2 * text + sums;
+        let layer = (attended + inputs) * sequence + normalized + 2 * text + sums;
         // Those of query, key, value and output, of query and output, and of the gated projections; key and value of the text.
         let dropped = self.dropped(2 * sequence + layers * ((4 + 2 + 1 + 4) * sequence + text));
         // Normalized, and projected; the output.
-        (2 * sequence + layers * layer + dropped, sequence)
+        (self.wide(sequence) + sequence + layers * layer + dropped, self.wide(sequence))
     }
 
     /// What adapters with dropout keep besides, where their inputs have so many elements: a mask and what it leaves.
@@ -147,6 +158,11 @@ impl Sum<'_> {
 
     fn keep(&mut self, elements: i64) {
         self.kept.elements += elements;
+    }
+
+    /// Elements that are fp32 in mixed precision.
+    fn wide(&self, elements: i64) -> i64 {
+        if self.pass.mixed { 2 * elements } else { elements }
     }
 
     fn image(&self, channels: i64, sides: [i64; 2]) -> i64 {
