@@ -30,8 +30,9 @@ import prepare  # noqa: E402
 
 POTSTILL = ROOT / "target" / "debug" / "potstill"
 GIB = 1 << 30
-NAMES = {"sd15": ("sd15", False), "sdxl": ("sdxl", False), "sdxl-lora": ("sdxl", True)}
-WARM_UP, MEASURED = 2, 4
+# The preset, gpu_models.py's network, whether with adapters.
+NAMES = {"sd15": ("sd15", "sd15", False), "sdxl": ("sdxl", "sdxl", False), "sdxl-lora": ("sdxl", "sdxl", True)}
+WARM_UP, MEASURED = 2, 20
 
 
 def sparse(tensors: dict, path: Path) -> None:
@@ -49,19 +50,19 @@ def sparse(tensors: dict, path: Path) -> None:
 
 def preset(name: str, work: Path) -> tuple[Path, dict]:
     """A run file that extends the shipped preset, and the settings for one rank, as gpu_check.py has them."""
-    model, adapters = NAMES[name]
-    folder = work / model
+    model, network, adapters = NAMES[name]
+    folder = work / network
     if not folder.exists():
         gpu_models.save_file, saved = lambda tensors, path: sparse(tensors, Path(path)), gpu_models.save_file
         try:
-            gpu_models.write(model, folder, "meta", ROOT / "configs/shapes/model/tokenizer")
+            gpu_models.write(network, folder, "meta", ROOT / "configs/shapes/model/tokenizer")
         finally:
             gpu_models.save_file = saved
     file = ROOT / "configs" / model / ("four-step-lora.toml" if adapters else "one-step.toml")
     config = work / f"{name}.toml"
     config.write_text(
         f"extends = {json.dumps(str(file))}\n[teacher]\nmodel = {json.dumps(str(folder))}\n"
-        f"[prompts]\ndata = {json.dumps(str(folder / 'prompts.txt'))}\ncache = {json.dumps(str(work / ('cache-' + model)))}\n"
+        f"[prompts]\ndata = {json.dumps(str(folder / 'prompts.txt'))}\ncache = {json.dumps(str(work / ('cache-' + network)))}\n"
     )
     batch = 1 if model == "sdxl" else 4
     return config, {
@@ -83,9 +84,10 @@ def iterations(log: Path) -> list[dict]:
     return [line for line in lines if line.get("message") == "iteration"]
 
 
-def measure(name: str, graphs: bool, work: Path) -> dict:
+def measure(name: str, graphs: bool, work: Path, changes: dict | None = None, measured: int = MEASURED) -> dict:
+    """What the main table has of a preset, with some settings changed, over so many iterations."""
     config, settings = preset(name, work)
-    settings |= {"distillation.cuda_graphs": str(graphs).lower()}
+    settings |= {"distillation.cuda_graphs": str(graphs).lower()} | (changes or {})
     sets = [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
     plan = [POTSTILL, "plan", config, "--device-memory", "1024GiB", "--json", *sets]
     planned = json.loads(run(list(map(str, plan)), capture_output=True, text=True, check=True).stdout)
@@ -120,7 +122,7 @@ def measure(name: str, graphs: bool, work: Path) -> dict:
         return Counter(dry_gpu.counts(counted)[-1]["counts"]) + Counter(iterations=len(iterations(log)))
 
     try:
-        first, last = after(WARM_UP), after(WARM_UP + MEASURED)
+        first, last = after(WARM_UP), after(WARM_UP + measured)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -142,7 +144,7 @@ def measure(name: str, graphs: bool, work: Path) -> dict:
 def main() -> None:
     prepare.python()
     prepare.programs()
-    print("| | tensors' peak, GiB | planned | ratio | taken of the device | launches | of graphs | waits | host, s |")
+    print("| | tensors' peak, GiB | planned | ratio | taken of the device | launches | of graphs | waits | host, ms |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="dry-sizes-") as folder:
         for name in sys.argv[1:] or NAMES:
@@ -151,7 +153,7 @@ def main() -> None:
                 print(
                     f"| {name}{', graphs' if graphs else ''} | {found['tensors'] / GIB:.1f} | {found['planned'] / GIB:.1f} "
                     f"| {found['tensors'] / found['planned']:.2f} | {found['taken'] / GIB:.1f} | {found['launches']:.0f} "
-                    f"| {found['graph launches']:.0f} | {found['waits']:.0f} | {found['seconds']:.2f} |",
+                    f"| {found['graph launches']:.0f} | {found['waits']:.0f} | {1000 * found['seconds']:.0f} |",
                     flush=True,
                 )
 

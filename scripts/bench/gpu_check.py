@@ -6,6 +6,8 @@
     scripts/bench/gpu_check.py --budget 330           seconds; a part that would not fit is left out, and one that takes
                                                       longer is cut short
     scripts/bench/gpu_check.py --rehearse             the same code on the CPU with tiny networks: 3 minutes
+    scripts/dry_gpu/dry_gpu.py scripts/bench/gpu_check.py --rehearse cuda --only card,nccl,sdxl,recovery,graphs
+                                                      and on a GPU that computes nothing, so that results are not compared
 
 The parts, in their order:
     card           the measured rates of bf16 products and of copies, with which the others are compared
@@ -15,6 +17,7 @@ The parts, in their order:
                    images/s, TFLOP/s, memory beside `potstill plan`
     recovery       kill -9 of the rank, of the coordinator, and of both: whether the result is the same, bit by bit
     precision      loss and gradients of one iteration in bf16 beside fp32
+    graphs         micro-batches as CUDA graphs: whether the result is the same, and how much faster the presets are
     sdxl-compiled, sd15-compiled
                    the baseline with what PyTorch and diffusers offer to make it faster
     sdxl-lora      adapters on SDXL
@@ -54,6 +57,7 @@ NEEDS = {
     "sd15": 40,
     "recovery": 30,
     "precision": 30,
+    "graphs": 50,
     "sdxl-compiled": 60,
     "sd15-compiled": 50,
     "sdxl-lora": 45,
@@ -69,6 +73,7 @@ PARTS = [
     "sd15",
     "recovery",
     "precision",
+    "graphs",
     "sdxl-compiled",
     "sdxl-lora",
     "sd15-compiled",
@@ -354,6 +359,48 @@ def eager(check: Check, name: str, tuning: str, about: dict, batch: int, offload
         **rates(check, name, about, batch, seconds),
         ratio=seconds / check.ours[name] if name in check.ours else None,
     )
+
+
+def graphs(check: Check) -> None:
+    """The digits with graphs and without, and then the presets with graphs, beside their iterations without."""
+    count = 3 if check.rehearsal else 20
+    settings = NO_FEATURES | {"distillation.iterations": count}
+    if check.rehearsal:
+        settings |= {"distillation.global_batch": 8, "distillation.micro_batch": 4}
+    states = {}
+    for on in ("false", "true"):
+        name = f"graphs-digits-{on}"
+        with Run(
+            check, name, check.root / "configs/digits/one-step.toml", settings | {"distillation.cuda_graphs": on}
+        ) as run:
+            run.success()
+            states[on] = run.state()
+    same = all(states["true"][key].tobytes() == value.tobytes() for key, value in states["false"].items())
+    difference = 0.0 if same else apart(states["true"], states["false"], "generator/")
+    check.emit("graphs", model="digits", iterations=count, identical=same, generators_apart=difference)
+    for name in ("sd15", "sdxl"):
+        if not check.rehearsal and check.left() < NEEDS[name] / 2:
+            check.emit("graphs", model=name, skipped=f"{check.left():.0f} s are left")
+            continue
+        config, about = preset(check, MODELS[name][0], f"graphs-{name}")
+        settings = settings_of(check, name, False, offloads(check, name, config)) | {"distillation.cuda_graphs": "true"}
+        warm_up, measured_ones = (2, 2) if check.rehearsal else (3, 5)
+        check.quiet()
+        with Run(check, f"graphs-{name}", config, settings) as run:
+            batch = settings["distillation.micro_batch"]
+            seconds, found = measured(check, name, run, batch, warm_up, measured_ones)
+            refused = [line["error"] for line in run.messages() if "recorded as CUDA graphs" in line["message"]]
+        plan = planned(check, f"graphs-{name}", config, settings)
+        check.emit(
+            "graphs",
+            model=about["name"],
+            recorded=not refused,
+            refused=refused,
+            **found,
+            **rates(check, name, about, batch, seconds),
+            tensors_over_planned=found["tensors_peak"] / plan["peak"],
+            faster_than_without=check.ours[name] / seconds if name in check.ours else None,
+        )
 
 
 def compiled(check: Check, name: str) -> None:
@@ -651,6 +698,7 @@ WORK = {
     "digits": digits,
     "recovery": recovery,
     "precision": precision,
+    "graphs": graphs,
     "profile": profile,
     "fits": fits,
     "quality": quality,
@@ -666,7 +714,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny networks")
+    parser.add_argument(
+        "--rehearse", nargs="?", const="cpu", choices=["cpu", "cuda"], help="with tiny networks, by default on the CPU"
+    )
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     if unknown := sorted(set(wanted) - set(PARTS)):
@@ -684,7 +734,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         check = Check(arguments, Path(folder))
-        uses = {"sdxl": ("sdxl", "profile", "fits"), "sd15": ("sd15",), "narrow": ("precision",)}
+        uses = {"sdxl": ("sdxl", "graphs", "profile", "fits"), "sd15": ("sd15", "graphs"), "narrow": ("precision",)}
         check.prepare([name for name, parts in uses.items() if any(part.startswith(parts) for part in wanted)])
         for part in (part for part in PARTS if part in wanted):
             if not arguments.rehearse and check.left() < NEEDS[part]:

@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Check:
     def __init__(self, arguments: argparse.Namespace, work: Path):
         self.started = time.monotonic()
         self.rehearsal, self.budget = arguments.rehearse, arguments.budget
-        self.device = "cpu" if self.rehearsal else "cuda"
+        self.device = self.rehearsal or "cuda"
         self.work, self.logs = work, work / "logs"
         self.logs.mkdir()
         self.out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
@@ -174,6 +175,9 @@ class Check:
             return 1024 * int(fields.split("VmHWM:")[1].split()[0])
         if self.nvml:
             return self.nvml()
+        if not shutil.which("nvidia-smi"):
+            # Neither the driver's tool nor its package.
+            return 0
         asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
         return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) << 20
 

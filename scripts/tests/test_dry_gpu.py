@@ -1,17 +1,20 @@
 """Runs on GPUs that compute nothing: all that ranks do on the host for a GPU, on a machine that has none."""
 
+import json
 import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 POTSTILL = ROOT / "target" / "debug" / "potstill"
-sys.path.insert(0, str(ROOT / "scripts" / "dry_gpu"))
+sys.path[:0] = [str(ROOT / "scripts" / "dry_gpu"), str(ROOT / "scripts" / "bench")]
 
 import dry_gpu  # noqa: E402
+import dry_sizes  # noqa: E402
 
 DIGITS, SHAPES = "digits/one-step.toml", "shapes/one-step.toml"
 BF16 = {"distillation.precision": "bf16", "memory.bf16_weights": "true"}
@@ -62,11 +65,9 @@ class DryGpu(unittest.TestCase):
 
     def test_the_host_waits_for_the_device_only_where_it_needs_numbers(self):
         for config, settings in (
-            (DIGITS, {}),
             (SHAPES, {}),
             (SHAPES, BF16 | {"memory.recompute": "true"}),
             ("digits/four-step-gan.toml", {}),
-            ("shapes/four-step-lora.toml", {"distillation.precision": "bf16"}),
         ):
             with self.subTest(config=config, settings=settings):
                 found = self.of_an_iteration(config, 1, settings)
@@ -100,6 +101,39 @@ class DryGpu(unittest.TestCase):
         found = self.run_it(SHAPES, 1, 3, settings, {"DRY_GPU_RECORDS": "300"})
         self.assertEqual((found["captures"], found["graph launches"]), (1, 0))
         self.assertGreater(found["kernels"], 3 * 3000)
+
+    def test_a_preset_takes_the_memory_that_its_plan_says(self):
+        found = dry_sizes.measure("sd15", False, self.folder, measured=2)
+        self.assertAlmostEqual(found["tensors"] / found["planned"], 1, delta=0.05)
+        self.assertLess(found["taken"], 1.05 * found["tensors"])
+        self.assertGreater(found["launches"], 10_000)
+
+    def test_several_samples_of_sdxl_are_a_micro_batch(self):
+        # Their sizes are one row, expanded.
+        names = dry_sizes.NAMES | {"tiny": ("sdxl", "tiny-sdxl", True)}
+        with unittest.mock.patch.object(dry_sizes, "NAMES", names):
+            changes = {"distillation.micro_batch": 2, "distillation.global_batch": 2, "lora.rank": 4}
+            found = dry_sizes.measure("tiny", True, self.folder, changes, measured=2)
+        self.assertGreater(found["graph launches"], 1)
+
+    def test_the_gpu_check_runs(self):
+        command = [sys.executable, ROOT / "scripts/bench/gpu_check.py", "--rehearse", "cuda"]
+        command += ["--only", "nccl,recovery,graphs"]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=dry_gpu.environment(self.folder / "log"),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        of = {part: [result for result in results if result["part"] == part] for part in ("nccl", "recovery", "graphs")}
+        libraries, again = of["nccl"]
+        self.assertIn("libtorch_cuda", " ".join(libraries["libraries"]))
+        self.assertTrue(again["same_process"], again)
+        self.assertEqual({result["run"] for result in of["recovery"]}, {"rank-dies", "coordinator-dies", "all-die"})
+        self.assertTrue(all(result.get("recorded", True) for result in of["graphs"]), of["graphs"])
 
     def test_ranks_divide_the_state(self):
         for shard in ("none", "optimizer", "gradients", "parameters"):
