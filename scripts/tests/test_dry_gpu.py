@@ -27,6 +27,7 @@ class DryGpu(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+        self.runs = 0
 
     def run_it(
         self, config: str, ranks: int, iterations: int, settings: dict, environment: dict | None = None
@@ -35,7 +36,8 @@ class DryGpu(unittest.TestCase):
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         command = [POTSTILL, "launch", ROOT / "configs" / config, "--workers", ranks, "--device", "cuda"]
-        command += ["--storage", self.folder / "store", "--threads", 1]
+        self.runs += 1
+        command += ["--storage", self.folder / "store", "--run-id", f"run-{self.runs}", "--threads", 1]
         settings = {
             "distillation.iterations": iterations,
             "checkpoint.every": 1000,
@@ -103,7 +105,7 @@ class DryGpu(unittest.TestCase):
         self.assertGreater(found["kernels"], 3 * 3000)
 
     def test_a_preset_takes_the_memory_that_its_plan_says(self):
-        found = dry_sizes.measure("sd15", False, self.folder, measured=2)
+        found = dry_sizes.measure("sd15", self.folder, measured=2)
         self.assertAlmostEqual(found["tensors"] / found["planned"], 1, delta=0.05)
         self.assertLess(found["taken"], 1.05 * found["tensors"])
         self.assertGreater(found["launches"], 10_000)
@@ -112,8 +114,8 @@ class DryGpu(unittest.TestCase):
         # Their sizes are one row, expanded.
         names = dry_sizes.NAMES | {"tiny": ("sdxl", "tiny-sdxl", True)}
         with unittest.mock.patch.object(dry_sizes, "NAMES", names):
-            changes = {"distillation.micro_batch": 2, "distillation.global_batch": 2, "lora.rank": 4}
-            found = dry_sizes.measure("tiny", True, self.folder, changes, measured=2)
+            changes = {"distillation.micro_batch": 2, "distillation.global_batch": 4, "distillation.cuda_graphs": "true"}
+            found = dry_sizes.measure("tiny", self.folder, changes | {"lora.rank": 4}, measured=2)
         self.assertGreater(found["graph launches"], 1)
 
     def test_the_gpu_check_runs(self):
