@@ -367,7 +367,7 @@ def graphs(check: Check) -> None:
     settings = NO_FEATURES | {"distillation.iterations": count}
     if check.rehearsal:
         settings |= {"distillation.global_batch": 8, "distillation.micro_batch": 4}
-    states = {}
+    states, losses = {}, {}
     for on in ("false", "true"):
         name = f"graphs-digits-{on}"
         with Run(
@@ -375,9 +375,19 @@ def graphs(check: Check) -> None:
         ) as run:
             run.success()
             states[on] = run.state()
+            parts = ("fake_score_loss", "generator_loss", "fake_score_grad_norm", "generator_grad_norm")
+            losses[on] = [[line.get(part) for part in parts] for line in run.iterations()]
     same = all(states["true"][key].tobytes() == value.tobytes() for key, value in states["false"].items())
     difference = 0.0 if same else apart(states["true"], states["false"], "generator/")
-    check.emit("graphs", model="digits", iterations=count, identical=same, generators_apart=difference)
+    check.emit(
+        "graphs",
+        model="digits",
+        iterations=count,
+        identical=same,
+        generators_apart=difference,
+        losses_identical=losses["true"] == losses["false"],
+        last_losses=[losses[on][-1] for on in losses],
+    )
     for name in ("sd15", "sdxl"):
         if not check.rehearsal and check.left() < NEEDS[name] / 2:
             check.emit("graphs", model=name, skipped=f"{check.left():.0f} s are left")

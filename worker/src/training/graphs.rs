@@ -95,7 +95,7 @@ impl Graphs {
             // Those of another loss scale do not come back soon.
             known.retain(|(other, _)| other.network != network || other.scale.total_cmp(&scale).is_eq());
             known.push((key, None));
-            return compute(&draw);
+            return self.without(&draw, &compute);
         };
         let recorded = &mut known[place].1;
         let recorded = match recorded {
@@ -130,6 +130,16 @@ impl Graphs {
             }
             None => compute(&recorded.inputs),
         }
+    }
+
+    /// Computes a micro-batch without a graph, in the memory of the graphs, so that activations do not exist twice.
+    fn without(
+        &self,
+        draw: &Draw,
+        compute: &impl Fn(&Draw) -> Result<MicroBatchLoss, Interruption>,
+    ) -> Result<MicroBatchLoss, Interruption> {
+        let Some(stream) = &self.stream else { return compute(draw) };
+        Ok(stream.in_its_memory(|| compute(draw))??.map(Tensor::copy))
     }
 
     /// Records a micro-batch; the inner error says why it cannot be recorded.

@@ -18,8 +18,8 @@ using potstill::failed;
 
 namespace allocator = c10::cuda::CUDACachingAllocator;
 
-// All that is allocated for the stream while it is the current one lies in one pool, as what its graphs need does: they are never
-// replayed at once, and what is computed without a graph needs no memory besides.
+// The stream's graphs take their memory from one pool: they are never replayed at once. What is computed without a graph can
+// take its memory there too, and then needs none besides; but a replay overwrites it.
 struct potstill_stream {
   CUDAStream own;
   CUDAStream former;
@@ -27,14 +27,6 @@ struct potstill_stream {
   at::cuda::MemPool pool;
 
   c10::DeviceIndex device() const { return own.device_index(); }
-
-  void begin_pool() {
-    allocator::beginAllocateToPool(device(), pool.id(), [this](cudaStream_t stream) { return stream == own.stream(); });
-  }
-  void end_pool() {
-    allocator::endAllocateToPool(device(), pool.id());
-    allocator::releasePool(device(), pool.id());
-  }
 };
 
 struct potstill_graph {
@@ -73,16 +65,28 @@ bool stream_enter(potstill_stream* stream, potstill_error* error) {
     stream->former = c10::cuda::getCurrentCUDAStream();
     follow(stream->former, stream->own);
     c10::cuda::setCurrentCUDAStream(stream->own);
-    stream->begin_pool();
   });
 }
 
 bool stream_leave(potstill_stream* stream, potstill_error* error) {
   return failed(error, [&] {
-    stream->end_pool();
     c10::cuda::setCurrentCUDAStream(stream->former);
     follow(stream->own, stream->former);
     c10::cuda::set_device(stream->former_device);
+  });
+}
+
+bool pool_enter(potstill_stream* stream, potstill_error* error) {
+  return failed(error, [&] {
+    auto own = stream->own.stream();
+    allocator::beginAllocateToPool(stream->device(), stream->pool.id(), [own](cudaStream_t other) { return other == own; });
+  });
+}
+
+bool pool_leave(potstill_stream* stream, potstill_error* error) {
+  return failed(error, [&] {
+    allocator::endAllocateToPool(stream->device(), stream->pool.id());
+    allocator::releasePool(stream->device(), stream->pool.id());
   });
 }
 
@@ -92,15 +96,8 @@ bool graph_begin(potstill_stream* stream, potstill_graph** out, potstill_error* 
   return failed(error, [&] {
     auto made = std::make_unique<potstill_graph>();
     made->stream = stream;
-    // The graph begins to use the pool itself.
-    stream->end_pool();
-    try {
-      // Other threads may go on to allocate and to wait: one writes checkpoints, and NCCL's watches collectives.
-      made->graph.capture_begin(stream->pool.id(), cudaStreamCaptureModeThreadLocal);
-    } catch (...) {
-      stream->begin_pool();
-      throw;
-    }
+    // Other threads may go on to allocate and to wait: one writes checkpoints, and NCCL's watches collectives.
+    made->graph.capture_begin(stream->pool.id(), cudaStreamCaptureModeThreadLocal);
     *out = made.release();
   });
 }
@@ -117,11 +114,10 @@ bool graph_end(potstill_graph* graph, potstill_error* error) {
       auto host = at::getHostAllocator(at::kCUDA);
       host->end_allocate_to_pool(stream->pool.id());
       host->release_pool(stream->pool.id());
-      stream->end_pool();
-      stream->begin_pool();
+      allocator::endAllocateToPool(stream->device(), stream->pool.id());
+      allocator::releasePool(stream->device(), stream->pool.id());
       throw;
     }
-    stream->begin_pool();
   });
 }
 
@@ -137,14 +133,19 @@ bool graph_replay(potstill_graph* graph, potstill_error* error) {
 
 void graph_free(potstill_graph* graph) {
   potstill_error ignored;
-  failed(&ignored, [&] { delete graph; });
+  failed(&ignored, [&] {
+    for (auto& end : graph->ends) {
+      end.synchronize();
+    }
+    delete graph;
+  });
 }
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const potstill_cuda_functions* potstill_cuda() {
   static constexpr potstill_cuda_functions functions = {
-      stream_new, stream_enter, stream_leave, stream_free, graph_begin, graph_end, graph_replay, graph_free,
+      stream_new, stream_enter, stream_leave, pool_enter, pool_leave, stream_free, graph_begin, graph_end, graph_replay, graph_free,
   };
   return &functions;
 }

@@ -16,6 +16,9 @@ struct potstill_cuda_functions {
   bool (*stream_enter)(potstill_stream* stream, potstill_error* error);
   // The other way round.
   bool (*stream_leave)(potstill_stream* stream, potstill_error* error);
+  // What is allocated for the stream lies in the memory of its graphs.
+  bool (*pool_enter)(potstill_stream* stream, potstill_error* error);
+  bool (*pool_leave)(potstill_stream* stream, potstill_error* error);
   void (*stream_free)(potstill_stream* stream);
   // What is queued in this stream from now on is recorded, not done.
   bool (*graph_begin)(potstill_stream* stream, potstill_graph** out, potstill_error* error);

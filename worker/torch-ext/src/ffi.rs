@@ -43,6 +43,8 @@ pub struct CudaFunctions {
     pub stream_new: unsafe extern "C" fn(device: c_int, out: *mut *mut Stream, error: *mut ErrorText) -> bool,
     pub stream_enter: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
     pub stream_leave: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
+    pub pool_enter: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
+    pub pool_leave: unsafe extern "C" fn(stream: *mut Stream, error: *mut ErrorText) -> bool,
     pub stream_free: unsafe extern "C" fn(stream: *mut Stream),
     pub graph_begin:
         unsafe extern "C" fn(stream: *mut Stream, out: *mut *mut Graph, error: *mut ErrorText) -> bool,

@@ -100,6 +100,34 @@ impl GraphStream {
         let _left = Left(stream);
         Ok(body())
     }
+
+    /// Runs `body` [within](Self::within) the stream, in the memory of its graphs: it needs no memory besides. What it gives must
+    /// be copied before a graph is replayed, which overwrites it.
+    ///
+    /// # Errors
+    /// libtorch's error.
+    pub fn in_its_memory<T>(&self, body: impl FnOnce() -> T) -> Result<T, Error> {
+        struct Left<'a>(&'a Stream);
+        impl Drop for Left<'_> {
+            fn drop(&mut self) {
+                // Fails only where it was not entered.
+                let _ = call(|error| {
+                    // SAFETY: the object is alive.
+                    unsafe { (self.0.functions.pool_leave)(self.0.raw.as_ptr(), error) }
+                });
+            }
+        }
+        let stream = self.0.as_ref();
+        self.within(|| {
+            call(|error| {
+                // SAFETY: the object is alive.
+                unsafe { (stream.functions.pool_enter)(stream.raw.as_ptr(), error) }
+            })
+            .map_err(failed("use the memory of CUDA graphs"))?;
+            let _left = Left(stream);
+            Ok(body())
+        })?
+    }
 }
 
 /// Recorded work of a stream. Its tensors lie where they lay when it was recorded, so what `body` made then, of tensors that live
