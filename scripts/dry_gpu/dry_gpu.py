@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIBRARY = ROOT / "target" / "dry_gpu" / "libdry_gpu.so"
-SOURCES = [HERE / "runtime.cpp", HERE / "libraries.cpp"]
+SOURCES = [HERE / "runtime.cpp", HERE / "libraries.cpp", HERE / "tracker.cpp"]
 
 
 def build() -> Path:
@@ -28,7 +28,8 @@ def build() -> Path:
     sources = [*SOURCES, HERE / "runtime.h"]
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         packages = (ROOT / ".venv" / "libtorch").resolve().parent
-        headers = [packages / "nvidia" / "cu13" / "include", packages / "nvidia" / "cu13" / "include" / "cccl"]
+        cuda = packages / "nvidia" / "cu13" / "include"
+        headers = [cuda, cuda / "cccl", packages / "torch" / "include"]
         if not (headers[0] / "cuda_runtime_api.h").exists():
             raise FileNotFoundError(f"{headers[0]} has no CUDA headers: this libtorch is for the CPU only")
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)

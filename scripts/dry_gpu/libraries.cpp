@@ -21,7 +21,12 @@ struct Handle {
 };
 
 int work(cudaStream_t stream, const char* what, int otherwise) {
-  return enqueue(stream, what) == cudaSuccess ? 0 : otherwise;
+  if (enqueue(stream, what) == cudaSuccess) {
+    return 0;
+  }
+  // The libraries have runtimes of their own, whose last error is not the caller's.
+  cudaGetLastError();
+  return otherwise;
 }
 
 }  // namespace

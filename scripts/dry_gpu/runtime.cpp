@@ -215,8 +215,12 @@ struct Event {
 };
 
 struct Graph {
+  unsigned long long capture;
   std::vector<std::function<void()>> nodes;
 };
+
+// Streams that the default stream waits for, and the other way round.
+std::set<cudaStream_t> blocking;
 
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
@@ -273,9 +277,10 @@ cudaError_t enqueue(cudaStream_t stream, const char* what, std::function<void()>
     return cudaSuccess;
   }
   if (stream == nullptr || stream == cudaStreamLegacy) {
-    // Everything else would have to wait for it.
     for (const auto& [other, capture] : capturing) {
-      return breaks(capture, cudaErrorStreamCaptureImplicit, "work of the default stream");
+      if (blocking.count(other) != 0) {
+        return breaks(capture, cudaErrorStreamCaptureImplicit, "work of the default stream");
+      }
     }
   }
   counts().of[what] += 1;
@@ -589,6 +594,7 @@ cudaError_t cudaMalloc(void** address, size_t size) {
   if (auto error = unsafe("cudaMalloc")) {
     return error;
   }
+  dry_gpu::watch_allocator();
   size = (std::max<size_t>(size, 1) + 4095) / 4096 * 4096;
   if (used + size > CAPACITY) {
     return fail(cudaErrorMemoryAllocation);
@@ -706,8 +712,12 @@ cudaError_t cudaMemset(void* address, int value, size_t size) { return cudaMemse
 
 // ---- Streams --------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  Guard guard(lock);
   *stream = reinterpret_cast<cudaStream_t>(new char);
+  if ((flags & cudaStreamNonBlocking) == 0) {
+    blocking.insert(*stream);
+  }
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
@@ -804,6 +814,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
   capture->streams.insert(stream);
   capturing[stream] = capture;
   counts().of["captures"] += 1;
+  dry_gpu::capture_began(capture->id, stream);
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
@@ -813,6 +824,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (capture == nullptr || capture->origin != stream) {
     return fail(cudaErrorIllegalState);
   }
+  dry_gpu::capture_ended();
   for (auto member : capture->streams) {
     capturing.erase(member);
   }
@@ -826,7 +838,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (capture->mode != cudaStreamCaptureModeRelaxed && !pthread_equal(capture->thread, pthread_self())) {
     return fail(cudaErrorStreamCaptureWrongThread);
   }
-  *graph = reinterpret_cast<cudaGraph_t>(new Graph{std::move(capture->nodes)});
+  *graph = reinterpret_cast<cudaGraph_t>(new Graph{capture->id, std::move(capture->nodes)});
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
@@ -851,6 +863,9 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
     return breaks(capture, cudaErrorNotSupported, "a graph in a graph");
   }
   counts().of["graph launches"] += 1;
+  if (size_t lost = dry_gpu::overwritten(reinterpret_cast<Graph*>(graph)->capture)) {
+    counts().of["tensors that a replay overwrites"] += lost;
+  }
   for (const auto& node : reinterpret_cast<Graph*>(graph)->nodes) {
     node();
   }

@@ -16,4 +16,10 @@ cudaError_t enqueue(cudaStream_t stream, const char* what, std::function<void()>
 // A copy between any two addresses, in a stream's queue.
 cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t stream);
 
+// tracker.cpp: tensors that lie where a graph's temporaries lay, when it is replayed.
+void watch_allocator();
+void capture_began(unsigned long long capture, cudaStream_t stream);
+void capture_ended();
+size_t overwritten(unsigned long long capture);
+
 }  // namespace dry_gpu

@@ -20,7 +20,7 @@ pub struct Alphas {
 }
 
 impl Alphas {
-    /// fp64 `[timesteps]`.
+    /// fp64 `[timesteps]`. Kept from the first call on.
     fn on(&self, device: Device) -> Tensor {
         let mut kept = self.on_device.lock().unwrap_or_else(PoisonError::into_inner);
         match kept.as_ref().filter(|kept| kept.device() == device) {
@@ -99,6 +99,15 @@ impl ForwardProcess {
             product
         });
         alphas.collect::<Vec<_>>().into()
+    }
+
+    /// Copies to a device what is needed there, now instead of at the first use.
+    #[must_use]
+    pub fn prepared(self, device: Device) -> Self {
+        if let Self::Ddpm { alphas_cumprod, .. } = &self {
+            let _ = alphas_cumprod.on(device);
+        }
+        self
     }
 
     /// a(t) and b(t), fp32, each [N, 1, 1, 1], for `time` `[N]`. A DDPM time is rounded to its index.

@@ -58,12 +58,13 @@ pub struct Latent {
 }
 
 impl Model {
-    /// Loads the teacher that a run names, and checks that it is the one with which the run was started.
+    /// Loads the teacher that a run names, a text-to-image model's with weights of this data type, and checks that it is the one
+    /// with which the run was started.
     ///
     /// # Errors
     /// It is missing, damaged, another one, or of a kind that is not supported.
-    pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
-        Self::of_run(spec, false, device)
+    pub fn load(spec: &RunSpec, kind: Kind, device: Device) -> anyhow::Result<Self> {
+        Self::of_run(spec, false, (kind, device))
     }
 
     /// The same without the network's weights, which stay in their [files](Self::files): where each rank needs a part of
@@ -72,10 +73,11 @@ impl Model {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_divided(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
-        Self::of_run(spec, true, device)
+        Self::of_run(spec, true, (Kind::Float, device))
     }
 
-    fn of_run(spec: &RunSpec, divided: bool, device: Device) -> anyhow::Result<Self> {
+    fn of_run(spec: &RunSpec, divided: bool, weights: (Kind, Device)) -> anyhow::Result<Self> {
+        let (_, device) = weights;
         let teacher = &spec.teacher;
         if teacher.model.is_none() {
             let network = load_network(
@@ -90,7 +92,6 @@ impl Model {
             || spec.adversarial.as_ref().is_some_and(|adversarial| adversarial.cache.is_some());
         let found = teacher_folder(teacher, keeps)?;
         let recompute = spec.memory.recompute;
-        let weights = (weights_kind(spec), device);
         let mut model = Self::of_folder(&found.path, teacher.image_size, recompute, divided, weights)
             .map_err(|error| found.named(error))?;
         match &model.files {

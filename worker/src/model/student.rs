@@ -7,7 +7,7 @@ use potstill_models::{Denoiser, EdmNetwork, Lora, weights::Archive};
 use potstill_spec::RunSpec;
 use potstill_storage::{Root, RunId, layout};
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::{Model, adapters, steps::times};
 use crate::checkpoint;
@@ -148,7 +148,8 @@ impl Student {
             }
             None => *committed.last().with_context(|| format!("run {id} has no checkpoint yet"))?,
         };
-        let mut model = Model::load(&spec, device)?;
+        // fp32, as the checkpoint has it, whatever the run's weights.
+        let mut model = Model::load(&spec, Kind::Float, device)?;
         let key = layout::manifest_key(iteration);
         let mut adapters = None;
         if let Some(lora) = &spec.lora {

@@ -7,6 +7,7 @@
 use std::{
     collections::VecDeque,
     ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -261,7 +262,9 @@ impl Bucketed {
     /// # Errors
     /// libtorch's error.
     pub fn discard(&self) -> Result<(), Error> {
-        Ok(clear_gradients(&self.shared.pass().leaves)?)
+        let mut pass = self.shared.pass();
+        pass.failure = None;
+        Ok(clear_gradients(&pass.leaves)?)
     }
 
     /// Clears the sum of a phase that is over.
@@ -289,11 +292,15 @@ impl Shared {
     /// Takes the next bucket's gradients. Nothing is taken after a failure.
     fn take(&self, pass: &mut Pass) {
         pass.left -= 1;
-        if pass.failure.is_none()
-            && let Err(error) = self.try_take(pass, pass.left)
-        {
-            pass.failure = Some(error);
+        if pass.failure.is_some() {
+            return;
         }
+        // tch panics with libtorch's error, which must not leave autograd's thread.
+        let taken = catch_unwind(AssertUnwindSafe(|| self.try_take(pass, pass.left)));
+        pass.failure = match taken {
+            Ok(taken) => taken.err(),
+            Err(panic) => Some(potstill_torch_ext::Error::of_panic("add gradients up", &*panic).into()),
+        };
     }
 
     fn try_take(&self, pass: &mut Pass, bucket: usize) -> Result<(), Error> {

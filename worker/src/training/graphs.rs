@@ -86,7 +86,7 @@ impl Graphs {
             tensor.shallow_clone()
         });
         if self.off.get() || listed.is_none() {
-            return compute(&draw);
+            return self.without(&draw, &compute);
         }
         let kinds = tensors.iter().map(|tensor| (tensor.size(), tensor.kind())).collect();
         let key = Key { network, joined, scale, unroll: draw.unroll, tensors: kinds };
@@ -111,14 +111,14 @@ impl Graphs {
                 recorded.inputs.dropout_seed = draw.dropout_seed;
                 recorded
             }
-            None => match self.record(&draw, &compute)? {
+            None => match self.record(&draw, &compute) {
                 Ok(made) => recorded.insert(made),
                 Err(error) => {
                     tracing::warn!(%error, "{WITHOUT}");
                     self.off.set(true);
                     known.clear();
                     discard()?;
-                    return compute(&draw);
+                    return self.without(&draw, &compute);
                 }
             },
         };
@@ -142,22 +142,21 @@ impl Graphs {
         Ok(stream.in_its_memory(|| compute(draw))??.map(Tensor::copy))
     }
 
-    /// Records a micro-batch; the inner error says why it cannot be recorded.
+    /// Records a micro-batch. The error says why that cannot be done.
     fn record(
         &self,
         draw: &Draw,
         compute: &impl Fn(&Draw) -> Result<MicroBatchLoss, Interruption>,
-    ) -> Result<Result<Recorded, Error>, Interruption> {
-        let Some(inputs) = draw.map(&mut Tensor::copy) else {
-            let cause = "micro-batches with augmentations are not of tensors alone".to_owned();
-            return Ok(Err(Error { operation: "capture a CUDA graph", cause }));
-        };
-        let Some(stream) = &self.stream else { return Ok(Ok(Recorded { inputs, made: None })) };
+    ) -> Result<Recorded, Error> {
+        let failed = |cause: String| Error { operation: "capture a CUDA graph", cause };
+        let inputs = draw
+            .map(&mut Tensor::copy)
+            .ok_or_else(|| failed("augmentations are not of tensors alone".to_owned()))?;
+        let Some(stream) = &self.stream else { return Ok(Recorded { inputs, made: None }) };
         // In a capture a generator takes no other seed than the one that it has.
         tch::manual_seed(draw.dropout_seed);
-        match Graph::capture(stream, || compute(&inputs)) {
-            Ok(made) => Ok(Ok(Recorded { made: Some(made?), inputs })),
-            Err(error) => Ok(Err(error)),
-        }
+        let made = Graph::capture(stream, || compute(&inputs))?;
+        let made = made.map_err(|interruption| failed(interruption.reason()))?;
+        Ok(Recorded { made: Some(made), inputs })
     }
 }

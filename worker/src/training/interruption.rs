@@ -20,6 +20,19 @@ pub enum Interruption {
     Fatal(anyhow::Error),
 }
 
+impl Interruption {
+    /// Its first line.
+    pub fn reason(&self) -> String {
+        let text = match self {
+            Self::Left(reason) => reason.clone(),
+            Self::Damaged { error, .. } | Self::Incomplete { error, .. } => error.clone(),
+            Self::Collective(error) => error.to_string(),
+            Self::Fatal(error) => format!("{error:#}"),
+        };
+        text.lines().next().unwrap_or_default().to_owned()
+    }
+}
+
 impl From<potstill_torch_ext::Error> for Interruption {
     fn from(error: potstill_torch_ext::Error) -> Self {
         Self::from(Error::from(error))

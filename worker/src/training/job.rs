@@ -63,7 +63,10 @@ impl Inputs {
     /// A file is missing, damaged, has other content than when the run was started, or does not fit the others.
     pub fn load(spec: &RunSpec, device: Device) -> anyhow::Result<Self> {
         let divided = spec.memory.shard == Shard::Parameters;
-        let mut model = if divided { Model::load_divided(spec, device)? } else { Model::load(spec, device)? };
+        let mut model = match divided {
+            true => Model::load_divided(spec, device)?,
+            false => Model::load(spec, weights_kind(spec), device)?,
+        };
         let mut start_in_files = None;
         let start = match (&spec.generator.start_from, &spec.lora) {
             (Some(path), None) if divided => {

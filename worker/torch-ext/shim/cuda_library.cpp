@@ -4,13 +4,16 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/cuda/MemPool.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
 
 using at::cuda::CUDAEvent;
 using c10::cuda::CUDAStream;
@@ -53,7 +56,11 @@ bool stream_new(int device, potstill_stream** out, potstill_error* error) {
     at::globalContext().lazyInitDevice(at::kCUDA);
     auto index = static_cast<c10::DeviceIndex>(device);
     c10::cuda::CUDAGuard guard(index);
-    auto own = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index);
+    // One for each device: libtorch keeps memory for each stream that has been used.
+    static std::mutex mutex;
+    static std::map<int, CUDAStream> streams;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto own = streams.try_emplace(device, c10::cuda::getStreamFromPool(/*isHighPriority=*/false, index)).first->second;
     *out = new potstill_stream{own, c10::cuda::getCurrentCUDAStream(index)};
   });
 }
@@ -90,14 +97,41 @@ bool pool_leave(potstill_stream* stream, potstill_error* error) {
   });
 }
 
-void stream_free(potstill_stream* stream) { delete stream; }
+void stream_free(potstill_stream* stream) {
+  potstill_error ignored;
+  failed(&ignored, [&] {
+    // cuBLAS keeps memory for each stream that it has been used in, which would keep that of the pool.
+    at::cuda::clearCublasWorkspaces();
+    delete stream;
+  });
+}
+
+// After a capture that was not ended well libtorch leaves its allocators, and its generator of random numbers, as they are
+// while something is captured.
+void end_capture(potstill_stream* stream) {
+  cudaGetLastError();
+  auto id = stream->pool.id();
+  auto host = at::getHostAllocator(at::kCUDA);
+  host->end_allocate_to_pool(id);
+  host->release_pool(id);
+  allocator::endAllocateToPool(stream->device(), id);
+  allocator::releasePool(stream->device(), id);
+  auto generator = at::cuda::detail::getDefaultCUDAGenerator(stream->device());
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.graphsafe_set_state(generator.clone());
+}
 
 bool graph_begin(potstill_stream* stream, potstill_graph** out, potstill_error* error) {
   return failed(error, [&] {
     auto made = std::make_unique<potstill_graph>();
     made->stream = stream;
     // Other threads may go on to allocate and to wait: one writes checkpoints, and NCCL's watches collectives.
-    made->graph.capture_begin(stream->pool.id(), cudaStreamCaptureModeThreadLocal);
+    try {
+      made->graph.capture_begin(stream->pool.id(), cudaStreamCaptureModeThreadLocal);
+    } catch (...) {
+      end_capture(stream);
+      throw;
+    }
     *out = made.release();
   });
 }
@@ -109,13 +143,7 @@ bool graph_end(potstill_graph* graph, potstill_error* error) {
     try {
       graph->graph.capture_end();
     } catch (...) {
-      // libtorch then leaves its allocators as they are while something is captured.
-      cudaGetLastError();
-      auto host = at::getHostAllocator(at::kCUDA);
-      host->end_allocate_to_pool(stream->pool.id());
-      host->release_pool(stream->pool.id());
-      allocator::endAllocateToPool(stream->device(), stream->pool.id());
-      allocator::releasePool(stream->device(), stream->pool.id());
+      end_capture(stream);
       throw;
     }
   });

@@ -166,17 +166,14 @@ impl Graph {
             let raw = NonNull::new(raw).ok_or_else(|| failed("no graph".to_owned()))?;
             let graph = Self { raw, stream: stream.clone() };
             // tch panics with libtorch's error. Whatever happens, what was begun must be ended.
-            let made = catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or_else(|| panic.downcast_ref().copied()).unwrap_or("a panic");
-                // It has the error as `Debug` writes it, and the first line of that says what is wrong.
-                failed(text.split("\\n").next().unwrap_or_default().to_owned())
-            });
+            let made = catch_unwind(AssertUnwindSafe(body))
+                .map_err(|panic| Error::of_panic("capture a CUDA graph", &*panic));
             let ended = call(|error| {
                 // SAFETY: the object is alive.
                 unsafe { (functions.graph_end)(graph.raw.as_ptr(), error) }
             });
             match made? {
+                // What fails while it is recorded may be fine otherwise: its error is the caller's to judge.
                 Err(error) => Ok(Err(error)),
                 Ok(made) => ended.map(|()| Ok((graph, made))).map_err(&failed),
             }

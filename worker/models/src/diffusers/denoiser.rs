@@ -109,7 +109,8 @@ impl LatentDenoiser {
     fn bind(config: UNetConfig, schedule: ScheduleConfig, weights: Weights) -> Self {
         let unet = UNet::new(&mut Scope::root(&mut weights.binding()), &config);
         let sides = config.sides();
-        let process = schedule.process();
+        // Not in the middle of a pass, whose memory may be overwritten when it is repeated.
+        let process = schedule.process().prepared(weights.base().flat().device());
         Self { config, schedule, process, sides, recompute: false, weights, unet }
     }
 
