@@ -285,6 +285,17 @@ fn what_saves_memory_changes_nothing() {
     studio.assert_close("bf16-sharded", "bf16", 3, 2e-2);
     let (bf16, plain) = (studio.cluster.checkpoint("bf16", 3), studio.cluster.checkpoint("plain", 3));
     assert!(relative_difference(&bf16, &plain, "generator/") > 0.0);
+    // What is exported is what was saved, whatever the weights of the run.
+    let (run, exported) = (studio.cluster.run("bf16"), studio.path("exported-bf16"));
+    potstill(&["export", "--checkpoint", run.to_str().unwrap(), "--out", exported.to_str().unwrap()]);
+    let bytes = std::fs::read(exported.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert!(!file.is_empty());
+    for (name, view) in file.iter() {
+        let (values, _) = view.data().as_chunks::<4>();
+        let values: Vec<f32> = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        assert!(values == bf16[&format!("generator_ema/{name}")], "{name} differs from the checkpoint");
+    }
 }
 
 /// Adapters, an adversarial loss and gradients through several steps, each with several values of `memory.shard`, on 2 ranks

@@ -52,10 +52,14 @@ namespace dry_gpu {
 
 void watch_allocator() {
   static bool done = false;
-  // Of libtorch's CUDA half, which may be loaded late.
+  // Of libtorch's CUDA half, which may be loaded late, and out of sight of others.
+  void* library = done ? nullptr : dlopen("libc10_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) {
+    return;
+  }
   auto found = static_cast<std::atomic<allocator::CUDAAllocator*>*>(
-      dlsym(RTLD_DEFAULT, "_ZN3c104cuda20CUDACachingAllocator9allocatorE"));
-  if (!done && found != nullptr && found->load() != nullptr) {
+      dlsym(library, "_ZN3c104cuda20CUDACachingAllocator9allocatorE"));
+  if (found != nullptr && found->load() != nullptr) {
     done = true;
     found->load()->attachAllocatorTraceTracker(watch);
   }

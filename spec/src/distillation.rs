@@ -45,8 +45,8 @@ pub struct DistillationSpec {
     /// Whether the networks' dropout layers are active while the fake score and the generator train.
     pub dropout: bool,
     /// Whether micro-batches are computed as CUDA graphs: a GPU then waits less for the host, which matters where micro-batches are
-    /// small. Gradients are reduced after the last micro-batch instead of beside it. Changes no result; on the CPU there are no
-    /// graphs.
+    /// small. Gradients are reduced after the last micro-batch instead of beside it, which changes results by rounding at most. On the
+    /// CPU there are no graphs.
     pub cuda_graphs: bool,
     /// Stop with an error after this many iterations in a row with non-finite gradients or losses.
     pub non_finite_limit: u32,
