@@ -11,6 +11,7 @@ gpu_check_eager.py's. The weights' files are empty, and nothing is computed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -112,10 +113,10 @@ def measure(name: str, work: Path, changes: dict | None = None, workers: int = 1
                 raise SystemExit(f"{id} ended:\n" + "\n".join(log.read_text().splitlines()[-10:]))
             time.sleep(0.05)
         before = len(dry_gpu.counts(counted))
-        children = run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-        for child in children:
-            if b"libdry_gpu" in Path(f"/proc/{child}/maps").read_bytes():
-                os.kill(int(child), signal.SIGRTMIN + 5)
+        for child in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+            with contextlib.suppress(OSError):
+                if os.getsid(child) == process.pid and b"libdry_gpu" in Path(f"/proc/{child}/maps").read_bytes():
+                    os.kill(child, signal.SIGRTMIN + 5)
         while len(dry_gpu.counts(counted)) == before:
             time.sleep(0.01)
         return Counter(dry_gpu.counts(counted)[-1]["counts"]) + Counter(iterations=len(iterations(log)))
