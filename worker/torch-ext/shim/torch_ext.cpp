@@ -64,19 +64,23 @@ struct Closure {
   }
 };
 
-// The calling thread's mixed precision, for a thread that repeats the computation later.
+// The calling thread's mixed precision, for a thread that repeats the computation later: a device has one of autograd's own. There
+// the cache is on by default, and would keep what weights were cast to for ever, also after they have changed.
 struct Precision {
   at::DeviceType device;
   bool on;
+  bool cached;
   at::ScalarType kind;
 
   explicit Precision(at::DeviceType device)
       : device(device),
         on(at::autocast::is_autocast_enabled(device)),
+        cached(at::autocast::is_autocast_cache_enabled()),
         kind(at::autocast::get_autocast_dtype(device)) {}
 
   void enter() const {
     at::autocast::set_autocast_dtype(device, kind);
+    at::autocast::set_autocast_cache_enabled(cached);
     at::autocast::set_autocast_enabled(device, on);
   }
 };
