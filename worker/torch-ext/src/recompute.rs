@@ -136,9 +136,13 @@ unsafe extern "C" fn drop_block<B: Block>(context: *mut c_void) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
+    use std::{
+        sync::{
+            Mutex,
+            atomic::{AtomicBool, Ordering},
+            mpsc,
+        },
+        thread,
     };
 
     use tch::{Device, Kind};
@@ -191,6 +195,42 @@ mod tests {
                 assert_eq!(*kept, again, "{precision:?}");
             }
         }
+    }
+
+    /// As on a GPU, for which autograd has a thread of its own.
+    #[test]
+    fn another_thread_computes_again_with_the_weights_of_now() {
+        let (x, w, v) = (leaf(&[5, 4]), leaf(&[4, 4]), leaf(&[4, 4]));
+        let parameters = [w.shallow_clone(), v.shallow_clone()];
+        let block = SharedBlock::new(TwoLayers { w: w.shallow_clone(), v: v.shallow_clone() });
+        let (losses, received) = mpsc::channel::<Tensor>();
+        let (done, waited) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            for loss in received {
+                loss.backward();
+                done.send(()).unwrap();
+            }
+        });
+        let gradients = |again: bool| {
+            let inputs = [x.shallow_clone(), x.detach()];
+            let output = {
+                let _autocast = Autocast::enter(Device::Cpu, LowerPrecision::BFloat16).unwrap();
+                if again { recompute(&block, &inputs, &parameters) } else { block.forward(&inputs) }
+            };
+            losses.send(output.square().sum(Kind::Float)).unwrap();
+            waited.recv().unwrap();
+            let found = [w.grad().copy(), v.grad().copy()];
+            crate::clear_gradients(&parameters).unwrap();
+            found
+        };
+        for _ in 0..2 {
+            assert_eq!(gradients(false), gradients(true));
+            tch::no_grad(|| {
+                let _ = w.shallow_clone().g_add_scalar_(1.0);
+            });
+        }
+        drop(losses);
+        thread.join().unwrap();
     }
 
     #[test]
