@@ -51,8 +51,6 @@ struct Counts {
   std::map<std::string, size_t> kernels;
   std::map<std::vector<void*>, size_t> waits;
 
-  ~Counts() { write(); }
-
   void write() const {
     const char* path = std::getenv("DRY_GPU_LOG");
     if (path == nullptr || of.empty()) {
@@ -94,9 +92,9 @@ Counts& counts() {
   return *counts;
 }
 
-void count(const std::string& what, size_t by = 1) {
+void count(const std::string& what) {
   Guard guard(lock);
-  counts().of[what] += by;
+  counts().of[what] += 1;
 }
 
 // The host waits for the device.

@@ -29,10 +29,9 @@ class DryGpu(unittest.TestCase):
         self.folder = Path(folder.name)
         self.runs = 0
 
-    def run_it(
+    def launch(
         self, config: str, ranks: int, iterations: int, settings: dict, environment: dict | None = None
-    ) -> Counter:
-        """What its ranks have counted together."""
+    ) -> subprocess.CompletedProcess:
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         command = [POTSTILL, "launch", ROOT / "configs" / config, "--workers", ranks, "--device", "cuda"]
@@ -47,15 +46,21 @@ class DryGpu(unittest.TestCase):
         } | settings
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
-        done = subprocess.run(
+        return subprocess.run(
             [str(part) for part in command],
             capture_output=True,
             text=True,
             check=False,
             env=dry_gpu.environment(log, ranks) | (environment or {}),
         )
+
+    def run_it(
+        self, config: str, ranks: int, iterations: int, settings: dict, environment: dict | None = None
+    ) -> Counter:
+        """What its ranks have counted together."""
+        done = self.launch(config, ranks, iterations, settings, environment)
         self.assertEqual(done.returncode, 0, done.stderr)
-        found = dry_gpu.counts(log)
+        found = dry_gpu.counts(self.folder / "log")
         self.assertEqual(len(found), ranks, "each rank has used a GPU")
         return sum((Counter(rank["counts"]) for rank in found), Counter())
 
@@ -163,10 +168,15 @@ class DryGpu(unittest.TestCase):
                 found = self.run_it(SHAPES, 2, 2, settings)
                 self.assertGreater(found["collectives"], 0)
 
-    def test_evaluations_are_made(self):
-        settings = {"evaluation.every": "1", "evaluation.samples": 64}
-        found = self.run_it(SHAPES, 1, 1, settings | {"memory.offload_ema": "true"})
-        self.assertGreater(found["copies to the host"], 0)
+    def test_the_average_may_lie_on_the_host(self):
+        found = self.run_it(SHAPES, 1, 2, {"memory.offload_ema": "true"})
+        self.assertGreater(found["waits: device"], 0)
+
+    def test_a_feature_extractor_is_called_without_a_compiler(self):
+        settings = {"evaluation.features": "features.pt", "evaluation.reference": "shapes.safetensors"}
+        done = self.launch(SHAPES, 1, 1, settings | {"evaluation.every": "1"})
+        # It is called, and what nothing has computed is refused.
+        self.assertIn("has the same features for different images", done.stderr)
 
 
 if __name__ == "__main__":

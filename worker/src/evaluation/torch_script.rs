@@ -19,6 +19,9 @@ pub fn torch_script(bytes: &[u8], device: Device) -> anyhow::Result<CModule> {
     if let Some(problem) = failed_download(bytes) {
         bail!(problem);
     }
+    // On a GPU libtorch would compile parts of it when it is called, with a library of CUDA's that finds its own parts only where
+    // Python, or the loader's path, has shown it where they are.
+    tch::jit::set_tensor_expr_fuser_enabled(false);
     let mut module = CModule::load_data_on_device(&mut &bytes[..], device).map_err(|e| match message(&e) {
         // The file that only TorchScript's archives have.
         said if said.contains("constants.pkl") => anyhow!(
