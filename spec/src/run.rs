@@ -417,4 +417,33 @@ mod tests {
             assert!(!holds_secret(harmless), "{harmless}");
         }
     }
+
+    #[test]
+    fn cuda_graphs_are_refused_where_they_would_repeat_what_differs() {
+        type Change<'a> = &'a dyn Fn(&mut RunSpec);
+        let cases: [(Change, Option<&str>); 6] = [
+            (&|_| {}, None),
+            (&|spec| spec.memory.shard = Shard::Optimizer, None),
+            (&|spec| spec.memory.shard = Shard::Gradients, Some("not divided")),
+            (&|spec| spec.distillation.augmentation = Some(0.1), Some("distillation.augmentation")),
+            (
+                &|spec| spec.lora = Some(LoraSpec { dropout: 0.1, ..LoraSpec::default() }),
+                Some("lora.dropout"),
+            ),
+            (&|spec| spec.lora = Some(LoraSpec::default()), None),
+        ];
+        for (change, expected) in cases {
+            let mut spec = valid();
+            change(&mut spec);
+            assert!(!spec.validate().is_err_and(|error| error.to_string().contains("cuda_graphs")));
+            let before = spec.clone();
+            spec.distillation.cuda_graphs = true;
+            let text = spec.validate().err().map(|error| error.to_string()).unwrap_or_default();
+            match expected {
+                Some(words) => assert!(text.contains("cuda_graphs") && text.contains(words), "{text}"),
+                None => assert!(!text.contains("cuda_graphs"), "{text}"),
+            }
+            assert!(before.differences(&spec).is_empty(), "it may change on a resume");
+        }
+    }
 }

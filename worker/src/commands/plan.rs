@@ -544,7 +544,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        model::adapters,
+        model::{adapters, weights_kind},
         session::Progress,
         training::{Prepared, Recipe, networks::Networks, settings, step::Trainer},
     };
@@ -581,7 +581,7 @@ mod tests {
         let backend = Backend::Gloo { host: "127.0.0.1".to_owned() };
         let alone = ProcessGroup::new(&backend, &store, 0, 1, timeout).unwrap();
         let schedule = ScheduleConfig::parse(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
-        let weights = if spec.memory.bf16_weights { Kind::BFloat16 } else { Kind::Float };
+        let weights = weights_kind(spec);
         // In place of the files, which are not counted.
         let files = LatentDenoiser::initialise(unet(), schedule, 0, Device::Cpu).unwrap();
         let files = files.with_recomputation(spec.memory.recompute);
